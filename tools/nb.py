@@ -1,9 +1,10 @@
-"""The editing loop of this project: notebooks as text, outputs as evidence, README, and the checks that keep them honest.
+"""The editing loop of this project: notebooks as text, outputs as evidence, README.md from index.ipynb.
 
 nbdev has no command that adds a cell, fills outputs without widget state or writes README without Quarto; this file does.
 `pull` and `push` turn notebooks into plain text (build/nbs/NAME.py) and back, so that a one-line edit is a one-line diff.
+The rules that `check` holds the project to are in tests/test_house.py.
 """
-import argparse, ast, configparser, filecmp, hashlib, json, os, re, shutil, subprocess, sys, tempfile
+import argparse, configparser, hashlib, json, os, re, subprocess, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -11,8 +12,8 @@ KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}
 PERCENT = {"extension": ".py", "format_name": "percent", "notebook_metadata_filter": "-all", "cell_metadata_filter": "-all",
            "comment_magics": False}
 WIDGET = "application/vnd.jupyter.widget-view+json"
-MACHINE_PATH = re.compile(r"(?<![\w.$~}])/(?:home|root|Users|work|tmp|var/folders)/\w")
-NOISE = re.compile(r"\r|it/s\]|s/it\]|\d%\|.*\||Warning: |^\s*warnings?\.warn\(|^\s+\S.*# noqa|^\s*$")
+WARNING = re.compile(r"^.*Warning: .*\n?(?:[ \t].*\n?)?", re.M)
+PROGRESS = re.compile(r"^.*\d%\|.*(?:\n|$)", re.M)
 
 
 def settings(root=ROOT):
@@ -48,8 +49,11 @@ def directives(cell):
     return {m[1]: m[2].strip() for ln in head if (m := re.match(r"#\|\s*([\w-]+):?(.*)", ln))} if cell["cell_type"] == "code" else {}
 
 
-def code_of(cell):
-    return [ln for ln in text_of(cell["source"]).splitlines() if ln.strip() and not ln.startswith("#|")]
+def runs(cell, skip_flags):
+    """Is this a cell that an unattended run executes?"""
+    flags = directives(cell)
+    wanted = cell["cell_type"] == "code" and flags.get("eval") != "false" and not skip_flags & set(flags)
+    return wanted and "nbdev_export(" not in text_of(cell["source"])
 
 
 # ── the form on disk ──────────────────────────────────────────────────────────────────────────────────────────
@@ -76,7 +80,7 @@ def canonical(nb, name):
 def clean_output(out):
     """`out` without what no reader needs: widget handles, progress bars, library warnings; None when nothing is left."""
     if WIDGET in out.get("data", {}): return None
-    if out.get("name") == "stderr" and all(NOISE.search(ln) for ln in text_of(out["text"]).splitlines()): return None
+    if out.get("name") == "stderr" and not PROGRESS.sub("", WARNING.sub("", text_of(out["text"]).replace("\r", "\n"))).strip(): return None
     out = dict(out)
     if "text" in out: out["text"] = text_of(out["text"]).splitlines(keepends=True)
     if "data" in out:
@@ -140,22 +144,23 @@ def export(root=ROOT):
 
 def run(names, root=ROOT, timeout=None):
     """Execute notebooks and keep their outputs, each in a fresh process; a notebook whose cell fails stays as it was."""
-    files = notebooks(names, root)
-    if len(files) != 1:
-        bad = [p.stem for p in files if subprocess.run([sys.executable, __file__, "run", p.name, *(["--timeout", str(timeout)] if timeout else [])]).returncode]
+    path, *more = notebooks(names, root)
+    if more:
+        each = [sys.executable, __file__, "run", *(["--timeout", str(timeout)] if timeout else [])]
+        bad = [p.stem for p in (path, *more) if subprocess.run([*each, p.stem]).returncode]
         sys.exit(f"failed: {' '.join(bad)}" if bad else 0)
-    path, skip_flags = files[0], set(settings(root)["tst_flags"].split())
+    skip_flags = set(settings(root)["tst_flags"].split())
     from execnb.shell import CaptureShell, format_exc
     os.chdir(path.parent)
     sys.path[:] = [str(root)] + [d for d in sys.path if d != str(ROOT / "tools")]
     nb, shell = load(path), CaptureShell(path, mpl_format="png", timeout=timeout)
     for i, cell in enumerate(nb["cells"]):
-        flags, src = directives(cell), text_of(cell["source"])
-        if cell["cell_type"] != "code" or flags.get("eval") == "false" or skip_flags & set(flags) or "nbdev_export(" in src: continue
+        src = text_of(cell["source"])
+        if not runs(cell, skip_flags): continue
         cell["outputs"] = list(shell.run(src))
         if shell.exc:
             sys.exit(f"{path.name}, cell {i} ({cell.get('id')}):\n\n{src}\n\n{''.join(format_exc(shell.exc))}")
-    save(path, json.loads(json.dumps(nb, default=str)))
+    save(path, json.loads(json.dumps(nb)))
     print(f"ran {path.name}", file=sys.stderr)
 
 
@@ -177,93 +182,29 @@ def readme_text(root=ROOT):
     return "\n\n".join(parts) + "\n"
 
 
-# ── checks: each returns what is wrong, in words; tests/test_house.py and `check` share them ──────────────────
-
-def export_problems(root=ROOT):
-    """What differs between the committed package and a fresh export; a module left behind by a renamed notebook counts."""
-    out = []
-    with tempfile.TemporaryDirectory() as tmp:
-        fresh, lib = Path(tmp), settings(root)["lib_path"]
-        shutil.copy(root / "settings.ini", fresh)
-        shutil.copytree(root / "nbs", fresh / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
-        export(fresh)
-        for name in sorted({p.name for d in (root, fresh) for p in (d / lib).glob("*.py")}):
-            a, b = root / lib / name, fresh / lib / name
-            if not b.exists(): out.append(f"{lib}/{name}: no notebook exports it")
-            elif not a.exists() or not filecmp.cmp(a, b, shallow=False): out.append(f"{lib}/{name}: differs from a fresh export")
-    return out
-
-
-def notebook_problems(path):
-    """Form, size and outputs of one notebook."""
-    text, out = path.read_text(encoding="utf-8"), []
-    cap = (1024 if path.stem == "91_gallery" else 200) * 1024
-    if len(text.encode()) > cap: out.append(f"{len(text.encode()) // 1024} KiB, allowed {cap // 1024}")
-    if text != dumps(canonical(json.loads(text), path.stem)): out.append("not canonical: `python tools/nb.py pull` and `push` it")
-    for c in json.loads(text)["cells"]:
-        for o in c.get("outputs", []):
-            shown = text_of(o.get("text", "")) + "".join(text_of(v) for k, v in o.get("data", {}).items() if k.startswith("text/"))
-            if m := MACHINE_PATH.search(shown): out.append(f"cell {c['id']} shows a path of this machine: {shown[m.start():][:40]!r}")
-            if o["output_type"] == "error" or "Traceback (most recent" in shown: out.append(f"cell {c['id']} shows a traceback")
-            if m := re.search(r"\b[A-Z]\w*Warning\b.*", shown): out.append(f"cell {c['id']} shows a warning: {m[0][:60]!r}")
-    return [f"{path.name}: {p}" for p in out]
-
-
-def public_defs(cell):
-    """Names of the public functions and classes an exported cell defines."""
-    if not {"export", "exports"} & set(directives(cell)): return []
-    body = ast.parse("\n".join(code_of(cell))).body
-    return [n.name for n in body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and n.name[0] != "_"]
-
-
-def style_problems(path):
-    """The reading rules: small cells, prose between them, prose beside every public definition. Hidden cells are not read."""
-    cells = [c for c in load(path)["cells"] if c["cell_type"] != "raw" and not {"hide", "default_exp"} & set(directives(c))]
-    out, run_export, run_example = [], 0, 0
-    for i, c in enumerate(cells):
-        exported = bool({"export", "exporti", "exports"} & set(directives(c)))
-        prose, length = c["cell_type"] == "markdown", len(code_of(c))
-        run_export = 0 if prose else run_export + exported
-        run_example = 0 if prose else run_example + (not exported)
-        if not prose and length > (40 if exported else 10): out.append(f"cell {c['id']} has {length} lines, allowed {40 if exported else 10}")
-        if run_export == 3: out.append(f"cell {c['id']} is the third export without prose between")
-        if run_example == 4: out.append(f"cell {c['id']} is the fourth example without prose between")
-        near = cells[max(i - 1, 0):i] + cells[i + 1:i + 2]
-        if (names := public_defs(c)) and not any(n["cell_type"] == "markdown" for n in near):
-            out.append(f"cell {c['id']} defines {', '.join(names)} with no prose beside it")
-    return [f"{path.name}: {p}" for p in out]
-
-
-def check(root=ROOT):
-    """Everything wrong with this working tree, one line each."""
-    out = export_problems(root)
-    for p in notebooks(root=root): out += notebook_problems(p) + style_problems(p)
-    for name, want in (("README.md", readme_text), ("requirements.txt", requirements_text)):
-        have = (root / name).read_text(encoding="utf-8") if (root / name).exists() else ""
-        if have != want(root): out.append(f"{name}: stale, run `python tools/nb.py {name.split('.')[0].lower()}`")
-    return out
+def check(names):
+    """The house rules on everything, or on the named notebooks only."""
+    only = ["-k", " or ".join(p.stem for p in notebooks(names))] if names else []
+    return subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/test_house.py", *only], cwd=ROOT).returncode
 
 
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = ap.add_subparsers(dest="cmd", required=True)
     for name, why in dict(pull="notebooks to build/nbs/NAME.py", push="build/nbs/NAME.py to notebooks, then export",
-                          run="execute notebooks, keep their outputs", readme="nbs/index.ipynb to README.md",
-                          requirements="settings.ini to requirements.txt", check="every rule the tests hold this project to").items():
+                          run="execute notebooks, keep their outputs", check="the rules the tests hold this project to",
+                          readme="nbs/index.ipynb to README.md", requirements="settings.ini to requirements.txt").items():
         p = sub.add_parser(name, help=why)
-        if name in ("pull", "push", "run"): p.add_argument("names", nargs="*", help="e.g. 02_models; none means all")
-        if name == "push": p.add_argument("--force", action="store_true")
+        if name in ("pull", "push", "run", "check"): p.add_argument("names", nargs="*", help="e.g. 02_models; none means all")
+        if name == "push": p.add_argument("--force", action="store_true", help="overwrite what was edited since the pull")
         if name == "run": p.add_argument("--timeout", type=int, help="seconds a cell")
     a = ap.parse_args()
     if a.cmd == "pull": pull(a.names)
     if a.cmd == "push": push(a.names, force=a.force)
     if a.cmd == "run": run(a.names, timeout=a.timeout)
+    if a.cmd == "check": sys.exit(check(a.names))
     if a.cmd == "readme": (ROOT / "README.md").write_text(readme_text(), encoding="utf-8")
     if a.cmd == "requirements": (ROOT / "requirements.txt").write_text(requirements_text(), encoding="utf-8")
-    if a.cmd == "check":
-        found = check()
-        print("\n".join(found) or "all rules hold")
-        sys.exit(bool(found))
 
 
 if __name__ == "__main__": main()
