@@ -71,9 +71,7 @@ def error_tree(cls: type = AuraError) -> list[type]:
 MAX_PROMPT, MAX_N, MAX_SEED = 2000, 4, 2**53 - 1
 
 def clean_text(text: str) -> str:
-    "Refuse what cannot be encoded, drop C0 controls other than white space."
-    try: text.encode("utf-8")
-    except UnicodeEncodeError: raise ValueError("must be valid Unicode text without lone surrogates") from None
+    "Drop C0 controls other than white space, and white space at the ends."
     return "".join(ch if ch >= " " or ch in "\n\t" else "" for ch in text).strip()
 
 class _Request(BaseModel):
@@ -129,7 +127,7 @@ class RefineRequest(_Request):
 # %% ../nbs/01_types.ipynb #13fcf937
 _ALLOWED = {"extra_forbidden": "no such field", "missing": "a value (this field is required)", "finite_number": "a finite number",
             "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number", "bool_parsing": "1, true, yes, 0, false or no",
-            "string_type": "text", "list_type": "a list", "model_type": "an object", "dict_type": "an object", "float_parsing": "a number",
+            "string_type": "text", "string_unicode": "valid Unicode text without lone surrogates", "list_type": "a list", "model_type": "an object", "dict_type": "an object", "float_parsing": "a number",
             "int_parsing": "a whole number", "model_attributes_type": "an object", "string_pattern_mismatch": "W:H with whole numbers, for example 4:3"}
 
 def _allowed(error: dict) -> str:
