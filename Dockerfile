@@ -1,0 +1,31 @@
+FROM python:3.11-slim
+
+RUN useradd -m -u 1000 user
+WORKDIR /home/user/app
+
+# A Space variable of this name reaches the build: CPU wheels unless it says otherwise (a CUDA torch is several GB more).
+# Empty means pip's usual index.
+ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+RUN PIP_INDEX_URL="$TORCH_INDEX_URL" pip install --no-cache-dir torch==2.13.0
+
+COPY requirements.txt ./
+RUN pip install --no-cache-dir -r requirements.txt
+
+# The app runs as uid 1000 and may write only under its home.
+USER 1000
+ENV HOME=/home/user \
+    PORT=7860 \
+    PYTHONUNBUFFERED=1 \
+    XDG_CACHE_HOME=/home/user/.cache \
+    HF_HOME=/home/user/.cache/huggingface \
+    TORCHINDUCTOR_CACHE_DIR=/home/user/.cache/inductor \
+    TRITON_CACHE_DIR=/home/user/.cache/triton \
+    MPLCONFIGDIR=/home/user/.cache/matplotlib
+
+COPY --chown=1000:1000 app.py ./
+COPY --chown=1000:1000 aura_engine ./aura_engine
+
+EXPOSE 7860
+HEALTHCHECK --interval=30s --timeout=10s --start-period=120s \
+    CMD ["python", "-c", "import os, urllib.request as r; r.urlopen(f\"http://127.0.0.1:{os.environ['PORT']}/health\", timeout=5)"]
+CMD ["python", "app.py"]

@@ -1,0 +1,57 @@
+.DEFAULT_GOAL := help
+.PHONY: help serve test test-slow lab bench train pictures clean
+
+PYTHON ?= python3
+PORT ?= 7860
+VENV := .venv
+PY := $(VENV)/bin/python
+NPM := build/npm
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | sort | awk -F '\t' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@echo "  variables: PYTHON=python3.12  PORT=7860  TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu (small CPU wheels)"
+
+# torch goes first, alone: its index, when one is given, holds no other package of ours in the right version.
+$(VENV)/torch.stamp: Makefile
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
+	  f"aura_engine needs Python 3.11 or newer, $(PYTHON) is {v[0]}.{v[1]}: name another one, as in make PYTHON=python3.12")'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install torch==2.13.0 $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
+	@touch $@
+
+$(VENV)/serve.stamp: $(VENV)/torch.stamp settings.ini setup.py
+	$(PY) -m pip install -e .
+	@touch $@
+
+$(VENV)/dev.stamp: $(VENV)/serve.stamp
+	$(PY) -m pip install -e '.[dev]'
+	@touch $@
+
+serve: $(VENV)/serve.stamp ## start the engine
+	@echo "open http://127.0.0.1:$(PORT)"
+	PORT=$(PORT) $(PY) app.py
+
+test: $(VENV)/dev.stamp ## every test but the slow ones
+	HF_HUB_OFFLINE=1 $(PY) -m pytest tests -m "not slow" -ra
+
+test-slow: $(VENV)/dev.stamp ## the slow tests; prints what was skipped and why
+	HF_HUB_OFFLINE=1 $(PY) -m pytest tests -m slow -ra || test $$? -eq 5
+
+lab: $(VENV)/dev.stamp ## the notebooks in JupyterLab
+	$(PY) -m jupyterlab nbs/index.ipynb
+
+bench: $(VENV)/dev.stamp ## measure this machine: runs nbs/14_bench.ipynb and keeps its tables
+	$(PY) tools/nb.py run 14_bench
+
+train: $(VENV)/dev.stamp ## train the embedded model again from its public art (hours; needs npm)
+	npm install --prefix $(NPM) --ignore-scripts --no-save --no-audit --no-fund \
+	  @iconify-json/noto@1.2.9 @lobehub/fluent-emoji-3d@1.1.0 emojibase-data@17.0.0
+	$(PY) -m aura_engine.train --npm $(NPM)/node_modules --out build/train
+
+pictures: $(VENV)/dev.stamp ## make the pictures of README and index again
+	$(PY) tools/nb.py run index
+	$(PY) tools/nb.py readme
+
+clean: ## remove what make and the tests made, the environment included
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
