@@ -17,6 +17,14 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes or a tool that is not everywhere; run by `make test-slow`")
 
 
+def repo_files(root=ROOT):
+    """Files under version control or about to be; where there is no git, all that are not made by make."""
+    ls = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=root, capture_output=True, text=True)
+    files = [root / f for f in ls.stdout.split("\0") if f] if ls.returncode == 0 else root.rglob("*")
+    made = {".git", ".venv", "build", "dist", "__pycache__"}
+    return sorted(f for f in files if f.is_file() and not made & set(f.relative_to(root).parts))
+
+
 def clean_env(**env):
     """This process's environment without what would configure an engine, plus `env`."""
     return {k: v for k, v in os.environ.items() if not k.startswith(OURS)} | {k: str(v) for k, v in env.items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import nb
-from conftest import ROOT
+from conftest import ROOT, repo_files
 
 NOTEBOOKS = nb.notebooks()
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[p.stem for p in NOTEBOOKS])
@@ -25,14 +25,6 @@ def code_of(cell): return [ln for ln in nb.text_of(cell["source"]).splitlines() 
 
 
 def cells_of(path): return json.loads(path.read_text(encoding="utf-8"))["cells"]
-
-
-def tracked(root=ROOT):
-    """Text files under version control, or all that is not ignored where there is no git."""
-    ls = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=root, capture_output=True, text=True)
-    files = [root / f for f in ls.stdout.split("\0") if f] if ls.returncode == 0 else list(root.rglob("*"))
-    skip = {".git", ".venv", "build", "assets"}
-    return [f for f in files if f.is_file() and not skip & set(f.relative_to(root).parts) and b"\0" not in f.read_bytes()[:4096]]
 
 
 # derived files
@@ -185,8 +177,9 @@ FORBIDDEN = {"a path of this machine": MACHINE_PATH, "a package registry's host"
 
 def text_problems(root=ROOT):
     out = []
-    for f in tracked(root):
-        text = f.read_text(encoding="utf-8", errors="replace")
+    for f in repo_files(root):
+        if "assets" in f.parts or b"\0" in (raw := f.read_bytes()): continue
+        text = raw.decode("utf-8", "replace")
         for what, pattern in FORBIDDEN.items():
             if m := pattern.search(text):
                 out.append(f"{f.relative_to(root)}:{text[:m.start()].count(chr(10)) + 1}: {what}: {text[m.start():][:50].splitlines()[0]!r}")
@@ -207,7 +200,7 @@ def ruff(*args):
     holds((done.stdout + done.stderr).splitlines() if done.returncode else [])
 
 
-def test_ruff_notebooks(): ruff("--select=F,E9,B", "--ignore=B018,F403,F405,F811", "nbs")  # a shown value is an expression
+def test_ruff_notebooks(): ruff("--select=F,E9,B", "nbs")
 
 
 def test_ruff_code(): ruff("--select=F,E9,B", "--exclude=*.ipynb,.venv,build", ".")

@@ -1,11 +1,11 @@
 """The package as a user gets it: an sdist, the wheel made from it, installed where no source tree is near, serving a picture."""
-import base64, email, io, subprocess, sys, sysconfig, venv, zipfile
+import base64, email, io, shutil, subprocess, sys, sysconfig, venv, zipfile
 
 import pytest
 from PIL import Image
 
 import nb
-from conftest import ROOT, clean_env, start
+from conftest import ROOT, clean_env, repo_files, start
 
 SDIST = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
 
@@ -20,10 +20,10 @@ def call(*argv, cwd):
 def wheel(tmp_path_factory):
     """A wheel built from the sdist, in a copy of the tree: building leaves build/ and egg-info behind."""
     tmp = tmp_path_factory.mktemp("wheel")
-    files = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    for name in [f for f in files.stdout.split("\0") if f and (ROOT / f).is_file()]:
-        (tmp / "src" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp / "src" / name).write_bytes((ROOT / name).read_bytes())
+    for f in repo_files():
+        copy = tmp / "src" / f.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(f, copy)
     call(sys.executable, "-c", SDIST, str(tmp), cwd=tmp / "src")
     sdist, = tmp.glob("*.tar.gz")
     call(sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-cache-dir", "-w", tmp, sdist, cwd=tmp)

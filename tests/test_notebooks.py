@@ -7,6 +7,7 @@ import nb
 from conftest import ROOT, clean_env
 
 NOTEBOOKS = nb.notebooks()
+LIMIT = 600  # seconds a notebook
 FLAGS = set(nb.settings()["tst_flags"].split())
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=[p.stem for p in NOTEBOOKS])
 
@@ -24,9 +25,10 @@ sys.exit(not passed)
 def test_notebook(path):
     """In a process of its own: a notebook that hangs is ended, and none sees what another one changed."""
     argv = [sys.executable, "-c", RUN, str(ROOT), str(path), *FLAGS]
-    try: done = subprocess.run(argv, cwd=ROOT, env=clean_env(), capture_output=True, text=True, timeout=600)
-    except subprocess.TimeoutExpired: pytest.fail(f"{path.name} was still running after 600 s", pytrace=False)
-    if done.returncode: pytest.fail(done.stderr[-6000:], pytrace=False)
+    try: done = subprocess.run(argv, cwd=ROOT, env=clean_env(), capture_output=True, text=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired: failed = f"{path.name} was still running after {LIMIT} s"
+    else: failed = done.stderr if done.returncode else ""
+    if failed: pytest.fail(failed[-6000:], pytrace=False)
 
 
 @pytest.mark.slow
@@ -39,7 +41,7 @@ def test_notebook_in_a_kernel(path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     raw = json.loads(path.read_text(encoding="utf-8"))
     raw["cells"] = [c for c in raw["cells"] if nb.runs(c, FLAGS)]
-    client = nbclient.NotebookClient(nbformat.from_dict(raw), timeout=600, kernel_name="python3",
+    client = nbclient.NotebookClient(nbformat.reads(json.dumps(raw), as_version=4), timeout=LIMIT, kernel_name="python3",
                                      resources={"metadata": {"path": str(path.parent)}})
     try: client.execute()
     except nbclient.exceptions.CellExecutionError as e: pytest.fail(f"{path.name}: {str(e)[-6000:]}", pytrace=False)
