@@ -29,7 +29,7 @@ $(VENV)/dev.stamp: $(VENV)/serve.stamp
 
 serve: $(VENV)/serve.stamp ## start the engine
 	@echo "open http://127.0.0.1:$(PORT)"
-	PORT=$(PORT) $(PY) app.py
+	PORT=$(PORT) exec $(PY) app.py
 
 test: $(VENV)/dev.stamp ## every test but the slow ones
 	HF_HUB_OFFLINE=1 $(PY) -m pytest tests -m "not slow" -ra
