@@ -52,7 +52,7 @@ class Settings(BaseSettings):
     max_queue_seconds: float = Field(120, alias="AURA_MAX_QUEUE_SECONDS", gt=0, le=86400, description="refuse work beyond this many predicted seconds")
     deadline_seconds: float = Field(600, alias="AURA_DEADLINE_SECONDS", gt=0, le=86400, description="give a request up after this long")
     grace_seconds: float = Field(20, alias="AURA_GRACE_SECONDS", ge=0, le=600, description="time to finish work when asked to stop")
-    max_batch: int = Field(8, alias="AURA_MAX_BATCH", ge=1, le=64, description="most UNet rows in one step")
+    max_batch: int = Field(16, alias="AURA_MAX_BATCH", ge=1, le=64, description="most UNet rows in one step")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", alias="AURA_LOG_LEVEL", description="log threshold")
 
     @model_validator(mode="before")

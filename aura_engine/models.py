@@ -27,7 +27,6 @@ SAMPLERS = {
     "ddim": Sampler("DDIMScheduler", {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}),
     "euler": Sampler("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
     "dpm": Sampler("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}),
-    "tcd": Sampler("TCDScheduler", {"original_inference_steps": 50}, 50),
 }
 
 # %% ../nbs/02_models.ipynb #dfdec982
