@@ -45,6 +45,7 @@ class StepCost:
         self.curves[key] = {b: s * (1 + (change if b == self.bucket(rows) else change / 2)) for b, s in self.curves[key].items()}
 
     def observe_decode(self, key: tuple, seconds: float, weight: float = 0.2) -> None:
+        "A decode took `seconds`."
         known = self.decode(key)
         self.decodes[key] = known + weight * (min(seconds, 3 * known) - known)
 

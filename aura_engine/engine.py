@@ -29,6 +29,8 @@ class Job:
     def __init__(self, plan: Plan, previews: bool = False, deadline: float = float("inf")):
         self.id, self.plan, self.previews, self.deadline = uuid.uuid4().hex, plan, previews, deadline
         self.log: list[Event] = []
+        self.times: list[float] = []                         # time.monotonic() of each event in the log
+        self.cuts: list[str] = []                            # what did not fit into the prompt's chunks
         self.cancelled, self.status, self.warnings = False, "queued", ()
         self._news, self._wakers = threading.Condition(), []
 
@@ -43,6 +45,7 @@ class Job:
         "Append an event (the engine's side)."
         with self._news:
             if self.done: return
+            self.times.append(time.monotonic())
             self.log.append(event)
             if isinstance(event, Step): self.status = "running"
             if isinstance(event, Failed): self.status = "cancelled" if isinstance(event.error, Cancelled) else "failed"
@@ -60,7 +63,7 @@ def _events(self, timeout: float | None = None) -> Iterator[Event]:
     "All events from the first; waits for each (at most `timeout` seconds, then TimeoutError) and ends after Done."
     for i in itertools.count():
         with self._news:
-            if not self._news.wait_for(lambda: len(self.log) > i, timeout): raise TimeoutError("no event in time")
+            if not self._news.wait_for(lambda i=i: len(self.log) > i, timeout): raise TimeoutError("no event in time")
         yield self.log[i]
         if isinstance(self.log[i], Done): return
 
@@ -258,10 +261,9 @@ def _end(self, job: Job, error: AuraError | None = None) -> None:
     "Take a job out of the engine and close its log."
     self.waiting = [e for e in self.waiting if e.extra["job"] is not job]
     if error is not None: job.emit(Failed(error))
-    job.emit(Done(tuple(str(n) for n in job.plan.notes) + tuple(dict.fromkeys(self._cuts(job)))))
+    job.emit(Done(tuple(str(n) for n in job.plan.notes) + tuple(dict.fromkeys(job.cuts))))
 
-def _cuts(self, job: Job) -> list[str]: return job.__dict__.get("cuts", [])
-
+# %% ../nbs/08_engine.ipynb #5264a6d4
 def _step(self, batch: list[Entry], bucket: int) -> None:
     "One UNet call for a batch."
     for e in batch:
@@ -278,13 +280,13 @@ def _step(self, batch: list[Entry], bucket: int) -> None:
         job.emit(Step(i, t.k, t.steps))
         if job.previews: job.emit(Preview(i, preview_image(self.matrix, t.estimate)))
 
-# %% ../nbs/08_engine.ipynb #5264a6d4
+# %% ../nbs/08_engine.ipynb #22936a41
 def _begin(self, e: Entry) -> None:
     "Text, noise and first latents of a picture."
     e.extra["times"]["queue"] = time.monotonic() - e.arrived
     start = time.perf_counter()
     t = e.extra["trajectory"] = Trajectory(self.parts, e.extra["picture"], self.texts)
-    if t.cut: e.extra["job"].__dict__.setdefault("cuts", []).append(f"the prompt was cut before: {t.cut[:200]}")
+    if t.cut: e.extra["job"].cuts.append(f"the prompt was cut before: {t.cut[:200]}")
     e.extra["times"]["text"] = time.perf_counter() - start
 
 def _finish(self, e: Entry) -> None:
@@ -306,7 +308,7 @@ def _receipt(self, e: Entry, repairs: tuple[str, ...]) -> Receipt:
                    init_sha256=hashlib.sha256(p.init.tobytes()).hexdigest() if p.init is not None else None,
                    corrections=tuple(str(n) for n in e.extra["job"].plan.notes) + repairs, timings={k: round(v, 4) for k, v in e.extra["times"].items()})
 
-for f in (_one_turn, _end, _cuts, _step, _begin, _finish, _receipt): setattr(Engine, f.__name__, f)
+for f in (_one_turn, _end, _step, _begin, _finish, _receipt): setattr(Engine, f.__name__, f)
 
 # %% ../nbs/08_engine.ipynb #5d5ed386
 def _trouble(self, batch: list[Entry], error: Exception) -> None:

@@ -4,7 +4,7 @@
 
 # %% ../nbs/01_types.ipynb #20869a1f
 from __future__ import annotations
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 from pydantic.alias_generators import to_camel

@@ -1,0 +1,252 @@
+"""The engine under load: invariance, cancel, recovery, admission. One engine on the embedded model serves all tests here."""
+import gc
+import random
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from aura_engine.config import load_settings
+from aura_engine.engine import Engine
+from aura_engine.trajectory import TextCache, Trajectory, advance
+from aura_engine.types import AuraError, Cancelled, Degenerate, EngineFailed, Image, NotReady, OutOfMemory, Picture, Plan, Preview, QueueFull, ShuttingDown, Step
+
+APPLE = Picture("a red apple", 128, 128, steps=4, guidance_scale=1.0, seed=7)
+
+
+def make(**env):
+    engine = Engine(load_settings(SD_MODEL_ID="embedded", SD_DEVICE="cpu", **env)).start()
+    assert engine.wait_ready(300), engine.reason
+    return engine
+
+
+@pytest.fixture(scope="module")
+def engine():
+    engine = make()
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def photo(engine):
+    return picture(engine, APPLE)
+
+
+def picture(engine, p):
+    return engine.submit(Plan((p,))).result(120)[0].image
+
+
+def pixels(im):
+    return np.asarray(im, dtype=int)
+
+
+def random_picture(rng, photo):
+    init = photo if rng.random() < 0.4 else None
+    return replace(APPLE, prompt=rng.choice(["a fox", "a red apple on a blue background", "an owl and a cat " * 9]), seed=rng.randrange(10**6),
+                   steps=rng.randint(1, 8), guidance_scale=rng.choice([1.0, 1.0, 2.0, 4.0]), temperature=rng.choice([0, 0.5, 1.0, 2.0]),
+                   scheduler=rng.choice([None, "ddim", "euler", "dpm"]), init=init, strength=rng.choice([0.3, 0.5, 1.0]) if init else None)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_picture_does_not_depend_on_company(engine, photo, seed):
+    """Random mixes, arriving at random, some cancelled at random steps: each that finished equals its lone run."""
+    rng = random.Random(seed)
+    asked = [random_picture(rng, photo) for _ in range(14)]
+    jobs = []
+    for p in asked:
+        jobs.append(engine.submit(Plan((p,))))
+        if rng.random() < 0.4: time.sleep(rng.random() * 0.1)
+        if rng.random() < 0.2: rng.choice(jobs).cancel()
+    for job in jobs: list(job.events(120))
+    finished = [(p, j) for p, j in zip(asked, jobs) if j.status == "succeeded"]
+    assert len(finished) >= 5
+    wrong = places = total = 0
+    for p, job in finished:
+        gap = np.abs(pixels(job.result()[0].image) - pixels(picture(engine, p)))
+        wrong, places, total = max(wrong, gap.max()), places + (gap > 0).sum(), total + gap.size
+    assert wrong <= 1 and places <= 1e-4 * total, (wrong, places, total)
+
+
+@pytest.mark.parametrize("bucket", [4, 8])
+def test_same_bucket_same_bits(engine, photo, bucket):
+    """In calls of one size, whoever else is in them and in whatever place, latents are equal to the last bit."""
+    rng, texts = random.Random(bucket), TextCache(engine.parts)
+    asked = [replace(random_picture(rng, photo), prompt="a fox") for _ in range(10)]
+
+    def run(pictures, shuffle):
+        crowd = [Trajectory(engine.parts, p, texts) for p in pictures]
+        while waiting := [t for t in crowd if not t.done]:
+            if shuffle: rng.shuffle(waiting)
+            batch = []
+            for t in waiting:
+                if sum(b.rows for b in batch) + t.rows <= bucket and rng.random() < 0.8: batch.append(t)
+            if batch: advance(batch, engine.parts.unet, bucket)
+        return [t.latents for t in crowd]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(asked, True), [x for p in asked for x in run([p], False)]))
+
+
+def test_pictures_of_one_request_are_reproducible_alone(engine):
+    plan = Plan(tuple(replace(APPLE, seed=50 + i) for i in range(4)))
+    images = engine.submit(plan).result(120)
+    assert [im.receipt.seed for im in images] == [50, 51, 52, 53]
+    assert len({im.image.tobytes() for im in images}) == 4
+    assert np.abs(pixels(images[2].image) - pixels(picture(engine, replace(APPLE, seed=52)))).max() <= 1
+
+
+def test_temperature_zero_is_the_prompt_alone(engine):
+    cold = [picture(engine, replace(APPLE, temperature=0, seed=s)).tobytes() for s in (1, 2)]
+    warm = [picture(engine, replace(APPLE, temperature=1.0, seed=s)).tobytes() for s in (1, 2)]
+    assert cold[0] == cold[1] and warm[0] != warm[1]
+
+
+def test_cancel_wastes_at_most_one_call(engine):
+    """After cancel() returns, at most the UNet call that is running is lost; a queued job never starts."""
+    running = engine.submit(Plan((replace(APPLE, steps=50),)))
+    next(e for e in running.events(60) if isinstance(e, Step) and e.step == 2)
+    queued = engine.submit(Plan((replace(APPLE, prompt="never begun", steps=50),)))
+    queued.cancel(); running.cancel()
+    before = engine.unet_calls
+    assert isinstance(list(running.events(60))[-2].error, Cancelled)
+    list(queued.events(60))
+    assert engine.unet_calls - before <= 1
+    assert not any(isinstance(e, Step) for e in queued.log)
+
+
+def test_deadline():
+    engine = make(AURA_DEADLINE_SECONDS="0.05")
+    job = engine.submit(Plan((replace(APPLE, steps=50),)))
+    with pytest.raises(AuraError) as e: job.result(60)
+    assert e.value.code == "deadline" and job.done
+    engine.close()
+
+
+def test_admission_refuses_by_predicted_seconds(engine):
+    tight = make(AURA_MAX_QUEUE_SECONDS="0.5")
+    jobs = []
+    with pytest.raises(QueueFull) as e:
+        for _ in range(500): jobs.append(tight.submit(Plan((replace(APPLE, steps=8),))))
+    assert e.value.retry_after > 0 and jobs and tight.health()["queue"]["length"] <= len(jobs)
+    for job in jobs: job.cancel()
+    tight.close()
+    with pytest.raises(ShuttingDown): tight.submit(Plan((APPLE,)))
+
+
+def test_previews_lead_to_the_picture(engine):
+    """One preview a step, and the last one is close to the finished picture."""
+    job = engine.submit(Plan((APPLE,)), previews=True)
+    final = pixels(job.result(60)[0].image)
+    previews = [e.image for e in job.log if isinstance(e, Preview)]
+    assert len(previews) == 4 and previews[0].shape == (16, 16, 3)
+    small = final.reshape(16, 8, 16, 8, 3).mean((1, 3))
+    assert np.abs(previews[-1] - small).mean() < np.abs(small - small.mean()).mean() + 10
+
+
+@pytest.fixture
+def fault(engine):
+    hooks = []
+    yield lambda f: hooks.append(engine.parts.unet.register_forward_pre_hook(f))
+    for h in hooks: h.remove()
+    engine.row_cap = engine.settings.max_batch
+
+
+def test_out_of_memory_makes_the_batch_smaller(engine, fault):
+    reference = [picture(engine, replace(APPLE, seed=s)) for s in range(5)]
+
+    def small_device(module, args):
+        if args[0].shape[0] > 1: raise torch.OutOfMemoryError("provoked")
+    fault(small_device)
+    jobs = [engine.submit(Plan((replace(APPLE, seed=s),))) for s in range(5)]
+    for job, ref in zip(jobs, reference): assert np.abs(pixels(job.result(120)[0].image) - pixels(ref)).max() <= 1
+
+
+def test_out_of_memory_for_good_is_an_answer_and_leaves_no_trace(engine, fault, photo):
+    def full(module, args): raise torch.OutOfMemoryError("provoked, 17 GiB at /dev/secret")
+    fault(full)
+    with pytest.raises(OutOfMemory) as e: picture(engine, APPLE)
+    assert e.value.retry_after and "secret" not in e.value.detail
+    engine.parts.unet._forward_pre_hooks.clear()
+    assert picture(engine, APPLE).tobytes() == photo.tobytes()
+
+
+def test_one_poisoned_request_does_not_take_its_neighbours(engine, fault):
+    """A request whose own latents make the model raise fails alone, even when it shared a call."""
+    gate = threading.Event()
+
+    def poison(module, args):
+        gate.wait(20)
+        if (args[0].abs() > 1e5).any(): raise RuntimeError("boom")
+    fault(poison)
+    jobs = [engine.submit(Plan((replace(APPLE, seed=s),))) for s in range(4)]
+    bad = engine.submit(Plan((replace(APPLE, seed=99),)))
+    while not (entries := [w for w in engine.waiting + engine.inbox if w.extra["job"] is bad]): time.sleep(0.01)
+    t = Trajectory(engine.parts, entries[0].extra["picture"], TextCache(engine.parts)); t.latents = t.latents * 1e6
+    entries[0].extra["trajectory"] = t
+    gate.set()
+    with pytest.raises(EngineFailed): bad.result(60)
+    assert all(len(j.result(60)) == 1 for j in jobs)
+
+
+def test_a_black_picture_is_an_error(engine):
+    hook = engine.parts.unet.register_forward_hook(lambda m, a, out: (out[0] * float("nan"),))
+    try:
+        with pytest.raises(Degenerate): picture(engine, APPLE)
+    finally: hook.remove()
+
+
+def test_damaged_weights_of_the_right_size_never_become_ready(tmp_path):
+    """They load without an error; the self-test picture is what catches them."""
+    import shutil
+    from safetensors.torch import load_file, save_file
+    from aura_engine.models import EMBEDDED
+    shutil.copytree(EMBEDDED, tmp_path / "m")
+    f = tmp_path / "m/unet/diffusion_pytorch_model.safetensors"
+    save_file({k: v * float("nan") for k, v in load_file(f).items()}, f, metadata={"format": "pt"})
+    engine = Engine(load_settings(SD_MODEL_ID=str(tmp_path / "m"))).start()
+    assert not engine.wait_ready(120) and engine.health()["status"] == "failed"
+    with pytest.raises(NotReady): engine.submit(Plan((APPLE,)))
+
+
+def test_a_crash_of_the_thread_fails_everybody_at_once(monkeypatch):
+    engine = make()
+    job = engine.submit(Plan((replace(APPLE, steps=50),)))
+    next(e for e in job.events(60) if isinstance(e, Step))
+    monkeypatch.setattr(engine, "_trouble", None)
+    monkeypatch.setattr(engine, "_step", None)
+    with pytest.raises(EngineFailed): job.result(30)
+    assert not engine.ready and engine.health()["reason"]
+
+
+def test_health_stays_quick_while_the_engine_works(engine):
+    """No bound on time here (benchmarks measure it): health never waits for a step."""
+    job = engine.submit(Plan(tuple(replace(APPLE, steps=50, seed=s) for s in range(4))))
+    next(e for e in job.events(60) if isinstance(e, Step))
+    calls = engine.unet_calls
+    for _ in range(200): assert engine.health()["queue"]["length"] >= 1
+    assert engine.unet_calls - calls < 100
+    job.cancel()
+
+
+@pytest.mark.slow
+def test_memory_is_flat_over_500_mixed_requests(engine, photo):
+    """RSS after requests with cancels and failures: the second half may not grow by more than 2 %."""
+    def rss(): gc.collect(); return int(open("/proc/self/statm").read().split()[1]) * 4096
+    rng, marks = random.Random(0), []
+    for i in range(500):
+        job = engine.submit(Plan((random_picture(rng, photo),)), previews=rng.random() < 0.5)
+        if rng.random() < 0.2: job.cancel()
+        if i % 8 == 7: list(job.events(120))
+        if i % 50 == 49:
+            while engine.health()["queue"]["length"]: time.sleep(0.01)
+            marks.append(rss())
+    assert max(marks[5:]) < 1.02 * max(marks[2:5]), [m // 2**20 for m in marks]
+
+
+def test_images_come_in_the_log_of_the_job(engine):
+    job = engine.submit(Plan((APPLE, replace(APPLE, seed=8))))
+    list(job.events(60))
+    assert sorted(e.index for e in job.log if isinstance(e, Image)) == [0, 1] and job.status == "succeeded"
+    assert list(job.events()) == list(job.events())          # any number of readers, from the first event
