@@ -37,7 +37,7 @@ from . import __version__
 from .config import normalise_origin
 from .images import MIME, decode, encode, from_base64, receipt_of, to_base64
 from .models import SAMPLERS, Row, plan
-from .types import (MAX_SEED, AuraError, Done, Event, Failed, FieldError, ForeignOrigin, GenerateRequest, Image, Invalid, Malformed,
+from .types import (MAX_SEED, AuraError, Event, Failed, FieldError, ForeignOrigin, GenerateRequest, Image, Invalid, Malformed,
     MethodNotAllowed, NotFound, NotReady, Picture, Plan, Preview, Prompt, Queued, QueueFull, Receipt, RefineRequest, ShuttingDown, Step, TooLarge,
     Unauthorized, _Request, field_errors, shown)
 
@@ -178,7 +178,7 @@ async def make(api: Api, job, format: str, request: Request | None = None, finis
         async for e in events:
             if isinstance(e, Failed): raise e.error
             if isinstance(e, Image): done[e.index] = await api.aside(encode, finish(e.image) if finish else e.image, format, e.receipt), e.receipt
-    files, receipts = zip(*(done[i] for i in sorted(done)))
+    files, receipts = zip(*(done[i] for i in sorted(done)), strict=True)
     return Made(format, list(files), list(receipts), list(job.warnings))
 
 # %% ../nbs/09_api.ipynb #9fb4f940
@@ -356,7 +356,7 @@ async def keep(api: Api, kept: Kept, format: str) -> None:
                 if isinstance(e, Failed): raise e.error
                 if isinstance(e, Step): kept.progress[e.index] = e.step, e.steps
                 if isinstance(e, Image): done[e.index] = await api.aside(encode, e.image, format, e.receipt), e.receipt
-        kept.made = Made(format, *(list(x) for x in zip(*(done[i] for i in sorted(done)))), list(kept.job.warnings))
+        kept.made = Made(format, *(list(x) for x in zip(*(done[i] for i in sorted(done)), strict=True)), list(kept.job.warnings))
     except Exception as exc:
         kept.error = as_error(exc)
         api.metrics.failed(kept.error)

@@ -1,0 +1,157 @@
+"""The contract, asked of a real `python app.py` over a real socket, as a frontend would."""
+import base64, io
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+
+def picture(text):
+    """Base64 without a data: prefix -> an opened PNG."""
+    im = Image.open(io.BytesIO(base64.b64decode(text, validate=True)))
+    assert im.format == "PNG" and im.mode == "RGB"
+    return im
+
+
+def pixels(text): return np.asarray(picture(text), int)
+
+
+@pytest.fixture(scope="module")
+def web(server):
+    with httpx.Client(base_url=server.url, timeout=180) as client: yield client
+
+
+@pytest.fixture(scope="module")
+def apple(web): return web.post("/generate", json={"prompt": "a red apple", "seed": 1}).json()
+
+
+def test_the_guides_generate(web):
+    r = web.post("/generate", json={"prompt": "a red apple", "aspectRatio": "1:1", "temperature": 0.7, "resolution": "standard"})
+    assert r.status_code == 200 and r.headers["content-type"] == "application/json"
+    body = r.json()
+    assert set(body) == {"images", "receipts", "warnings"} and len(body["images"]) == len(body["receipts"]) == 1
+    assert picture(body["images"][0]).size == (128, 128)
+
+
+@pytest.mark.parametrize("aspect, wide", [("16:9", True), ("4:3", True), ("9:16", False), ("1:3", False)])
+def test_sizes_follow_the_aspect_ratio(web, aspect, wide):
+    w, h = picture(web.post("/generate", json={"prompt": "an owl", "aspectRatio": aspect, "steps": 1}).json()["images"][0]).size
+    assert (w > h) is wide and w % 8 == h % 8 == 0 and 0.75 < w * h / 128**2 < 1.25
+
+
+def test_temperature_zero_is_always_the_same_picture(web):
+    a, b = (web.post("/generate", json={"prompt": "a fox", "temperature": 0}).json() for _ in range(2))
+    assert a["receipts"][0]["seed"] != b["receipts"][0]["seed"]
+    assert np.array_equal(pixels(a["images"][0]), pixels(b["images"][0]))
+
+
+def test_temperature_one_is_a_fresh_one(web):
+    a, b = (pixels(web.post("/generate", json={"prompt": "a fox", "temperature": 1}).json()["images"][0]) for _ in range(2))
+    assert not np.array_equal(a, b)
+
+
+def test_a_seed_repeats_and_n_counts_on(web):
+    four = web.post("/generate", json={"prompt": "a fox", "seed": 40, "n": 4}).json()
+    assert [r["seed"] for r in four["receipts"]] == [40, 41, 42, 43]
+    lone = web.post("/generate", json={"prompt": "a fox", "seed": 42}).json()
+    assert np.abs(pixels(four["images"][2]) - pixels(lone["images"][0])).max() <= 1
+
+
+def test_high_without_a_gpu_is_standard_and_says_so(web):
+    body = web.post("/generate", json={"prompt": "a fox", "resolution": "high", "steps": 1}).json()
+    assert len(body["images"]) == 1 and picture(body["images"][0]).size == (128, 128)
+
+
+def test_the_guides_refine(web, apple):
+    body = {"refinePrompt": "a green apple", "images": apple["images"] * 2, "config": {"steps": 4, "guidanceScale": 1.0}}
+    r = web.post("/refine", json=body)
+    assert r.status_code == 200, r.text
+    assert len(r.json()["images"]) == 2 and all(picture(t).size == (128, 128) for t in r.json()["images"])
+    assert web.post("/refine", json={k: body[k] for k in ("refinePrompt", "images")}).status_code == 200
+
+
+def test_a_refinement_keeps_the_aspect(web):
+    out = io.BytesIO()
+    Image.new("RGB", (300, 150), "teal").save(out, "JPEG")
+    text = "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+    w, h = picture(web.post("/refine", json={"refinePrompt": "a fish", "images": [text]}).json()["images"][0]).size
+    assert 1.75 < w / h < 2.25                                # on the grid of the family
+
+
+@pytest.mark.parametrize("accept, format", [("image/png", "PNG"), ("image/jpeg", "JPEG"), ("image/webp", "WEBP"), ("image/*", "PNG")])
+def test_bytes_when_asked(web, accept, format):
+    r = web.post("/generate", json={"prompt": "a fox", "steps": 1}, headers={"Accept": accept})
+    assert Image.open(io.BytesIO(r.content)).format == format and r.headers["content-type"] == f"image/{format.lower()}"
+    assert web.post("/generate", json={"prompt": "a fox", "n": 2}, headers={"Accept": accept}).status_code == 422
+
+
+def test_format_of_the_json(web):
+    text = web.post("/generate", json={"prompt": "a fox", "steps": 1, "format": "webp"}).json()["images"][0]
+    assert Image.open(io.BytesIO(base64.b64decode(text))).format == "WEBP"
+
+
+def test_health(web):
+    h = web.get("/health").json()
+    need = {"status", "ready", "device", "gpu", "gpuName", "model", "revision", "lora", "scheduler", "precision", "backend", "optimizations", "warnings",
+            "reason", "queue", "stepCost", "version", "buildId", "uptimeSeconds"}
+    assert need <= set(h) and h["status"] == "ready" and h["ready"] is True and h["gpu"] is False and h["device"] == "cpu"
+    assert set(h["queue"]) == {"length", "seconds"} and all(isinstance(x, str) for x in h["optimizations"])
+
+
+def test_ready_and_marks(web):
+    r = web.get("/ready", headers={"x-request-id": "abc-1"})
+    assert r.status_code == 200 and r.headers["x-request-id"] == "abc-1" and r.headers["x-aura-engine"]
+
+
+def test_the_page_answers_get_and_head(web):
+    got, head = web.get("/"), web.head("/")
+    assert got.status_code == head.status_code == 200 and head.content == b"" and got.headers["content-type"].startswith("text/html")
+    assert "<title>" in got.text and not [w for w in ("http://", "https://") if f'src="{w}' in got.text or f'href="{w}' in got.text]
+
+
+def test_metrics_and_docs(web):
+    text = web.get("/metrics").text
+    for name in ("aura_requests_total", "aura_queue_depth", "aura_queue_wait_seconds", "aura_step_seconds", "aura_generation_seconds", "aura_model_ready 1.0", "aura_gpu_memory_bytes"): assert name in text
+    assert web.get("/docs").status_code == 200 and "/generate" in web.get("/openapi.json").json()["paths"]
+
+
+@pytest.mark.parametrize("body, field, given, allowed", [
+    ({"prompt": "x", "temperature": 3}, "temperature", "3", "at most 2"), ({"prompt": "x", "resolution": "huge"}, "resolution", "'huge'", "'high' or 'standard'"),
+    ({"prompt": "x", "aspectRatio": "9:1"}, "aspectRatio", "'9:1'", "1:3"), ({"prompt": "x", "colour": 1}, "colour", "1", "no such field"), ({}, "prompt", "None", "required")])
+def test_a_wrong_value_is_named(web, body, field, given, allowed):
+    r = web.post("/generate", json=body)
+    assert r.status_code == 422 and r.headers["content-type"] == "application/problem+json"
+    problem = r.json()
+    assert set(problem) == {"type", "title", "status", "detail", "errors", "requestId"} and problem["requestId"] == r.headers["x-request-id"]
+    error, = problem["errors"]
+    assert error["loc"] == field and error["given"] == given and allowed in error["allowed"] and error["msg"]
+
+
+def test_nothing_there_and_not_so(web):
+    assert [web.get("/generate").status_code, web.get("/nowhere").status_code, web.post("/generate/", json={}).status_code, web.post("/generate", content=b"{", headers={"content-type": "application/json"}).status_code] == [405, 404, 404, 400]
+    assert web.get("/nowhere").json()["type"] == "urn:aura:not_found" and web.get("/generate").headers["allow"] == "POST"
+
+
+# many at once
+
+ASKS = [{"prompt": p, "seed": s, "steps": 1 + s % 4, "temperature": s % 3 / 2} for s, p in enumerate(["a fox", "a red apple", "an owl", "a rocket"] * 2)]
+
+
+def together(url):
+    """All ASKS at once, and one after the other."""
+    def ask(body): return httpx.post(url + "/generate", json=body, timeout=300).json()["images"][0]
+    with ThreadPoolExecutor(8) as pool: crowd = list(pool.map(ask, ASKS))
+    return crowd, [ask(body) for body in ASKS]
+
+
+def test_company_changes_nothing(server):
+    crowd, lone = together(server.url)
+    gaps = [np.abs(pixels(a) - pixels(b)) for a, b in zip(crowd, lone, strict=True)]
+    assert max(g.max() for g in gaps) <= 1 and sum((g > 0).sum() for g in gaps) <= 1e-4 * sum(g.size for g in gaps)
+
+
+def test_to_the_last_bit_at_one_batch_size(make_server):
+    crowd, lone = together(make_server(AURA_MAX_BATCH=1).url)
+    assert all(np.array_equal(pixels(a), pixels(b)) for a, b in zip(crowd, lone, strict=True))
