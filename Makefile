@@ -40,16 +40,17 @@ test-slow: $(VENV)/dev.stamp ## the slow tests; prints what was skipped and why
 lab: $(VENV)/dev.stamp ## the notebooks in JupyterLab
 	$(PY) -m jupyterlab nbs/index.ipynb
 
-bench: $(VENV)/dev.stamp ## measure this machine: runs nbs/14_bench.ipynb and keeps its tables
+bench: $(VENV)/dev.stamp ## compare the engine with its baselines on this machine (ten minutes), figures into nbs/bench/
+	$(PY) -m aura_engine.bench
 	$(PY) tools/nb.py run 14_bench
 
 train: $(VENV)/dev.stamp ## train the embedded model again from its public art (hours; needs npm)
 	npm install --prefix $(NPM) --ignore-scripts --no-save --no-audit --no-fund \
-	  @iconify-json/noto@1.2.9 @lobehub/fluent-emoji-3d@1.1.0 emojibase-data@17.0.0
+	  @iconify-json/noto@1.2.9 emojibase-data@17.0.0
 	$(PY) -m aura_engine.train --npm $(NPM)/node_modules --out build/train
 
 pictures: $(VENV)/dev.stamp ## make the pictures of README and index again
-	$(PY) tools/nb.py run index
+	AURA_PICTURES=1 $(PY) tools/nb.py run index
 	$(PY) tools/nb.py readme
 
 clean: ## remove what make and the tests made, the environment included

@@ -13,7 +13,7 @@ from .config import load_settings
 from .engine import Engine
 from .loader import Components, quiet
 from .models import SAMPLERS, executed_steps
-from .trajectory import TextCache, Trajectory, advance, decode_latents
+from .trajectory import TextCache, Trajectory, call_unet, unet_inputs
 from .types import Picture, Plan, Preview
 
 # %% auto #0
@@ -143,7 +143,6 @@ def overhead(engine: Engine, picture: Picture, repeats: int = 30) -> dict:
     "Milliseconds a picture takes through the engine, and as bare UNet and VAE calls; interleaved, medians."
     parts, texts = engine.parts, TextCache(engine.parts)
     t = Trajectory(parts, picture, texts)
-    from aura_engine.trajectory import call_unet, unet_inputs
     inputs = unet_inputs(t)
     @torch.inference_mode()
     def bare():

@@ -231,6 +231,7 @@ def _curve(self, parts: Components, inputs: dict) -> dict[int, float]:
     name = f"{self.settings.model_id}|{parts.lora}|{parts.device}|{parts.precision}|{tuple(inputs['sample'].shape)}|{torch.__version__}|{torch.get_num_threads()}|{self.settings.max_batch}"
     return cached_curve(cache_folder() / "step_cost.json", name, call, self.settings.max_batch)
 
+# %% ../nbs/08_engine.ipynb #7e46b4b3
 def _fail(self, reason: str) -> None:
     "Not ready for good: every waiting job ends at once."
     with self._turn:

@@ -139,6 +139,7 @@ def load(settings: Settings) -> Components:
     if row.unet_file: _put_unet(parts["unet"], row.unet_file)
     if settings.vae_id: parts["vae"] = _other_vae(settings.vae_id, DTYPES[precision])
     for m in (parts["unet"], parts["vae"], *parts["text_encoders"]): m.to(device).eval().requires_grad_(False)
+    for m in (parts["unet"], parts["vae"]): m.to(memory_format=torch.channels_last)
     return Components(row, settings.model_id, device=device, precision=precision, notes=notes, lora=lora, revision=settings.revision, **parts)
 
 def _parts(pipe) -> dict:

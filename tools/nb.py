@@ -123,11 +123,11 @@ def export(root=ROOT):
     subprocess.run([sys.executable, "-c", code], cwd=root, env=env, check=True)
 
 
-def run(names, root=ROOT, timeout=None):
+def run(names, root=ROOT, timeout=None, flags=""):
     """Execute notebooks and keep their outputs, each in a fresh process; one whose cell fails stays as it was."""
     path, *more = notebooks(names, root)
     if more:
-        each = [sys.executable, __file__, "run", *(["--timeout", str(timeout)] if timeout else [])]
+        each = [sys.executable, __file__, "run", *(["--timeout", str(timeout)] if timeout else []), *(["--flags", flags] if flags else [])]
         bad = [p.stem for p in (path, *more) if subprocess.run([*each, p.stem]).returncode]
         sys.exit(f"failed: {' '.join(bad)}" if bad else 0)
     from execnb.shell import CaptureShell, format_exc
@@ -135,7 +135,7 @@ def run(names, root=ROOT, timeout=None):
     sys.path[0] = str(root)  # python put tools/ there; a notebook must find the package
     nb, shell = json.loads(path.read_text(encoding="utf-8")), CaptureShell(path, mpl_format="png", timeout=timeout)
     for i, cell in enumerate(nb["cells"]):
-        if not runs(cell, set(settings(root)["tst_flags"].split())): continue
+        if not runs(cell, set(settings(root)["tst_flags"].split()) - set(flags.split())): continue
         cell["outputs"] = list(shell.run(text_of(cell["source"])))
         if shell.exc: sys.exit(f"{path.name}, cell {i}:\n\n{text_of(cell['source'])}\n\n{''.join(format_exc(shell.exc))}")
     save(path, nb)
@@ -173,7 +173,7 @@ def main():
         p = sub.add_parser(f.__name__, help=f.__doc__)
         p.add_argument("names", nargs="*", help="e.g. 02_models; none means all")
         if f is push: p.add_argument("--force", action="store_true", help="overwrite what was edited since the pull")
-        if f is run: p.add_argument("--timeout", type=int, help="seconds a cell")
+        if f is run: p.add_argument("--timeout", type=int, help="seconds a cell"), p.add_argument("--flags", default="", help="run cells of these flags too, e.g. slow")
         p.set_defaults(go=lambda a, f=f: f(**{k: v for k, v in vars(a).items() if k not in ("cmd", "go")}))
     for cmd, name, text in (("readme", "README.md", readme_text), ("requirements", "requirements.txt", requirements_text)):
         p = sub.add_parser(cmd, help=text.__doc__)
