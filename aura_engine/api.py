@@ -511,6 +511,7 @@ class Route:
     errors: tuple[int, ...] = ()
     status: int = 200
     media: tuple[str, ...] = ()
+    docs: dict[str, Any] | None = None
 
     def responses(self) -> dict:
         "The answers as OpenAPI wants them."
@@ -637,5 +638,5 @@ def create_app(engine, extra_routes=(), shapes: dict[str, Callable] | None = Non
     app.state.api = Api(engine, shapes)
     lock = [Depends(check_key)] if engine.settings.api_key else []
     for r in (*routes, *extra_routes):
-        app.add_api_route(r.path, r.handler, methods=r.methods.split(), status_code=r.status, responses=r.responses(), response_model=None, dependencies=lock if r.keyed else [], include_in_schema="HEAD" not in r.methods)
+        app.add_api_route(r.path, r.handler, methods=r.methods.split(), status_code=r.status, responses=r.responses(), response_model=None, dependencies=lock if r.keyed else [], openapi_extra=r.docs, include_in_schema="HEAD" not in r.methods)
     return app

@@ -4,10 +4,190 @@
 
 # %% ../nbs/10_compat.ipynb #a971b8e0
 from __future__ import annotations
-import time
-from .api import Route
-
-routes, shapes = (), {}
+import math, time
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from typing import Any, Literal
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response
+from PIL import Image as Pillow
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from .api import MAKING, Api, Route, as_error, event_stream, follow, frame, make, request_id, wanted
+from .images import MIME, encode, to_base64
+from .types import MAX_N, MAX_SEED, AuraError, Failed, FieldError, GenerateRequest, Image, Invalid, Preview, Prompt, RefineConfig, RefineRequest, Step, field_errors, shown
 
 # %% auto #0
-__all__ = ['routes', 'shapes']
+__all__ = ['NO_USAGE', 'routes', 'shapes', 'size_of', 'resized', 'shape', 'ImagesRequest', 'openai_error', 'about',
+           'openai_stream', 'openai_answer', 'generations', 'edits', 'models', 'model', 'HfParameters', 'HfRequest',
+           'huggingface']
+
+# %% ../nbs/10_compat.ipynb #9a3e87c7
+def size_of(text: str, name: str = "size") -> tuple[int, int] | None:
+    "'640x480' -> (640, 480), 'auto' -> None. Invalid unless both sides are 64 to 2048, between 1:3 and 3:1."
+    if text == "auto": return None
+    w, h = (int(p) for p in text.split("x"))
+    if 64 <= min(w, h) and max(w, h) <= 2048 and max(w, h) <= 3 * min(w, h): return w, h
+    allowed = "auto, or WxH with sides of 64 to 2048, between 1:3 and 3:1"
+    raise Invalid(f"{name}: given {text}, allowed: {allowed}.", (FieldError(name, shown(text), allowed, f"{name}: given {text}, allowed: {allowed}"),))
+
+def resized(size: tuple[int, int] | None) -> Callable:
+    "A function that brings a picture to exactly `size` (None: as it is)."
+    return lambda im: im if size in (None, im.size) else im.resize(size, Pillow.LANCZOS)
+
+def _checked(cls: type, **values):
+    "An own request from translated values; a wrong one is Invalid."
+    try: return cls(**{k: v for k, v in values.items() if v is not None})
+    except ValidationError as e:
+        fields = field_errors(e)
+        raise Invalid(" ".join(f.msg + "." for f in fields[:3]), fields) from None
+
+def shape(size: tuple[int, int] | None, native: int) -> dict[str, str]:
+    "Pixels asked for -> the aspect ratio and resolution that our own request knows."
+    if size is None: return {}
+    g = math.gcd(*size)
+    return {"aspectRatio": f"{size[0] // g}:{size[1] // g}", "resolution": "high" if size[0] * size[1] >= 0.9 * native**2 else "standard"}
+
+# %% ../nbs/10_compat.ipynb #d4aeb92a
+class ImagesRequest(BaseModel):
+    "Body of POST /v1/images/generations, and the fields of a POST /v1/images/edits form."
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+    prompt: Prompt = Field(json_schema_extra={"minLength": 1})
+    n: int = Field(1, ge=1, le=MAX_N)
+    size: str = Field("auto", pattern=r"^(auto|[1-9]\d{1,3}x[1-9]\d{1,3})$")
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    response_format: Literal["b64_json", "url"] = "b64_json"
+    stream: bool = False
+    partial_images: int = Field(0, ge=0, le=3)
+    seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    num_inference_steps: int | None = Field(None, ge=1, le=100)
+    guidance_scale: float | None = Field(None, ge=0, le=30)
+    negative_prompt: Prompt = ""
+    temperature: float = Field(0.7, ge=0, le=2)
+    strength: float = Field(0.5, ge=0.05, le=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_nulls(cls, data: Any) -> Any: return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+
+    def numbers(self) -> dict[str, Any]:
+        "What generating and refining have in common, by our own names."
+        return dict(steps=self.num_inference_steps, guidanceScale=self.guidance_scale, negativePrompt=self.negative_prompt, temperature=self.temperature, seed=self.seed, format=self.output_format)
+
+# %% ../nbs/10_compat.ipynb #1fa73061
+def openai_error(error: AuraError, request_id: str = "") -> dict:
+    "An error as the body that OpenAI's clients read."
+    kind = {401: "authentication_error", 429: "rate_limit_error"}.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    return {"error": {"message": error.detail, "type": kind, "param": error.errors[0].loc if error.errors else None, "code": error.code}}
+
+NO_USAGE = {"input_tokens": 0, "input_tokens_details": {"image_tokens": 0, "text_tokens": 0}, "output_tokens": 0, "total_tokens": 0}
+
+def about(ask: ImagesRequest, size: tuple[int, int]) -> dict:
+    "What answers and stream events say of a picture."
+    return {"size": f"{size[0]}x{size[1]}", "output_format": ask.output_format, "background": "opaque", "quality": "auto"}
+
+# %% ../nbs/10_compat.ipynb #f6b81393
+async def openai_stream(api: Api, job, ask: ImagesRequest, kind: str, request: Request) -> AsyncIterator[bytes]:
+    "A job as `{kind}.partial_image` and `{kind}.completed` events; an error ends it as OpenAI's does."
+    size, at, sent = size_of(ask.size), {}, {}
+    def event(name, im, receipt=None, **more):
+        im = resized(size or (job.plan.pictures[0].width, job.plan.pictures[0].height))(im) if receipt is None else resized(size)(im)
+        return {"type": f"{kind}.{name}", "b64_json": to_base64(encode(im, ask.output_format, receipt)), "created_at": int(time.time()), **about(ask, im.size), **more}
+    try:
+        async with aclosing(follow(api, job)) as events:
+            async for e in events:
+                if isinstance(e, Failed): raise e.error
+                if isinstance(e, Step): at[e.index] = e
+                if isinstance(e, Preview):
+                    step, k = at[e.index], sent.get(e.index, 0)
+                    if step.step < step.steps and k < step.step * (ask.partial_images + 1) // step.steps and k < ask.partial_images:
+                        sent[e.index] = k + 1
+                        yield frame(f"{kind}.partial_image", await api.aside(lambda e=e, k=k: event("partial_image", Pillow.fromarray(e.image), partial_image_index=k)))
+                if isinstance(e, Image): yield frame(f"{kind}.completed", await api.aside(lambda e=e: event("completed", e.image, e.receipt, usage=NO_USAGE)))
+    except Exception as exc:
+        error = as_error(exc)
+        api.metrics.failed(error)
+        yield frame("error", openai_error(error, request_id(request)))
+
+# %% ../nbs/10_compat.ipynb #913f0b31
+async def openai_answer(request: Request, ask: ImagesRequest, own: GenerateRequest | RefineRequest, kind: str) -> Response:
+    "Run an own request and answer as OpenAI does."
+    api, size = request.app.state.api, size_of(ask.size)
+    job = await api.submit(own, previews=ask.stream and ask.partial_images > 0)
+    if ask.stream: return event_stream(openai_stream(api, job, ask, kind, request), job)
+    made = await make(api, job, ask.output_format, request, resized(size))
+    texts = [to_base64(f) for f in made.files]
+    data = [{"url": f"data:{MIME[ask.output_format]};base64,{t}"} if ask.response_format == "url" else {"b64_json": t} for t in texts]
+    size = size or (made.receipts[0].width, made.receipts[0].height)
+    return JSONResponse({"created": int(time.time()), "data": data, **about(ask, size), "usage": NO_USAGE, "receipts": [r.to_json() for r in made.receipts], "warnings": made.warnings})
+
+async def generations(request: Request, body: ImagesRequest) -> Response:
+    "OpenAI's images.generate."
+    row = request.app.state.api.row()
+    own = _checked(GenerateRequest, prompt=body.prompt, n=body.n, **shape(size_of(body.size), row.native), **body.numbers())
+    return await openai_answer(request, body, own, "image_generation")
+
+# %% ../nbs/10_compat.ipynb #2e4d414c
+async def edits(request: Request) -> Response:
+    "OpenAI's images.edit: a multipart form with `image` (or several `image[]`) and the fields of a generation."
+    async with request.form(max_files=MAX_N + 1, max_fields=60) as form:
+        fields = {k: v for k, v in form.multi_items() if isinstance(v, str)}
+        files = [(k, await v.read()) for k, v in form.multi_items() if not isinstance(v, str)]
+    pictures = [data for name, data in files if name in ("image", "image[]")]
+    if len(pictures) != len(files): raise Invalid("mask: not supported; this engine refines whole pictures.", (FieldError("mask", "a file", "no mask", "mask: not supported"),))
+    ask = _checked(ImagesRequest, **fields)
+    if not pictures: raise Invalid("image: given none, allowed: 1 to 4 files.", (FieldError("image", "none", "1 to 4 files", "image: required"),))
+    if len(pictures) == 1: pictures *= ask.n
+    size_of(ask.size)
+    own = _checked(RefineRequest, refinePrompt=ask.prompt, images=[to_base64(p) for p in pictures],
+                   config=_checked(RefineConfig, **ask.numbers(), strength=ask.strength))
+    return await openai_answer(request, ask, own, "image_edit")
+
+async def models(request: Request) -> Response:
+    "OpenAI's models.list: the one model of this engine."
+    return JSONResponse({"object": "list", "data": [_model(request)]})
+
+async def model(request: Request, id: str) -> Response:
+    "OpenAI's models.retrieve; any name is the one model, as it is in requests."
+    return JSONResponse(_model(request))
+
+def _model(request: Request) -> dict: return {"id": request.app.state.api.settings.model_id, "object": "model", "created": 0, "owned_by": "aura_engine"}
+
+# %% ../nbs/10_compat.ipynb #a96b3395
+class HfParameters(BaseModel):
+    "`parameters` of a Hugging Face text-to-image request."
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+    width: int | None = Field(None, ge=64, le=2048)
+    height: int | None = Field(None, ge=64, le=2048)
+    num_inference_steps: int | None = Field(None, ge=1, le=100)
+    guidance_scale: float | None = Field(None, ge=0, le=30)
+    negative_prompt: str | None = Field(None, max_length=2000)
+    seed: int | None = Field(None, ge=0, le=MAX_SEED)
+
+class HfRequest(BaseModel):
+    "Body of POST /: Hugging Face's text-to-image."
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+    inputs: Prompt = Field(json_schema_extra={"minLength": 1})
+    parameters: HfParameters | None = None
+
+async def huggingface(request: Request, body: HfRequest) -> Response:
+    "Hugging Face's text_to_image: the bytes of one picture."
+    api, p = request.app.state.api, body.parameters or HfParameters()
+    row, format = api.row(), wanted(request.headers.get("accept", ""))
+    format = format if format in MIME else "png"
+    size = size_of(f"{p.width or p.height}x{p.height or p.width}", "width x height") if p.width or p.height else None
+    own = _checked(GenerateRequest, prompt=body.inputs, **shape(size, row.native), steps=p.num_inference_steps, guidanceScale=p.guidance_scale, negativePrompt=p.negative_prompt, seed=p.seed)
+    made = await make(api, await api.submit(own), format, request, resized(size))
+    return Response(made.files[0], media_type=MIME[format], headers={"cache-control": "no-store"})
+
+# %% ../nbs/10_compat.ipynb #ffe566af
+_FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {"type": "object", "required": ["prompt", "image"], "properties": {
+    "prompt": {"type": "string", "minLength": 1, "maxLength": 2000}, "image": {"type": "string", "format": "binary"}, "n": {"type": "integer", "minimum": 1, "maximum": MAX_N}}}}}}}
+
+routes = (
+    Route("POST", "/v1/images/generations", generations, True, dict[str, Any], MAKING, media=("text/event-stream",)),
+    Route("POST", "/v1/images/edits", edits, True, dict[str, Any], MAKING, media=("text/event-stream",), docs=_FORM),
+    Route("GET", "/v1/models", models, ok=dict[str, Any]),
+    Route("GET", "/v1/models/{id:path}", model, ok=dict[str, Any]),
+    Route("POST", "/", huggingface, True, None, MAKING, media=tuple(MIME.values())),
+)
+shapes = {"/v1/": openai_error}

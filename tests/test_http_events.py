@@ -1,0 +1,153 @@
+"""Events, jobs, cancelling and replays over a real socket."""
+import base64, io, json, re, time
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+LONG = {"prompt": "an owl", "steps": 50, "n": 4}
+
+
+@pytest.fixture(scope="module")
+def web(server):
+    with httpx.Client(base_url=server.url, timeout=180) as client: yield client
+
+
+def pixels(text): return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB"), int)
+
+
+def events(web, path, body):
+    """[(name, data), …] of an SSE answer."""
+    with web.stream("POST", path, json=body, headers={"Accept": "text/event-stream"}) as r:
+        assert r.status_code == 200 and r.headers["content-type"].startswith("text/event-stream") and r.headers["x-accel-buffering"] == "no"
+        text = r.read().decode()
+    return [(re.search(r"^event: (.*)", b, re.M)[1], json.loads(re.search(r"^data: (.*)", b, re.M)[1])) for b in text.split("\n\n") if "data: " in b]
+
+
+def counted(web, line): return float(next((ln.split()[-1] for ln in web.get("/metrics").text.splitlines() if ln.startswith(line)), 0))
+
+
+def idle(web, seconds=20):
+    """Wait until nothing is in the engine; how many steps were run on the way."""
+    end, before = time.monotonic() + seconds, counted(web, "aura_step_seconds_count")
+    while web.get("/health").json()["queue"]["length"]:
+        assert time.monotonic() < end, "the engine still works for nobody"
+        time.sleep(0.02)
+    return counted(web, "aura_step_seconds_count") - before
+
+
+def test_a_stream_tells_everything_in_order(web):
+    body = {"prompt": "an owl", "seed": 3, "steps": 4, "n": 2}
+    seen = events(web, "/generate", body)
+    names = [n for n, _ in seen]
+    assert names[0] == "queued" and names[-1] == "done" and names.count("step") == names.count("preview") == 8 and names.count("image") == 2
+    assert set(seen[0][1]) == {"position", "etaSeconds"} and set(seen[-1][1]) == {"warnings"}
+    for i in range(2): assert [e["step"] for n, e in seen if n == "step" and e["index"] == i] == [1, 2, 3, 4]
+    made = {e["index"]: e for n, e in seen if n == "image"}
+    lone = web.post("/generate", json=body).json()
+    assert all(np.abs(pixels(made[i]["image"]) - pixels(lone["images"][i])).max() <= 1 and made[i]["receipt"]["seed"] == 3 + i for i in range(2))
+    assert pixels(next(e["image"] for n, e in seen if n == "preview")).shape == (128, 128, 3)
+
+
+def test_a_refinement_streams_too(web):
+    picture = web.post("/generate", json={"prompt": "an owl", "steps": 1}).json()["images"][0]
+    names = [n for n, _ in events(web, "/refine", {"refinePrompt": "a fox", "images": [picture], "config": {"steps": 2}})]
+    assert names == ["queued", "step", "preview", "step", "preview", "image", "done"]
+
+
+def test_wrong_requests_have_a_status_not_a_stream(web):
+    r = web.post("/generate", json={"prompt": ""}, headers={"Accept": "text/event-stream"})
+    assert r.status_code == 422 and r.headers["content-type"] == "application/problem+json"
+
+
+@pytest.mark.parametrize("accept", ["application/json", "text/event-stream", "image/png"])
+def test_hanging_up_stops_the_work(web, server, accept):
+    """Whatever kind of answer was being waited for: at most a step or two later nothing runs any more."""
+    before = counted(web, 'aura_request_failures_total{reason="cancelled"}')
+    body = LONG if accept != "image/png" else {**LONG, "n": 1}
+    with httpx.Client(base_url=server.url) as client, client.stream("POST", "/generate", json=body, headers={"Accept": "text/event-stream"}) if accept == "text/event-stream" else Hangup(server, body, accept):
+        while not web.get("/health").json()["queue"]["length"]: time.sleep(0.01)
+        time.sleep(0.5)
+    assert idle(web) <= 12                       # 4 pictures, 2 steps each, and what was on its way; not 200
+    if accept != "text/event-stream": assert counted(web, 'aura_request_failures_total{reason="cancelled"}') == before + 1
+
+
+class Hangup:
+    """A raw request whose connection is closed without reading the answer."""
+    def __init__(self, server, body, accept): self.url, self.body, self.accept = httpx.URL(server.url), json.dumps(body).encode(), accept
+
+    def __enter__(self):
+        import socket
+        self.socket = socket.create_connection((self.url.host, self.url.port))
+        self.socket.sendall(f"POST /generate HTTP/1.1\r\nHost: x\r\nAccept: {self.accept}\r\nContent-Type: application/json\r\nContent-Length: {len(self.body)}\r\n\r\n".encode() + self.body)
+
+    def __exit__(self, *exc): self.socket.close()
+
+
+def test_hanging_up_in_the_queue(web, server):
+    """A request that never began its first step leaves without having cost one."""
+    with Hangup(server, LONG, "*/*"):
+        time.sleep(0.3)
+        with Hangup(server, {"prompt": "a fox", "steps": 50}, "*/*"): time.sleep(0.2)
+    idle(web)
+
+
+def test_a_job(web):
+    body = {"prompt": "a fox", "seed": 9, "steps": 3}
+    r = web.post("/jobs", json={"route": "generate", "request": body})
+    assert r.status_code == 202 and set(r.json()) == {"id", "status", "statusUrl"} and r.headers["location"] == r.json()["statusUrl"]
+    while (state := web.get(r.json()["statusUrl"]).json())["status"] in ("queued", "running"): time.sleep(0.05)
+    assert state["status"] == "succeeded" and state["progress"] == [{"index": 0, "step": 3, "steps": 3}]
+    assert set(state["result"]) == {"images", "receipts", "warnings"}
+    assert np.abs(pixels(state["result"]["images"][0]) - pixels(web.post("/generate", json=body).json()["images"][0])).max() <= 1
+    assert web.delete(r.json()["statusUrl"]).json()["status"] == "succeeded"
+
+
+def test_a_job_is_cancelled(web):
+    url = web.post("/jobs", json={"route": "generate", "request": LONG}).json()["statusUrl"]
+    assert web.get(url).json()["status"] in ("queued", "running")
+    web.delete(url)
+    idle(web)
+    state = web.get(url).json()
+    assert state["status"] == "cancelled" and state["problem"]["type"] == "urn:aura:cancelled" and "result" not in state
+
+
+def test_wrong_jobs(web):
+    assert web.get("/jobs/none").status_code == web.delete("/jobs/none").status_code == 404
+    r = web.post("/jobs", json={"route": "generate", "request": {"prompt": "x", "n": 9}})
+    assert r.status_code == 422 and r.json()["errors"][0]["loc"] == "request.n"
+    assert web.post("/jobs", json={"route": "dance", "request": {}}).status_code == 422
+    picture = web.post("/jobs", json={"route": "refine", "request": {"refinePrompt": "x", "images": ["aGk="]}})
+    assert picture.status_code == 422 and "PNG, JPEG or WebP" in picture.json()["detail"]
+
+
+def test_a_replay_from_json_or_from_the_file(web):
+    made = web.post("/generate", json={"prompt": "a rocket", "steps": 3}).json()
+    for body in ({"receipt": made["receipts"][0]}, {"image": made["images"][0]}):
+        again = web.post("/replay", json=body).json()
+        assert np.abs(pixels(again["images"][0]) - pixels(made["images"][0])).max() <= 1 and again["warnings"] == []
+
+
+def test_a_replay_of_a_refinement_needs_its_picture(web):
+    start = web.post("/generate", json={"prompt": "a rocket", "steps": 2}).json()["images"][0]
+    made = web.post("/refine", json={"refinePrompt": "a fox", "images": [start]}).json()
+    assert web.post("/replay", json={"receipt": made["receipts"][0]}).json()["errors"][0]["loc"] == "init"
+    again = web.post("/replay", json={"receipt": made["receipts"][0], "init": start}).json()
+    assert np.abs(pixels(again["images"][0]) - pixels(made["images"][0])).max() <= 1 and again["warnings"] == []
+    other = web.post("/replay", json={"receipt": made["receipts"][0], "init": made["images"][0]}).json()
+    assert "init_sha256" in other["warnings"][0]
+
+
+@pytest.mark.parametrize("change", [{"steps": 900}, {"width": 4096}, {"width": 130}, {"seed": -1}, {"guidanceScale": 99}, {"scheduler": "os"}, {"temperature": "hot"}, {"prompt": "x" * 9999}])
+def test_a_receipt_from_elsewhere_is_checked(web, change):
+    made = web.post("/generate", json={"prompt": "a rocket", "steps": 1}).json()
+    r = web.post("/replay", json={"receipt": {**made["receipts"][0], **change}})
+    assert r.status_code == 422 and r.json()["errors"][0]["loc"].startswith("receipt.")
+
+
+def test_a_replay_says_what_differs(web):
+    made = web.post("/generate", json={"prompt": "a rocket", "steps": 1}).json()
+    said = web.post("/replay", json={"receipt": {**made["receipts"][0], "model": "another", "device": "cuda"}}).json()["warnings"]
+    assert [w.split(":")[0] for w in said] == ["device", "model"]
+    assert web.post("/replay", json={}).status_code == web.post("/replay", json={"receipt": {"a": 1}}).status_code == 422
