@@ -13,8 +13,8 @@ from pydantic.alias_generators import to_camel
 __all__ = ['MAX_PROMPT', 'MAX_N', 'MAX_SEED', 'Prompt', 'Event', 'FieldError', 'shown', 'AuraError', 'ModelError', 'Malformed',
            'Invalid', 'Unauthorized', 'ForeignOrigin', 'NotFound', 'MethodNotAllowed', 'TooLarge', 'QueueFull',
            'NotReady', 'OutOfMemory', 'ShuttingDown', 'DeadlineExceeded', 'Cancelled', 'Degenerate', 'EngineFailed',
-           'error_tree', 'clean_text', 'GenerateRequest', 'RefineConfig', 'RefineRequest', 'field_errors', 'Note',
-           'Picture', 'Plan', 'Queued', 'Step', 'Preview', 'Image', 'Failed', 'Done', 'Receipt']
+           'Unreachable', 'Asleep', 'error_tree', 'clean_text', 'GenerateRequest', 'RefineConfig', 'RefineRequest',
+           'field_errors', 'Note', 'Picture', 'Plan', 'Queued', 'Step', 'Preview', 'Image', 'Failed', 'Done', 'Receipt']
 
 # %% ../nbs/01_types.ipynb #6fbf2da6
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class DeadlineExceeded(AuraError): status, code, title = 504, "deadline", "The p
 class Cancelled(AuraError): status, code, title = 499, "cancelled", "The request was cancelled"
 class Degenerate(AuraError): status, code, title = 500, "degenerate_output", "The model made no usable picture"
 class EngineFailed(AuraError): status, code, title = 500, "engine_failed", "The engine stopped working"
+class Unreachable(AuraError): status, code, title = 503, "unreachable", "No engine answered"
+class Asleep(AuraError): status, code, title = 503, "asleep", "The Space is asleep or starting"
 
 def error_tree(cls: type = AuraError) -> list[type]:
     "All error classes, root first."
