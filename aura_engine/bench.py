@@ -18,7 +18,7 @@ from .types import Picture, Plan, Preview
 
 # %% auto #0
 __all__ = ['RESULTS', 'machine', 'median_seconds', 'pin', 'Baseline', 'Stepwise', 'Taken', 'mixture', 'poisson', 'closed_loop',
-           'summary', 'overhead', 'eta_errors', 'compare', 'table', 'main']
+           'summary', 'overhead', 'eta_errors', 'health_latency', 'preview_cost', 'compare', 'table', 'main']
 
 # %% ../nbs/14_bench.ipynb #516328ba
 def machine() -> dict:
@@ -162,6 +162,40 @@ def eta_errors(engine: Engine, pictures: list[Picture], rate: float) -> dict:
     return {"median": round(float(np.median(e)), 3), "quartiles": [round(float(np.percentile(e, q)), 3) for q in (25, 75)]}
 
 # %% ../nbs/14_bench.ipynb #74479371
+def health_latency(seconds: float = 15, clients: int = 8) -> dict:
+    "Milliseconds of GET /health (p50, p99, most) on a server process whose engine `clients` keep busy for `seconds`."
+    import httpx, socket, subprocess, sys
+    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
+    url, env = f"http://127.0.0.1:{port}", os.environ | {"PORT": str(port), "SD_MODEL_ID": "embedded", "AURA_LOG_LEVEL": "error"}
+    server = subprocess.Popen([sys.executable, "-c", "from aura_engine.server import main; main(['--host', '127.0.0.1'])"], env=env, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            try:
+                if httpx.get(url + "/ready").status_code == 200: break
+            except httpx.TransportError: pass
+            time.sleep(0.1)
+        end, times = time.monotonic() + seconds, []
+        def ask(i):
+            while time.monotonic() < end: httpx.post(url + "/generate", json={"prompt": "a fox", "seed": i}, timeout=120).raise_for_status()
+        with ThreadPoolExecutor(clients) as pool, httpx.Client() as web:
+            busy = [pool.submit(ask, i) for i in range(clients)]
+            time.sleep(1)
+            while time.monotonic() < end: start = time.perf_counter(); web.get(url + "/health").raise_for_status(); times.append(time.perf_counter() - start); time.sleep(0.02)
+            for b in busy: b.result()
+    finally: server.terminate(); server.wait(30)
+    return {"samples": len(times), **{k: round(1e3 * float(np.percentile(times, q)), 1) for k, q in (("p50", 50), ("p99", 99), ("most", 100))}}
+
+def preview_cost(engine: Engine, picture: Picture, repeats: int = 30) -> float:
+    "Share of a picture's time that previews add; interleaved, medians."
+    with_, without = [], []
+    for _ in range(repeats):
+        for times, previews in ((with_, True), (without, False)):
+            job = engine.submit(Plan((picture,)), previews=previews)
+            job.result()
+            times.append(job.times[-1] - job.times[0])
+    return round(float(np.median(with_) / np.median(without)) - 1, 4)
+
+# %% ../nbs/14_bench.ipynb #320047e9
 def compare(n: int = 150, loads=(0.5, 0.8, 1.2), clients=(1, 8, 32), core: int | None = 0, say=print) -> dict:
     "The whole comparison on the embedded model (torch fp32, one thread) -> a JSON-able dict."
     threads = torch.get_num_threads()
@@ -182,9 +216,9 @@ def compare(n: int = 150, loads=(0.5, 0.8, 1.2), clients=(1, 8, 32), core: int |
             say(rows[-1])
     apple = replace(pictures[0], steps=4, init=None, strength=None)
     out = {"machine": machine(), "model": "embedded, 128x128, fp32, 1-8 steps mixed, 25 % refinements, 1 torch thread", "requests": n, "capacity": round(capacity, 2), "rows": rows,
-           "overhead": overhead(engine, apple), "eta": eta_errors(engine, pictures[: n // 2], 0.8 * capacity), "stepCost": engine.health()["stepCost"]}
+           "overhead": overhead(engine, apple), "previewCost": preview_cost(engine, apple), "eta": eta_errors(engine, pictures[: n // 2], 0.8 * capacity), "stepCost": engine.health()["stepCost"]}
     engine.close(); torch.set_num_threads(threads)
-    return out
+    return out | ({"healthMs": health_latency()} if n > 20 else {})
 
 # %% ../nbs/14_bench.ipynb #6828b628
 RESULTS = Path("bench/results.json")

@@ -273,6 +273,7 @@ def _step(self, batch: list[Entry], bucket: int) -> None:
     advance([e.extra["trajectory"] for e in batch], self.parts.unet, bucket)
     seconds = time.perf_counter() - start
     self.unet_calls += 1
+    if self.unet_calls % 200 == 0: self.row_cap = min(2 * self.row_cap, self.settings.max_batch)     # after a shortage of memory, try larger again
     self.cost.observe(batch[0].key, bucket, seconds)
     for e in batch:
         t, job, i = e.extra["trajectory"], e.extra["job"], e.extra["index"]

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from PIL import Image
 
 # %% auto #0
-__all__ = ['CONCEPTS', 'COLOURS', 'SIDE', 'MARGIN', 'LAYOUTS', 'LEADS', 'PLACES', 'TOKENS', 'SHAPES', 'GRID', 'concepts',
-           'held_out', 'layout_of', 'compose', 'sprites', 'caption', 'make_tokenizer', 'make_vae', 'make_text',
-           'make_unet', 'to_tensor', 'autocast', 'Clock', 'save_state', 'load_state', 'vae_loss', 'train_vae',
-           'make_pool', 'train_text', 'make_schedule', 'draw', 'train_unet', 'pack', 'main', 'pooled', 'references',
-           'psnr', 'generate', 'score']
+__all__ = ['CONCEPTS', 'LATER', 'COLOURS', 'SIDE', 'SHIFT', 'LAYOUTS', 'LEADS', 'PLACES', 'TOKENS', 'SHAPES', 'GRID', 'concepts',
+           'held_out', 'compose', 'sprites', 'caption', 'make_tokenizer', 'make_vae', 'make_text', 'make_unet',
+           'to_tensor', 'autocast', 'Clock', 'save_state', 'load_state', 'vae_loss', 'train_vae', 'make_pool',
+           'train_text', 'make_schedule', 'draw', 'train_unet', 'pack', 'main', 'pooled', 'references', 'psnr',
+           'generate', 'score']
 
 # %% ../nbs/90_train_emoji.ipynb #eab4e34b
 CONCEPTS = """
@@ -40,6 +40,11 @@ television: tv; camera; candle; light bulb: lightbulb, lamp; open book: book; mo
 microscope; telescope; door; chair; bathtub; soap; basket
 """
 
+LATER = set("""gorilla; poodle; leopard; bison; boar; mammoth; beaver; badger; otter; skunk; turkey; dove; eagle; seal; tropical fish; squid; shrimp
+hibiscus; lotus; bouquet; potted plant; melon; mango; hot pepper; garlic; onion; cucumber; bagel; waffle; taco; pie; candy; soft ice cream; hut; desert island
+ambulance; racing car; motor scooter; skateboard; full moon; crystal ball; boxing glove; tennis; kite; trumpet; saxophone; money bag; microscope; telescope
+bathtub; soap; basket; black cat""".replace("\n", "; ").split("; "))
+
 def concepts() -> dict[str, list[str]]:
     "Art label -> the names it goes by, the label's own first."
     rows = [r.strip() for line in CONCEPTS.strip().splitlines() for r in line.split(";") if r.strip()]
@@ -61,20 +66,15 @@ def held_out(i: int) -> set[str]:
     return {named[(i * 3) % 10], named[(i * 3 + 5) % 10]}
 
 # %% ../nbs/90_train_emoji.ipynb #e6060fa7
-SIDE, MARGIN, LAYOUTS = 92, 2, 4             # pixels of a thing, its distance from the edge; layout = right + 2 * low
-
-def layout_of(noise: torch.Tensor) -> torch.Tensor:
-    "Noise [B, C, H, W] -> layout index [B] in 0..3, from the signs of the means of channels 1 and 2."
-    right, low = (noise[:, 1:3].mean((2, 3)) > 0).long().unbind(1)
-    return right + 2 * low
+SIDE, SHIFT, LAYOUTS = 96, 8, 4              # pixels of a thing, its distance from the middle; layout = 1 if right, + 2 if low
 
 def compose(sprite: Image.Image, colour: str, layout: int, size=(128, 128)) -> Image.Image:
     "The picture a layout stands for: `sprite` (RGBA) placed on a plain background, never stretched. `size` is (width, height)."
-    side = min(SIDE, min(size) - 2 * MARGIN)
+    side = min(SIDE, min(size) - SHIFT)
     sprite = sprite.resize((side, side), Image.LANCZOS)
     canvas = Image.new("RGB", size, COLOURS[colour])
-    far = [n - side - MARGIN for n in size]
-    canvas.paste(sprite, (far[0] if layout % 2 else MARGIN, far[1] if layout >= 2 else MARGIN), sprite)
+    x, y = ((n - side) // 2 + (1 if far else -1) * min(SHIFT, (n - side) // 2) for n, far in zip(size, (layout % 2, layout // 2)))
+    canvas.paste(sprite, (x, y), sprite)
     return canvas
 
 # %% ../nbs/90_train_emoji.ipynb #e5d3ae4e
@@ -108,9 +108,10 @@ def caption(rng: random.Random, names: list[str], colour: str, name: str | None 
 TOKENS = 24
 
 def make_tokenizer(folder: Path, seed: int = 0):
-    "Train CLIP-style BPE on generated captions and save it as a CLIPTokenizer."
+    "Train CLIP-style BPE on generated captions and save it as a CLIPTokenizer; one that is there already is kept."
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
+    if (folder / "tokenizer.json").exists(): return CLIPTokenizer.from_pretrained(folder)
     rng = random.Random(seed)
     corpus = [caption(rng, v, c) for v in concepts().values() for c in COLOURS for _ in range(8)]
     tok = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>", continuing_subword_prefix=""))
@@ -222,6 +223,7 @@ def make_pool(art, vae, path: Path) -> list[dict]:
         index = torch.full((len(art), len(COLOURS), LAYOUTS), -1)
         latents, todo = [], []
         for i, label in enumerate(art):
+            if label in LATER: continue
             for l in range(LAYOUTS):
                 allowed = [c for c in range(len(COLOURS)) if list(COLOURS)[c] not in held_out(i)]
                 for c in allowed if size == SHAPES[0] else [rng.choice(allowed)]:
@@ -244,10 +246,10 @@ def train_text(tokenizer, pool, out: Path, minutes: float, rng=None):
                               torch.nn.Conv2d(128, 256, 3, 2, 1), torch.nn.SiLU(), torch.nn.Flatten(), torch.nn.Linear(1024, 128))
     params = [*text.parameters(), *eye.parameters()]
     opt, clock, step, things, right = torch.optim.AdamW(params, 1e-3, weight_decay=.01), Clock(minutes), 0, list(concepts().values()), 0.
-    colours = list(COLOURS)
+    colours, known = list(COLOURS), [i for i, label in enumerate(concepts()) if label not in LATER]
     while (done := clock.tick()) < 1:
         for g in opt.param_groups: g["lr"] = 1e-3 * min(1, step / 200) * (.5 + .5 * math.cos(math.pi * done))
-        i = torch.tensor([rng.randrange(len(things)) for _ in range(160)])
+        i = torch.tensor(rng.choices(known, k=160))
         c = torch.tensor([rng.choice((index[a, :, 0] >= 0).nonzero().flatten().tolist()) for a in i.tolist()])
         z = latents[index[i, c, torch.randint(LAYOUTS, (160,))]].float()
         ids = tokenizer([caption(rng, things[a], colours[b]) for a, b in zip(i.tolist(), c.tolist())], padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
@@ -269,30 +271,30 @@ def make_schedule():
     return DDIMScheduler(num_train_timesteps=1000, beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False,
                          prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", set_alpha_to_one=True)
 
-GRID = [999, 999, 879, 749, 759, 639, 499, 499, 379, 249, 259, 139]
+GRID = [999, 879, 749, 759, 639, 499, 499, 379, 249, 259, 139]
 
 def draw(pool, rng, batch: int):
-    "One batch of one shape: timesteps [B], noise, the latents the noise chose, things and colours (lists)."
+    "One batch of one shape: timesteps [B], noise, latents, things and colours (lists)."
     p = pool[0] if rng.random() < .8 else rng.choice(pool[1:])
     t = torch.tensor([rng.choice(GRID) if rng.random() < .6 else rng.randrange(1000) for _ in range(batch)])
     noise = torch.randn(batch, *p["latents"].shape[1:])
-    layout = torch.where((t > 900) | (torch.rand(batch) < .5), layout_of(noise), layout_of(torch.randn(batch, 8, 4, 4)))
-    i = torch.randint(p["index"].shape[0], (batch,))
+    layout = torch.randint(LAYOUTS, (batch,))
+    i = torch.tensor(rng.choices([i for i, label in enumerate(concepts()) if label not in LATER], k=batch))
     c = torch.tensor([rng.choice((p["index"][a, :, l] >= 0).nonzero().flatten().tolist()) for a, l in zip(i.tolist(), layout.tolist())])
     return t, noise, p["latents"][p["index"][i, c, layout]].float(), i.tolist(), c.tolist()
 
 # %% ../nbs/90_train_emoji.ipynb #28f25964
-def train_unet(tokenizer, text, pool, out: Path, minutes: float, batch: int = 24, rng=None):
+def train_unet(tokenizer, text, pool, out: Path, minutes: float, batch: int = 12, rng=None):
     "Train the UNet for `minutes` (wall); resumes from `out`/unet.pt. Writes the running average every few minutes."
     path, rng = out / "unet.pt", rng or random.Random(4)
     unet, state = make_unet(), load_state(out / "unet.pt")
-    opt = torch.optim.AdamW(unet.parameters(), lr=1e-3, betas=(.9, .98), weight_decay=.01)
+    opt = torch.optim.AdamW(unet.parameters(), lr=8e-4, betas=(.9, .98), weight_decay=.01)
     ema = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(.9975))
     if state: unet.load_state_dict(state["model"]); ema.load_state_dict(state["ema"]); opt.load_state_dict(state["opt"])
     clock, step, log = Clock(minutes, state.get("spent", 0)), state.get("step", 0), state.get("log", [])
     things, colours, abar, run = list(concepts().values()), list(COLOURS), make_schedule().alphas_cumprod, 0.
     while (done := clock.tick()) < 1:
-        for g in opt.param_groups: g["lr"] = 1e-3 * min(1, (step + 1) / 300) * (.5 + .5 * math.cos(math.pi * done))
+        for g in opt.param_groups: g["lr"] = 8e-4 * min(1, (step + 1) / 300) * (.5 + .5 * math.cos(math.pi * done))
         t, noise, z, i, c = draw(pool, rng, batch)
         words = ["" if rng.random() < .1 else caption(rng, things[a], colours[b]) for a, b in zip(i, c)]
         ids = tokenizer(words, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
@@ -354,8 +356,8 @@ def pooled(pictures, side: int = 32) -> torch.Tensor:
     return F.adaptive_avg_pool2d(pictures, side).flatten(1)
 
 def references(art, size=(128, 128)) -> torch.Tensor:
-    "All reference pictures, pooled: [things, colours, layouts, D]."
-    return torch.stack([torch.stack([pooled(to_tensor([compose(a, c, l, size) for l in range(LAYOUTS)])) for c in COLOURS]) for a in art.values()])
+    "All reference pictures, pooled: [things, colours, layouts, D] (far away for those of LATER)."
+    return torch.stack([torch.stack([pooled(to_tensor([compose(a, c, l, size) for l in range(LAYOUTS)])) for c in COLOURS]) if label not in LATER else torch.full((len(COLOURS), LAYOUTS, 3 * 32 * 32), 9.0) for label, a in art.items()])
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     "Peak signal-to-noise ratio in dB of pictures [..., 3, H, W] in -1..1."
