@@ -14,7 +14,7 @@ from .batching import Entry, StepCost, cached_curve, choose, eta, work
 from .config import Settings, unknown_settings
 from .loader import Components, load
 from .models import Row, check_source
-from .trajectory import TextCache, Trajectory, advance, call_unet, chunks_needed, decode_latents, unet_inputs
+from .trajectory import TextCache, Trajectory, advance, call_unet, decode_latents, text_keys, unet_inputs
 from .types import (AuraError, Cancelled, DeadlineExceeded, Done, EngineFailed, Event, Failed, Image, NotReady, OutOfMemory,
                                Picture, Plan, Preview, QueueFull, Queued, Receipt, ShuttingDown, Step)
 
@@ -105,12 +105,10 @@ def preview_image(matrix: np.ndarray, estimate: torch.Tensor) -> np.ndarray:
     z = estimate[0].permute(1, 2, 0).float().cpu().numpy()
     return (np.clip(z, -30, 30) @ matrix[:-1] + matrix[-1]).clip(0, 255).astype("uint8")
 
-def key_of(parts: Components, p: Picture) -> tuple:
-    "The shape key a picture's trajectory will have, before it is begun."
-    guided = parts.row.cfg and p.guidance_scale > 1
-    chunks = max(chunks_needed(parts, t) for t in ([p.prompt, p.negative_prompt] if guided else [p.prompt]))
-    s = parts.vae_scale
-    return (parts.unet.config.in_channels, p.height // s, p.width // s, chunks * parts.tokenizers[0].model_max_length, p.lora), 2 if guided else 1
+def key_of(parts: Components, p: Picture) -> tuple[tuple, int]:
+    "(the shape key a picture's trajectory will have, its UNet rows a step), before it is begun."
+    keys, s = text_keys(parts, p), parts.vae_scale
+    return (parts.unet.config.in_channels, p.height // s, p.width // s, keys[0][1] * parts.tokenizers[0].model_max_length, p.lora), len(keys)
 
 def cache_folder() -> Path:
     "Where measurements are kept: $XDG_CACHE_HOME/aura_engine, or a temporary folder when that cannot be written."
@@ -267,8 +265,9 @@ def _end(self, job: Job, error: AuraError | None = None) -> None:
 # %% ../nbs/08_engine.ipynb #5264a6d4
 def _step(self, batch: list[Entry], bucket: int) -> None:
     "One UNet call for a batch."
-    for e in batch:
-        if "trajectory" not in e.extra: self._begin(e)
+    fresh = [e for e in batch if "trajectory" not in e.extra]
+    self.texts.fill([k for e in fresh for k in text_keys(self.parts, e.extra["picture"])])
+    for e in fresh: self._begin(e)
     start = time.perf_counter()
     advance([e.extra["trajectory"] for e in batch], self.parts.unet, bucket)
     seconds = time.perf_counter() - start
@@ -356,8 +355,8 @@ def _close(self) -> None:
         self._closed = True
         self._turn.notify_all()
     thread = getattr(self, "thread", None)
-    if thread and thread is not threading.current_thread() and self.parts: thread.join(timeout=30)
     for job in {e.extra["job"] for e in self.waiting + self.inbox}: self._end(job, ShuttingDown("The engine stopped before this was finished.", retry_after=10))
     self.inbox = []
+    if thread and thread is not threading.current_thread() and self.parts: thread.join(timeout=30)      # a step may take longer than the manners allow
 
 Engine.drain, Engine.close = _drain, _close

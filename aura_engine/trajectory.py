@@ -14,9 +14,9 @@ from .models import SAMPLERS, executed_steps
 from .types import Degenerate, Picture
 
 # %% auto #0
-__all__ = ['MAX_CHUNKS', 'FIRST_ORDER', 'Text', 'chunk_ids', 'chunks_needed', 'encode_text', 'TextCache', 'Table', 'timetable',
-           'make_table', 'Noise', 'encode_picture', 'decode_latents', 'Trajectory', 'unet_inputs', 'call_unet',
-           'advance']
+__all__ = ['MAX_CHUNKS', 'FIRST_ORDER', 'Text', 'chunk_ids', 'encode_texts', 'is_guided', 'text_keys', 'TextCache', 'Table',
+           'timetable', 'make_table', 'Noise', 'encode_picture', 'decode_latents', 'Trajectory', 'unet_inputs',
+           'call_unet', 'advance']
 
 # %% ../nbs/06_trajectory.ipynb #90089ddf
 MAX_CHUNKS = 4
@@ -35,38 +35,53 @@ def chunk_ids(tokenizer, text: str) -> tuple[list[list[int]], str]:
     chunks = [ids[i:i + room] for i in range(0, len(ids), room)] or [[]]
     return chunks[:MAX_CHUNKS], tokenizer.decode(ids[room * MAX_CHUNKS:]).strip()
 
-def chunks_needed(parts: Components, text: str) -> int:
-    "How many chunks a prompt takes (of the tokenizer that needs most)."
-    return max(len(chunk_ids(t, text)[0]) for t in parts.tokenizers)
-
 # %% ../nbs/06_trajectory.ipynb #837d9301
 @torch.inference_mode()
-def encode_text(parts: Components, text: str, chunks: int) -> Text:
-    "Encode a prompt into exactly `chunks` chunks (padded with empty ones)."
-    per_encoder, pooled, cut = [], None, ""
+def encode_texts(parts: Components, texts: list[str], chunks: int) -> list[Text]:
+    "Encode prompts into exactly `chunks` chunks each (padded with empty ones)."
+    per_encoder, pooled, cut, n = [], None, [""] * len(texts), len(texts)
     for tokenizer, encoder in zip(parts.tokenizers, parts.text_encoders):
-        ids, left = chunk_ids(tokenizer, text)
-        cut = max(cut, left, key=len)
         begin, end, pad, size = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.model_max_length
-        rows = [[begin, *c, end] + [pad] * (size - 2 - len(c)) for c in ids + [[]] * (chunks - len(ids))]
-        outs = [encoder(torch.tensor([row], device=parts.device), output_hidden_states=parts.xl) for row in rows]
-        per_encoder.append(torch.cat([o.hidden_states[-2] if parts.xl else o.last_hidden_state for o in outs], dim=1))
-        if parts.xl: pooled = outs[0][0]
-    return Text(torch.cat(per_encoder, dim=-1).to(parts.dtype), pooled, cut)
+        split = [chunk_ids(tokenizer, t) for t in texts]
+        cut = [max(a, b, key=len) for a, (_, b) in zip(cut, split)]
+        rows = [[begin, *c, end] + [pad] * (size - 2 - len(c)) for ids, _ in split for c in ids + [[]] * (chunks - len(ids))]
+        if parts.device.type == "cuda": rows += rows[:1] * (-len(rows) % 8)          # one size of call, so one order of summation
+        out = encoder(torch.tensor(rows, device=parts.device), output_hidden_states=parts.xl)
+        hidden = (out.hidden_states[-2] if parts.xl else out.last_hidden_state)[: n * chunks]
+        per_encoder.append(hidden.reshape(n, chunks * size, -1))
+        if parts.xl: pooled = out[0][: n * chunks].reshape(n, chunks, -1)[:, 0]
+    embeds = torch.cat(per_encoder, dim=-1).to(parts.dtype)
+    return [Text(embeds[i:i + 1], pooled[i:i + 1] if pooled is not None else None, cut[i]) for i in range(n)]
+
+# %% ../nbs/06_trajectory.ipynb #91d4b33e
+def is_guided(parts: Components, p: Picture) -> bool:
+    "Whether the UNet runs twice a step for this picture (classifier-free guidance)."
+    return parts.row.cfg and p.guidance_scale > 1
+
+def text_keys(parts: Components, p: Picture) -> list[tuple[str, int, bool]]:
+    "What has to be encoded for a picture, the negative prompt first when there is guidance."
+    both = ([(p.negative_prompt, True)] if is_guided(parts, p) else []) + [(p.prompt, False)]
+    chunks = max(len(chunk_ids(t, text)[0]) for t in parts.tokenizers for text, _ in both)
+    return [(text, chunks, negative) for text, negative in both]
 
 class TextCache:
-    "Encoded prompts, the least recently used ones forgotten. An empty negative prompt of SDXL is zeros."
+    "Encoded prompts by text key, at most `size` of them."
     def __init__(self, parts: Components, size: int = 256): self.parts, self.size, self.kept = parts, size, OrderedDict()
-    def __call__(self, text: str, chunks: int, negative: bool = False) -> Text:
-        key = (text, chunks, negative and not text)
-        if key not in self.kept: self.kept[key] = self._encode(text, chunks, key[2])
+
+    def fill(self, keys: list[tuple[str, int, bool]]) -> None:
+        "Encode what is missing, one call for each number of chunks."
+        missing = [k for k in dict.fromkeys(keys) if k not in self.kept]
+        for chunks in {c for _, c, _ in missing}:
+            mine = [k for k in missing if k[1] == chunks]
+            for (text, _, negative), t in zip(mine, encode_texts(self.parts, [k[0] for k in mine], chunks)):
+                if negative and not text and self.parts.zero_empty: t = Text(torch.zeros_like(t.embeds), torch.zeros_like(t.pooled) if t.pooled is not None else None)
+                self.kept[text, chunks, negative] = t
+        while len(self.kept) > max(self.size, len(keys)): self.kept.popitem(last=False)
+
+    def __call__(self, *key) -> Text:
+        if key not in self.kept: self.fill([key])
         self.kept.move_to_end(key)
-        while len(self.kept) > self.size: self.kept.popitem(last=False)
         return self.kept[key]
-    def _encode(self, text, chunks, nothing):
-        t = encode_text(self.parts, text, chunks)
-        if not (nothing and self.parts.zero_empty): return t
-        return Text(torch.zeros_like(t.embeds), torch.zeros_like(t.pooled) if t.pooled is not None else None)
 
 # %% ../nbs/06_trajectory.ipynb #df86d402
 @dataclass(frozen=True)
@@ -174,13 +189,10 @@ class Trajectory:
         self._first_latents(start)
 
     def _text(self, texts: TextCache) -> None:
-        p, row = self.picture, self.parts.row
-        self.guided = row.cfg and p.guidance_scale > 1
-        chunks = max(chunks_needed(self.parts, t) for t in ([p.prompt, p.negative_prompt] if self.guided else [p.prompt]))
-        both = ([texts(p.negative_prompt, chunks, True)] if self.guided else []) + [texts(p.prompt, chunks)]
+        both = [texts(*key) for key in text_keys(self.parts, self.picture)]
+        self.guided, self.cut = len(both) == 2, both[-1].cut
         self.embeds = torch.cat([t.embeds for t in both])                     # [1 or 2, T, D]
         self.pooled = torch.cat([t.pooled for t in both]) if self.parts.xl else None
-        self.cut = both[-1].cut
 
     def _first_latents(self, start: tuple[float, float]) -> None:
         p, scale = self.picture, self.parts.vae_scale

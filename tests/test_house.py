@@ -179,7 +179,7 @@ def text_problems(root=ROOT):
     out = []
     for f in repo_files(root):
         if "assets" in f.parts or b"\0" in (raw := f.read_bytes()): continue
-        text = raw.decode("utf-8", "replace")
+        text = re.sub(r"[A-Za-z0-9+/]{60,}", "", raw.decode("utf-8", "replace"))     # base64 of pictures spells anything in time
         for what, pattern in FORBIDDEN.items():
             if m := pattern.search(text):
                 out.append(f"{f.relative_to(root)}:{text[:m.start()].count(chr(10)) + 1}: {what}: {text[m.start():][:50].splitlines()[0]!r}")
