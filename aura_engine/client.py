@@ -192,11 +192,11 @@ class Remote(Door):
         super().__init__(name, engine_url(url, name))
         headers = {"authorization": f"Bearer {api_key}".encode()} if api_key else {}
         here = httpx.URL(self.url).host in ("127.0.0.1", "localhost", "::1")       # no proxy between us
-        self.http = httpx.AsyncClient(base_url=self.url, headers=headers, trust_env=not here, timeout=httpx.Timeout(60, connect=5))
+        self.http = httpx.AsyncClient(base_url=self.url, headers=headers, trust_env=not here, timeout=httpx.Timeout(30, connect=5))
 
     async def events(self, ask: Ask) -> AsyncIterator[Event]:
         "Ask. Whoever stops reading closes the connection, and the engine stops working."
-        patience = httpx.Timeout(900 if isinstance(ask, Replay) else 60, connect=5)       # a stream has a heartbeat, JSON has none
+        patience = httpx.Timeout(900 if isinstance(ask, Replay) else 30, connect=5)       # a stream has a heartbeat, JSON has none
         try:
             async with self.http.stream("POST", ROUTES[type(ask)], json=body_of(ask), headers={"accept": "text/event-stream, application/json;q=0.5"}, timeout=patience) as r:
                 if r.status_code != 200:
