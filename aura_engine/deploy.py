@@ -453,8 +453,9 @@ class Follower(threading.Thread):
         self.headers = {"Authorization": f"Bearer {remote.token}"}
 
     def run(self):
-        while not self.done.wait(0.2):
+        while not self.done.is_set():
             with contextlib.suppress(httpx.HTTPError): self._read()
+            self.done.wait(1)
 
     def _read(self):
         n = 0
@@ -493,7 +494,7 @@ def wait(remote: Remote, oid: str, written: str, seconds: float, say: Callable) 
             if kind and kind not in logs:
                 logs[kind] = Follower(remote, kind, say)
                 logs[kind].start()
-            if stage in DEAD and (written == "commit" and ours or sure()): raise DeployError(DEAD[stage], "\n".join([f"the Space ended in {stage}", *filter(None, [raw.get("errorMessage")]), *(logs[kind].causes() if kind else [])]))
+            if stage in DEAD and (written == "commit" and ours and stage != "NO_APP_FILE" or sure()): raise DeployError(DEAD[stage], "\n".join([f"the Space ended in {stage}", *filter(None, [raw.get("errorMessage")]), *(logs[kind].causes() if kind else [])]))
             if time.monotonic() - start > seconds: raise DeployError("timeout", f"still {stage} after {seconds:.0f} s; the Hub goes on, and the same command waits again. {'No build log yet: it may be queued.' if 'BUILDING' in stage and len(logs['build'].lines) < 2 else ''}".strip())
             time.sleep(min(remote.poll, max(0.0, start + seconds - time.monotonic()) + 0.05))
     finally:
@@ -516,12 +517,12 @@ def app_answer(r: httpx.Response) -> httpx.Response:
     if "x-aura-engine" not in r.headers: raise NotYet(f"{r.request.method} {r.request.url.path}: the Space's proxy answered {r.status_code}, not the engine")
     return r
 
-def check_health(web: httpx.Client, build: str | None, youngest: float | None) -> dict:
-    "/health of the right build, ready, and (after a change of settings alone) of a process younger than `youngest` seconds."
+def check_health(web: httpx.Client, build: str | None, age: Callable[[], float] | None) -> dict:
+    "/health of the right build, ready, and (after a change of settings alone) of a process that is younger than the change."
     h = app_answer(web.get("/health")).json()
     if h.get("status") == "failed": raise DeployError("smoke", f"the engine could not load its model: {h.get('reason')}")
     if build and h.get("buildId") != build: raise NotYet(f"/health is of build {h.get('buildId')}, not {build}")
-    if youngest is not None and h.get("uptimeSeconds", 0) > youngest: raise NotYet("the process from before the change still answers")
+    if age and h.get("uptimeSeconds", 0) > age() + 0.5: raise NotYet("the process from before the change still answers")
     if not h.get("ready"): raise NotYet(f"the engine is {h.get('status')}")
     return h
 
@@ -547,11 +548,11 @@ def check_picture(web: httpx.Client, origin: str | None, key: str | None) -> str
     if max(high - low for low, high in picture.getextrema()) < 16: raise NotYet("the picture is of one colour")
     return text
 
-def smoke(info, o: Options, build: str | None, youngest: Callable[[], float] | None, token: str, say: Callable, seconds: float) -> dict:
+def smoke(info, o: Options, build: str | None, age: Callable[[], float] | None, token: str, say: Callable, seconds: float) -> dict:
     "Ask the live Space (`info`: the Hub's SpaceInfo); {'health', 'image'} or DeployError 'smoke'."
     with httpx.Client(base_url=info.host, timeout=30, follow_redirects=True, headers={"Authorization": f"Bearer {token}"} if info.private else {}) as web:
         ask = lambda check, limit=60.0: until(time.monotonic() + min(limit, seconds), o.poll, check)
-        health = ask(lambda: check_health(web, build, youngest and youngest()), seconds)
+        health = ask(lambda: check_health(web, build, age), seconds)
         ask(lambda: check_page(web))
         say("smoke", f"/ and /health answer: {health['model']} on {health['device']}, build {health.get('buildId')}")
         if o.smoke == "health": return {"health": health, "image": None}
@@ -687,8 +688,8 @@ def _proven(remote: Remote, plan: Plan, o: Options, oid: str, written: float, sa
     info = remote(lambda api: api.space_info(remote.id))
     if o.smoke == "none": return {"host": info.host}
     with contextlib.suppress(ValueError): o = replace(o, origins=parse_origins(plan.variables.get("ALLOW_ORIGINS")))
-    youngest = (lambda: time.monotonic() - written) if what == "settings" else None
-    return {"host": info.host, **smoke(info, o, build_id_of(plan), youngest, remote.token, say, seconds)}
+    age = (lambda: time.monotonic() - written) if what == "settings" else None
+    return {"host": info.host, **smoke(info, o, build_id_of(plan), age, remote.token, say, seconds)}
 
 def _record(receipt: dict, o: Options, say: Callable) -> dict:
     if o.env_file and write_env(o.env_file, "VITE_CLOUD_ENGINE_URL", receipt["host"]): say("record", f"{Path(o.env_file).name}: VITE_CLOUD_ENGINE_URL={receipt['host']}")
@@ -775,7 +776,7 @@ def _act(o: Options, a: argparse.Namespace, say: Callable) -> int:
         if a.json: _jsonl("receipt", receipt["oid"] or "", **{k: v for k, v in receipt.items() if k != "image"})
         return EXITS["pending"] if a.dry_run and a.detailed_exitcode and receipt["changes"] else 0
     token = find_token()
-    clean = redactor(token)
+    clean = redactor(token, *o.secret.values())
     remote, told = Remote(o.space_id, token, o.poll, clean), lambda step, text, **data: say(step, clean(text), **data)
     if a.status: told("status", str(status(remote)))
     if a.logs: told(a.logs, "\n".join(logs(remote, a.logs)))

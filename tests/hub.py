@@ -153,7 +153,7 @@ class Hub:
         s.run = Run(s.head, s.tree, env, time.monotonic(), build=not live or live.sha != s.head, previous=live, was=was)
         s.logs = {"build": ["===== Build Queued =====\n"] if s.run.build else s.logs["build"], "run": []}
         if self.builder: s.run.served = self.pool.submit(self.builder, s.run, lambda kind, line, logs=s.logs: logs[kind].append(line))
-        elif s.run.build:
+        elif s.run.build and not self.stuck:
             s.logs["build"] += ["--> FROM python:3.11-slim\n", "--> RUN pip install -r requirements.txt\n"]
             s.logs["build"] += ["ERROR: No matching distribution found for nonsense==1\n", "error: failed to solve\n"] if s.run.says("FAIL_BUILD") else ["--> Pushing image\n"]
         s.logs["run"] += ["INFO starting\n", "RuntimeError: FAIL_RUN\n"] if s.run.says("FAIL_RUN") else [f"serving with {s.run.env}\n"]
@@ -163,7 +163,7 @@ class Hub:
         run = s.run
         if s.forced: return s.forced, run.sha if run else s.head
         if set(s.variables) & set(s.secrets): return "CONFIG_ERROR", run.sha if run else None
-        if run is None: return "NO_APP_FILE", s.head
+        if run is None: return "NO_APP_FILE", None
         t, old = time.monotonic() - run.started - self.lag, run.previous
         if t < 0: return run.was
         up = "RUNNING_" if old else ""

@@ -1,0 +1,438 @@
+"""The deployer with the real huggingface_hub client against a Hub on the loopback interface.
+
+What a person would do is run as a process; variations call the same `main` in this one, which saves the imports.
+"""
+import contextlib, io, json, os, re, signal, stat, subprocess, sys, time
+from dataclasses import replace
+from unittest.mock import patch
+
+import huggingface_hub, pytest
+from dotenv import dotenv_values
+from hypothesis import given, settings, strategies as st
+
+from aura_engine import deploy
+from conftest import ROOT, clean_env
+from hub import READS, TOKEN, Hub
+
+SPACE = "ada/aura"
+GUIDE = ("--origins", "http://localhost:5173")
+FILES = {
+    ".dockerignore": "*\n!app.py\n!requirements.txt\n!aura_engine\n", "app.py": "import aura_engine.server\n", "requirements.txt": "fastapi\nuvicorn\n",
+    "aura_engine/__init__.py": "", "aura_engine/server.py": "import fastapi\n", "aura_engine/assets/page/index.html": "<title>aura</title>",
+    "aura_engine/assets/embedded/model.safetensors": "weights",
+}
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A small project that can be deployed."""
+    for name, text in {**FILES, "Dockerfile": (ROOT / "Dockerfile").read_text()}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+@pytest.fixture
+def hub():
+    """A quick Hub; whatever a test does, no Space was paused, deleted or moved to other hardware without being told to."""
+    with Hub(lag=0.05, build_seconds=0.1, start_seconds=0.05) as it:
+        yield it
+        assert not [w for w in it.writes if w.endswith(("/pause", "repos/delete"))]
+
+
+def environment(hub, tree, env):
+    return clean_env(**{"HF_ENDPOINT": hub.url, "HF_TOKEN": hub.token, "HF_HUB_DISABLE_XET": 1, "HF_HUB_OFFLINE": 0, "HF_HOME": tree / ".hf", **env})
+
+
+def start(hub, tree, *args, **env):
+    argv = [sys.executable, str(ROOT / "scripts/hf_space_deploy.py"), "--space-id", SPACE, "--poll", "0.05", *args]
+    return subprocess.Popen(argv, cwd=tree, env=environment(hub, tree, env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True)
+
+
+def run(hub, tree, *args, code=0, **env):
+    """The command's output, as a process; another exit status than `code` fails the test."""
+    process = start(hub, tree, *args, **env)
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == code, out
+    return out
+
+
+def call(hub, tree, *args, code=0, **env):
+    """The same within this process."""
+    out = io.StringIO()
+    with patch.dict(os.environ, environment(hub, tree, env), clear=True), patch.object(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True), \
+         contextlib.chdir(tree), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        status = deploy.main(["--space-id", SPACE, "--poll", "0.05", *args])
+    huggingface_hub.set_client_factory(huggingface_hub.utils._http.default_client_factory)
+    assert status == code, out.getvalue()
+    return out.getvalue()
+
+
+def running(hub, tree, files=None, **state):
+    """A Space that has been running the tree as it is now (or `files`), put there without the deployer."""
+    o = deploy.Options(SPACE, ("http://localhost:5173",))
+    ours = deploy.stamp(deploy.upload_set(tree))
+    state.setdefault("variables", {"ALLOW_ORIGINS": {"key": "ALLOW_ORIGINS", "value": "http://localhost:5173"}})
+    return hub.space(SPACE, files or {**ours, "README.md": deploy.space_readme(SPACE, o.variables())}, **state)
+
+
+def edit(tree, text="", name="app.py"):
+    with open(tree / name, "a") as f: f.write(f"\n# {text}\n")
+
+
+def commits(hub): return [w for w in hub.writes if "/commit/" in w]
+
+
+# the way it should go
+
+def test_the_guides_line(hub, tree):
+    hub.build_seconds = 0.5
+    out = run(hub, tree, *GUIDE)
+    space = hub.spaces[SPACE]
+    assert (tree / ".env.local").read_text() == f"VITE_CLOUD_ENGINE_URL={space.host}\n"
+    assert space.variables["ALLOW_ORIGINS"]["value"] == "http://localhost:5173" and not space.secrets
+    assert set(FILES) | {"Dockerfile", "README.md"} <= set(space.tree) and len(commits(hub)) == 1
+    assert space.tree["aura_engine/assets/embedded/model.safetensors"].lfs
+    assert re.search(r"wait +RUNNING", out) and "build  --> Pushing image" in out and "a picture came, and a stranger was refused" in out
+    receipt = json.loads((tree / "build/deploy/ada--aura.json").read_text())
+    assert receipt["oid"] == space.head and receipt["health"]["buildId"] == receipt["build"]
+
+
+def test_twice_writes_once(hub, tree):
+    secret = {"AURA_API_KEY": "a-long-key-for-the-engine"}
+    call(hub, tree, *GUIDE, "--secret", "AURA_API_KEY", "--preset", "cpu", **secret)
+    before, env = len(hub.writes), (tree / ".env.local").stat().st_mtime_ns
+    assert "nothing to change" in call(hub, tree, *GUIDE, "--secret", "AURA_API_KEY", "--preset", "cpu", **secret)
+    assert len(hub.writes) == before and (tree / ".env.local").stat().st_mtime_ns == env
+    call(hub, tree, *GUIDE, "--secret", "AURA_API_KEY", AURA_API_KEY="another-key-for-the-engine")
+    assert hub.writes[before:] == [f"POST /api/spaces/{SPACE}/secrets"]
+
+
+def test_only_what_changed_travels(hub, tree):
+    space = running(hub, tree)
+    edit(tree)
+    (tree / "aura_engine/assets/page/index.html").unlink()
+    (tree / "aura_engine/assets/page/style.css").write_text("")
+    first = dict(space.tree)
+    call(hub, tree, *GUIDE)
+    changed = {p for p in set(first) | set(space.tree) if first.get(p) != space.tree.get(p)}
+    assert changed == {"app.py", "Dockerfile", "aura_engine/assets/page/index.html", "aura_engine/assets/page/style.css"}
+
+
+def test_dry_run(hub, tree):
+    out = call(hub, tree, *GUIDE, "--preset", "t4", "--dry-run")
+    assert "SD_LCM_LORA_ID" in out and "t4-small costs $0.40 an hour" in out and not hub.writes and not (tree / ".env.local").exists()
+    call(hub, tree, "--dry-run", "--detailed-exitcode", code=10)
+    running(hub, tree)
+    call(hub, tree, "--dry-run", "--detailed-exitcode")
+
+
+def test_json_lines(hub, tree):
+    lines = [json.loads(line) for line in run(hub, tree, *GUIDE, "--json").splitlines()]
+    assert lines[-1]["step"] == "receipt" and lines[-1]["oid"] == hub.spaces[SPACE].head
+    assert {"verb": "create", "what": "space", "name": SPACE, "now": "", "then": "docker, public, cpu-basic"} in lines[1]["plan"]
+
+
+def test_a_secret_makes_room_for_the_variable(hub, tree):
+    running(hub, tree, variables={}, secrets={"ALLOW_ORIGINS": {"key": "ALLOW_ORIGINS", "value": "http://old"}})
+    call(hub, tree, *GUIDE)
+    assert hub.writes == [f"DELETE /api/spaces/{SPACE}/secrets", f"POST /api/spaces/{SPACE}/variables"]
+
+
+def test_a_preset_clears_the_other_ones_variables_only(hub, tree):
+    mine = {"MINE": {"key": "MINE", "value": "1"}, "SD_PRECISION": {"key": "SD_PRECISION", "value": "fp16"}}
+    space = running(hub, tree, variables=mine)
+    call(hub, tree, *GUIDE)
+    assert "SD_PRECISION" in space.variables
+    call(hub, tree, *GUIDE, "--preset", "cpu")
+    assert set(space.variables) == {"MINE", "ALLOW_ORIGINS"}
+
+
+def test_settings_are_believed_only_when_the_new_process_answers(hub, tree):
+    running(hub, tree)
+    hub.lag, hub.start_seconds = 0.4, 0.3
+    call(hub, tree, "--origins", "https://my.site")
+    assert not commits(hub) and hub.spaces[SPACE].run.env["ALLOW_ORIGINS"] == "https://my.site"
+    assert time.monotonic() - hub.spaces[SPACE].run.started > 0.7
+
+
+def test_private_and_asleep_and_slow(hub, tree):
+    space = running(hub, tree, private=True)
+    space.forced, hub.edge_pages, hub.log_delay = "SLEEPING", 3, 0.2
+    out = call(hub, tree, *GUIDE)
+    assert not hub.writes and "a picture came" in out
+
+
+def test_a_key_that_is_on_the_space_but_not_here(hub, tree):
+    running(hub, tree, secrets={"AURA_API_KEY": {"key": "AURA_API_KEY", "value": "somebody else set it"}})
+    assert "it wants its key" in call(hub, tree, *GUIDE)
+
+
+def test_status_logs_restart_and_back(hub, tree):
+    space = running(hub, tree)
+    first = space.head
+    edit(tree)
+    call(hub, tree, *GUIDE)
+    assert f"head  {space.head}" in call(hub, tree, "--status")
+    assert "serving with" in call(hub, tree, "--logs", "run")
+    call(hub, tree, "--restart")
+    call(hub, tree, "--rollback-to", first)
+    assert space.tree == space.commits[first] and space.head != first
+
+
+# what goes wrong
+
+def poor(hub): hub.user |= {"isPro": False, "canPay": False}
+def reader(hub): hub.user["auth"]["accessToken"]["role"] = "read"
+def gradio(hub): hub.space(SPACE, sdk="gradio")
+def paused(hub): hub.space(SPACE).forced = "PAUSED"
+def clash(hub): hub.space(SPACE, variables={"X": {"key": "X", "value": "1"}}, secrets={"X": {"key": "X", "value": "2"}})
+def big_gpu(hub): hub.space(SPACE, hardware="a100-large")
+def stranger(hub): hub.token = "hf_" + "other" * 7
+def nothing(hub): pass
+
+
+@pytest.mark.parametrize("prepare, args, says", [
+    (poor, GUIDE, "402|paid plan"), (reader, GUIDE, "can only read"), (gradio, GUIDE, "gradio Space"), (paused, GUIDE, "PAUSED"), (clash, GUIDE, "X is a variable and a secret"),
+    (big_gpu, ("--hardware", "t4-small", "--yes"), "would be less"), (nothing, ("--hardware", "l4x1"), "agree with --yes"), (nothing, ("--hardware", "abacus"), "not on the Hub's list"),
+    (nothing, ("--space-id", "grace/aura"), "may not write to grace"), (nothing, ("--space-id", "lurkers/aura"), "may not write to lurkers"),
+], ids=lambda v: getattr(v, "__name__", None))
+def test_preflight_online(hub, tree, prepare, args, says):
+    prepare(hub)
+    assert re.search(says, call(hub, tree, *args, code=3))
+    assert [w for w in hub.writes if "repos/create" not in w] == [] and not (tree / ".env.local").exists()
+
+
+def test_wrong_and_missing_token(hub, tree):
+    assert "not accepted" in call(hub, tree, code=3, HF_TOKEN="hf_" + "wrong" * 7)
+    assert "token is missing" in call(hub, tree, code=3, HF_TOKEN="")
+
+
+@pytest.mark.parametrize("name, text, says", [
+    ("aura_engine/keys.py", "key = 'hf_" + "q" * 34 + "'", "looks like a token"), ("aura_engine/assets/big.bin", "x" * 1_000_001, "only the embedded weights"),
+    ("aura_engine/server.py", "import torch_of_tomorrow", "no line of requirements"), ("aura_engine/server.py", "def", "cannot read"), ("app.py", None, "app.py is missing"),
+    ("Dockerfile", "ARG AURA_BUILD_ID=\nEXPOSE 8000\n", "EXPOSE"), ("Dockerfile", "EXPOSE 7860\n", "AURA_BUILD_ID"), ("Dockerfile", "ARG AURA_BUILD_ID=\nCOPY src ./\nEXPOSE 7860\n", "copies src"),
+])
+def test_preflight_offline(tree, name, text, says):
+    (tree / name).unlink(missing_ok=True)
+    if text is not None: (tree / name).write_text(text)
+    with pytest.raises(deploy.DeployError, match=says) as e: deploy.prepare(deploy.Options(SPACE, source=tree), lambda *_: None)
+    assert e.value.code == 3
+
+
+def test_a_package_that_is_not_its_notebooks(tree):
+    cells = [{"cell_type": "code", "source": ["#| default_exp server"]}, {"cell_type": "code", "source": ["#| export\n", "from aura_engine import extra\n", "import fastapi"]}]
+    (tree / "nbs").mkdir()
+    (tree / "nbs/11_server.ipynb").write_text(json.dumps({"cells": cells}))
+    assert deploy.stale_modules(tree) == ["11_server.ipynb"]
+    (tree / "aura_engine/server.py").write_text("# made\nfrom . import extra\nimport fastapi\n")
+    assert deploy.stale_modules(tree) == []
+
+
+def test_files_that_must_stay_at_home_do(tree):
+    for name in (".env", ".env.local", "aura_engine/.env", "aura_engine/assets/.env.local", "notes.txt", "aura_engine/__pycache__/x.py", "tests/secret.py"):
+        (tree / name).parent.mkdir(exist_ok=True)
+        (tree / name).write_text("SECRET=1")
+    assert set(deploy.upload_set(tree)) == set(FILES) | {"Dockerfile"}
+
+
+@pytest.mark.parametrize("args", [["--space-id", "aura"], ["--origins", "my.site"], ["--origins", "*"], ["--var", "A"], ["--model", "model.ckpt"], ["--secret", "NOT_SET"], ["--spaceid", "x"],
+                                  ["--preset", "t9"], ["--secret", "HOME", "--var", "HOME=1"]], ids=" ".join)
+def test_usage(args, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", open(os.devnull))
+    assert deploy.main(["--space-id", SPACE, *args]) == 2
+    assert capsys.readouterr().err
+
+
+def test_somebody_was_faster(hub, tree):
+    running(hub, tree)
+    edit(tree)
+    hub.fail("POST", "/commit/", (412, {"error": "A commit has happened since."}))
+    assert "planning once more" in call(hub, tree, *GUIDE)
+    edit(tree, "again")
+    hub.fail("POST", "/commit/", *[(412, {"error": "A commit has happened since."})] * 2)
+    call(hub, tree, *GUIDE, code=4)
+
+
+@pytest.mark.parametrize("word, code, says", [("FAIL_BUILD", 5, "No matching distribution"), ("FAIL_RUN", 7, "RuntimeError: FAIL_RUN"), ("FAIL_SMOKE", 8, "of one colour")])
+def test_a_version_that_fails(hub, tree, word, code, says):
+    """A first one stays to be looked at; one that follows a good one makes way for it again."""
+    edit(tree, word)
+    quick = ("--timeout", "1.5")
+    assert says in call(hub, tree, *GUIDE, *quick, code=code) and not (tree / ".env.local").exists() and len(commits(hub)) == 1
+    hub.spaces.clear()
+    (tree / "app.py").write_text(FILES["app.py"])
+    space = running(hub, tree)
+    good = dict(space.tree)
+    edit(tree, word)
+    (tree / "aura_engine/new.py").write_text("")
+    out = call(hub, tree, "--origins", "https://new.site", "--secret", "EXTRA", *quick, code=20 + code, EXTRA="something")
+    assert says in out and space.tree == good and hub.stage(space) == ("RUNNING", space.head) and len(space.commits) == 3
+    assert space.variables["ALLOW_ORIGINS"]["value"] == "http://localhost:5173" and not space.secrets
+    call(hub, tree, "--no-rollback", *quick, code=code)
+    assert len(space.commits) == 4
+
+
+def test_stuck_in_the_queue(hub, tree):
+    hub.stuck = True
+    assert "may be queued" in call(hub, tree, *GUIDE, "--timeout", "0.5", code=6)
+    hub.stuck = False
+    assert "nothing to change" in call(hub, tree, *GUIDE)
+
+
+def test_a_collision_that_appears_after_the_plan(hub, tree):
+    space = running(hub, tree)
+    edit(tree)
+    hub.watch = lambda n, method, path, phase: phase == "after" and "/commit/" in path and space.secrets.update(ALLOW_ORIGINS={"key": "ALLOW_ORIGINS", "value": "x"})
+    assert "Collision on variables and secrets names" in call(hub, tree, *GUIDE, "--no-rollback", code=7)
+
+
+def test_yesterdays_error_is_not_todays(hub, tree):
+    """Right after the push the Hub still shows how the last commit failed."""
+    edit(tree, "FAIL_RUN")
+    running(hub, tree)
+    (tree / "app.py").write_text(FILES["app.py"])
+    hub.lag = 0.5
+    assert "wait  RUNTIME_ERROR" in call(hub, tree, *GUIDE)
+
+
+def test_a_busy_hub_is_waited_for_and_a_silent_one_is_not(hub, tree):
+    hub.fail("GET", "whoami", (429, {"error": "slow down"}, {"retry-after": "1"}), (503, None))
+    hub.fail("POST", "repos/create", (502, None))
+    call(hub, tree, *GUIDE)
+    hub.fail("GET", "whoami", *[(503, None)] * 9)
+    assert "503" in call(hub, tree, *GUIDE, code=9)
+    assert "no answer" in call(hub, tree, code=9, HF_ENDPOINT="http://127.0.0.1:9")
+
+
+def test_interrupted(hub, tree):
+    hub.stuck = True
+    process = start(hub, tree, *GUIDE)
+    while not commits(hub): time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    assert "carries on" in process.communicate(timeout=10)[0] and process.returncode == 130
+
+
+# crashes
+
+def interesting(method, path): return method in ("POST", "DELETE") and not READS.search(path)
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["new", "existing"])
+def test_killed_anywhere_then_run_again(tree, new):
+    """The process is killed at each request that matters, once before the Hub acts on it and once after; the next run arrives."""
+    (tree / ".env.local").write_text("MINE=1\n")
+    edit(tree, "old")
+    old = deploy.stamp(deploy.upload_set(tree))
+    edit(tree, "new")
+    (tree / "aura_engine/assets/embedded/model.safetensors").write_text("better weights")
+    survived, at = False, 0
+    while not survived:
+        with Hub(lag=0.02, build_seconds=0.05, start_seconds=0.02) as hub:
+            if not new: running(hub, tree, old, variables={}, secrets={"ALLOW_ORIGINS": {"key": "ALLOW_ORIGINS", "value": "http://old"}})
+            hits, victim = [], []
+            def kill(n, method, path, phase, hits=hits, victim=victim, at=at):
+                if not interesting(method, path): return
+                hits.append(path)
+                if len(hits) == at + 1:
+                    victim[0].kill()
+                    victim[0].wait()
+                    if phase == "before": raise ConnectionAbortedError
+            hub.watch = kill
+            victim.append(start(hub, tree, *GUIDE))
+            victim[0].communicate(timeout=60)
+            survived, at = victim[0].returncode == 0, at + 1
+            hub.watch = lambda *_: None
+            if not survived: call(hub, tree, *GUIDE)
+            space = hub.spaces[SPACE]
+            assert hub.stage(space) == ("RUNNING", space.head) and len(space.commits) == 2
+            assert {k: v["value"] for k, v in space.variables.items()} == {"ALLOW_ORIGINS": "http://localhost:5173"} and not space.secrets
+            assert (tree / ".env.local").read_text() == f"MINE=1\nVITE_CLOUD_ENGINE_URL={space.host}\n"
+            (tree / ".env.local").write_text("MINE=1\n")
+    assert at > 5
+
+
+# secrets
+
+def test_no_secret_in_any_output(hub, tree):
+    """Planted in the token, a secret, the app's log, the Hub's error messages and the engine's answers; said by none of our outputs."""
+    planted = "pl4nted/ secret+value"
+    hub.user["auth"]["accessToken"]["role"] = "write"
+    outputs = [run(hub, tree, *GUIDE, "--secret", "PLANTED", "--json", HF_TOKEN=TOKEN + "\n", PLANTED=planted + "\n")]
+    hub.spaces[SPACE].logs["run"].append(f"the environment is {planted} {TOKEN}\n")
+    outputs.append(call(hub, tree, "--logs", "run", "--secret", "PLANTED", PLANTED=planted))
+    for status in (400, 401, 403, 412, 500):
+        hub.fail("GET", "whoami", *[(status, {"error": f"{TOKEN} {planted} is no good"})] * 4)
+        outputs.append(call(hub, tree, "--secret", "PLANTED", code={412: 4, 500: 9}.get(status, 3), PLANTED=planted))
+        hub.answers.clear()
+    edit(tree, "FAIL_RUN")
+    hub.spaces.clear()
+    outputs.append(call(hub, tree, "--secret", "PLANTED", "--var", "FAIL=1", code=7, PLANTED=planted))
+    for text in outputs: assert not re.search(r"pl4nted|hf_loopback|cGw0bnRlZ", text)
+    files = [p for p in tree.rglob("*") if p.is_file()]
+    assert not [p for p in files if TOKEN.encode() in p.read_bytes() or planted.encode() in p.read_bytes()]
+    assert planted not in repr(deploy.Options(SPACE, secret={"PLANTED": planted}))
+
+
+def test_a_secret_of_the_machine_is_not_uploaded(hub, tree):
+    call(hub, tree, *GUIDE)
+    assert not [p for p, b in hub.spaces[SPACE].tree.items() if TOKEN.encode() in b.data]
+
+
+# .env.local
+
+NAME = "VITE_CLOUD_ENGINE_URL"
+value = st.from_regex(r"https?://[a-z0-9.-]{1,30}(:\d{2,5})?", fullmatch=True)
+line = st.one_of(st.from_regex(r"[A-Z_]{1,8}=[ -~äé]{0,12}", fullmatch=True), st.from_regex(r"# ?[ -~ü]{0,15}", fullmatch=True), st.just(""), st.just(f"# {NAME}=commented"),
+                 st.builds("{}{}={}".format, st.sampled_from(["", "export ", "  "]), st.just(NAME), value), st.builds("{}_2={}".format, st.just(NAME), value))
+
+
+@settings(deadline=None, max_examples=300)
+@given(lines=st.lists(line, max_size=6), newline=st.sampled_from(["\n", "\r\n"]), end=st.booleans(), url=value)
+def test_the_env_writer_touches_one_line(tmp_path_factory, lines, newline, end, url):
+    text = newline.join(lines) + (newline if end and lines else "")
+    new = deploy.set_line(text, NAME, url)
+    assert deploy.set_line(new, NAME, url) == new
+    ours = [i for i, x in enumerate(lines) if re.match(rf"\s*(export )?{NAME}=", x)]
+    after = new.split(newline)
+    if ours: assert after[: ours[-1]] + after[ours[-1] + 1:] == text.split(newline)[: ours[-1]] + text.split(newline)[ours[-1] + 1:]
+    newline = newline if newline in text else "\n"
+    if not ours: assert new == text + ("" if not text or text.endswith("\n") else newline) + f"{NAME}={url}{newline}"
+    if not re.search("['\"]", text):                      # an open quote makes what follows part of its value
+        path = tmp_path_factory.getbasetemp() / "env"
+        path.write_bytes(new.encode())
+        assert dotenv_values(path)[NAME] == url
+
+
+def test_the_env_file_keeps_mode_bytes_and_itself(tmp_path, monkeypatch):
+    path, link = tmp_path / "real.env", tmp_path / ".env.local"
+    path.write_bytes(b"\xff not utf-8\r\nA=1\r\n")
+    path.chmod(0o640)
+    link.symlink_to(path)
+    assert deploy.write_env(link, NAME, "https://x") and not deploy.write_env(link, NAME, "https://x")
+    assert path.read_bytes() == b"\xff not utf-8\r\nA=1\r\n" + NAME.encode() + b"=https://x\r\n" and stat.S_IMODE(path.stat().st_mode) == 0o640 and link.is_symlink()
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError): deploy.write_env(link, NAME, "https://y")
+    assert b"https://x" in path.read_bytes() and len(list(tmp_path.iterdir())) == 2
+    monkeypatch.undo()
+    deploy.write_env(tmp_path / "new", NAME, "https://x")
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o600
+
+
+# rules that need no process
+
+def test_plan_is_pure_and_says_what_a_gpu_costs(tree):
+    o = deploy.Options(SPACE, preset="lightning", hardware="l4x1", source=tree)
+    found = deploy.Found({"name": "ada", "isPro": True}, {"cpu-basic": 0, "l4x1": 0.8})
+    plan = deploy.make_plan(found, deploy.upload_set(tree), o)
+    assert plan == deploy.make_plan(found, deploy.upload_set(tree), o) and "l4x1 costs $0.80 an hour" in "".join(plan.notes)
+    on_cpu = deploy.make_plan(replace(found, head="x"), deploy.upload_set(tree), replace(o, hardware=None))
+    assert "has no GPU" in "".join(on_cpu.notes) and "removed from the Hub" in str(deploy.make_plan(found, deploy.upload_set(tree), replace(o, model="runwayml/stable-diffusion-v1-5")))
+
+
+def test_the_build_id_names_the_content(tree):
+    a = deploy.upload_set(tree)
+    edit(tree)
+    b = deploy.upload_set(tree)
+    assert deploy.build_id(a) != deploy.build_id(b) and deploy.build_id(a) == deploy.build_id(dict(reversed(a.items())))
