@@ -65,6 +65,7 @@ def _from_http(exc: HTTPException) -> AuraError:
     if exc.status_code == 404: return NotFound("There is nothing at this address; GET /docs lists what there is.")
     if exc.status_code == 405: return MethodNotAllowed(f"Allowed here: {(exc.headers or {}).get('Allow', 'another method')}.")
     if exc.status_code == 413: return TooLarge(f"The body is larger than {MAX_BODY // 2**20} MiB.")
+    if exc.status_code == 429: return QueueFull("Too many large bodies are arriving at once.", retry_after=5)
     return AuraError()
 
 # %% ../nbs/09_api.ipynb #3870d705
@@ -571,6 +572,7 @@ class Guard:
             message = await receive()
             size = len(message.get("body", b""))
             mine, self.held = mine + size, self.held + size
+            if mine > MAX_BODY: raise HTTPException(413)
             if self.held > self.budget: raise HTTPException(429)
             return message
         async def sending(message):
@@ -633,7 +635,7 @@ def create_app(engine, extra_routes=(), shapes: dict[str, Callable] | None = Non
     walls = [Middleware(Stamp),
              Middleware(CORSMiddleware, allow_origins=allowed, allow_methods=("GET", "POST", "DELETE"), allow_headers=("authorization", "content-type", "x-request-id"), expose_headers=EXPOSED),
              Middleware(Guard, origins=allowed, hosts=(host,) if host else ())]
-    app = FastAPI(title="Aura engine", version=__version__, description="Text to image, image to image.", middleware=walls, redirect_slashes=False, max_body_size=MAX_BODY,
+    app = FastAPI(title="Aura engine", version=__version__, description="Text to image, image to image.", middleware=walls, redirect_slashes=False,
                   redoc_url=None, exception_handlers={AuraError: _on_error, RequestValidationError: _on_error, HTTPException: _on_error})
     app.state.api = Api(engine, shapes)
     lock = [Depends(check_key)] if engine.settings.api_key else []
