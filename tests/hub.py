@@ -96,7 +96,7 @@ class Hub:
                      "auth": {"type": "access_token", "accessToken": {"displayName": "t", "role": "write"}}}
         self.token, self.spaces, self.lfs, self.answers, self.requests = TOKEN, {}, {}, [], []
         self.watch = lambda n, method, path, phase: None        # called around every request; may raise to drop its effect
-        self.servers, self.closing, self.pool = [], False, ThreadPoolExecutor(4)
+        self.servers, self.runs, self.closing, self.pool = [], [], False, ThreadPoolExecutor(2)
 
     # running
 
@@ -109,8 +109,8 @@ class Hub:
         for server, thread in self.servers:
             server.should_exit = True
             thread.join(5)
-        for s in self.spaces.values(): self._stop(s.run)
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.pool.shutdown(cancel_futures=True)
+        for run in self.runs: self._stop(run)
 
     def _serve(self, app):
         server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1))
@@ -121,9 +121,7 @@ class Hub:
         return f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
 
     def _stop(self, run):
-        while run:
-            if run.served and run.served.done() and not run.served.exception(): run.served.result()[1]()
-            run = run.previous
+        if run.served and run.served.done() and not run.served.cancelled() and not run.served.exception(): run.served.result()[1]()
 
     @property
     def writes(self): return [f"{m} {p}" for m, p in self.requests if m not in ("GET", "HEAD") and p.startswith(("/api", "/lfs", "/spaces")) and not READS.search(p)]
@@ -151,6 +149,7 @@ class Hub:
         if live: live.previous = None
         env = {k: v["value"] for k, v in (s.variables | s.secrets).items()}
         s.run = Run(s.head, s.tree, env, time.monotonic(), build=not live or live.sha != s.head, previous=live, was=was)
+        self.runs.append(s.run)
         s.logs = {"build": ["===== Build Queued =====\n"] if s.run.build else s.logs["build"], "run": []}
         if self.builder: s.run.served = self.pool.submit(self.builder, s.run, lambda kind, line, logs=s.logs: logs[kind].append(line))
         elif s.run.build and not self.stuck:
@@ -322,7 +321,7 @@ class Hub:
             if request.method == "OPTIONS": return Response(status_code=200, headers=cors)
             if s.forced == "SLEEPING": s.forced = None; s.run.started = time.monotonic()
             live = self._live(s)
-            if not live: return HTMLResponse(EDGE_PAGE, 503, cors)
+            if not live or live.served and not live.served.done(): return HTMLResponse(EDGE_PAGE, 503, cors)
             return await (self._forward(live, request, cors) if live.served else stub(live, request, cors))
         return answer
 

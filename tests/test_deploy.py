@@ -49,10 +49,10 @@ def start(hub, tree, *args, **env):
     return subprocess.Popen(argv, cwd=tree, env=environment(hub, tree, env), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True)
 
 
-def run(hub, tree, *args, code=0, **env):
+def run(hub, tree, *args, code=0, limit=60, **env):
     """The command's output, as a process; another exit status than `code` fails the test."""
     process = start(hub, tree, *args, **env)
-    out = process.communicate(timeout=60)[0]
+    out = process.communicate(timeout=limit)[0]
     assert process.returncode == code, out
     return out
 
