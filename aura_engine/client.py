@@ -422,7 +422,8 @@ class AuraClient:
     def __init__(self, local=LOCAL, cloud: str | None = None, mode: str = "auto", **options):
         self.loop = asyncio.new_event_loop()
         self.aio = AsyncAuraClient(local, cloud, mode, **options)
-        threading.Thread(target=self.loop.run_forever, name="aura-client", daemon=True).start()
+        self.thread = threading.Thread(target=self.loop.run_forever, name="aura-client", daemon=True)
+        self.thread.start()
 
     def start(self, work: Coroutine) -> Future:
         "Run a coroutine in the background; cancelling the future cancels it."
@@ -435,9 +436,19 @@ class AuraClient:
         except BaseException: future.cancel(); raise
 
     def close(self) -> None:
-        "Close connections and the background loop."
-        self.wait(self.aio.close())
+        "Cancel what still runs, close connections and the background loop."
+        if self.loop.is_closed(): return
+        self.wait(self._end())
         self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
+
+    async def _end(self) -> None:
+        rest = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in rest: task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+        await self.aio.close()
+        await self.loop.shutdown_asyncgens()
 
     def __enter__(self): return self
     def __exit__(self, *exc): self.close()

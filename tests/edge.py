@@ -19,11 +19,18 @@ def answer(status, body, kind="application/json", **headers):
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
+def hang_up(s):
+    """Close a socket at once, also under a thread that reads from it."""
+    try: s.shutdown(socket.SHUT_RDWR)
+    except OSError: pass
+    s.close()
+
+
 class Edge:
     """`script`: raw answers, one a connection; then connections go to `target`. `cut`: a relayed answer ends after so many bytes. `requests`: [(first line, headers, body)]."""
 
     def __init__(self, *script, target=None, cut=None, port=0):
-        self.script, self.target, self.cut, self.requests = list(script), target, cut, []
+        self.script, self.target, self.cut, self.requests, self.open = list(script), target, cut, [], []
         self.listener = socket.create_server(("127.0.0.1", port))
         self.port = self.listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -33,13 +40,13 @@ class Edge:
         return self
 
     def __exit__(self, *exc):
-        self.listener.shutdown(socket.SHUT_RDWR)
-        self.listener.close()
+        for s in (self.listener, *self.open): hang_up(s)
 
     def _accept(self):
         while True:
             try: conn, _ = self.listener.accept()
             except OSError: return
+            self.open.append(conn)
             threading.Thread(target=self._answer, args=(conn,), daemon=True).start()
 
     def _answer(self, conn):
@@ -54,9 +61,7 @@ class Edge:
         self.requests.append((first, headers, body))
         if self.script: conn.sendall(self.script.pop(0))
         elif self.target: self._relay(conn, head + b"\r\n\r\n" + body)
-        try: conn.shutdown(socket.SHUT_RDWR)             # also wakes the thread that still reads from it
-        except OSError: pass
-        conn.close()
+        hang_up(conn)
 
     def _relay(self, conn, data):
         where = urlsplit(self.target)

@@ -51,7 +51,7 @@ def test_generate_refine_replay_save(client, tmp_path):
     first, second = made.save(tmp_path / "owl.png")
     assert (first.name, second.name) == ("owl-1.png", "owl-2.png")
     again = client.replay(second)
-    assert np.array_equal(pixels(again.images[0]), pixels(made.images[1])) and again.warnings == ()
+    assert np.abs(pixels(again.images[0]) - pixels(made.images[1])).max() <= 1 and again.warnings == ()
     for picture in (made.images[0], first, first.read_bytes(), str(first)):
         refined = client.refine("a fox", picture, strength=0.6, seed=1, steps=2)
         assert refined.receipts[0].strength == 0.6 and refined.receipts[0].init_sha256
