@@ -13,7 +13,7 @@ from . import __version__
 from .batching import Entry, StepCost, cached_curve, choose, eta, work
 from .config import Settings, unknown_settings
 from .loader import Components, load
-from .models import Row, check_source
+from .models import SAMPLERS, Row, check_source
 from .trajectory import TextCache, Trajectory, advance, call_unet, decode_latents, text_keys, unet_inputs
 from .types import (AuraError, Cancelled, DeadlineExceeded, Done, EngineFailed, Event, Failed, Image, NotReady, OutOfMemory,
                                Picture, Plan, Preview, QueueFull, Queued, Receipt, ShuttingDown, Step)
@@ -174,7 +174,7 @@ def _health(self) -> dict:
     return {"status": self.status, "ready": self.ready, "device": p.device.type if p else None, "gpu": self.gpu,
             "gpuName": torch.cuda.get_device_name(p.device) if p and p.device.type == "cuda" else None,
             "model": s.model_id, "revision": p.revision if p else s.revision, "lora": s.lcm_lora_id,
-            "family": p.row.name if p else None, "scheduler": type(p.scheduler()).__name__ if p else None, "precision": p.precision if p else s.precision,
+            "family": p.row.name if p else None, "scheduler": SAMPLERS[p.row.sampler].cls if p else None, "precision": p.precision if p else s.precision,
             "backend": "torch", "optimizations": self.optimizations(), "warnings": self.warnings + (p.notes if p else []), "reason": self.reason or None,
             "queue": {"length": len(entries), "seconds": round(work(entries, self.cost), 2) if self.cost else 0.0},
             "stepCost": {str(b): round(c, 4) for b, c in self.cost.curves[self.cost.native].items()} if self.cost else {},

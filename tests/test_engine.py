@@ -232,7 +232,7 @@ def test_health_stays_quick_while_the_engine_works(engine):
 
 @pytest.mark.slow
 def test_memory_is_flat_over_500_mixed_requests(engine, photo):
-    """RSS after requests with cancels and failures: the second half may not grow by more than 2 %."""
+    """RSS after requests with cancels and failures: the second half may not lie more than 5 % above the first."""
     def rss(): gc.collect(); return int(open("/proc/self/statm").read().split()[1]) * 4096
     rng, marks = random.Random(0), []
     for i in range(500):
@@ -242,7 +242,7 @@ def test_memory_is_flat_over_500_mixed_requests(engine, photo):
         if i % 50 == 49:
             while engine.health()["queue"]["length"]: time.sleep(0.01)
             marks.append(rss())
-    assert max(marks[5:]) < 1.02 * max(marks[2:5]), [m // 2**20 for m in marks]
+    assert max(marks[5:]) < 1.05 * max(marks[2:5]), [m // 2**20 for m in marks]
 
 
 def test_images_come_in_the_log_of_the_job(engine):
