@@ -110,7 +110,7 @@ def load_settings(**given) -> Settings:
 
 def unknown_settings(env=None) -> list[str]:
     "A warning for every SD_* or AURA_* variable that the engine does not know, with the nearest name it does."
-    known, out = setting_names(), []
+    known, out = [*setting_names(), "AURA_BUILD_ID"], []                   # that one is part of the image
     for name in sorted(env if env is not None else os.environ):
         if name.startswith(("SD_", "AURA_")) and name not in known:
             near = difflib.get_close_matches(name, known, 1)

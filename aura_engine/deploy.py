@@ -18,7 +18,7 @@ __all__ = ['EXITS', 'ROLLED_BACK', 'PRESETS', 'UPLOAD', 'WEIGHTS', 'LARGEST', 'W
            'look', 'fingerprint', 'objections', 'Change', 'Plan', 'same_file', 'make_plan', 'apply', 'commit',
            'build_id_of', 'Follower', 'wait', 'NotYet', 'until', 'app_answer', 'check_health', 'check_page',
            'check_stranger', 'check_picture', 'smoke', 'set_line', 'write_env', 'restore', 'roll_back', 'printer',
-           'find_token', 'prepare', 'deploy', 'Watch', 'Panel', 'status', 'tiers', 'logs', 'restart', 'main']
+           'find_token', 'prepare', 'deploy', 'Watch', 'Panel', 'status', 'tiers', 'logs', 'restart', 'main', 'command']
 
 # %% ../nbs/15_deploy.ipynb #b00e8c9e
 import httpx, httpx2
@@ -35,10 +35,10 @@ EXITS = {"ok": 0, "usage": 2, "preflight": 3, "conflict": 4, "build": 5, "timeou
 ROLLED_BACK = 20
 
 class DeployError(Exception):
-    "A deployment that did not happen: `code` is the exit status; the text says what was found and what to do."
-    def __init__(self, kind: str, text: str):
+    "A deployment that did not happen: `code` is the exit status; the text says what was found and what to do. `status`: the Hub's, if it was the Hub that refused."
+    def __init__(self, kind: str, text: str, status: int | None = None):
         super().__init__(text)
-        self.kind, self.code = kind, EXITS[kind]
+        self.kind, self.code, self.status = kind, EXITS[kind], status
 
 # %% ../nbs/15_deploy.ipynb #2b7d9a23
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def stale_modules(source: str | Path) -> list[str]:
 
 def faults(files: Mapping[str, bytes], source: str | Path) -> list[str]:
     "Everything that is wrong with an upload, in words; empty when it may go."
-    if lacking := [p for p in ("Dockerfile", ".dockerignore", "app.py", "requirements.txt", "aura_engine/__init__.py") if p not in files]: return [f"{p} is missing in {Path(source).name or 'this folder'}" for p in lacking]
+    if lacking := [p for p in ("Dockerfile", ".dockerignore", "app.py", "requirements.txt", "aura_engine/__init__.py") if p not in files]: return [f"{p} is missing; --source names the project's folder" for p in lacking]
     docker = files["Dockerfile"].decode()
     out = [f"{p}: {len(d) // 1000} kB; only the embedded weights may exceed {LARGEST // 1000} kB" for p, d in files.items() if len(d) > LARGEST and not p.startswith(WEIGHTS)]
     out += [f"{p} holds what looks like a token or a private key" for p, d in files.items() if not p.startswith(WEIGHTS) and _TOKEN.search(d)]
@@ -247,7 +247,7 @@ def space_readme(space_id: str, variables: Mapping[str, str]) -> bytes:
     "README.md of the Space, with its front matter."
     model = resolve_id(variables.get("SD_MODEL_ID", "embedded"))[0]
     hardware = next((p.hardware for p in PRESETS.values() if p.hardware and p.variables["SD_MODEL_ID"] == model), None) or "cpu-basic"
-    models = [m for m in (model, variables.get("SD_LCM_LORA_ID")) if m and "/" in m]
+    models = [m for m in (model, variables.get("SD_LCM_LORA_ID")) if m and re.fullmatch(r"[\w.-]+/[\w.-]+", m)]
     head = {"title": space_id.split("/")[1], "emoji": "🎨", "colorFrom": "indigo", "colorTo": "pink", "sdk": "docker", "app_port": 7860, "license": "apache-2.0",
             "short_description": "Pictures from text: a small HTTP engine", "suggested_hardware": hardware, "startup_duration_timeout": "1h" if slow_start(variables) > 1800 else "30m"}
     lines = [f"{k}: {json.dumps(v, ensure_ascii=False)}" for k, v in (head | ({"models": models} if models else {})).items()]    # JSON is YAML
@@ -281,7 +281,7 @@ class Remote:
                 status, after = e.response.status_code, e.response.headers.get("retry-after", "")
                 text = WORDS.get(status) or f"status {status}"
                 if said := self.clean(e.server_message or "")[:300]: text += f" (the Hub says: {said})"
-                if status != 429 and status < 500: raise DeployError("conflict" if status in (409, 412) else "preflight", text) from None
+                if status != 429 and status < 500: raise DeployError("conflict" if status in (409, 412) else "preflight", text, status) from None
             except (httpx2.HTTPError, OSError) as e: text, after = f"no answer from {self.endpoint} ({type(e).__name__})", ""
             except ValueError as e: raise DeployError("preflight", self.clean(str(e))[:300]) from None
             if wait is None: raise DeployError("network", text + "; what was done so far stays, and the same command carries on from there")
@@ -318,7 +318,7 @@ def look(remote: Remote) -> Found:
     user, price = remote(lambda api: api.whoami()), prices(remote)
     try: info = remote(lambda api: api.space_info(remote.id))
     except DeployError as e:
-        if not str(e).startswith(WORDS[404]): raise
+        if e.status != 404: raise
         return Found(user, price)
     run = remote(lambda api: api.get_space_runtime(remote.id))
     alive = run.raw.get("sha") if str(run.raw["stage"]).startswith(("RUNNING", "SLEEPING")) else None
@@ -336,7 +336,7 @@ def objections(found: Found, o: Options) -> list[str]:
     owner, token, out = o.space_id.split("/")[0], found.user.get("auth", {}).get("accessToken", {}), []
     if token.get("role") == "read": out.append("the token can only read; make one with write access")
     orgs = {x["name"]: x.get("roleInOrg") for x in found.user.get("orgs", [])}
-    if owner != found.user["name"] and orgs.get(owner) not in ("admin", "write", "contributor"): out.append(f"{found.user['name']} may not write to {owner}")
+    if owner != found.user["name"] and (owner not in orgs or orgs[owner] == "read"): out.append(f"{found.user['name']} may not write to {owner}")
     if found.sdk and found.sdk != "docker": out.append(f"{o.space_id} is a {found.sdk} Space; take another name")
     if found.stage in ("PAUSED", "STOPPED", "DELETING"): out.append(f"the Space is {found.stage}; restart it first (--restart), if that is meant")
     clash = set(found.variables) & set(found.secrets) - set(o.variables()) - set(o.secret)
@@ -753,8 +753,12 @@ def restart(remote: Remote) -> str:
     return remote(lambda api: api.restart_space(remote.id)).raw["stage"]
 
 # %% ../nbs/15_deploy.ipynb #0379688a
-def main(argv: Sequence[str] | None = None) -> int:
-    "The command; the exit status."
+def main(argv: Sequence[str] | None = None) -> None:
+    "The command; ends the process with its exit status."
+    sys.exit(command(argv))
+
+def command(argv: Sequence[str] | None = None) -> int:
+    "The command, as a function: its exit status."
     warnings.filterwarnings("ignore", module="huggingface_hub")
     clean, lines = redactor(os.environ.get("HF_TOKEN", "").strip()), False
     try:

@@ -6,4 +6,4 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from aura_engine.deploy import main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -2,7 +2,7 @@
 
 The real huggingface_hub client speaks to it (HF_ENDPOINT=hub.url). A Space's life is told by the clock: the old version
 runs on while the new one is queued, built and started, and the reported commit lags. What goes wrong is decided by the
-commit (a file that contains FAIL_BUILD, FAIL_RUN or FAIL_SMOKE), by `answers` put in front of an endpoint, or by the
+commit (a file that contains FAIL_BUILD, FAIL_RUN, FAIL_SMOKE or FAIL_ORIGIN), by `answers` put in front of an endpoint, or by the
 fields of `Hub`. A `builder` may really build and serve a commit; without one a stub with the engine's manners answers.
 """
 import asyncio, base64, hashlib, io, json, re, secrets, threading, time
@@ -383,7 +383,7 @@ async def stub(run, request, cors):
     if request.url.path == "/": return HTMLResponse("<title>aura</title>", headers=ours)
     if request.url.path != "/generate" or request.method != "POST": return refuse(404, "not_found")
     origins = run.env.get("ALLOW_ORIGINS", "http://localhost:5173,http://127.0.0.1:5173").split(",")
-    if "*" not in origins and request.headers.get("origin", origins[0]) not in origins: return refuse(403, "foreign_origin")
+    if "*" not in origins and not run.says("FAIL_ORIGIN") and request.headers.get("origin", origins[0]) not in origins: return refuse(403, "foreign_origin")
     if (key := run.env.get("AURA_API_KEY")) and request.headers.get("authorization") != f"Bearer {key}": return refuse(401, "unauthorized")
     picture = Image.new("RGB", (64, 64)) if run.says("FAIL_SMOKE") else Image.linear_gradient("L").resize((64, 64)).convert("RGB")
     picture.save(out := io.BytesIO(), "PNG")

@@ -62,7 +62,7 @@ def call(hub, tree, *args, code=0, **env):
     out = io.StringIO()
     with patch.dict(os.environ, environment(hub, tree, env), clear=True), patch.object(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True), \
          contextlib.chdir(tree), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        status = deploy.main(["--space-id", SPACE, "--poll", "0.05", *args])
+        status = deploy.command(["--space-id", SPACE, "--poll", "0.05", *args])
     huggingface_hub.set_client_factory(huggingface_hub.utils._http.default_client_factory)
     assert status == code, out.getvalue()
     return out.getvalue()
@@ -240,7 +240,7 @@ def test_files_that_must_stay_at_home_do(tree):
                                   ["--preset", "t9"], ["--secret", "HOME", "--var", "HOME=1"]], ids=" ".join)
 def test_usage(args, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", open(os.devnull))
-    assert deploy.main(["--space-id", SPACE, *args]) == 2
+    assert deploy.command(["--space-id", SPACE, *args]) == 2
     assert capsys.readouterr().err
 
 
@@ -252,6 +252,20 @@ def test_somebody_was_faster(hub, tree):
     edit(tree, "again")
     hub.fail("POST", "/commit/", *[(412, {"error": "A commit has happened since."})] * 2)
     call(hub, tree, *GUIDE, code=4)
+
+
+def test_a_name_taken_meanwhile_and_a_create_that_is_refused(hub, tree):
+    hub.fail("POST", "repos/create", (409, {"error": "You already created this space repo", "url": "x"}))
+    assert "planning once more" in call(hub, tree, *GUIDE)
+    hub.fail("POST", "repos/create", (403, {"error": "no rights"}))
+    assert "may not write there" in call(hub, tree, "--space-id", "guild/aura", code=3)
+
+
+def test_the_proxys_kindness_is_not_the_engines_refusal(hub, tree):
+    edit(tree, "FAIL_ORIGIN")
+    assert "a foreign origin was answered 200" in call(hub, tree, *GUIDE, "--timeout", "0.5", code=8)
+    hub.edge_pages = 10**6
+    assert "the Space's proxy answered 503, not the engine" in call(hub, tree, *GUIDE, "--timeout", "0.5", code=8)
 
 
 @pytest.mark.parametrize("word, code, says", [("FAIL_BUILD", 5, "No matching distribution"), ("FAIL_RUN", 7, "RuntimeError: FAIL_RUN"), ("FAIL_SMOKE", 8, "of one colour")])
