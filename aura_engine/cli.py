@@ -72,7 +72,7 @@ def connected(local: str, cloud: str | None, mode: str, offline: bool, as_json: 
             from aura_engine.engine import Engine                  # imports torch
             with Engine(load_settings()).start() as engine, AuraClient(engine, mode="local") as client: yield client
     except AuraError as e:
-        hint = " Or add --offline to make the picture in this process." if e.code == "unreachable" and not offline else ""
+        hint = " Or name a Space with --cloud, or add --offline to make the picture in this process." if e.code == "unreachable" and not offline else ""
         typer.echo(json.dumps(e.problem()) if as_json else f"{e.title}: {e.detail}{hint}", err=not as_json)
         raise typer.Exit(1) from None
     except SettingsError as e:

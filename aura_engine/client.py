@@ -185,6 +185,10 @@ class Door:
     async def close(self) -> None:
         "Let go of connections."
 
+    async def memory(self) -> int:
+        "Bytes in use on the GPU; 0 when there is none, or when that is not known."
+        return 0
+
 # %% ../nbs/12_client.ipynb #312acc3c
 class Remote(Door):
     "An engine over HTTP. `api_key` goes as a Bearer token."
@@ -224,9 +228,15 @@ async def _allows(self, origin: str) -> bool:
     except httpx.HTTPError as e: raise self._lost(e) from None
     return r.headers.get("access-control-allow-origin") in (origin, "*")
 
+async def _memory(self) -> int:
+    try: text = (await self.http.get("/metrics", timeout=5)).text
+    except httpx.HTTPError: return 0
+    found = re.search(r"^aura_gpu_memory_bytes (\S+)$", text, re.M)
+    return int(float(found[1])) if found else 0
+
 async def _close(self) -> None: await self.http.aclose()
 
-Remote._lost, Remote.allows, Remote.close = _lost, _allows, _close
+Remote._lost, Remote.allows, Remote.memory, Remote.close = _lost, _allows, _memory, _close
 
 def engine_url(text: str, name: str = "engine") -> str:
     "An address without a closing slash; a Space's page becomes the Space's own address. Invalid for anything but http and https."
@@ -275,6 +285,10 @@ class InProcess(Door):
     async def health(self, timeout: float = 5) -> dict:
         "The engine's own account."
         return self.engine.health()
+
+    async def memory(self) -> int:
+        import torch                                           # the engine has it already
+        return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
 
 def _differences(old: Receipt, new: Receipt) -> tuple[str, ...]:
     from aura_engine.api import differences

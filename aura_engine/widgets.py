@@ -105,6 +105,7 @@ class Studio(W.VBox):
         self.bar, self.line, self.facts = W.FloatProgress(0, min=0, max=1, layout={"width": "40%"}), W.HTML(), W.HTML()
         self.stage, self.history = Gallery(side=192), Gallery(side=96)
         self.history.observe(self._chosen, "chosen")
+        self.inputs["prompt"].on_msg(lambda _, message, __: message.get("event") == "submit" and self.generate())      # Enter
         row = lambda *names: W.HBox([self.inputs[n] for n in names])
         super().__init__([row("prompt"), row("negative"), row("aspect", "resolution", "count"), row("seed", "temperature", "strength"),
                           W.HBox(list(self.buttons.values())), W.HBox([self.bar, self.line]), self.stage, self.history, self.facts])
@@ -137,7 +138,7 @@ def _start(self, question) -> None:
     self.work = self.client.start(self._follow(ask))
 
 async def _follow(self, ask: Ask) -> None:
-    self.task, self.began, self.steps, self.by = asyncio.current_task(), time.monotonic(), {}, ""
+    self.task, self.began, self.due, self.steps, self.by = asyncio.current_task(), time.monotonic(), 0.0, {}, ""
     try:
         async with aclosing(self.client.aio.stream(ask)) as events:
             async for e in events: self._show(e)
@@ -164,11 +165,14 @@ def _show(self, e) -> None:
     if isinstance(e, Notice):
         self._say(e.text)
         if e.kind == "asks": self.by, self.steps, self.stage.tiles = e.engine, {}, []
-    elif isinstance(e, Queued): self._say(f"{e.position} ahead, about {e.eta_seconds:.0f} s" if e.position else f"about {e.eta_seconds:.0f} s")
+    elif isinstance(e, Queued):
+        self.due = time.monotonic() + e.eta_seconds
+        self._say(f"{e.position} ahead, about {e.eta_seconds:.0f} s" if e.position else f"about {e.eta_seconds:.0f} s")
     elif isinstance(e, Step):
         self.steps[e.index] = e.step / e.steps
         self.bar.value = sum(self.steps.values()) / len(self.steps)
-        self._say(f"step {e.step} of {e.steps}")
+        left = self.due - time.monotonic()
+        self._say(f"step {e.step} of {e.steps}" + (f", about {left:.0f} s left" if left > 1 else ""))
     elif isinstance(e, Preview): self._on_stage(e.index, tile(Pillow.fromarray(e.image)))
     elif isinstance(e, Image): self._finished(e)
     elif isinstance(e, Done):
@@ -243,6 +247,8 @@ class EngineStatus(W.VBox):
 async def _look(self) -> dict[str, dict]:
     "Ask every engine once and show the answers."
     said = await self.client.aio.health()
+    for door in self.client.aio.doors:
+        if said[door.name].get("gpu") and (used := await door.memory()): said[door.name]["memory"] = f"{used / 2**30:.1f} GiB on the GPU"
     for door in self.client.aio.doors if self.origin else ():
         if hasattr(door, "allows") and "version" in said[door.name] and not await door.allows(self.origin):
             said[door.name]["advice"].append(f"Pages of {self.origin} may not call it; add that origin to its ALLOW_ORIGINS.")
