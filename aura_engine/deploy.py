@@ -486,8 +486,9 @@ def wait(remote: Remote, oid: str, written: str, seconds: float, say: Callable) 
     try:
         while True:
             raw = remote(lambda api: api.get_space_runtime(remote.id)).raw
-            stage, ours = str(raw["stage"]), raw.get("sha") == oid
-            if stage != seen: say("wait", stage, sha=raw.get("sha"))
+            stage, sha = str(raw["stage"]), raw.get("sha")
+            ours = sha == oid or sha is None and sure()
+            if stage != seen: say("wait", stage, sha=sha)
             seen, moved = stage, moved or stage.endswith(("BUILDING", "APP_STARTING"))
             if ours and stage in ("RUNNING", "SLEEPING") and (written == "commit" or sure()): return
             kind = "build" if stage.endswith(("BUILDING", "BUILD_ERROR")) else "run" if stage.endswith(("APP_STARTING", "RUNTIME_ERROR")) else None
