@@ -319,6 +319,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'aura_engine.deploy.faults': ('deploy.html#faults', 'aura_engine/deploy.py'),
                                     'aura_engine.deploy.find_token': ('deploy.html#find_token', 'aura_engine/deploy.py'),
                                     'aura_engine.deploy.fingerprint': ('deploy.html#fingerprint', 'aura_engine/deploy.py'),
+                                    'aura_engine.deploy.hardware_for': ('deploy.html#hardware_for', 'aura_engine/deploy.py'),
                                     'aura_engine.deploy.imported': ('deploy.html#imported', 'aura_engine/deploy.py'),
                                     'aura_engine.deploy.installed_by': ('deploy.html#installed_by', 'aura_engine/deploy.py'),
                                     'aura_engine.deploy.logs': ('deploy.html#logs', 'aura_engine/deploy.py'),

@@ -15,8 +15,8 @@ from urllib.parse import quote
 __all__ = ['EXITS', 'ROLLED_BACK', 'PRESETS', 'UPLOAD', 'WEIGHTS', 'LARGEST', 'WORDS', 'DEAD', 'DeployError', 'Preset',
            'preset_table', 'Options', 'parse', 'upload_set', 'build_id', 'stamp', 'imported', 'installed_by',
            'stale_modules', 'faults', 'slow_start', 'space_readme', 'redactor', 'Remote', 'Found', 'tree_at', 'prices',
-           'look', 'fingerprint', 'objections', 'Change', 'Plan', 'same_file', 'make_plan', 'apply', 'commit',
-           'build_id_of', 'Follower', 'wait', 'NotYet', 'until', 'app_answer', 'check_health', 'check_page',
+           'look', 'fingerprint', 'hardware_for', 'objections', 'Change', 'Plan', 'same_file', 'make_plan', 'apply',
+           'commit', 'build_id_of', 'Follower', 'wait', 'NotYet', 'until', 'app_answer', 'check_health', 'check_page',
            'check_stranger', 'check_picture', 'smoke', 'set_line', 'write_env', 'restore', 'roll_back', 'printer',
            'find_token', 'prepare', 'deploy', 'Watch', 'Panel', 'status', 'tiers', 'logs', 'restart', 'main', 'command']
 
@@ -149,7 +149,7 @@ def parse(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = Non
         except AuraError as e: raise DeployError("usage", e.detail) from None
     secret = {k: (env[k] if k in env else sys.stdin.readline()).strip() for k in a.secret}
     if empty := [k for k, v in secret.items() if not v]: raise DeployError("usage", f"--secret {empty[0]}: neither in the environment nor on standard input")
-    o = Options(a.space_id, origins, a.preset, a.model, {k: v for k, _, v in pairs}, secret, a.hardware or (a.preset and PRESETS[a.preset].hardware), a.sleep_time, a.visibility,
+    o = Options(a.space_id, origins, a.preset, a.model, {k: v for k, _, v in pairs}, secret, a.hardware, a.sleep_time, a.visibility,
                 a.source or _source(), a.env_file, a.dry_run, not a.no_wait, a.timeout, a.smoke, not a.no_rollback, a.yes, a.poll)
     return o, a
 
@@ -331,6 +331,11 @@ def fingerprint(space_id: str, name: str, value: str) -> str:
     "A description that tells whether a secret is still the same."
     return "aura_engine " + hashlib.scrypt(value.encode(), salt=f"{space_id}\0{name}".encode(), n=2**14, r=8, p=1, dklen=8).hex()
 
+def hardware_for(found: Found, o: Options) -> str | None:
+    "The hardware to ask for: what was said, else the preset's where the Space has less; None leaves it as it is."
+    if o.hardware or not (o.preset and (usual := PRESETS[o.preset].hardware)): return o.hardware
+    return usual if found.prices.get(usual, float("inf")) > found.prices.get(found.hardware or "", 0) else None
+
 def objections(found: Found, o: Options) -> list[str]:
     "Why the Hub would refuse, or this command should."
     owner, token, out = o.space_id.split("/")[0], found.user.get("auth", {}).get("accessToken", {}), []
@@ -344,11 +349,11 @@ def objections(found: Found, o: Options) -> list[str]:
     return out + _about_hardware(found, o)
 
 def _about_hardware(found: Found, o: Options) -> list[str]:
-    if not o.hardware or o.hardware == found.hardware: return []
-    if o.hardware not in found.prices: return [f"--hardware {o.hardware}: not on the Hub's list: {', '.join(found.prices)}"]
-    price, had = found.prices[o.hardware], found.prices.get(found.hardware or "", 0)
-    if price < had: return [f"the Space has {found.hardware}, {o.hardware} would be less; change that in its settings, if it is meant"]
-    return [f"{o.hardware} costs ${price:.2f} an hour while it is awake; agree with --yes"] if price and not (o.yes or o.dry_run) else []
+    if (new := hardware_for(found, o)) in (None, found.hardware): return []
+    if new not in found.prices: return [f"hardware {new} is not on the Hub's list: {', '.join(found.prices)}"]
+    price, had = found.prices[new], found.prices.get(found.hardware or "", 0)
+    if price < had: return [f"the Space has {found.hardware}, {new} would be less; change that in its settings, if it is meant"]
+    return [f"{new} costs ${price:.2f} an hour while it is awake; agree with --yes"] if price and not (o.yes or o.dry_run) else []
 
 # %% ../nbs/15_deploy.ipynb #af330223
 @dataclass(frozen=True)
@@ -367,6 +372,7 @@ class Plan:
     changes: tuple[Change, ...]
     files: Mapping[str, bytes] = field(repr=False)
     variables: Mapping[str, str]
+    hardware: str | None
     notes: tuple[str, ...]
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -393,23 +399,23 @@ def same_file(data: bytes, oid: str | None) -> bool:
 
 def make_plan(found: Found, files: Mapping[str, bytes], o: Options) -> Plan:
     "What has to change on the Hub so that it has these files and what `o` wants."
-    want, had = o.variables(), found.variables
+    want, had, hardware = o.variables(), found.variables, hardware_for(found, o)
     old = {k for p in PRESETS.values() for k in p.variables} & set(had) - set(want) if o.preset else set()
     after = {k: v for k, v in had.items() if k not in old} | want
     files = {**stamp(files), "README.md": space_readme(o.space_id, after)}
-    new = [] if found.head else [Change("create", "space", o.space_id, "", f"docker, {o.visibility}, {o.hardware or 'cpu-basic'}")]
+    new = [] if found.head else [Change("create", "space", o.space_id, "", f"docker, {o.visibility}, {hardware or 'cpu-basic'}")]
     gone = [Change("delete", "secret", k, "(hidden)") for k in sorted(set(want) & set(found.secrets))]
     gone += [Change("delete", "variable", k, had[k]) for k in sorted(old | set(o.secret) & set(had))]
     sets = [Change("set", "variable", k, had.get(k, ""), v) for k, v in want.items() if had.get(k) != v]
     sets += [Change("set", "secret", k, "(hidden)" if k in found.secrets else "", "(hidden)") for k, v in o.secret.items() if found.secrets.get(k) != fingerprint(o.space_id, k, v)]
-    if found.head and o.hardware and o.hardware != found.hardware: sets.append(Change("set", "hardware", o.hardware, found.hardware or "", o.hardware))
+    if found.head and hardware and hardware != found.hardware: sets.append(Change("set", "hardware", hardware, found.hardware or "", hardware))
     if found.head and o.sleep_time not in (None, found.sleep_time): sets.append(Change("set", "sleep", "seconds", str(found.sleep_time or ""), str(o.sleep_time)))
     up = [Change("upload", "file", p) for p, d in files.items() if not same_file(d, found.tree.get(p))]
     up += [Change("delete", "file", p) for p in sorted(found.tree) if p.startswith("aura_engine/") and p not in files]
-    return Plan(found, tuple(new + gone + sets + up), files, after, tuple(_notes(found, o, after)))
+    return Plan(found, tuple(new + gone + sets + up), files, after, hardware, tuple(_notes(found, o, after, hardware or found.hardware or "cpu-basic")))
 
-def _notes(found: Found, o: Options, after: Mapping[str, str]) -> list[str]:
-    out, hardware = [PRESETS[o.preset].note] if o.preset else [], o.hardware or found.hardware or "cpu-basic"
+def _notes(found: Found, o: Options, after: Mapping[str, str], hardware: str) -> list[str]:
+    out = [PRESETS[o.preset].note] if o.preset else []
     if o.model and (said := resolve_id(o.model)[1]): out.append(said)
     if price := found.prices.get(hardware): out.append(f"{hardware} costs ${price:.2f} an hour while it is awake")
     elif after.get("TORCH_INDEX_URL") == "pypi": out.append(f"{hardware} has no GPU: a CUDA image of several gigabytes for nothing")
@@ -423,7 +429,7 @@ def apply(remote: Remote, plan: Plan, o: Options) -> str:
     if head is None:
         pairs = [{"key": k, "value": v} for k, v in plan.variables.items()]
         hidden = [{"key": k, "value": v, "description": d} for k, (v, d) in values.items()]
-        more = {"space_hardware": o.hardware, "space_sleep_time": o.sleep_time, "space_variables": pairs or None, "space_secrets": hidden or None}
+        more = {"space_hardware": plan.hardware, "space_sleep_time": o.sleep_time, "space_variables": pairs or None, "space_secrets": hidden or None}
         remote(lambda api: api.create_repo(at, repo_type="space", space_sdk="docker", visibility=o.visibility, **more))
         head = remote(lambda api: api.space_info(at).sha)
     else:

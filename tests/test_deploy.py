@@ -156,6 +156,14 @@ def test_settings_are_believed_only_when_the_new_process_answers(hub, tree):
     assert time.monotonic() - hub.spaces[SPACE].run.started > 0.7
 
 
+def test_more_hardware_when_agreed(hub, tree):
+    space = running(hub, tree)
+    call(hub, tree, *GUIDE, "--preset", "t4", "--sleep-time", "600", "--yes")
+    assert space.hardware == "t4-small" and space.sleep_time == 600 and space.variables["TORCH_INDEX_URL"]["value"] == "pypi"
+    assert b"suggested_hardware: \"t4-small\"" in space.tree["README.md"].data
+    assert "nothing to change" in call(hub, tree, *GUIDE, "--preset", "t4")
+
+
 def test_private_and_asleep_and_slow(hub, tree):
     space = running(hub, tree, private=True)
     space.forced, hub.edge_pages, hub.log_delay = "SLEEPING", 3, 0.2
@@ -194,7 +202,7 @@ def nothing(hub): pass
 
 @pytest.mark.parametrize("prepare, args, says", [
     (poor, GUIDE, "402|paid plan"), (reader, GUIDE, "can only read"), (gradio, GUIDE, "gradio Space"), (paused, GUIDE, "PAUSED"), (clash, GUIDE, "X is a variable and a secret"),
-    (big_gpu, ("--hardware", "t4-small", "--yes"), "would be less"), (nothing, ("--hardware", "l4x1"), "agree with --yes"), (nothing, ("--hardware", "abacus"), "not on the Hub's list"),
+    (big_gpu, ("--hardware", "t4-small", "--yes"), "would be less"), (nothing, ("--hardware", "l4x1"), "agree with --yes"), (nothing, ("--preset", "t4"), "t4-small costs .* agree with --yes"), (nothing, ("--hardware", "abacus"), "not on the Hub's list"),
     (nothing, ("--space-id", "grace/aura"), "may not write to grace"), (nothing, ("--space-id", "lurkers/aura"), "may not write to lurkers"),
 ], ids=lambda v: getattr(v, "__name__", None))
 def test_preflight_online(hub, tree, prepare, args, says):
@@ -437,11 +445,12 @@ def test_the_env_file_keeps_mode_bytes_and_itself(tmp_path, monkeypatch):
 # rules that need no process
 
 def test_plan_is_pure_and_says_what_a_gpu_costs(tree):
-    o = deploy.Options(SPACE, preset="lightning", hardware="l4x1", source=tree)
+    o = deploy.Options(SPACE, preset="lightning", source=tree)
     found = deploy.Found({"name": "ada", "isPro": True}, {"cpu-basic": 0, "l4x1": 0.8})
     plan = deploy.make_plan(found, deploy.upload_set(tree), o)
     assert plan == deploy.make_plan(found, deploy.upload_set(tree), o) and "l4x1 costs $0.80 an hour" in "".join(plan.notes)
-    on_cpu = deploy.make_plan(replace(found, head="x"), deploy.upload_set(tree), replace(o, hardware=None))
+    on_cpu = deploy.make_plan(replace(found, head="x"), deploy.upload_set(tree), replace(o, hardware="cpu-basic"))
+    assert plan.hardware == "l4x1" and deploy.hardware_for(replace(found, head="x", hardware="a100-large", prices={"l4x1": 0.8, "a100-large": 2.5}), o) is None
     assert "has no GPU" in "".join(on_cpu.notes) and "removed from the Hub" in str(deploy.make_plan(found, deploy.upload_set(tree), replace(o, model="runwayml/stable-diffusion-v1-5")))
 
 
