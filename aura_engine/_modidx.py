@@ -313,6 +313,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'aura_engine.deploy.check_page': ('deploy.html#check_page', 'aura_engine/deploy.py'),
                                     'aura_engine.deploy.check_picture': ('deploy.html#check_picture', 'aura_engine/deploy.py'),
                                     'aura_engine.deploy.check_stranger': ('deploy.html#check_stranger', 'aura_engine/deploy.py'),
+                                    'aura_engine.deploy.cleaner': ('deploy.html#cleaner', 'aura_engine/deploy.py'),
                                     'aura_engine.deploy.command': ('deploy.html#command', 'aura_engine/deploy.py'),
                                     'aura_engine.deploy.commit': ('deploy.html#commit', 'aura_engine/deploy.py'),
                                     'aura_engine.deploy.deploy': ('deploy.html#deploy', 'aura_engine/deploy.py'),

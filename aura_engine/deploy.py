@@ -4,7 +4,7 @@
 
 # %% ../nbs/15_deploy.ipynb #309493d5
 from __future__ import annotations
-import argparse, ast, base64, contextlib, hashlib, html, json, os, re, sys, tempfile, threading, time, warnings
+import argparse, ast, base64, contextlib, hashlib, html, json, os, re, sys, tempfile, threading, time, traceback, warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
@@ -18,7 +18,8 @@ __all__ = ['EXITS', 'ROLLED_BACK', 'PRESETS', 'UPLOAD', 'WEIGHTS', 'LARGEST', 'W
            'look', 'fingerprint', 'hardware_for', 'objections', 'Change', 'Plan', 'same_file', 'make_plan', 'apply',
            'commit', 'build_id_of', 'Follower', 'wait', 'NotYet', 'until', 'app_answer', 'check_health', 'check_page',
            'check_stranger', 'check_picture', 'smoke', 'set_line', 'write_env', 'restore', 'roll_back', 'printer',
-           'find_token', 'prepare', 'deploy', 'Watch', 'Panel', 'status', 'tiers', 'logs', 'restart', 'main', 'command']
+           'find_token', 'cleaner', 'prepare', 'deploy', 'Watch', 'Panel', 'status', 'tiers', 'logs', 'restart', 'main',
+           'command']
 
 # %% ../nbs/15_deploy.ipynb #b00e8c9e
 import httpx, httpx2
@@ -471,7 +472,7 @@ class Follower(threading.Thread):
                 if not line.startswith("data: {"): continue
                 n += 1
                 if n <= len(self.lines): continue                      # said before the connection broke
-                self.lines.append(json.loads(line[6:])["data"].rstrip("\n"))
+                self.lines.append(_PAINT.sub("", json.loads(line[6:])["data"]).rstrip("\n"))
                 self.say(self.kind, self.lines[-1])
 
     def causes(self, seconds: float = 2) -> list[str]:
@@ -480,6 +481,7 @@ class Follower(threading.Thread):
         while time.monotonic() < end and not any(_BAD.search(x) for x in self.lines): time.sleep(0.05)
         return ([x for x in self.lines if _BAD.search(x)] or self.lines)[-8:]
 
+_PAINT = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")            # colours, and what could write elsewhere on a terminal
 _BAD = re.compile(r"error|exception|traceback|failed|killed|no space|cannot", re.I)
 
 # %% ../nbs/15_deploy.ipynb #a57453e7
@@ -601,7 +603,8 @@ def restore(remote: Remote, good: str, plan: Plan | None = None) -> tuple[str, l
     "Make commit `good` the current one and undo the plan's settings; (oid, what could not be undone)."
     lost, at = [], remote.id
     for c in reversed(plan.changes if plan else ()):
-        if c.what == "variable": remote(lambda api, c=c: api.add_space_variable(at, c.name, c.now) if c.name in plan.found.variables else api.delete_space_variable(at, c.name))
+        if c.what == "variable" and c.name in plan.found.secrets: continue         # it took a secret's place, which stays empty
+        elif c.what == "variable": remote(lambda api, c=c: api.add_space_variable(at, c.name, c.now) if c.name in plan.found.variables else api.delete_space_variable(at, c.name))
         elif c.what == "secret" and c.verb == "set" and not c.now: remote(lambda api, c=c: api.delete_space_secret(at, c.name))
         elif c.what in ("secret", "hardware", "sleep"): lost.append(f"{c.what} {c.name}")
     head = remote(lambda api: api.space_info(at).sha)
@@ -632,6 +635,10 @@ def find_token() -> str:
     if not (token := (os.environ.get("HF_TOKEN") or get_token() or "").strip()): raise DeployError("preflight", WORDS[401].replace("is not accepted", "is missing"))
     return token
 
+def cleaner(o: Options | None = None) -> Callable[[str], str]:
+    "The redactor for the token in use and the secrets of this deployment."
+    return redactor((os.environ.get("HF_TOKEN") or get_token() or "").strip(), *(o.secret.values() if o else ()))
+
 def _receipt_file(o: Options) -> Path: return Path(o.source, "build", "deploy", o.space_id.replace("/", "--") + ".json")
 
 def _last_good(o: Options, found: Found) -> str | None:
@@ -643,8 +650,8 @@ def prepare(o: Options, say: Callable) -> tuple[Remote, Callable[[], Plan]]:
     files = upload_set(o.source)
     if wrong := faults(files, o.source): raise DeployError("preflight", "not fit to be uploaded:\n" + "\n".join(wrong))
     say("check", f"{len(files)} files, {sum(map(len, files.values())) / 1e6:.1f} MB, build {build_id(files)}")
-    token = find_token()
-    remote = Remote(o.space_id, token, o.poll, redactor(token, *o.secret.values()))
+    if o.env_file and not os.access(folder := Path(o.env_file).resolve().parent, os.W_OK): raise DeployError("preflight", f"--env-file: {folder.name or folder} cannot be written to")
+    remote = Remote(o.space_id, find_token(), o.poll, cleaner(o))
     def planned() -> Plan:
         found = look(remote)
         if no := objections(found, o): raise DeployError("preflight", "\n".join(no))
@@ -654,7 +661,7 @@ def prepare(o: Options, say: Callable) -> tuple[Remote, Callable[[], Plan]]:
 # %% ../nbs/15_deploy.ipynb #47e75dec
 def deploy(o: Options, say: Callable = printer) -> dict:
     "Bring the Space to what `o` asks for and prove it; the receipt. Raises DeployError; a `code` above 20 tells that the old version is back."
-    start, clean = time.monotonic(), redactor(os.environ.get("HF_TOKEN", "").strip(), *o.secret.values())
+    start, clean = time.monotonic(), cleaner(o)
     told = lambda step, text, **data: say(step, clean(text), **data)
     try: receipt = _deploy(o, told)
     except DeployError as e:
@@ -767,13 +774,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 def command(argv: Sequence[str] | None = None) -> int:
     "The command, as a function: its exit status."
     warnings.filterwarnings("ignore", module="huggingface_hub")
-    clean, lines = redactor(os.environ.get("HF_TOKEN", "").strip()), False
+    clean, lines = cleaner(), False
     try:
         o, a = parse(argv)
-        clean, lines = redactor(os.environ.get("HF_TOKEN", "").strip(), *o.secret.values()), a.json
+        clean, lines = cleaner(o), a.json
         return _act(o, a, _jsonl if a.json else printer)
     except DeployError as e: code, text = e.code, str(e)
     except KeyboardInterrupt: code, text = EXITS["interrupted"], "interrupted; the same command carries on from where this one is"
+    except Exception: code, text = 1, traceback.format_exc()               # ours to mend; a library's text may hold a token
     if lines: _jsonl("failed", clean(text), code=code)
     else: print(f"\n{clean(text)}", file=sys.stderr, flush=True)
     return code
@@ -786,9 +794,8 @@ def _act(o: Options, a: argparse.Namespace, say: Callable) -> int:
         receipt = deploy(o, say)
         if a.json: _jsonl("receipt", receipt["oid"] or "", **{k: v for k, v in receipt.items() if k != "image"})
         return EXITS["pending"] if a.dry_run and a.detailed_exitcode and receipt["changes"] else 0
-    token = find_token()
-    clean = redactor(token, *o.secret.values())
-    remote, told = Remote(o.space_id, token, o.poll, clean), lambda step, text, **data: say(step, clean(text), **data)
+    clean = cleaner(o)
+    remote, told = Remote(o.space_id, find_token(), o.poll, clean), lambda step, text, **data: say(step, clean(text), **data)
     if a.status: told("status", str(status(remote)))
     if a.logs: told(a.logs, "\n".join(logs(remote, a.logs)))
     if a.restart: told("restart", restart(remote))

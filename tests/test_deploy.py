@@ -139,6 +139,19 @@ def test_a_secret_makes_room_for_the_variable(hub, tree):
     assert hub.writes == [f"DELETE /api/spaces/{SPACE}/secrets", f"POST /api/spaces/{SPACE}/variables"]
 
 
+def test_what_took_a_secrets_place_stays_when_rolled_back(hub, tree):
+    space = running(hub, tree, variables={}, secrets={"ALLOW_ORIGINS": {"key": "ALLOW_ORIGINS", "value": "http://old"}})
+    edit(tree, "FAIL_RUN")
+    assert "stays as it is now: secret ALLOW_ORIGINS" in call(hub, tree, *GUIDE, code=27)
+    assert space.variables["ALLOW_ORIGINS"]["value"] == "http://localhost:5173"
+
+
+def test_what_is_unexpected_is_blacked_out_too(hub, tree):
+    with patch.object(deploy, "make_plan", lambda *_: 1 / len(hub.token[99:])): assert "ZeroDivisionError" in call(hub, tree, code=1)
+    with patch.object(deploy, "make_plan", side_effect=RuntimeError(f"Illegal header value b'Bearer {TOKEN}'")): assert TOKEN not in call(hub, tree, code=1)
+    assert "--env-file" in call(hub, tree, "--env-file", "nowhere/.env.local", code=3)
+
+
 def test_a_preset_clears_the_other_ones_variables_only(hub, tree):
     mine = {"MINE": {"key": "MINE", "value": "1"}, "SD_PRECISION": {"key": "SD_PRECISION", "value": "fp16"}}
     space = running(hub, tree, variables=mine)
