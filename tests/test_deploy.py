@@ -52,7 +52,8 @@ def start(hub, tree, *args, **env):
 def run(hub, tree, *args, code=0, limit=60, **env):
     """The command's output, as a process; another exit status than `code` fails the test."""
     process = start(hub, tree, *args, **env)
-    out = process.communicate(timeout=limit)[0]
+    try: out = process.communicate(timeout=limit)[0]
+    finally: process.kill()
     assert process.returncode == code, out
     return out
 
