@@ -503,8 +503,8 @@ class JobState(BaseModel):
 # %% ../nbs/09_api.ipynb #c4d29c89
 @dataclass(frozen=True)
 class Route:
-    "One row of the table: methods, path, handler, whether the API key is asked for, the documented answer and error statuses."
-    methods: str
+    "One row of the table: method, path, handler, whether the API key is asked for, the documented answer and error statuses."
+    method: str
     path: str
     handler: Callable
     keyed: bool = False
@@ -516,8 +516,9 @@ class Route:
 
     def responses(self) -> dict:
         "The answers as OpenAPI wants them."
-        problem = {"description": "A problem", "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}}
-        good = {"description": "Done", "content": {m: {"schema": {"type": "string"}} for m in self.media}}
+        shape = {"application/json": {"schema": {"type": "object", "required": ["error"]}}} if self.path.startswith("/v1/") else {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+        problem = {"description": "A problem", "content": shape}
+        good = {"description": "Done", "content": {m: {"schema": {"type": "object" if m == "text/event-stream" else "string"}} for m in self.media}}
         return {self.status: good | ({"model": self.ok} if self.ok else {}), **{code: problem for code in self.errors}}
 
 PICTURES, MAKING = ("text/event-stream", *MIME.values()), (400, 401, 403, 413, 422, 429, 500, 503, 504)
@@ -531,7 +532,8 @@ routes = (
     Route("GET", "/health", health, ok=dict[str, Any]),
     Route("GET", "/ready", ready, ok=dict[str, bool], errors=(503,)),
     Route("GET", "/metrics", metrics, media=("text/plain",)),
-    Route("GET HEAD", "/", page, media=("text/html",)),
+    Route("GET", "/", page, media=("text/html",)),
+    Route("HEAD", "/", page, media=("text/html",)),
 )
 
 # %% ../nbs/09_api.ipynb #58097824
@@ -615,7 +617,11 @@ def answer_error(request: Request, exc: Exception) -> Response:
     body = shape(error, request_id(request)) if shape else error.problem(request_id(request))
     return JSONResponse(body, error.status, headers, media_type="application/json" if shape else "application/problem+json")
 
-async def _on_error(request: Request, exc: Exception) -> Response: return answer_error(request, exc)
+async def _on_error(request: Request, exc: Exception) -> Response:
+    if isinstance(exc, HTTPException) and exc.status_code == 405:      # the framework names the methods of the first row of that path only
+        here = {m for r in request.app.routes if hasattr(r, "path_regex") and r.path_regex.match(request.scope["path"]) for m in r.methods or ()}
+        exc.headers = {"Allow": ", ".join(sorted(here))}
+    return answer_error(request, exc)
 
 _bearer = HTTPBearer(auto_error=False, description="AURA_API_KEY of the engine")
 
@@ -640,5 +646,5 @@ def create_app(engine, extra_routes=(), shapes: dict[str, Callable] | None = Non
     app.state.api = Api(engine, shapes)
     lock = [Depends(check_key)] if engine.settings.api_key else []
     for r in (*routes, *extra_routes):
-        app.add_api_route(r.path, r.handler, methods=r.methods.split(), status_code=r.status, responses=r.responses(), response_model=None, dependencies=lock if r.keyed else [], openapi_extra=r.docs, include_in_schema="HEAD" not in r.methods)
+        app.add_api_route(r.path, r.handler, methods=[r.method], operation_id=f"{r.handler.__name__}_{r.method.lower()}", status_code=r.status, responses=r.responses(), response_model=None, dependencies=lock if r.keyed else [], openapi_extra=r.docs)
     return app

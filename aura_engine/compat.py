@@ -4,39 +4,40 @@
 
 # %% ../nbs/10_compat.ipynb #a971b8e0
 from __future__ import annotations
-import math, time
+import math, re, time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any, Literal
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
-from PIL import Image as Pillow
+from PIL import Image as Pillow, ImageOps
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from .api import MAKING, Api, Route, as_error, event_stream, follow, frame, make, request_id, wanted
 from .images import MIME, encode, to_base64
-from .types import MAX_N, MAX_SEED, AuraError, Failed, FieldError, GenerateRequest, Image, Invalid, Preview, Prompt, RefineConfig, RefineRequest, Step, field_errors, shown
+from .types import MAX_N, VISIBLE, AuraError, Count, Failed, FieldError, GenerateRequest, Image, Invalid, Preview, Prompt, RefineConfig, RefineRequest, Seed, Step, Steps, field_errors, shown, whole
 
 # %% auto #0
-__all__ = ['NO_USAGE', 'routes', 'shapes', 'size_of', 'resized', 'shape', 'ImagesRequest', 'openai_error', 'about',
+__all__ = ['SIDE', 'NO_USAGE', 'routes', 'shapes', 'size_of', 'resized', 'shape', 'ImagesRequest', 'openai_error', 'about',
            'openai_stream', 'openai_answer', 'generations', 'edits', 'models', 'model', 'HfParameters', 'HfRequest',
            'huggingface']
 
 # %% ../nbs/10_compat.ipynb #9a3e87c7
-def size_of(text: str, name: str = "size") -> tuple[int, int] | None:
-    "'640x480' -> (640, 480), 'auto' -> None. Invalid unless both sides are 64 to 2048, between 1:3 and 3:1."
+SIDE = r"(6[4-9]|[7-9]\d|[1-9]\d\d|1\d\d\d|20[0-3]\d|204[0-8])"                # 64 to 2048
+
+def size_of(text: str) -> tuple[int, int] | None:
+    "'640x480' -> (640, 480), 'auto' -> None. Invalid unless both sides are 64 to 2048."
     if text == "auto": return None
-    w, h = (int(p) for p in text.split("x"))
-    if 64 <= min(w, h) and max(w, h) <= 2048 and max(w, h) <= 3 * min(w, h): return w, h
-    allowed = "auto, or WxH with sides of 64 to 2048, between 1:3 and 3:1"
-    raise Invalid(f"{name}: given {text}, allowed: {allowed}.", (FieldError(name, shown(text), allowed, f"{name}: given {text}, allowed: {allowed}"),))
+    if m := re.fullmatch(f"{SIDE}x{SIDE}", text): return int(m[1]), int(m[2])
+    allowed = "auto, or WxH with sides of 64 to 2048"
+    raise Invalid(f"size: given {shown(text, 30)}, allowed: {allowed}.", (FieldError("size", shown(text, 30), allowed, f"size: given {shown(text, 30)}, allowed: {allowed}"),))
 
 def resized(size: tuple[int, int] | None) -> Callable:
     "A function that brings a picture to exactly `size` (None: as it is)."
-    return lambda im: im if size in (None, im.size) else im.resize(size, Pillow.LANCZOS)
+    return lambda im: im if size in (None, im.size) else ImageOps.fit(im, size, Pillow.LANCZOS)
 
-def _checked(cls: type, **values):
-    "An own request from translated values; a wrong one is Invalid."
-    try: return cls(**{k: v for k, v in values.items() if v is not None})
+def _checked(make: Callable, **values):
+    "A request from translated values; a wrong one is Invalid."
+    try: return make(**{k: v for k, v in values.items() if v is not None})
     except ValidationError as e:
         fields = field_errors(e)
         raise Invalid(" ".join(f.msg + "." for f in fields[:3]), fields) from None
@@ -44,22 +45,27 @@ def _checked(cls: type, **values):
 def shape(size: tuple[int, int] | None, native: int) -> dict[str, str]:
     "Pixels asked for -> the aspect ratio and resolution that our own request knows."
     if size is None: return {}
-    g = math.gcd(*size)
-    return {"aspectRatio": f"{size[0] // g}:{size[1] // g}", "resolution": "high" if size[0] * size[1] >= 0.9 * native**2 else "standard"}
+    w, h = min(size[0], 3 * size[1]), min(size[1], 3 * size[0])
+    g = math.gcd(w, h)
+    return {"aspectRatio": f"{w // g}:{h // g}", "resolution": "high" if size[0] * size[1] >= 0.9 * native**2 else "standard"}
 
 # %% ../nbs/10_compat.ipynb #d4aeb92a
+def _nullable(schema: dict) -> None:
+    for name, field in schema["properties"].items():
+        if name not in schema["required"] and "anyOf" not in field: schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+
 class ImagesRequest(BaseModel):
     "Body of POST /v1/images/generations, and the fields of a POST /v1/images/edits form."
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
-    prompt: Prompt = Field(json_schema_extra={"minLength": 1})
-    n: int = Field(1, ge=1, le=MAX_N)
-    size: str = Field("auto", pattern=r"^(auto|[1-9]\d{1,3}x[1-9]\d{1,3})$")
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, strict=True, json_schema_extra=_nullable)
+    prompt: Prompt = Field(json_schema_extra=VISIBLE)
+    n: Count = 1
+    size: str = Field("auto", json_schema_extra={"pattern": f"^(auto|{SIDE}x{SIDE})$"})
     output_format: Literal["png", "jpeg", "webp"] = "png"
     response_format: Literal["b64_json", "url"] = "b64_json"
     stream: bool = False
-    partial_images: int = Field(0, ge=0, le=3)
-    seed: int | None = Field(None, ge=0, le=MAX_SEED)
-    num_inference_steps: int | None = Field(None, ge=1, le=100)
+    partial_images: whole(0, 3) = 0
+    seed: Seed | None = None
+    num_inference_steps: Steps | None = None
     guidance_scale: float | None = Field(None, ge=0, le=30)
     negative_prompt: Prompt = ""
     temperature: float = Field(0.7, ge=0, le=2)
@@ -134,7 +140,7 @@ async def edits(request: Request) -> Response:
         files = [(k, await v.read()) for k, v in form.multi_items() if not isinstance(v, str)]
     pictures = [data for name, data in files if name in ("image", "image[]")]
     if len(pictures) != len(files): raise Invalid("mask: not supported; this engine refines whole pictures.", (FieldError("mask", "a file", "no mask", "mask: not supported"),))
-    ask = _checked(ImagesRequest, **fields)
+    ask = _checked(lambda: ImagesRequest.model_validate_strings(fields, strict=False))
     if not pictures: raise Invalid("image: given none, allowed: 1 to 4 files.", (FieldError("image", "none", "1 to 4 files", "image: required"),))
     if len(pictures) == 1: pictures *= ask.n
     size_of(ask.size)
@@ -155,18 +161,18 @@ def _model(request: Request) -> dict: return {"id": request.app.state.api.settin
 # %% ../nbs/10_compat.ipynb #a96b3395
 class HfParameters(BaseModel):
     "`parameters` of a Hugging Face text-to-image request."
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
-    width: int | None = Field(None, ge=64, le=2048)
-    height: int | None = Field(None, ge=64, le=2048)
-    num_inference_steps: int | None = Field(None, ge=1, le=100)
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, strict=True)
+    width: whole(64, 2048) | None = None
+    height: whole(64, 2048) | None = None
+    num_inference_steps: Steps | None = None
     guidance_scale: float | None = Field(None, ge=0, le=30)
     negative_prompt: str | None = Field(None, max_length=2000)
-    seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    seed: Seed | None = None
 
 class HfRequest(BaseModel):
     "Body of POST /: Hugging Face's text-to-image."
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
-    inputs: Prompt = Field(json_schema_extra={"minLength": 1})
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False, strict=True)
+    inputs: Prompt = Field(json_schema_extra=VISIBLE)
     parameters: HfParameters | None = None
 
 async def huggingface(request: Request, body: HfRequest) -> Response:
@@ -174,7 +180,7 @@ async def huggingface(request: Request, body: HfRequest) -> Response:
     api, p = request.app.state.api, body.parameters or HfParameters()
     row, format = api.row(), wanted(request.headers.get("accept", ""))
     format = format if format in MIME else "png"
-    size = size_of(f"{p.width or p.height}x{p.height or p.width}", "width x height") if p.width or p.height else None
+    size = size_of(f"{p.width or p.height}x{p.height or p.width}") if p.width or p.height else None
     own = _checked(GenerateRequest, prompt=body.inputs, **shape(size, row.native), steps=p.num_inference_steps, guidanceScale=p.guidance_scale, negativePrompt=p.negative_prompt, seed=p.seed)
     made = await make(api, await api.submit(own), format, request, resized(size))
     return Response(made.files[0], media_type=MIME[format], headers={"cache-control": "no-store"})

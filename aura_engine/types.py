@@ -6,15 +6,16 @@
 from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, Literal
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 from pydantic.alias_generators import to_camel
 
 # %% auto #0
-__all__ = ['MAX_PROMPT', 'MAX_N', 'MAX_SEED', 'Prompt', 'Event', 'FieldError', 'shown', 'AuraError', 'ModelError', 'Malformed',
-           'Invalid', 'Unauthorized', 'ForeignOrigin', 'NotFound', 'MethodNotAllowed', 'TooLarge', 'QueueFull',
-           'NotReady', 'OutOfMemory', 'ShuttingDown', 'DeadlineExceeded', 'Cancelled', 'Degenerate', 'EngineFailed',
-           'Unreachable', 'Asleep', 'error_tree', 'clean_text', 'GenerateRequest', 'RefineConfig', 'RefineRequest',
-           'field_errors', 'Note', 'Picture', 'Plan', 'Queued', 'Step', 'Preview', 'Image', 'Failed', 'Done', 'Receipt']
+__all__ = ['MAX_PROMPT', 'MAX_N', 'MAX_SEED', 'Prompt', 'VISIBLE', 'Seed', 'Steps', 'Count', 'Event', 'FieldError', 'shown',
+           'AuraError', 'ModelError', 'Malformed', 'Invalid', 'Unauthorized', 'ForeignOrigin', 'NotFound',
+           'MethodNotAllowed', 'TooLarge', 'QueueFull', 'NotReady', 'OutOfMemory', 'ShuttingDown', 'DeadlineExceeded',
+           'Cancelled', 'Degenerate', 'EngineFailed', 'Unreachable', 'Asleep', 'error_tree', 'clean_text', 'whole',
+           'GenerateRequest', 'RefineConfig', 'RefineRequest', 'field_errors', 'Note', 'Picture', 'Plan', 'Queued',
+           'Step', 'Preview', 'Image', 'Failed', 'Done', 'Receipt']
 
 # %% ../nbs/01_types.ipynb #6fbf2da6
 @dataclass(frozen=True)
@@ -80,18 +81,25 @@ class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", alias_generator=to_camel, populate_by_name=True, allow_inf_nan=False, frozen=True, strict=True)
 
 Prompt = Annotated[str, StringConstraints(max_length=MAX_PROMPT)]
+VISIBLE = {"minLength": 1, "pattern": r"[^\s\x00-\x1f]"}             # how JSON Schema says "not blank"
+
+def whole(least: int, most: int) -> Any:
+    "The annotation of a whole number between two bounds; 2.0 is one too, as in JSON Schema."
+    return Annotated[int, Field(ge=least, le=most), BeforeValidator(lambda v: int(v) if type(v) is float and v.is_integer() else v)]
+
+Seed, Steps, Count = whole(0, MAX_SEED), whole(1, 100), whole(1, MAX_N)
 
 # %% ../nbs/01_types.ipynb #b0034ebd
 class GenerateRequest(_Request):
     "Body of POST /generate. `aspectRatio` is 'W:H' between 1:3 and 3:1; unset numbers take the model's own defaults."
-    prompt: Prompt
-    aspect_ratio: str = Field("1:1", pattern=r"^[1-9]\d{0,3}:[1-9]\d{0,3}$")
+    prompt: Prompt = Field(json_schema_extra=VISIBLE)
+    aspect_ratio: str = Field("1:1", pattern=r"^[1-9]\d{0,3}:[1-9]\d{0,3}$", json_schema_extra={"format": "aspect-ratio"})
     temperature: float = Field(0.7, ge=0, le=2)
     resolution: Literal["high", "standard"] = "standard"
     negative_prompt: Prompt = ""
-    seed: int | None = Field(None, ge=0, le=MAX_SEED)
-    n: int = Field(1, ge=1, le=MAX_N)
-    steps: int | None = Field(None, ge=1, le=100)
+    seed: Seed | None = None
+    n: Count = 1
+    steps: Steps | None = None
     guidance_scale: float | None = Field(None, ge=0, le=30)
     format: Literal["png", "jpeg", "webp"] = "png"
 
@@ -105,19 +113,19 @@ class GenerateRequest(_Request):
 # %% ../nbs/01_types.ipynb #7f4af2e0
 class RefineConfig(_Request):
     "Optional numbers of POST /refine. `strength` 0.05-1: how far from the given picture the answer may go."
-    steps: int | None = Field(None, ge=1, le=100)
+    steps: Steps | None = None
     guidance_scale: float | None = Field(None, ge=0, le=30)
     strength: float = Field(0.5, ge=0.05, le=1)
     temperature: float = Field(0.7, ge=0, le=2)
-    seed: int | None = Field(None, ge=0, le=MAX_SEED)
+    seed: Seed | None = None
     negative_prompt: Prompt = ""
     format: Literal["png", "jpeg", "webp"] = "png"
     _clean = field_validator("negative_prompt")(lambda cls, v: clean_text(v))
 
 class RefineRequest(_Request):
     "Body of POST /refine. `images`: 1-4 base64 PNG, JPEG or WebP pictures, with or without a data: prefix."
-    refine_prompt: Prompt
-    images: list[str] = Field(min_length=1, max_length=MAX_N)
+    refine_prompt: Prompt = Field(json_schema_extra=VISIBLE)
+    images: list[Annotated[str, Field(json_schema_extra={"format": "picture"})]] = Field(min_length=1, max_length=MAX_N)
     config: RefineConfig = RefineConfig()
 
     @field_validator("refine_prompt")
