@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from . import __version__
 from .client import LOCAL, AuraClient, Notice, Pictures, save_picture
@@ -29,12 +29,12 @@ class Bars:
     "Events of the client, shown on stderr while they happen. `quiet` shows nothing."
     def __init__(self, quiet: bool = False):
         self.err = Console(stderr=True, quiet=quiet)
-        self.progress = Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=self.err, transient=True, disable=quiet or not self.err.is_terminal)
+        self.progress = Progress(SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[count]}"), TimeElapsedColumn(), console=self.err, transient=True, disable=quiet or not self.err.is_terminal)
         self.bars = {}
 
     def __enter__(self):
         self.progress.start()
-        self.head = self.progress.add_task("", total=None)
+        self.head = self.progress.add_task("", total=None, count="")
         return self
 
     def __exit__(self, *exc): self.progress.stop()
@@ -50,8 +50,8 @@ class Bars:
             if event.kind == "waits" and not self.err.is_terminal: self.err.print(escape(event.text), highlight=False)
         if isinstance(event, Queued): self.say(f"{event.position} ahead, about {event.eta_seconds:.0f} s" if event.position else f"about {event.eta_seconds:.0f} s")
         if isinstance(event, Step):
-            if event.index not in self.bars: self.bars[event.index] = self.progress.add_task(f"picture {event.index + 1}", total=event.steps)
-            self.progress.update(self.bars[event.index], completed=event.step, total=event.steps)
+            if event.index not in self.bars: self.bars[event.index] = self.progress.add_task(f"picture {event.index + 1}", total=event.steps, count="")
+            self.progress.update(self.bars[event.index], completed=event.step, total=event.steps, count=f"step {event.step} of {event.steps}")
         if isinstance(event, Image) and event.index in self.bars: self.progress.update(self.bars[event.index], description=f"picture {event.index + 1} is done")
 
 # %% ../nbs/17_cli.ipynb #5ec3472f
@@ -173,7 +173,7 @@ def serve(host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 
     "Start an engine here. Everything else is set by environment variables."
     from aura_engine.server import main as run
     if port is not None: os.environ["PORT"] = str(port)
-    typer.echo(f"open http://{host}:{os.environ.get('PORT', '7860')} (Ctrl-C stops it)", err=True)
+    typer.echo(f"starting at http://{host}:{os.environ.get('PORT', '7860')} (Ctrl-C stops it)", err=True)
     run(["--host", host])
 
 AS_IT_IS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}

@@ -121,7 +121,8 @@ def error_in(r: httpx.Response, name: str) -> AuraError:
     after = float(after) if after.isdigit() else None
     try: body = r.json()
     except ValueError: body = None
-    if isinstance(body, dict) and ("x-aura-engine" in r.headers or "detail" in body) and r.status_code >= 400:
+    ours = "x-aura-engine" in r.headers or r.status_code not in (404, 405)      # those two any other program on that port says as well
+    if isinstance(body, dict) and "detail" in body and ours and r.status_code >= 400:
         return error_from({"status": r.status_code} | body, after)
     return _edge(r, f"The {name} engine at {r.url.scheme}://{r.url.netloc.decode()}", after)
 

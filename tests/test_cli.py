@@ -93,7 +93,7 @@ def test_serve_is_an_engine_on_this_machine_only(tmp_path):
     try:
         end = time.monotonic() + 60
         while served.status("/health") is None: assert time.monotonic() < end and served.process.poll() is None, served.tail(); time.sleep(0.1)
-        assert f"open {served.url}" in served.tail()
+        assert f"starting at {served.url}" in served.tail()
     finally: assert served.stop() == 0
 
 

@@ -188,6 +188,7 @@ def test_both_down_says_what_to_do():
     (page(200, "<h1>Your Space is building</h1>"), Asleep, "starting"), (page(503, "<style>b{animation-play-state:paused}</style>Restarting"), Asleep, "starting"),
     (page(503, "This Space has been <b>paused</b> by its owner"), Unreachable, "restart it"), (page(503, "Build error"), Unreachable, "log"),
     (page(404, "Sorry, we can't find the page"), Unreachable, "address right"), (page(401, "Log in"), Unreachable, "public"), (page(200, "My blog"), Unreachable, "something else"),
+    (answer(404, '{"detail": "Not Found"}'), Unreachable, "address right"), (answer(405, '{"detail": "Method Not Allowed"}'), Unreachable, "something else"),
     (page(307, "", location="https://example.com/"), Unreachable, "something else"), (answer(200, "{}"), Unreachable, "something else"), (answer(200, "oops", "application/json"), Unreachable, "something else"),
 ])
 def test_a_proxys_page_is_told_from_the_engine(raw, error, said):
