@@ -4,7 +4,7 @@ buildah, podman, runc and mmdebstrap are installed with apt-get where they are m
 tests skip and say why. The base image (a Debian with Python under the name that the Dockerfile asks for) and the layers are
 kept in AURA_TEST_CACHE, by default ~/.cache/aura_engine_test, so that only the first run takes minutes.
 """
-import base64, io, json, os, re, resource, shutil, subprocess, sys, time, urllib.request
+import base64, functools, io, json, os, re, resource, shutil, subprocess, sys, time, urllib.request
 from pathlib import Path
 
 import pytest
@@ -67,13 +67,24 @@ def pip_mounts(folder):
     pairs = re.findall(r"^(?:global|install|:env:)\.([\w-]+)='(.*)'$", sh(sys.executable, "-m", "pip", "config", "list"), re.M)
     if not pairs: return []
     (folder / "pip.conf").write_text("[global]\n" + "".join(f"{k} = {v}\n" for k, v in dict(reversed(pairs)).items()))
-    local = {p for _, v in pairs for p in re.findall(r"(?:^|\s|file://)(/[^\s']+)", v) if Path(p).exists()}
+    named = {Path(p) for _, v in pairs for p in re.findall(r"(?:^|\s|file://)(/[^\s']+)", v)}
+    local = {p.parent if p.name == "simple" else p for p in named if p.exists()}          # an index has its files beside it
     return [x for p, to in [(folder / "pip.conf", "/etc/pip.conf"), *((p, p) for p in sorted(local))] for x in ("--volume", f"{p}:{to}:ro")]
+
+
+@functools.cache
+def torch_index():
+    """Where the build gets torch: TORCH_INDEX_URL, else the Dockerfile's own address, else, where that cannot be reached, this machine's index."""
+    own = re.search(r"^ARG TORCH_INDEX_URL=(.*)$", (ROOT / "Dockerfile").read_text(), re.M)[1]
+    if given := os.environ.get("TORCH_INDEX_URL"): return given
+    try: urllib.request.urlopen(own + "/torch/", timeout=10).close()
+    except OSError: return "pypi"
+    return own
 
 
 def build(folder, tag, mounts, say=lambda line: None, **args):
     """`docker build`, as buildah does it; RuntimeError when it fails."""
-    if index := os.environ.get("TORCH_INDEX_URL"): args.setdefault("TORCH_INDEX_URL", index)
+    args.setdefault("TORCH_INDEX_URL", torch_index())
     given = [x for k, v in args.items() for x in ("--build-arg", f"{k}={v}")]
     argv = ["buildah", *STORE, "bud", "--isolation", "chroot", "--network", "host", "--pull-never", "--layers", "--format", "docker", *mounts, *given, "-t", tag, str(folder)]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
