@@ -89,7 +89,7 @@ def make_server(tmp_path_factory):
     running = []
 
     def make(wait=True, **env):
-        running.append(start([sys.executable, "app.py"], tmp_path_factory.mktemp("server") / "log.txt", **env))
+        running.append(start([sys.executable, "app.py", "--host", "127.0.0.1"], tmp_path_factory.mktemp("server") / "log.txt", **env))
         return running[-1].wait_ready() if wait else running[-1]
 
     yield make
