@@ -120,7 +120,7 @@ def container(image, name, *options, command=(), alone=True, memory="4g"):
     argv = [*inside, *PODMAN, "run", "--rm", "--name", name, "--network", "host", "--no-healthcheck", "--ulimit", f"nofile={most}:{most}", "--ulimit", "nproc=4096:4096",
             "--memory", memory, "--cpus", "2", *options, image, *command]
     subprocess.run([*PODMAN, "rm", "-f", name], capture_output=True)
-    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(argv, cwd=CACHE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)      # conmon leaves a file "oom" where it is
 
 
 def inside(process, *argv, timeout=130):
