@@ -271,12 +271,12 @@ def make_schedule():
     return DDIMScheduler(num_train_timesteps=1000, beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False,
                          prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", set_alpha_to_one=True)
 
-GRID = [999, 999, 999, 879, 759, 759, 749, 639, 499, 499, 379, 259]
+GRID = [999, 999, 999, 999, 999, 879, 879, 759, 759, 749, 499, 259]
 
 def draw(pool, rng, batch: int):
     "One batch of one shape: timesteps [B], noise, latents, things and colours (lists)."
     p = pool[0] if rng.random() < .9 else rng.choice(pool[1:])
-    t = torch.tensor([rng.choice(GRID) if rng.random() < .75 else rng.randrange(1000) for _ in range(batch)])
+    t = torch.tensor([rng.choice(GRID) if rng.random() < .9 else rng.randrange(1000) for _ in range(batch)])
     noise = torch.randn(batch, *p["latents"].shape[1:])
     layout = torch.randint(LAYOUTS, (batch,))
     i = torch.tensor(rng.choices([i for i, label in enumerate(concepts()) if label not in LATER], k=batch))
@@ -288,8 +288,8 @@ def train_unet(tokenizer, text, pool, out: Path, minutes: float, batch: int = 12
     "Train the UNet for `minutes` (wall); resumes from `out`/unet.pt. Writes the running average every few minutes."
     path, rng = out / "unet.pt", rng or random.Random(4)
     unet, state = make_unet(), load_state(out / "unet.pt")
-    opt = torch.optim.AdamW(unet.parameters(), lr=8e-4, betas=(.9, .98), weight_decay=.01)
-    ema = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(.9975))
+    opt = torch.optim.AdamW(unet.parameters(), lr=8e-4, betas=(.9, .98), weight_decay=.01, fused=True)
+    ema = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(.99))
     if state: unet.load_state_dict(state["model"]); ema.load_state_dict(state["ema"]); opt.load_state_dict(state["opt"])
     clock, step, log = Clock(minutes, state.get("spent", 0)), state.get("step", 0), state.get("log", [])
     things, colours, abar, run = list(concepts().values()), list(COLOURS), make_schedule().alphas_cumprod, 0.
@@ -304,7 +304,8 @@ def train_unet(tokenizer, text, pool, out: Path, minutes: float, batch: int = 12
             v = unet(a.sqrt() * z + (1 - a).sqrt() * noise, t, h).sample.float()
         err = (v - (a.sqrt() * noise - (1 - a).sqrt() * z)).square().mean((1, 2, 3))
         loss = (err * (1 - abar[t]).clamp(min=.15)).mean()
-        opt.zero_grad(); loss.backward(); torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0); opt.step(); ema.update_parameters(unet)
+        opt.zero_grad(); loss.backward(); torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0); opt.step()
+        if step % 4 == 0: ema.update_parameters(unet)
         step += 1; run = loss.item() if step == 1 else .99 * run + .01 * loss.item()
         if step % 100 == 0: log.append((step, run)); print(f"unet {done:.1%} step {step} loss {run:.4f} pictures/s {batch * step / max(clock.spent, 1):.0f}", flush=True)
         if step % 1000 == 0: save_state(path, model=unet.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), spent=clock.spent, step=step, log=log)
