@@ -59,7 +59,7 @@ _lightning = dict(sampler="euler", guidance=(0, 0, 0), note="the checkpoint fixe
 
 # %% ../nbs/02_models.ipynb #ad548f78
 ROWS = {r.name: r for r in (
-    Row("embedded", SD, "lcm", (1, 4, 50), (1, 1.0, 4), 128, multiple=16, standard=1.0, token_limit=24, ids=("embedded",), note="256 things on plain backgrounds; ships with the package"),
+    Row("embedded", SD, "lcm", (1, 4, 50), (1, 1.0, 4), 128, multiple=16, standard=1.0, token_limit=24, ids=("embedded",), note="203 things on plain backgrounds; ships with the package"),
     _sd15,
     replace(_sd15, name="sd15-lcm-lora", sampler="lcm", steps=(1, 4, 12), guidance=(1, 1.0, 2.0), lora="latent-consistency/lcm-lora-sdv1-5", ids=()),
     replace(_sd15, name="sd15-lcm", sampler="lcm", steps=(1, 4, 12), guidance=(1, 8.0, 14), guidance_embedded=True, ids=("SimianLuo/LCM_Dreamshaper_v7",)),
