@@ -11,21 +11,25 @@ from pathlib import Path
 from .types import FieldError, GenerateRequest, Invalid, MAX_SEED, Note, Picture, Plan, RefineRequest, shown
 
 # %% auto #0
-__all__ = ['SAMPLERS', 'SD', 'XL', 'ROWS', 'ALIASES', 'EMBEDDED', 'Sampler', 'Row', 'model_table', 'resolve_id', 'check_source',
-           'detect', 'row_for', 'size_for', 'fit_size', 'executed_steps', 'plan']
+__all__ = ['SAMPLERS', 'SD', 'XL', 'SD15_ID', 'SDXL_ID', 'SSD_ID', 'ROWS', 'VAES', 'ALIASES', 'EMBEDDED', 'PICKLED', 'Sampler',
+           'Row', 'model_table', 'vae_table', 'resolve_id', 'is_local', 'check_source', 'is_named', 'row_for',
+           'with_lora', 'detect', 'size_for', 'fit_size', 'executed_steps', 'plan']
 
 # %% ../nbs/02_models.ipynb #d50d7ab4
 @dataclass(frozen=True)
 class Sampler:
-    "A diffusers scheduler class by name, configuration overrides, and the most inference steps its timetable has."
+    "A diffusers scheduler class by name, configuration overrides, the most inference steps its timetable has, and arguments of each step."
     cls: str
     config: dict
     max_steps: int = 1000
+    step: tuple[tuple[str, float], ...] = ()
 
 SAMPLERS = {
     "lcm": Sampler("LCMScheduler", {"timestep_spacing": "leading", "original_inference_steps": 50}, 50),
     "ddim": Sampler("DDIMScheduler", {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}),
     "euler": Sampler("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
+    "euler-x0": Sampler("EulerDiscreteScheduler", {"timestep_spacing": "trailing", "prediction_type": "sample"}),
+    "tcd": Sampler("TCDScheduler", {"timestep_spacing": "leading", "original_inference_steps": 50}, 50, (("eta", 1.0),)),
     "dpm": Sampler("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}),
 }
 
@@ -43,76 +47,129 @@ class Row:
     standard: float = 0.75
     token_limit: int = 77
     guidance_embedded: bool = False
-    unet_file: str | None = None                 # (repo, file) of a distilled UNet to put into the base, as "repo::file"
-    lora: str | None = None                      # LoRA that belongs to the method
+    base: str | None = None                      # id that gives everything but the UNet
+    unet: str | None = None                      # distilled UNet: owner/name, or owner/name/file
+    lora: str | None = None                      # LoRA that is the method
     tiny_vae: str | None = None
     ids: tuple[str, ...] = ()
     note: str = ""
 
     @property
     def cfg(self) -> bool: return self.guidance[2] > 1 and not self.guidance_embedded
+    @property
+    def fixed(self) -> bool: return self.steps[0] == self.steps[2]        # distilled for one number of steps
 
 SD, XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
-_sd15 = Row("sd15", SD, "dpm", (1, 20, 100), (1, 7.5, 20), 512, tiny_vae="madebyollin/taesd", ids=("stable-diffusion-v1-5/stable-diffusion-v1-5", "segmind/tiny-sd", "segmind/small-sd"))
-_sdxl = Row("sdxl", XL, "dpm", (1, 25, 100), (1, 5.0, 15), 1024, tiny_vae="madebyollin/taesdxl", ids=("stabilityai/stable-diffusion-xl-base-1.0", "segmind/SSD-1B"), note="the VAE overflows in fp16; decoded in fp32")
-_lightning = dict(sampler="euler", guidance=(0, 0, 0), note="the checkpoint fixes the number of steps; guidance is off")
+SD15_ID, SDXL_ID, SSD_ID = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0", "segmind/SSD-1B"
+_sd15 = Row("sd15", SD, "dpm", (1, 20, 100), (1, 7.5, 20), 512, tiny_vae="madebyollin/taesd", ids=(SD15_ID, "segmind/tiny-sd", "segmind/small-sd"))
+_sdxl = Row("sdxl", XL, "dpm", (1, 25, 100), (1, 5.0, 15), 1024, tiny_vae="madebyollin/taesdxl", ids=(SDXL_ID,), note="the VAE overflows in fp16; decoded in fp32")
+_ssd = replace(_sdxl, name="ssd-1b", ids=(SSD_ID,), note="SDXL with half the UNet")
 
 # %% ../nbs/02_models.ipynb #ad548f78
+def _lcm(base: Row, lora: str, unet: dict) -> list[Row]:
+    "LCM as a LoRA, and as a whole distilled model whose UNet takes the guidance as an input."
+    row = replace(base, sampler="lcm", steps=(1, 4, 12), guidance=(1, 1.0, 2.0), ids=(), note="")
+    return [replace(row, name=f"{base.name}-lcm-lora", lora=lora),
+            replace(row, **{"name": f"{base.name}-lcm", "guidance": (3, 8.0, 13), "guidance_embedded": True, "note": "guidance is an input of the UNet", **unet})]
+
+def _steps(of: Row, name: str, k: int, sampler: str, most: int = 0, **given) -> Row:
+    "A checkpoint distilled for k steps (up to `most`, if it allows more), without guidance."
+    return replace(of, **{"name": name, "sampler": sampler, "steps": (k, k, most or k), "guidance": (0, 0, 0), "ids": (), "note": "", **given})
+
+def _hyper(base: Row, stem: str) -> list[Row]:
+    "Hyper-SD's LoRAs: DDIM for 2, 4 and 8 steps, and one for any number of steps with TCD."
+    file = lambda k: f"ByteDance/Hyper-SD/{stem}-{k}step{'s' * (k > 1)}-lora.safetensors"
+    return [_steps(base, f"{base.name}-hyper-{k}", k, "ddim" if k > 1 else "tcd", 8 if k == 1 else 0, lora=file(k)) for k in (1, 2, 4, 8)]
+
+def _lightning(base: Row) -> list[Row]:
+    "SDXL-Lightning as UNets (the better pictures) and as LoRAs for other bases."
+    file = lambda k, kind: f"ByteDance/SDXL-Lightning/sdxl_lightning_{k}step_{kind}.safetensors"
+    unets = [_steps(base, f"sdxl-lightning-{k}", k, "euler", base=SDXL_ID, unet=file(k, "unet")) for k in (2, 4, 8)]
+    one = _steps(base, "sdxl-lightning-1", 1, "euler-x0", base=SDXL_ID, unet=file(1, "unet_x0"), note="experimental")
+    return [one, *unets, *(_steps(base, f"sdxl-lightning-{k}-lora", k, "euler", lora=file(k, "lora")) for k in (2, 4, 8))]
+
+# %% ../nbs/02_models.ipynb #1b420512
+_turbo = dict(most=4, note="licence: not free for commercial use")
 ROWS = {r.name: r for r in (
     Row("embedded", SD, "lcm", (1, 4, 50), (1, 1.0, 4), 128, multiple=16, standard=1.0, token_limit=24, ids=("embedded",), note="203 things on plain backgrounds; ships with the package"),
-    _sd15,
-    replace(_sd15, name="sd15-lcm-lora", sampler="lcm", steps=(1, 4, 12), guidance=(1, 1.0, 2.0), lora="latent-consistency/lcm-lora-sdv1-5", ids=()),
-    replace(_sd15, name="sd15-lcm", sampler="lcm", steps=(1, 4, 12), guidance=(1, 8.0, 14), guidance_embedded=True, ids=("SimianLuo/LCM_Dreamshaper_v7",)),
-    replace(_sd15, name="sd-turbo", sampler="euler", steps=(1, 1, 4), guidance=(0, 0, 0), ids=("stabilityai/sd-turbo",), note="licence: not free for commercial use"),
-    _sdxl,
-    replace(_sdxl, name="sdxl-lcm-lora", sampler="lcm", steps=(1, 4, 12), guidance=(1, 1.0, 2.0), lora="latent-consistency/lcm-lora-sdxl", ids=()),
-    replace(_sdxl, name="sdxl-lcm", sampler="lcm", steps=(1, 4, 12), guidance=(1, 8.0, 14), guidance_embedded=True, ids=("latent-consistency/lcm-sdxl",)),
-    *(replace(_sdxl, name=f"sdxl-lightning-{k}", steps=(k, k, k), unet_file=f"ByteDance/SDXL-Lightning::sdxl_lightning_{k}step_unet.safetensors",
-              ids=("ByteDance/SDXL-Lightning",) if k == 4 else (f"ByteDance/SDXL-Lightning-{k}step",), **_lightning) for k in (2, 4, 8)),
-    replace(_sdxl, name="sdxl-turbo", native=512, sampler="euler", steps=(1, 1, 4), guidance=(0, 0, 0), ids=("stabilityai/sdxl-turbo",), note="licence: not free for commercial use"),
+    _sd15, *_lcm(_sd15, "latent-consistency/lcm-lora-sdv1-5", {"ids": ("SimianLuo/LCM_Dreamshaper_v7",)}), *_hyper(_sd15, "Hyper-SD15"),
+    _steps(_sd15, "sd-turbo", 1, "euler", ids=("stabilityai/sd-turbo",), **_turbo),
+    _sdxl, *_lcm(_sdxl, "latent-consistency/lcm-lora-sdxl", {"base": SDXL_ID, "unet": "latent-consistency/lcm-sdxl"}), *_lightning(_sdxl), *_hyper(_sdxl, "Hyper-SDXL"),
+    _steps(_sdxl, "sdxl-turbo", 1, "euler", native=512, ids=("stabilityai/sdxl-turbo",), **_turbo),
+    _ssd, *_lcm(_ssd, "latent-consistency/lcm-lora-ssd-1b", {"base": SSD_ID, "unet": "latent-consistency/lcm-ssd-1b"}),
 )}
-ALIASES = {"runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5"}   # removed from the Hub; this is its mirror
+VAES = {"madebyollin/taesd": (SD, "tiny: fast decode, loses fine detail"), "madebyollin/taesdxl": (XL, "tiny: fast decode, loses fine detail"),
+        "madebyollin/sdxl-vae-fp16-fix": (XL, "does not overflow in fp16"), "stabilityai/sd-vae-ft-mse": (SD, "smoother faces")}
+ALIASES = {"runwayml/stable-diffusion-v1-5": SD15_ID}                     # removed from the Hub; this is its mirror
 
 # %% ../nbs/02_models.ipynb #9d251b88
 def model_table() -> str:
     "The rows as a markdown table."
     span = lambda t, f="{:g}": f.format(t[1]) + (f" ({f.format(t[0])}–{f.format(t[2])})" if t[0] != t[2] else "")
-    head = ["| row | model ids | sampler | steps | guidance | native | note |", "| --- | --- | --- | --- | --- | --- | --- |"]
-    return "\n".join(head + [f"| `{r.name}` | {', '.join(r.ids) or (r.lora or '')} | {r.sampler} | {span(r.steps)} | {span(r.guidance)} | {r.native}² | {r.note} |" for r in ROWS.values()])
+    what = lambda r: f"LoRA {r.lora}" if r.lora else f"UNet {r.unet}" if r.unet else ", ".join(r.ids)
+    head = ["| row | what it is | sampler | steps | guidance | native | note |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    return "\n".join(head + [f"| `{r.name}` | {what(r)} | {r.sampler} | {span(r.steps)} | {span(r.guidance)} | {r.native}² | {r.note} |" for r in ROWS.values()])
+
+def vae_table() -> str:
+    "The VAEs that `SD_VAE_ID` is known to take, as a markdown table."
+    return "\n".join(["| VAE | for | note |", "| --- | --- | --- |"] + [f"| {k} | {'SDXL' if cls == XL else 'SD'} | {note} |" for k, (cls, note) in VAES.items()])
 
 # %% ../nbs/02_models.ipynb #15ca36e9
 EMBEDDED = Path(__file__).parent / "assets" / "embedded" if "__file__" in globals() else Path("../aura_engine/assets/embedded")
+PICKLED = (".ckpt", ".pt", ".bin", ".pth", ".pkl")
 
 def resolve_id(model_id: str) -> tuple[str, str | None]:
     "(id to load, note or None): removed ids become their mirrors."
     new = ALIASES.get(model_id)
     return (new, f"{model_id} was removed from the Hub; loading its mirror {new}") if new else (model_id, None)
 
+def is_local(source: str) -> bool:
+    "Whether a model, LoRA or VAE is meant as a path of this machine."
+    path = Path(source).expanduser()
+    return source == "embedded" or path.is_absolute() or source.startswith((".", "~")) or path.exists() or source.endswith(".safetensors") and source.count("/") < 2
+
 def check_source(model_id: str) -> None:
-    "Refuse what cannot be a model, before anything is fetched: Invalid with the three allowed forms."
-    path = Path(model_id)
-    pickled = model_id.endswith((".ckpt", ".pt", ".bin", ".pth", ".pkl"))
-    local = model_id.endswith(".safetensors") or path.is_absolute() or model_id.startswith((".", "~")) or path.is_dir()
-    repo = len(model_id.split("/")) == 2 and all(p and p.replace("-", "").replace("_", "").replace(".", "").isalnum() for p in model_id.split("/"))
-    found = path.expanduser().is_dir() and (path.expanduser() / "model_index.json").is_file() or model_id.endswith(".safetensors") and path.expanduser().is_file()
-    if model_id == "embedded" or (not pickled and (found if local else repo)): return
-    why = "pickled checkpoints can run code when they are read" if pickled else "it is neither"
-    allowed = "a Hub id (owner/name), a diffusers folder, or a .safetensors file"
+    "Refuse what cannot be a model, before anything is fetched: Invalid with the allowed forms."
+    path, word = Path(model_id).expanduser(), lambda p: p.strip(".") and p.replace("-", "").replace("_", "").replace(".", "").isalnum()
+    parts = model_id.split("/")
+    found = (path / "model_index.json").is_file() or model_id.endswith(".safetensors") and path.is_file()
+    on_hub = all(map(word, parts)) and (len(parts) == 2 or len(parts) > 2 and model_id.endswith(".safetensors"))
+    pickled = model_id.endswith(PICKLED)
+    if model_id == "embedded" or (not pickled and (found if is_local(model_id) else on_hub)): return
+    why = "pickled checkpoints can run code when they are read" if pickled else "it is none of these"
+    allowed = "a Hub id (owner/name), a file on the Hub (owner/name/file.safetensors), a diffusers folder, or a .safetensors file"
     raise Invalid(f"SD_MODEL_ID={shown(model_id)}: {why}; allowed: {allowed}.", (FieldError("SD_MODEL_ID", shown(model_id), allowed, why),))
+
+# %% ../nbs/02_models.ipynb #540d0d57
+def is_named(source: str, known: str) -> bool:
+    "Whether `source`, as somebody wrote it, is the published `known`, a local copy of it, or the repository it is in."
+    if source == known or known.startswith(source + "/"): return True
+    path = Path(source)
+    return path.name == known.rsplit("/", 1)[-1] if known.endswith(".safetensors") else is_local(source) and list(path.parts[-2:]) == known.split("/")
+
+def _nearest(rows: list[Row]) -> Row | None: return min(rows, key=lambda r: abs(r.steps[1] - 4), default=None)
+
+def row_for(model_id: str, lora: str | None) -> Row | None:
+    "The row of a known model (with its LoRA), or None when the configuration has to tell."
+    row = _nearest([r for r in ROWS.values() if any(is_named(model_id, i) for i in (*r.ids, r.unet) if i)])
+    return with_lora(row, lora) if row and lora else row
+
+def with_lora(row: Row, lora: str) -> Row:
+    "The row of a base with a LoRA: a published LoRA brings its own numbers, any other is taken for an LCM-LoRA. Invalid when it is made for another family."
+    if row.name not in ("sd15", "sdxl", "ssd-1b"): return row
+    known = [r for r in ROWS.values() if r.lora and is_named(lora, r.lora)]
+    method = _nearest([r for r in known if r.pipeline == row.pipeline]) or (None if known else ROWS[f"{row.name}-lcm-lora"])
+    if method: return replace(method, native=row.native, token_limit=row.token_limit, multiple=row.multiple)
+    allowed = ", ".join(dict.fromkeys(r.lora for r in ROWS.values() if r.lora and r.name.startswith(row.name)))
+    raise Invalid(f"SD_LCM_LORA_ID={shown(lora)}: it is made for another family than {row.name}.", (FieldError("SD_LCM_LORA_ID", shown(lora), allowed, "made for another family"),))
 
 def detect(pipeline: str, unet: dict, lora: str | None, tokens: int = 77, multiple: int = 8) -> Row:
     "The row for a model we know only by its configuration: pipeline class name and UNet config."
-    family = "sdxl" if pipeline.startswith("StableDiffusionXL") else "sd15"
-    if unet.get("time_cond_proj_dim"): row = ROWS[family + "-lcm"]
-    elif lora: row = ROWS[family + "-lcm-lora"]
-    else: row = ROWS[family]
+    row = ROWS["sdxl" if pipeline.startswith("StableDiffusionXL") else "sd15"]
+    if unet.get("time_cond_proj_dim"): row = ROWS[row.name + "-lcm"]
     size = unet.get("sample_size") or row.native // 8
-    return replace(row, native=(size if isinstance(size, int) else max(size)) * multiple, token_limit=tokens, multiple=max(multiple, 8), ids=())
-
-def row_for(model_id: str, lora: str | None) -> Row | None:
-    "The row of a known id (with its LoRA), or None when the configuration has to tell."
-    row = next((r for r in ROWS.values() if model_id in r.ids), None)
-    return ROWS.get(f"{row.name}-lcm-lora") if row and lora and row.name in ("sd15", "sdxl") else row
+    row = replace(row, native=(size if isinstance(size, int) else max(size)) * multiple, token_limit=tokens, multiple=max(multiple, 8), ids=())
+    return with_lora(row, lora) if lora else row
 
 # %% ../nbs/02_models.ipynb #b6ca4875
 def size_for(row: Row, aspect: str, resolution: str) -> tuple[int, int]:
@@ -155,10 +212,19 @@ def plan(request: GenerateRequest | RefineRequest, row: Row, images: Sequence = 
     if not refine:
         size = _size(request, row, gpu, notes)
         return Plan(tuple(Picture(request.prompt, *size, steps=steps, seed=(seed + i) % (MAX_SEED + 1), **same) for i in range(request.n)), tuple(notes))
-    run, _ = executed_steps(steps, r.strength, SAMPLERS[row.sampler].max_steps)
-    if run != steps: notes.append(Note("steps", steps, run, f"strength {r.strength:g} leaves room for {run} on this sampler's timetable"))
+    run, strength = _refining(row, steps, r.strength, notes)
     sized = [(im, fit_size(row, im.width / im.height, min(max(math.sqrt(im.width * im.height), row.native * row.standard), row.native))) for im in images]
-    return Plan(tuple(Picture(request.refine_prompt, *size, steps=run, seed=(seed + i) % (MAX_SEED + 1), strength=r.strength, init=im, **same) for i, (im, size) in enumerate(sized)), tuple(notes))
+    return Plan(tuple(Picture(request.refine_prompt, *size, steps=run, seed=(seed + i) % (MAX_SEED + 1), strength=strength, init=im, **same) for i, (im, size) in enumerate(sized)), tuple(notes))
+
+def _refining(row: Row, steps: int, strength: float, notes: list[Note]) -> tuple[int, float]:
+    "(steps to run, strength) of a refinement. A checkpoint distilled for k steps keeps its timetable and runs the last of it."
+    run, k = executed_steps(steps, strength, SAMPLERS[row.sampler].max_steps)[0], row.steps[0]
+    if row.fixed:
+        run = max(1, int(k * strength + 1e-9))
+        if run / k != strength: notes.append(Note("strength", strength, round(run / k, 4), f"this checkpoint has a timetable of {k} steps, of which a refinement runs at least one"))
+        strength = run / k
+    elif run != steps: notes.append(Note("steps", steps, run, f"strength {strength:g} leaves room for {run} on this sampler's timetable"))
+    return run, strength
 
 def _size(request: GenerateRequest, row: Row, gpu: bool, notes: list[Note]) -> tuple[int, int]:
     size = size_for(row, request.aspect_ratio, request.resolution)
