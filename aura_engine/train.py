@@ -8,14 +8,15 @@ import argparse, io, json, math, random, time
 from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 
 # %% auto #0
-__all__ = ['CONCEPTS', 'LATER', 'COLOURS', 'SIDE', 'SHIFT', 'LAYOUTS', 'LEADS', 'PLACES', 'TOKENS', 'SHAPES', 'GRID', 'concepts',
-           'held_out', 'compose', 'sprites', 'caption', 'make_tokenizer', 'make_vae', 'make_text', 'make_unet',
-           'to_tensor', 'autocast', 'Clock', 'save_state', 'load_state', 'vae_loss', 'train_vae', 'make_pool',
-           'train_text', 'make_schedule', 'draw', 'train_unet', 'pack', 'main', 'pooled', 'references', 'psnr',
-           'generate', 'score']
+__all__ = ['CONCEPTS', 'LATER', 'COLOURS', 'SIDE', 'SHIFT', 'LAYOUTS', 'LEADS', 'PLACES', 'TOKENS', 'SHAPES', 'EARLY', 'LATE',
+           'concepts', 'held_out', 'compose', 'sprites', 'caption', 'make_tokenizer', 'make_vae', 'make_text',
+           'make_unet', 'to_tensor', 'autocast', 'Clock', 'save_state', 'load_state', 'vae_loss', 'train_vae',
+           'make_pool', 'train_text', 'make_schedule', 'draw', 'train_unet', 'pack', 'main', 'pooled', 'references',
+           'psnr', 'generate', 'score']
 
 # %% ../nbs/90_train_emoji.ipynb #eab4e34b
 CONCEPTS = """
@@ -212,7 +213,7 @@ def train_vae(art, out: Path, minutes: float, rng=None):
     return vae.eval()
 
 # %% ../nbs/90_train_emoji.ipynb #b869a0a1
-SHAPES = [(128, 128), (144, 112), (112, 144), (176, 96), (96, 176)]    # width, height in pixels
+SHAPES = [(128, 128), (144, 112), (112, 144), (176, 96), (96, 176), (224, 80), (80, 224)]    # width, height in pixels
 
 @torch.inference_mode()
 def make_pool(art, vae, path: Path) -> list[dict]:
@@ -271,12 +272,13 @@ def make_schedule():
     return DDIMScheduler(num_train_timesteps=1000, beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False,
                          prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", set_alpha_to_one=True)
 
-GRID = [999, 999, 999, 999, 999, 879, 879, 759, 759, 749, 499, 259]
+EARLY = [999, 999, 999, 999, 999, 879, 879, 759, 759, 749, 499, 259]
+LATE = [999, 999, 999, 999, 879, 759, 759, 759, 499, 499, 259, 259]
 
-def draw(pool, rng, batch: int):
+def draw(pool, rng, batch: int, done: float):
     "One batch of one shape: timesteps [B], noise, latents, things and colours (lists)."
-    p = pool[0] if rng.random() < .9 else rng.choice(pool[1:])
-    t = torch.tensor([rng.choice(GRID) if rng.random() < .9 else rng.randrange(1000) for _ in range(batch)])
+    p = pool[0] if rng.random() < .88 else rng.choice(pool[1:])
+    t = torch.tensor([rng.choice(EARLY if done < .4 else LATE) if rng.random() < .9 else rng.randrange(1000) for _ in range(batch)])
     noise = torch.randn(batch, *p["latents"].shape[1:])
     layout = torch.randint(LAYOUTS, (batch,))
     i = torch.tensor(rng.choices([i for i, label in enumerate(concepts()) if label not in LATER], k=batch))
@@ -284,34 +286,32 @@ def draw(pool, rng, batch: int):
     return t, noise, p["latents"][p["index"][i, c, layout]].float(), i.tolist(), c.tolist()
 
 # %% ../nbs/90_train_emoji.ipynb #28f25964
-def train_unet(tokenizer, text, pool, out: Path, minutes: float, batch: int = 12, rng=None):
+def train_unet(tokenizer, text, pool, out: Path, minutes: float, batch: int = 16, rng=None):
     "Train the UNet for `minutes` (wall); resumes from `out`/unet.pt. Writes the running average every few minutes."
     path, rng = out / "unet.pt", rng or random.Random(4)
-    unet, state = make_unet(), load_state(out / "unet.pt")
-    opt = torch.optim.AdamW(unet.parameters(), lr=8e-4, betas=(.9, .98), weight_decay=.01, fused=True)
-    ema = torch.optim.swa_utils.AveragedModel(unet, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(.99))
-    if state: unet.load_state_dict(state["model"]); ema.load_state_dict(state["ema"]); opt.load_state_dict(state["opt"])
+    both, state = torch.nn.ModuleDict({"unet": make_unet(), "text": text.train().requires_grad_(True)}), load_state(out / "unet.pt")
+    unet = both["unet"]
+    unet.set_attn_processor(AttnProcessor())             # plain products: training is 1.5 times as fast as with the fused CPU kernel
+    opt = torch.optim.AdamW([{"params": unet.parameters(), "top": 8e-4}, {"params": text.parameters(), "top": 1e-4}], betas=(.9, .98), weight_decay=.01, fused=True)
+    ema = torch.optim.swa_utils.AveragedModel(both, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(.99))
+    if state: both.load_state_dict(state["model"]); ema.load_state_dict(state["ema"]); opt.load_state_dict(state["opt"])
     clock, step, log = Clock(minutes, state.get("spent", 0)), state.get("step", 0), state.get("log", [])
     things, colours, abar, run = list(concepts().values()), list(COLOURS), make_schedule().alphas_cumprod, 0.
     while (done := clock.tick()) < 1:
-        for g in opt.param_groups: g["lr"] = 8e-4 * min(1, (step + 1) / 300) * (.5 + .5 * math.cos(math.pi * done))
-        t, noise, z, i, c = draw(pool, rng, batch)
+        for g in opt.param_groups: g["lr"] = g["top"] * min(1, (step + 1) / 300) * (.5 + .5 * math.cos(math.pi * done))
+        t, noise, z, i, c = draw(pool, rng, batch, done)
         words = ["" if rng.random() < .1 else caption(rng, things[a], colours[b]) for a, b in zip(i, c)]
         ids = tokenizer(words, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
         a = abar[t].view(-1, 1, 1, 1)
-        with autocast():
-            with torch.no_grad(): h = text(ids).last_hidden_state.float()
-            v = unet(a.sqrt() * z + (1 - a).sqrt() * noise, t, h).sample.float()
+        with autocast(): v = unet(a.sqrt() * z + (1 - a).sqrt() * noise, t, text(ids).last_hidden_state).sample.float()
         err = (v - (a.sqrt() * noise - (1 - a).sqrt() * z)).square().mean((1, 2, 3))
-        loss = (err * (1 - abar[t]).clamp(min=.15)).mean()
-        opt.zero_grad(); loss.backward(); torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0); opt.step()
-        if step % 4 == 0: ema.update_parameters(unet)
-        step += 1; run = loss.item() if step == 1 else .99 * run + .01 * loss.item()
+        loss = (err * (1 - abar[t]).clamp(min=.4)).mean()
+        opt.zero_grad(); loss.backward(); torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0); opt.step()
+        if step % 4 == 0: ema.update_parameters(both)
+        step += 1; run = loss.item() if run == 0 else .99 * run + .01 * loss.item()
         if step % 100 == 0: log.append((step, run)); print(f"unet {done:.1%} step {step} loss {run:.4f} pictures/s {batch * step / max(clock.spent, 1):.0f}", flush=True)
-        if step % 1000 == 0: save_state(path, model=unet.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), spent=clock.spent, step=step, log=log)
-    save_state(path, model=unet.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), spent=clock.spent, step=step, log=log)
-    unet.load_state_dict(ema.module.state_dict())
-    return unet.eval()
+        if step % 1000 == 0: save_state(path, model=both.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), spent=clock.spent, step=step, log=log)
+    save_state(path, model=both.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), spent=clock.spent, step=step, log=log)
 
 # %% ../nbs/90_train_emoji.ipynb #98e770cd
 def pack(out: Path, folder: Path):
@@ -321,7 +321,7 @@ def pack(out: Path, folder: Path):
     tokenizer = CLIPTokenizer.from_pretrained(out / "tokenizer")
     vae, text, unet = make_vae(), make_text(len(tokenizer), tokenizer.eos_token_id), make_unet()
     average = lambda name: {k.removeprefix("module."): v for k, v in load_state(out / name)["ema"].items() if k.startswith("module.")}
-    vae.load_state_dict(average("vae.pt")); unet.load_state_dict(average("unet.pt")); text.load_state_dict(load_state(out / "text.pt")["model"])
+    vae.load_state_dict(average("vae.pt")); torch.nn.ModuleDict({"unet": unet, "text": text}).load_state_dict(average("unet.pt"))
     pipe = StableDiffusionPipeline(vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=make_schedule(),
                                    safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipe.to(torch.float16).save_pretrained(folder, safe_serialization=True)
@@ -333,7 +333,7 @@ def main(argv=None):
     ap.add_argument("--out", type=Path, default=Path("build/train"), help="checkpoints go here")
     ap.add_argument("--vae-minutes", type=float, default=14)
     ap.add_argument("--text-minutes", type=float, default=4)
-    ap.add_argument("--unet-minutes", type=float, default=85)
+    ap.add_argument("--unet-minutes", type=float, default=150)
     ap.add_argument("--threads", type=int, default=0, help="torch threads, 0 = torch's own choice")
     ap.add_argument("--pack", type=Path, help="only write the diffusers folder")
     a = ap.parse_args(argv)
