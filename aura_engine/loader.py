@@ -4,17 +4,25 @@
 
 # %% ../nbs/04_loader.ipynb #b77fc85a
 from __future__ import annotations
+import hashlib, json, logging, re, time
+from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 import torch
 from .config import Settings
-from .models import EMBEDDED, ROWS, SAMPLERS, Row, check_source, detect, resolve_id, row_for
-from .types import ModelError
+from .models import EMBEDDED, PICKLED, SAMPLERS, VAES, Row, check_source, detect, is_local, is_named, resolve_id, row_for, with_lora
+from .types import AuraError, ModelError
+
+log = logging.getLogger("aura_engine.loader")
 
 # %% auto #0
-__all__ = ['DTYPES', 'pick_device', 'pick_precision', 'has_bf16', 'Components', 'true_cause', 'quiet', 'load']
+__all__ = ['log', 'DTYPES', 'PARTS', 'SERVED', 'pick_device', 'pick_precision', 'has_bf16', 'Components', 'Unusable', 'causes',
+           'true_cause', 'blame', 'Progress', 'passing', 'patiently', 'fetch', 'weight_files', 'pipeline_files',
+           'quiet', 'Reader', 'checkpoint_kind', 'load']
 
 # %% ../nbs/04_loader.ipynb #0d7e3511
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -58,6 +66,8 @@ class Components:
     revision: str | None = None
     lora: str | None = None
     notes: list[str] = field(default_factory=list)
+    backend: str = "torch"                       # what runs the UNet
+    optimizations: list[str] = field(default_factory=list)      # what `optimize` did, and what it declined
 
     @property
     def dtype(self) -> torch.dtype: return self.unet.dtype
@@ -74,26 +84,163 @@ class Components:
         sampler = SAMPLERS[name or self.row.sampler]
         keep = {k: v for k, v in self.schedule.items() if not k.startswith("_")}
         for k in ("use_karras_sigmas", "timestep_spacing", "algorithm_type"): keep.pop(k, None)
-        return getattr(diffusers, sampler.cls).from_config({**keep, **sampler.config})
+        made = getattr(diffusers, sampler.cls).from_config({**keep, **sampler.config})
+        if sampler.step: made.step = partial(made.step, **dict(sampler.step))
+        return made
 
 # %% ../nbs/04_loader.ipynb #21ea27eb
-_CAUSES = {"RepositoryNotFoundError": "the Hub has no such model, or it is private", "GatedRepoError": "the model is gated: accept its terms on the Hub and set HF_TOKEN",
-           "RevisionNotFoundError": "the Hub has no such revision of it", "EntryNotFoundError": "the repository lacks a file that this model needs",
-           "LocalEntryNotFoundError": "it is not in the local cache and the Hub cannot be reached", "SafetensorError": "a weights file is damaged",
-           "OfflineModeIsEnabled": "it is not in the local cache and HF_HUB_OFFLINE is set", "JSONDecodeError": "a configuration file is damaged"}
+class Unusable(Exception):
+    "What is wrong with a model's files, in words of our own that may be shown."
+
+_CAUSES = {"GatedRepoError": "the model is gated: accept its terms on the Hub and set HF_TOKEN", "RepositoryNotFoundError": "the Hub has no such model, or it is private (then set HF_TOKEN)",
+           "RevisionNotFoundError": "the Hub has no such revision of it", "RemoteEntryNotFoundError": "the repository lacks a file that this model needs",
+           "OfflineModeIsEnabled": "it is not in the local cache and HF_HUB_OFFLINE is set", "SafetensorError": "a weights file is damaged", "JSONDecodeError": "a configuration file is damaged",
+           "TimeoutException": "the Hub does not answer", "ConnectError": "the Hub cannot be reached", "TransportError": "the connection to the Hub was cut"}
+_STATUS = {401: "the Hub refused the token (401)", 403: "the Hub refuses access with this token (403)", 429: "the Hub asks us to slow down (429)"}
+_MEANS = {"Consistency check failed": "the download was cut short", "size mismatch": "the weights do not have the shapes the configuration asks for", "shape": "the weights do not have the shapes the configuration asks for",
+          "Missing key": "the weights do not have the names the configuration asks for"}
+
+def causes(error: BaseException) -> list[BaseException]:
+    "An exception and what led to it, the first cause last."
+    chain = [error]
+    while (nxt := chain[-1].__cause__ or chain[-1].__context__) is not None and nxt not in chain: chain.append(nxt)
+    return chain
 
 def true_cause(error: BaseException) -> str:
     "The reason at the bottom of a chain of exceptions, in words that may be shown."
-    chain = [error]
-    while (nxt := chain[-1].__cause__ or chain[-1].__context__) is not None and nxt not in chain: chain.append(nxt)
+    chain = causes(error)
+    if said := next((e for e in chain if isinstance(e, Unusable)), None): return str(said)
     if any(isinstance(e, OSError) and e.errno == 28 for e in chain): return "the disk is full"
-    for e in reversed(chain):
-        status = getattr(getattr(e, "response", None), "status_code", None)
-        name = next((c.__name__ for c in type(e).__mro__ if c.__name__ in _CAUSES), None)
-        if status in (401, 403, 429) or (status or 0) >= 500: return f"the Hub answered {status}"
-        if name: return _CAUSES[name]
-    if any("size mismatch" in str(e) or "shape" in str(e) for e in chain): return "the weights do not have the shapes the configuration asks for"
+    names = [c.__name__ for e in chain for c in type(e).__mro__]
+    status = next((s for e in chain if (s := getattr(getattr(e, "response", None), "status_code", None))), 0)
+    for name, words in _CAUSES.items():
+        if name in names: return words
+    if status: return _STATUS.get(status, f"the Hub answered {status}")
+    for part, words in _MEANS.items():
+        if any(part in str(e) for e in chain): return words
     return f"its files could not be read ({type(error).__name__})"
+
+@contextmanager
+def blame(setting: str, value: str):
+    "Any failure inside becomes a ModelError that names the setting, its value and the true cause."
+    try: yield
+    except AuraError: raise
+    except Exception as e: raise ModelError(f"{setting}={value}: {true_cause(e)}.") from e
+
+# %% ../nbs/04_loader.ipynb #92e6f6de
+class Progress:
+    "What loading is doing: `stage`, the `file` under way, `done` of `total` bytes, and in `reason` what it waits for."
+    def __init__(self, patience: float = 1800, every: float = 10):
+        self.stage, self.file, self.reason, self.done, self.total = "starting", "", "", 0, 0
+        self.patience, self.every, self._finished, self._logged = patience, every, 0, 0.0
+
+    def said(self) -> dict:
+        "For /health."
+        return {"stage": self.stage, "file": self.file or None, "bytesDone": self.done, "bytesTotal": self.total}
+
+    def begin(self, file: str) -> type:
+        "A file's download begins -> the progress bar class that huggingface_hub reports to."
+        self.stage, self.file, self._finished, progress = "fetching", file, self.done, self
+        class Bar:
+            def __init__(self, *_, total=None, initial=0, **__):
+                self.total, progress.done = total, progress._finished + initial
+                if not progress.total or progress.total < progress._finished + (total or 0): progress.total = progress._finished + (total or 0)
+            def update(self, n=1): progress.add(n)
+            def update_transfer(self, n=1): pass             # bytes on the line, which are fewer than bytes of the file
+            def __enter__(self): return self
+            def __exit__(self, *_): pass
+            close = set_postfix_str = set_transfer_postfix_str = refresh = lambda self, *_, **__: None
+        return Bar
+
+    def add(self, n: float) -> None:
+        "n more bytes of the file under way; a line in the log now and then."
+        self.done += int(n)
+        if time.monotonic() - self._logged < self.every: return
+        self._logged = time.monotonic()
+        log.info("downloading", extra=self.said())
+
+# %% ../nbs/04_loader.ipynb #8a59c515
+def passing(error: BaseException) -> float | None:
+    "None when the cause will not pass by itself; otherwise the seconds the Hub asked us to wait, or 0."
+    chain = causes(error)
+    response = next((r for e in chain if getattr(r := getattr(e, "response", None), "status_code", None)), None)
+    if response is not None:
+        if response.status_code not in (408, 429, 500, 502, 503, 504): return None
+        asked = response.headers.get("Retry-After", "")
+        return float(asked) if asked.isdigit() else 0.0
+    cut = any("TransportError" in (c.__name__ for c in type(e).__mro__) or "Consistency check failed" in str(e) for e in chain)
+    return 0.0 if cut and not any(isinstance(e, Unusable) for e in chain) else None
+
+def patiently(call: Callable[[], Any], progress: Progress) -> Any:
+    "call(), again and again while what prevents it may pass; waits 1, 2, 4 … 60 seconds, or what the Hub asks for."
+    end, delay = time.monotonic() + progress.patience, 1.0
+    while True:
+        try: return call()
+        except Exception as e:
+            asked = passing(e)
+            wait = max(asked or 0, delay)
+            if asked is None or time.monotonic() + wait > end: raise
+            progress.reason = f"{true_cause(e)}; trying again in {wait:.0f} s"
+            log.warning("waiting for the Hub", extra={"reason": progress.reason, **progress.said()})
+        time.sleep(wait)
+        progress.reason, delay = "", min(2 * delay, 60)
+
+# %% ../nbs/04_loader.ipynb #ae47ca22
+def _get(repo: str, name: str, revision: str | None, progress: Progress) -> Path:
+    "One file of a repository, in the cache, its hash checked when it was fetched just now."
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    for _ in range(2):
+        known = isinstance(try_to_load_from_cache(repo, name, revision=revision), str)
+        bar = progress.begin(f"{repo}/{name}")
+        path = Path(patiently(lambda: hf_hub_download(repo, name, revision=revision, tqdm_class=bar), progress))   # noqa: B023
+        blob = path.resolve()
+        if known or len(blob.name) != 64 or _sha256(blob) == blob.name: return path
+        log.warning("a download is damaged", extra={"file": f"{repo}/{name}"})
+        blob.unlink(), path.unlink(missing_ok=True)
+    raise Unusable(f"{name} arrives damaged: its content does not have the hash that the Hub gives for it")
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+
+def fetch(repo: str, anchor: str, want: Callable[[list[str], Path], list[str]], progress: Progress, revision: str | None = None) -> Path:
+    "Folder in the cache that holds the file `anchor` of a Hub repository, and the files that `want(names, folder)` picks once `anchor` is there."
+    from huggingface_hub import HfApi
+    first = _get(repo, anchor, revision, progress)
+    folder = first.parents[len(Path(anchor).parts) - 1]
+    here = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    try: want(here, folder); return folder                    # all there: the Hub is not asked
+    except Unusable: pass
+    progress.stage = "listing"
+    info = patiently(lambda: HfApi().model_info(repo, revision=folder.name, files_metadata=True, timeout=10), progress)
+    sizes = {f.rfilename: f.size or 0 for f in info.siblings}
+    names = [n for n in want(list(sizes), folder) if n not in here]
+    progress.total = progress.done + sum(sizes[n] for n in names)
+    for n in names: _get(repo, n, folder.name, progress)
+    return folder
+
+# %% ../nbs/04_loader.ipynb #cfd8b42c
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+SERVED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline")
+_WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(\.fp16)?(?:-\d{5}-of-(\d{5}))?\.safetensors")
+
+def weight_files(names: list[str], part: str, half: bool) -> list[str]:
+    "The safetensors of one part (a folder's name, '' for the top): half precision or full. Unusable when there are none, or not all shards."
+    inside = [n[len(part) + 1:] if part else n for n in names if not part or n.startswith(part + "/")]
+    sets = {True: [], False: []}
+    for n in inside:
+        if m := _WEIGHTS.fullmatch(n): sets[bool(m[1])].append((n, int(m[2] or 1)))
+    whole = {h: [n for n, _ in s] for h, s in sets.items() if s and len(s) == s[0][1]}
+    if found := whole.get(half) or whole.get(not half): return [f"{part}/{n}" if part else n for n in found]
+    if any(n.endswith(PICKLED) for n in inside): raise Unusable(f"{part or 'it'} has only pickled weights, which can run code when they are read; take a safetensors version (perhaps a revision refs/pr/…)")
+    raise Unusable(f"there are no safetensors weights for {part or 'it'}")
+
+def pipeline_files(names: list[str], folder: Path, half: bool, skip: tuple[str, ...] = ()) -> list[str]:
+    "The files of a diffusers folder that the engine reads; `names` are those there are, `skip` the parts whose weights come from elsewhere."
+    index = json.loads((folder / "model_index.json").read_text())
+    if index.get("_class_name") not in SERVED: raise Unusable(f"it is a {index.get('_class_name')}; this engine serves {', '.join(SERVED)}")
+    parts = [p for p in PARTS if (index.get(p) or [None])[0]]
+    small = [n for n in names if n.split("/")[0] in parts and n.endswith((".json", ".txt", ".model"))]
+    return small + [n for p in parts if not p.startswith(("tokenizer", "scheduler")) and p not in skip for n in weight_files(names, p, half)]
 
 # %% ../nbs/04_loader.ipynb #a8a956b0
 @contextmanager
@@ -110,64 +257,155 @@ def quiet():
             if bar: m.enable_progress_bar()
 
 # %% ../nbs/04_loader.ipynb #9d49f357
-def _read(settings: Settings, model: str, dtype: torch.dtype):
-    import diffusers
-    row = row_for(model, settings.lcm_lora_id)
-    where = str(EMBEDDED) if model == "embedded" else str(Path(model).expanduser()) if Path(model).expanduser().exists() else model
-    if row is not None and row.unet_file: where = ROWS["sdxl"].ids[0]
-    common = dict(torch_dtype=dtype) if where.endswith(".safetensors") else dict(dtype=dtype, use_safetensors=True, revision=settings.revision)
-    if where.endswith(".safetensors"):
-        pipe = diffusers.StableDiffusionPipeline.from_single_file(where, **common)
-    else:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(where, **common)
-    return pipe, row
+@dataclass
+class Reader:
+    "Reads parts of models in `dtype`, telling `progress`; `revision` belongs to the repository `model`."
+    dtype: torch.dtype
+    progress: Progress
+    model: str = ""
+    revision: str | None = None
 
-def load(settings: Settings) -> Components:
+    @property
+    def half(self) -> bool: return self.dtype != torch.float32
+
+    def located(self, source: str, anchor: str, want: Callable[[list[str], Path], list[str]]) -> Path:
+        "Folder (with what `want` picks) or .safetensors file of a source."
+        path = EMBEDDED if source == "embedded" else Path(source).expanduser()
+        if is_local(source):
+            if path.is_dir(): want([p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()], path)
+            elif not path.is_file(): raise Unusable("there is no such file or folder on this machine")
+            return path
+        repo, file = "/".join(source.split("/")[:2]), "/".join(source.split("/")[2:])
+        if source.endswith(PICKLED): raise Unusable("pickled files can run code when they are read; only safetensors are taken")
+        revision = self.revision if self.model.startswith(repo) else None
+        return fetch(repo, anchor, want, self.progress, revision) if not file else fetch(repo, file, lambda *_: [], self.progress, revision) / file
+
+    def model_of(self, source: str, fallback: Any = None):
+        "A lone diffusers model (UNet or VAE) from a folder or repository with its config.json."
+        import diffusers
+        folder = self.located(source, "config.json", lambda names, _: [n for n in names if n == "config.json"] + weight_files(names, "", self.half))
+        cls = getattr(diffusers, json.loads((folder / "config.json").read_text())["_class_name"])
+        names = weight_files([p.name for p in folder.iterdir()], "", self.half)
+        return cls.from_pretrained(folder, dtype=self.dtype, use_safetensors=True, local_files_only=True, variant="fp16" if ".fp16" in names[0] else None)
+
+# %% ../nbs/04_loader.ipynb #4d3772cb
+def _read_folder(self, source: str, unet: str | None = None):
+    "A diffusers pipeline from a folder or repository; `unet` is another source for the UNet. -> (pipeline, folder)."
+    import diffusers
+    skip = ("unet",) if unet else ()
+    try: folder = self.located(source, "model_index.json", lambda names, at: pipeline_files(names, at, self.half, skip))
+    except Exception as e:
+        if not any(type(c).__name__ == "RemoteEntryNotFoundError" for c in causes(e)): raise
+        raise Unusable("it is no diffusers model (there is no model_index.json); one checkpoint of it is written owner/name/file.safetensors") from e
+    self.progress.stage, self.progress.file = "reading", ""
+    index = json.loads((folder / "model_index.json").read_text())
+    names = pipeline_files([p.relative_to(folder).as_posix() for p in folder.rglob("*")], folder, self.half, skip)
+    given = {k: None for k in ("safety_checker", "feature_extractor", "image_encoder") if k in index}
+    if unet: given["unet"] = self.unet(unet, folder / "unet")
+    variant = "fp16" if any(".fp16." in n or ".fp16-" in n for n in names) else None
+    return diffusers.DiffusionPipeline.from_pretrained(folder, dtype=self.dtype, use_safetensors=True, local_files_only=True, variant=variant, **given), folder
+
+def _unet(self, source: str, config: Path):
+    "A distilled UNet: a model of its own, or a bare file of weights for the base's configuration."
+    if not source.endswith(".safetensors"): return self.model_of(source)
+    from diffusers import UNet2DConditionModel
+    from safetensors.torch import load_file
+    file = self.located(source, "", lambda *_: [])
+    with torch.device("meta"): unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(config))
+    unet.load_state_dict(load_file(file), assign=True)
+    return unet.to(self.dtype)
+
+Reader.folder, Reader.unet = _read_folder, _unet
+
+# %% ../nbs/04_loader.ipynb #906de6a1
+def _read_single(self, source: str):
+    "A diffusers pipeline from one original-layout .safetensors file. -> (pipeline, file)."
+    import diffusers
+    file = self.located(source, "", lambda *_: [])
+    repo, beside = checkpoint_kind(file), file.with_suffix("")
+    if not (beside / "model_index.json").is_file():
+        try: beside = fetch(repo, "model_index.json", lambda names, at: pipeline_files(names, at, False, PARTS), self.progress)
+        except Exception as e: raise Unusable(f"its configuration, {repo}, could not be fetched: {true_cause(e)}; a folder with it named {file.stem}, beside the file, will do") from e
+    cls = json.loads((beside / "model_index.json").read_text())["_class_name"]
+    if cls not in SERVED: raise Unusable(f"it is a {cls}; this engine serves {', '.join(SERVED)}")
+    self.progress.stage = "reading"
+    return getattr(diffusers, cls).from_single_file(str(file), config=str(beside), dtype=self.dtype, local_files_only=True), file
+
+def checkpoint_kind(file: Path) -> str:
+    "The Hub id whose configuration fits a single checkpoint, by the names and shapes in its header."
+    from diffusers.loaders.single_file_utils import fetch_diffusers_config
+    from safetensors import safe_open
+    with safe_open(file, "pt") as f: shapes = {k: SimpleNamespace(shape=tuple(f.get_slice(k).get_shape())) for k in f.keys()}
+    if any(k.startswith("model.diffusion_model.") for k in shapes): return fetch_diffusers_config(shapes)["pretrained_model_name_or_path"]
+    raise Unusable("the file holds no whole Stable Diffusion checkpoint (a LoRA belongs into SD_LCM_LORA_ID, a VAE into SD_VAE_ID)")
+
+Reader.single = _read_single
+
+# %% ../nbs/04_loader.ipynb #8f58fc02
+def _lora_file(self, source: str, row: Row | None) -> Path:
+    "The .safetensors file of a LoRA: the file itself, the row's file of its repository, or the only one there."
+    if row and row.lora and not is_local(source) and is_named(source, row.lora): source = row.lora
+    def only(names, _):
+        mine = [n for n in names if "/" not in n and n.endswith(".safetensors")]
+        if len(mine) == 1: return mine
+        if not mine and any(n.endswith(PICKLED) for n in names): raise Unusable("it has only pickled weights, which can run code when they are read")
+        raise Unusable(f"it has {len(mine) or 'no'} .safetensors files; write owner/name/file.safetensors")
+    usual = "pytorch_lora_weights.safetensors"
+    path = self.located(source, usual, lambda names, at: [usual] if usual in names else only(names, at))
+    if path.is_file(): return path
+    return path / usual if (path / usual).is_file() else path / only([p.name for p in path.iterdir()], path)[0]
+
+def _fuse(self, pipe, source: str, row: Row | None) -> None:
+    "Fuse a LoRA into a pipeline. Unusable when it does not fit."
+    file = self.lora_file(source, row)
+    try:
+        pipe.load_lora_weights(str(file))
+        if not pipe.get_list_adapters(): raise ValueError("no LoRA keys")
+        pipe.fuse_lora(); pipe.unload_lora_weights()
+    except Exception as e:
+        if "SafetensorError" in (type(c).__name__ for c in causes(e)): raise
+        raise Unusable("it does not fit this model (a LoRA belongs to one base), or it is no LoRA") from e
+
+Reader.lora_file, Reader.fuse = _lora_file, _fuse
+
+# %% ../nbs/04_loader.ipynb #838a3223
+def load(settings: Settings, progress: Progress | None = None) -> Components:
     "Read the model that `settings` name onto their device. ModelError with the true cause when that cannot be done."
     check_source(settings.model_id)
     model, moved = resolve_id(settings.model_id)
     device = pick_device(settings.device)
     precision, notes = pick_precision(settings.precision, device)
     if moved: notes.append(moved)
-    try:
-        with quiet(): pipe, row = _read(settings, model, DTYPES[precision])
-    except Exception as e: raise ModelError(f"SD_MODEL_ID={settings.model_id}: {true_cause(e)}.") from e
-    lora = settings.lcm_lora_id
-    if lora: _fuse(pipe, lora)
-    parts = _parts(pipe)
-    if row is None: row = detect(type(pipe).__name__, parts["unet"].config, lora, parts["tokenizers"][0].model_max_length)
-    if row.unet_file: _put_unet(parts["unet"], row.unet_file)
-    if settings.vae_id: parts["vae"] = _other_vae(settings.vae_id, DTYPES[precision])
+    reader = Reader(DTYPES[precision], progress or Progress(), model, settings.revision)
+    row, lora = row_for(model, settings.lcm_lora_id), settings.lcm_lora_id
+    with quiet():
+        with blame("SD_MODEL_ID", settings.model_id): pipe, where = _pipeline(reader, model, row)
+        if row is None: row = detect(type(pipe).__name__, pipe.unet.config, lora, pipe.tokenizer.model_max_length)
+        if lora:
+            with blame("SD_LCM_LORA_ID", lora): reader.fuse(pipe, lora, row)
+        parts = _parts(pipe)
+        if settings.vae_id:
+            with blame("SD_VAE_ID", settings.vae_id): parts["vae"] = _vae(reader, settings.vae_id, row, notes)
     for m in (parts["unet"], parts["vae"], *parts["text_encoders"]): m.to(device).eval().requires_grad_(False)
     for m in (parts["unet"], parts["vae"]): m.to(memory_format=torch.channels_last)
-    return Components(row, settings.model_id, device=device, precision=precision, notes=notes, lora=lora, revision=settings.revision, **parts)
+    made = Components(row, settings.model_id, device=device, precision=precision, notes=notes, lora=lora, **parts)
+    made.revision = where.name if re.fullmatch("[0-9a-f]{40}", where.name) else settings.revision
+    native = (parts["unet"].config.get("sample_size") or row.native) * made.vae_scale
+    if native < row.native: made.row = replace(row, native=native)             # a small model makes small pictures
+    return made
+
+def _pipeline(reader: Reader, model: str, row: Row | None):
+    if row and row.base: return reader.folder(row.base, model if is_local(model) else row.unet)
+    pipe, where = reader.single(model) if model.endswith(".safetensors") else reader.folder(model)
+    if pipe.unet.config.in_channels != pipe.vae.config.latent_channels: raise Unusable(f"its UNet takes {pipe.unet.config.in_channels} channels, not only a noisy picture (an inpainting or editing model)")
+    return pipe, where
+
+def _vae(reader: Reader, source: str, row: Row, notes: list[str]):
+    family = next((cls for known, (cls, _) in VAES.items() if is_named(source, known)), row.pipeline)
+    if family != row.pipeline: raise Unusable(f"it is made for the latents of {family}, this model has those of {row.pipeline}")
+    return reader.model_of(source)
 
 def _parts(pipe) -> dict:
     two = lambda name: [m for m in (getattr(pipe, name, None), getattr(pipe, name + "_2", None)) if m is not None]
     return dict(unet=pipe.unet, vae=pipe.vae, tokenizers=two("tokenizer"), text_encoders=two("text_encoder"), schedule=dict(pipe.scheduler.config),
                 zero_empty=bool(pipe.config.get("force_zeros_for_empty_prompt")))
-
-# %% ../nbs/04_loader.ipynb #4d3772cb
-def _fuse(pipe, lora: str) -> None:
-    path = Path(lora).expanduser()
-    try:
-        pipe.load_lora_weights(str(path if path.exists() else lora), use_safetensors=True)
-        if not pipe.get_list_adapters(): raise ValueError("no LoRA keys")
-        pipe.fuse_lora(); pipe.unload_lora_weights()
-    except Exception as e: raise ModelError(f"SD_LCM_LORA_ID={lora}: it does not fit this model, or {true_cause(e)}.") from e
-
-def _put_unet(unet, source: str) -> None:
-    from huggingface_hub import hf_hub_download
-    from safetensors.torch import load_file
-    repo, _, name = source.partition("::")
-    try: unet.load_state_dict(load_file(hf_hub_download(repo, name)))
-    except Exception as e: raise ModelError(f"{repo}/{name}: {true_cause(e)}.") from e
-
-def _other_vae(source: str, dtype: torch.dtype):
-    import diffusers
-    path = Path(source).expanduser()
-    where = str(path) if path.exists() else source
-    try:
-        config = diffusers.AutoencoderKL.load_config(where)
-        return getattr(diffusers, config["_class_name"]).from_pretrained(where, dtype=dtype, use_safetensors=True)
-    except Exception as e: raise ModelError(f"SD_VAE_ID={source}: {true_cause(e)}.") from e
