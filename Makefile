@@ -51,7 +51,7 @@ train: $(VENV)/dev.stamp ## train the embedded model again from its public art (
 
 pictures: $(VENV)/dev.stamp ## make the pictures of README and index again
 	AURA_PICTURES=1 $(PY) tools/nb.py run index
-	AURA_PICTURES=1 $(PY) -m pytest -q tests/test_lab.py -m slow
+	AURA_PICTURES=1 $(PY) -m pytest -q tests/test_lab.py tests/test_browser.py -m "slow or not slow" -k "test_lab or screenshots"
 	$(PY) tools/nb.py readme
 
 clean: ## remove what make and the tests made, the environment included

@@ -11,23 +11,26 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
+import psutil
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import EventSourceResponse, JSONResponse, Response
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
+from fastapi_offline import FastAPIOffline
 
 # %% auto #0
 __all__ = ['log', 'MAX_BODY', 'REASONS', 'KINDS', 'AnyJob', 'PAGE', 'PAGE_POLICY', 'PICTURES', 'MAKING', 'routes', 'EXPOSED',
-           'as_error', 'Metrics', 'Stopwatch', 'Api', 'prepare', 'follow', 'Made', 'make', 'wanted', 'heartbeat',
-           'frame', 'preview_jpeg', 'event_data', 'stream', 'event_stream', 'request_id', 'respond', 'generate',
-           'refine', 'Kept', 'Jobs', 'GenerateJob', 'RefineJob', 'keep', 'create_job', 'read_job', 'cancel_job',
-           'ReplayRequest', 'Replayed', 'picture_of', 'differences', 'replay', 'health', 'ready', 'metrics', 'page',
-           'Answer', 'Problem', 'JobState', 'Route', 'Stamp', 'Guard', 'answer_error', 'check_key', 'create_app']
+           'as_error', 'Metrics', 'memory', 'Stopwatch', 'Api', 'prepare', 'follow', 'Made', 'make', 'wanted',
+           'heartbeat', 'frame', 'preview_jpeg', 'event_data', 'stream', 'event_stream', 'request_id', 'respond',
+           'generate', 'refine', 'Kept', 'Jobs', 'GenerateJob', 'RefineJob', 'keep', 'create_job', 'read_job',
+           'cancel_job', 'Replayed', 'ReplayRequest', 'picture_of', 'differences', 'replay', 'health', 'ready',
+           'metrics', 'page', 'Answer', 'Problem', 'JobState', 'Route', 'Stamp', 'Guard', 'answer_error', 'check_key',
+           'create_app']
 
 # %% ../nbs/09_api.ipynb #4b6c9695
 from PIL import Image as Pillow
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from pydantic import BaseModel, Field, model_validator
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
@@ -82,8 +85,9 @@ class Metrics:
         self.steps = Histogram("aura_step_seconds", "Between two steps of a picture", registry=r, buckets=(.005, .01, .025, .05, .1, .25, 1, 5, 20))
         self.pictures = Histogram("aura_generation_seconds", "From submission to the picture", ["size", "steps"], registry=r, buckets=(.1, .25, .5, 1, 2, 5, 15, 60, 300))
         for name, text, read in (("aura_queue_depth", "Pictures in the engine", lambda: engine.health()["queue"]["length"]), ("aura_model_ready", "1 when pictures can be made", lambda: engine.ready),
-                                 ("aura_gpu_memory_bytes", "Allocated by torch on the GPU", _gpu_memory)):
+                                 ("aura_gpu_memory_bytes", "Allocated by torch on the GPU", lambda: memory()["gpu"] or 0)):
             Gauge(name, text, registry=r).set_function(read)
+        ProcessCollector(registry=r)
 
     def failed(self, error: AuraError) -> None:
         "Count an error by its reason."
@@ -91,9 +95,11 @@ class Metrics:
 
     def text(self) -> bytes: return generate_latest(self.registry)
 
-def _gpu_memory() -> float:
+def memory() -> dict[str, int | None]:
+    "Bytes in use: `rss`, what this process holds in main memory; `gpu`, what torch allocated there (None without a GPU)."
     torch = sys.modules.get("torch")
-    return float(torch.cuda.memory_allocated()) if torch and torch.cuda.is_available() else 0.0
+    gpu = torch.cuda.memory_allocated() if torch and torch.cuda.is_available() else None
+    return {"rss": psutil.Process().memory_info().rss, "gpu": gpu}
 
 # %% ../nbs/09_api.ipynb #82862f3c
 class Stopwatch:
@@ -293,9 +299,10 @@ class Kept:
     made: Made | None = None
     error: AuraError | None = None
     ended: float | None = None
+    deleted: bool = False
 
     @property
-    def size(self) -> int: return sum(map(len, self.made.files)) if self.made else 0
+    def size(self) -> int: return sum(map(len, self.made.files)) if self.made and not self.deleted else 0
     @property
     def status(self) -> str:
         if self.ended is None: return "running" if self.progress else "queued"
@@ -307,7 +314,7 @@ class Kept:
         out = {"id": self.job.id, "status": self.status, "statusUrl": f"/jobs/{self.job.id}"}
         if self.ended is None: out |= {"position": first.position, "etaSeconds": first.eta_seconds}
         out["progress"] = [{"index": i, "step": s, "steps": n} for i, (s, n) in sorted(self.progress.items())]
-        if self.made: out["result"] = self.made.json()
+        if self.made and not self.deleted: out["result"] = self.made.json()
         if self.error: out["problem"] = self.error.problem(request_id)
         return out
 
@@ -375,31 +382,22 @@ async def create_job(request: Request, body: AnyJob) -> Response:
     return JSONResponse({k: kept.json()[k] for k in ("id", "status", "statusUrl")}, 202, {"location": f"/jobs/{kept.job.id}"})
 
 async def read_job(request: Request, id: str) -> Response:
-    "How far a job is; with its `result` when it has succeeded, with its `problem` when it has failed."
-    return JSONResponse(request.app.state.api.jobs.get(id).json(request_id(request)), headers={"cache-control": "no-store"})
+    "How far a job is; with its `result` when it has succeeded, with its `problem` when it has failed. 410 once it was deleted."
+    kept = request.app.state.api.jobs.get(id)
+    return JSONResponse(kept.json(request_id(request)), 410 if kept.deleted else 200, {"cache-control": "no-store"})
 
 async def cancel_job(request: Request, id: str) -> Response:
-    "Cancel a job; one that has ended stays as it ended."
+    "Cancel a job and let go of its pictures. `status` in the answer tells how it ended: one that had succeeded has."
     kept = request.app.state.api.jobs.get(id)
     kept.job.cancel()
     if kept.task and kept.ended is None: await asyncio.wait({kept.task}, timeout=2)
+    kept.deleted = True
+    if kept.made: kept.made.files.clear()
     return JSONResponse({k: kept.json()[k] for k in ("id", "status", "statusUrl")})
 
-# %% ../nbs/09_api.ipynb #9a38180c
-class ReplayRequest(_Request):
-    "Body of POST /replay: a `receipt`, or an `image` (base64 PNG of ours) that holds one; `init`: the picture a refinement started from."
-    receipt: dict[str, Any] | None = None
-    image: str | None = None
-    init: str | None = None
-    format: Literal["png", "jpeg", "webp"] = "png"
-
-    @model_validator(mode="after")
-    def _one(self):
-        if (self.receipt is None) == (self.image is None): raise ValueError("either receipt or image")
-        return self
-
+# %% ../nbs/09_api.ipynb #250ae5f0
 class Replayed(BaseModel):
-    "The numbers of a receipt that make a picture, checked like those of a request."
+    "A receipt from outside, checked like a request: what makes the picture, and what is compared afterwards."
     model_config = {**_Request.model_config, "extra": "ignore"}
     prompt: Prompt
     negative_prompt: Prompt
@@ -411,6 +409,32 @@ class Replayed(BaseModel):
     seed: int = Field(ge=0, le=MAX_SEED)
     temperature: float = Field(ge=0, le=2)
     scheduler: Literal[tuple(SAMPLERS)]
+    model: str
+    revision: str | None = None
+    lora: str | None = None
+    precision: str
+    backend: str
+    device: str
+    versions: dict[str, str]
+    init_sha256: str | None = None
+
+    def receipt(self) -> Receipt: return Receipt(**self.model_dump())
+
+# %% ../nbs/09_api.ipynb #9a38180c
+def _either(one: str, other: str) -> dict: return {"required": [one], "properties": {one: {"not": {"type": "null"}}, other: {"type": "null"}}}
+
+class ReplayRequest(_Request):
+    "Body of POST /replay: a `receipt`, or an `image` (base64 PNG of ours) that holds one; `init`: the picture a refinement started from."
+    model_config = {**_Request.model_config, "json_schema_extra": {"oneOf": [_either("receipt", "image"), _either("image", "receipt")]}}
+    receipt: Replayed | None = None
+    image: str | None = Field(None, json_schema_extra={"format": "picture"})
+    init: str | None = Field(None, json_schema_extra={"format": "picture"})
+    format: Literal["png", "jpeg", "webp"] = "png"
+
+    @model_validator(mode="after")
+    def _one(self):
+        if (self.receipt is None) == (self.image is None): raise ValueError("either receipt or image")
+        return self
 
 # %% ../nbs/09_api.ipynb #8d4e1dec
 def _fits(r: Replayed, row: Row) -> None:
@@ -423,19 +447,23 @@ def _fits(r: Replayed, row: Row) -> None:
     need("guidanceScale", r.guidance_scale, row.guidance[0] <= r.guidance_scale <= row.guidance[2], f"{row.guidance[0]:g} to {row.guidance[2]:g}")
     if wrong: raise Invalid(" ".join(w.msg + "." for w in wrong), tuple(wrong))
 
-def picture_of(ask: ReplayRequest, row: Row) -> tuple[Receipt, Picture]:
-    "The receipt that was sent and the picture it asks for. Raises Invalid."
-    receipt = Receipt.from_json(ask.receipt) if ask.receipt is not None else receipt_of(from_base64(ask.image, "image"))
-    try: r = Replayed.model_validate(receipt.to_json())
+def _held(data: bytes) -> Replayed:
+    "The receipt inside a PNG of ours, checked."
+    try: return Replayed.model_validate(receipt_of(data).to_json())
     except ValueError as e:
         fields = field_errors([{**x, "loc": ("receipt", *x["loc"])} for x in e.errors(include_url=False)])
         raise Invalid(" ".join(f.msg + "." for f in fields[:3]), fields) from None
+
+def picture_of(ask: ReplayRequest, row: Row) -> tuple[Receipt, Picture]:
+    "The receipt that was sent and the picture it asks for. Raises Invalid."
+    r = ask.receipt or _held(from_base64(ask.image, "image"))
     _fits(r, row)
     init = decode(from_base64(ask.init, "init"), "init").resize((r.width, r.height), Pillow.LANCZOS) if ask.init else None
     if (init is None) != (r.strength is None):
         allowed = "the picture the refinement started from" if init is None else "none: this receipt is not of a refinement"
         raise Invalid(f"init: allowed: {allowed}.", (FieldError("init", shown(ask.init, 20), allowed, f"init: allowed: {allowed}"),))
-    return receipt, Picture(**{**r.model_dump(), "scheduler": None if r.scheduler == row.sampler else r.scheduler}, init=init)
+    names = ("prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "strength", "seed", "temperature")
+    return r.receipt(), Picture(**{n: getattr(r, n) for n in names}, scheduler=None if r.scheduler == row.sampler else r.scheduler, init=init)
 
 # %% ../nbs/09_api.ipynb #b4ae5074
 def differences(old: Receipt, new: Receipt) -> list[str]:
@@ -458,7 +486,7 @@ PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe
 
 async def health(request: Request) -> Response:
     "What the engine is, has and does; always 200."
-    return JSONResponse(request.app.state.api.engine.health(), headers={"cache-control": "no-store"})
+    return JSONResponse(request.app.state.api.engine.health() | {"memory": memory()}, headers={"cache-control": "no-store"})
 
 async def ready(request: Request) -> Response:
     "200 when pictures can be made, 503 with Retry-After until then."
@@ -503,15 +531,16 @@ class JobState(BaseModel):
 # %% ../nbs/09_api.ipynb #c4d29c89
 @dataclass(frozen=True)
 class Route:
-    "One row of the table: method, path, handler, whether the API key is asked for, the documented answer and error statuses."
+    "One row of the table: method, path, handler, whether the API key is asked for, the documented answer (`alike`: other statuses that bring it) and error statuses."
     method: str
     path: str
     handler: Callable
     keyed: bool = False
     ok: Any = None
-    errors: tuple[int, ...] = ()
+    errors: tuple[int | str, ...] = ()
     status: int = 200
     media: tuple[str, ...] = ()
+    alike: tuple[int, ...] = ()
     docs: dict[str, Any] | None = None
 
     def responses(self) -> dict:
@@ -519,7 +548,8 @@ class Route:
         shape = {"application/json": {"schema": {"type": "object", "required": ["error"]}}} if self.path.startswith("/v1/") else {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
         problem = {"description": "A problem", "content": shape}
         good = {"description": "Done", "content": {m: {"schema": {"type": "object" if m == "text/event-stream" else "string"}} for m in self.media}}
-        return {self.status: good | ({"model": self.ok} if self.ok else {}), **{code: problem for code in self.errors}}
+        model = {"model": self.ok} if self.ok else {}
+        return {self.status: good | model, **{code: {"description": "Gone"} | model for code in self.alike}, **{code: problem for code in self.errors}}
 
 PICTURES, MAKING = ("text/event-stream", *MIME.values()), (400, 401, 403, 413, 422, 429, 500, 503, 504)
 routes = (
@@ -527,7 +557,7 @@ routes = (
     Route("POST", "/refine", refine, True, Answer, MAKING, media=PICTURES),
     Route("POST", "/replay", replay, True, Answer, MAKING),
     Route("POST", "/jobs", create_job, True, JobState, MAKING, status=202),
-    Route("GET", "/jobs/{id}", read_job, True, JobState, (401, 404)),
+    Route("GET", "/jobs/{id}", read_job, True, JobState, (401, 404), alike=(410,)),
     Route("DELETE", "/jobs/{id}", cancel_job, True, JobState, (401, 403, 404)),
     Route("GET", "/health", health, ok=dict[str, Any]),
     Route("GET", "/ready", ready, ok=dict[str, bool], errors=(503,)),
@@ -614,8 +644,8 @@ def answer_error(request: Request, exc: Exception) -> Response:
     if error.status == 401: headers["www-authenticate"] = "Bearer"
     if error.status == 500: headers["x-should-retry"] = "false"
     shape = next((s for prefix, s in api.shapes.items() if request.scope["path"].startswith(prefix)), None)
-    body = shape(error, request_id(request)) if shape else error.problem(request_id(request))
-    return JSONResponse(body, error.status, headers, media_type="application/json" if shape else "application/problem+json")
+    status, body = shape(error) if shape else (error.status, error.problem(request_id(request)))
+    return JSONResponse(body, status, headers, media_type="application/json" if shape else "application/problem+json")
 
 async def _on_error(request: Request, exc: Exception) -> Response:
     if isinstance(exc, HTTPException) and exc.status_code == 405:      # the framework names the methods of the first row of that path only
@@ -635,13 +665,13 @@ async def check_key(request: Request, given: Annotated[HTTPAuthorizationCredenti
 EXPOSED = ("retry-after", "x-request-id", "x-aura-engine", "location")
 
 def create_app(engine, extra_routes=(), shapes: dict[str, Callable] | None = None) -> FastAPI:
-    "The engine's HTTP app. `extra_routes`: more rows for the table; `shapes`: error bodies of other front doors, by path prefix."
+    "The engine's HTTP app. `extra_routes`: more rows for the table; `shapes`: error -> (status, body) of other front doors, by path prefix."
     allowed = tuple(engine.settings.allow_origins)
     host = os.environ.get("SPACE_HOST", "").lower()
     walls = [Middleware(Stamp),
              Middleware(CORSMiddleware, allow_origins=allowed, allow_methods=("GET", "POST", "DELETE"), allow_headers=("authorization", "content-type", "x-request-id"), expose_headers=EXPOSED),
              Middleware(Guard, origins=allowed, hosts=(host,) if host else ())]
-    app = FastAPI(title="Aura engine", version=__version__, description="Text to image, image to image.", middleware=walls, redirect_slashes=False,
+    app = FastAPIOffline(title="Aura engine", version=__version__, description="Text to image, image to image.", middleware=walls, redirect_slashes=False,
                   redoc_url=None, exception_handlers={AuraError: _on_error, RequestValidationError: _on_error, HTTPException: _on_error})
     app.state.api = Api(engine, shapes)
     lock = [Depends(check_key)] if engine.settings.api_key else []

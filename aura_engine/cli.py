@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from . import __version__
-from .client import LOCAL, AuraClient, Notice, Pictures, save_picture
+from .client import LOCAL, AuraClient, Notice, Pictures, in_words, save_picture
 from .config import SettingsError, load_settings
 from .types import AuraError, Image, Queued, Step
 
@@ -155,16 +155,12 @@ def health(local: Local = LOCAL, cloud: Cloud = None, mode: Mode = "auto", origi
 def health_table(said: dict[str, dict]) -> Table:
     "Engines as columns, what matters as rows."
     rows = {"status": "status", "address": "url", "reason": "reason", "device": "device", "model": "model", "scheduler": "scheduler", "precision": "precision", "optimizations": "optimizations",
-            "waiting": "queue", "warnings": "warnings", "version": "version", "page may call": "originAllowed", "what to do": "advice"}
+            "waiting": "queue", "memory": "memory", "warnings": "warnings", "version": "version", "page may call": "originAllowed", "what to do": "advice"}
     table = Table("", *said)
     for title, key in rows.items():
         values = [h.get(key) for h in said.values()]
-        if any(v not in (None, [], "") for v in values): table.add_row(title, *(escape(_short(v)) for v in values))
+        if any(v not in (None, [], "") for v in values): table.add_row(title, *(escape(in_words(v, "\n")) for v in values))
     return table
-
-def _short(v) -> str:
-    if isinstance(v, dict): return f"{v.get('length')} pictures, {v.get('seconds')} s"
-    return "\n".join(map(str, v)) if isinstance(v, list) else "" if v is None else str(v)
 
 # %% ../nbs/17_cli.ipynb #431b07a0
 @cli.command()

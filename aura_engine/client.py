@@ -25,7 +25,7 @@ from .types import (Asleep, AuraError, Done, Event, Failed, FieldError, Generate
 __all__ = ['Ask', 'ROUTES', 'SUFFIXES', 'CLOUD_VARIABLE', 'LOCAL', 'MODES', 'COMES_BACK', 'HINTS', 'ADVICE', 'Replay', 'checked',
            'as_base64', 'generation', 'refinement', 'repetition', 'body_of', 'save_picture', 'Pictures', 'error_from',
            'error_in', 'event_of', 'events_in', 'Door', 'Remote', 'engine_url', 'cloud_url', 'InProcess', 'Notice',
-           'AsyncAuraClient', 'AuraClient']
+           'AsyncAuraClient', 'in_words', 'AuraClient']
 
 # %% ../nbs/12_client.ipynb #2b140a43
 @dataclass(frozen=True)
@@ -186,10 +186,6 @@ class Door:
     async def close(self) -> None:
         "Let go of connections."
 
-    async def memory(self) -> int:
-        "Bytes in use on the GPU; 0 when there is none, or when that is not known."
-        return 0
-
 # %% ../nbs/12_client.ipynb #312acc3c
 class Remote(Door):
     "An engine over HTTP. `api_key` goes as a Bearer token."
@@ -229,15 +225,9 @@ async def _allows(self, origin: str) -> bool:
     except httpx.HTTPError as e: raise self._lost(e) from None
     return r.headers.get("access-control-allow-origin") in (origin, "*")
 
-async def _memory(self) -> int:
-    try: text = (await self.http.get("/metrics", timeout=5)).text
-    except httpx.HTTPError: return 0
-    found = re.search(r"^aura_gpu_memory_bytes (\S+)$", text, re.M)
-    return int(float(found[1])) if found else 0
-
 async def _close(self) -> None: await self.http.aclose()
 
-Remote._lost, Remote.allows, Remote.memory, Remote.close = _lost, _allows, _memory, _close
+Remote._lost, Remote.allows, Remote.close = _lost, _allows, _close
 
 def engine_url(text: str, name: str = "engine") -> str:
     "An address without a closing slash; a Space's page becomes the Space's own address. Invalid for anything but http and https."
@@ -280,16 +270,13 @@ class InProcess(Door):
         row, gpu = self.engine.row, self.engine.gpu
         if isinstance(ask, RefineRequest): return api.prepare(ask, row, gpu), None
         if isinstance(ask, GenerateRequest): return api.plan(ask, row, gpu=gpu), None
-        old, picture = api.picture_of(api.ReplayRequest(**body_of(ask)), row)
+        old, picture = api.picture_of(checked(api.ReplayRequest, **body_of(ask)), row)
         return api.Plan((picture,)), old
 
     async def health(self, timeout: float = 5) -> dict:
-        "The engine's own account."
-        return self.engine.health()
-
-    async def memory(self) -> int:
-        import torch                                           # the engine has it already
-        return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+        "The engine's own account, as /health gives it."
+        from aura_engine.api import memory
+        return self.engine.health() | {"memory": memory()}
 
 def _differences(old: Receipt, new: Receipt) -> tuple[str, ...]:
     from aura_engine.api import differences
@@ -427,6 +414,14 @@ ADVICE = {"unreachable": "Start an engine on this machine with `aura serve`; for
           "out_of_memory": "Ask for resolution standard or fewer pictures at a time, or set SD_PRECISION=fp16.", "queue_full": "Others are being served; ask again in a moment."}
 
 for f in (_collect, _generate, _refine, _replay, _health): setattr(AsyncAuraClient, f.__name__[1:], f)
+
+# %% ../nbs/12_client.ipynb #6b5798c6
+def in_words(value, between: str = "; ") -> str:
+    "A value of a health account as people read it: the queue, the memory (bytes as GiB), lists, None."
+    if isinstance(value, dict) and "length" in value: return f"{value['length']} pictures, {value.get('seconds', 0)} s"
+    if isinstance(value, dict) and "rss" in value:
+        return f"{value['rss'] / 2**30:.1f} GiB" + (f", {value['gpu'] / 2**30:.1f} GiB on the GPU" if value.get("gpu") else "")
+    return between.join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
 
 # %% ../nbs/12_client.ipynb #02ffa6ea
 class AuraClient:

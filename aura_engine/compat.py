@@ -12,7 +12,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from PIL import Image as Pillow, ImageOps
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from .api import MAKING, Api, Route, as_error, event_stream, follow, frame, make, request_id, wanted
+from .api import MAKING, Api, Route, as_error, event_stream, follow, frame, make, wanted
 from .images import MIME, encode, to_base64
 from .types import MAX_N, VISIBLE, AuraError, Count, Failed, FieldError, GenerateRequest, Image, Invalid, Preview, Prompt, RefineConfig, RefineRequest, Seed, Step, Steps, field_errors, shown, whole
 
@@ -80,10 +80,15 @@ class ImagesRequest(BaseModel):
         return dict(steps=self.num_inference_steps, guidanceScale=self.guidance_scale, negativePrompt=self.negative_prompt, temperature=self.temperature, seed=self.seed, format=self.output_format)
 
 # %% ../nbs/10_compat.ipynb #1fa73061
-def openai_error(error: AuraError, request_id: str = "") -> dict:
-    "An error as the body that OpenAI's clients read."
-    kind = {401: "authentication_error", 429: "rate_limit_error"}.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
-    return {"error": {"message": error.detail, "type": kind, "param": error.errors[0].loc if error.errors else None, "code": error.code}}
+_STATUS = {422: 400}
+_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+_CODES = {"invalid": "invalid_value", "unauthorized": "invalid_api_key", "queue_full": "rate_limit_exceeded"}
+
+def openai_error(error: AuraError) -> tuple[int, dict]:
+    "An error as the status and the body that OpenAI's clients read."
+    kind = _TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    body = {"message": error.detail, "type": kind, "param": error.errors[0].loc if error.errors else None, "code": _CODES.get(error.code, error.code)}
+    return _STATUS.get(error.status, error.status), {"error": body}
 
 NO_USAGE = {"input_tokens": 0, "input_tokens_details": {"image_tokens": 0, "text_tokens": 0}, "output_tokens": 0, "total_tokens": 0}
 
@@ -92,7 +97,7 @@ def about(ask: ImagesRequest, size: tuple[int, int]) -> dict:
     return {"size": f"{size[0]}x{size[1]}", "output_format": ask.output_format, "background": "opaque", "quality": "auto"}
 
 # %% ../nbs/10_compat.ipynb #f6b81393
-async def openai_stream(api: Api, job, ask: ImagesRequest, kind: str, request: Request) -> AsyncIterator[bytes]:
+async def openai_stream(api: Api, job, ask: ImagesRequest, kind: str) -> AsyncIterator[bytes]:
     "A job as `{kind}.partial_image` and `{kind}.completed` events; an error ends it as OpenAI's does."
     size, at, sent = size_of(ask.size), {}, {}
     def event(name, im, receipt=None, **more):
@@ -112,14 +117,14 @@ async def openai_stream(api: Api, job, ask: ImagesRequest, kind: str, request: R
     except Exception as exc:
         error = as_error(exc)
         api.metrics.failed(error)
-        yield frame("error", openai_error(error, request_id(request)))
+        yield frame("error", openai_error(error)[1])
 
 # %% ../nbs/10_compat.ipynb #913f0b31
 async def openai_answer(request: Request, ask: ImagesRequest, own: GenerateRequest | RefineRequest, kind: str) -> Response:
     "Run an own request and answer as OpenAI does."
     api, size = request.app.state.api, size_of(ask.size)
     job = await api.submit(own, previews=ask.stream and ask.partial_images > 0)
-    if ask.stream: return event_stream(openai_stream(api, job, ask, kind, request), job)
+    if ask.stream: return event_stream(openai_stream(api, job, ask, kind), job)
     made = await make(api, job, ask.output_format, request, resized(size))
     texts = [to_base64(f) for f in made.files]
     data = [{"url": f"data:{MIME[ask.output_format]};base64,{t}"} if ask.response_format == "url" else {"b64_json": t} for t in texts]
@@ -187,11 +192,12 @@ async def huggingface(request: Request, body: HfRequest) -> Response:
 
 # %% ../nbs/10_compat.ipynb #ffe566af
 _FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {"type": "object", "required": ["prompt", "image"], "properties": {
-    "prompt": {"type": "string", "minLength": 1, "maxLength": 2000}, "image": {"type": "string", "format": "binary"}, "n": {"type": "integer", "minimum": 1, "maximum": MAX_N}}}}}}}
+    "prompt": {"type": "string", "maxLength": 2000, **VISIBLE}, "image": {"type": "string", "format": "binary"}, "n": {"type": "integer", "minimum": 1, "maximum": MAX_N}}}}}}}
 
+_MAKING = (*(code for code in MAKING if code != 422), "4XX")                 # naming 4XX keeps FastAPI from adding its own 422
 routes = (
-    Route("POST", "/v1/images/generations", generations, True, dict[str, Any], MAKING, media=("text/event-stream",)),
-    Route("POST", "/v1/images/edits", edits, True, dict[str, Any], MAKING, media=("text/event-stream",), docs=_FORM),
+    Route("POST", "/v1/images/generations", generations, True, dict[str, Any], _MAKING, media=("text/event-stream",)),
+    Route("POST", "/v1/images/edits", edits, True, dict[str, Any], _MAKING, media=("text/event-stream",), docs=_FORM),
     Route("GET", "/v1/models", models, ok=dict[str, Any]),
     Route("GET", "/v1/models/{id:path}", model, ok=dict[str, Any]),
     Route("POST", "/", huggingface, True, None, MAKING, media=tuple(MIME.values())),

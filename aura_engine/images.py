@@ -66,9 +66,8 @@ def to_base64(data: bytes) -> str:
 
 def receipt_of(data: bytes) -> Receipt:
     "The receipt inside a PNG of ours; Invalid when there is none."
-    try: text = Image.open(io.BytesIO(data), formats=("PNG",)).text["aura"]
+    try: return Receipt.from_json(json.loads(Image.open(io.BytesIO(data), formats=("PNG",)).text["aura"]))
     except Exception: _refuse("image", f"{len(data)} bytes", "a PNG made by this engine")
-    return Receipt.from_json(json.loads(text))
 
 # %% ../nbs/03_images.ipynb #3b960695
 class Grid:

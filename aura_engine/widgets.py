@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 import anywidget, ipywidgets as W, traitlets as T
 from PIL import Image as Pillow
-from .client import AuraClient, Ask, Notice, Pictures, Replay, generation, refinement, save_picture
+from .client import AuraClient, Ask, Notice, Pictures, Replay, generation, in_words, refinement, save_picture
 from .images import Grid, encode, grid, to_base64
 from .types import AuraError, Done, FieldError, Image, Invalid, Preview, Queued, Receipt, Step, shown
 
@@ -55,7 +55,7 @@ class Gallery(anywidget.AnyWidget):
       draw();
     }
     export default { render };"""
-    _css = """.aura-gallery { display: grid; gap: 6px } .aura-gallery button { padding: 3px; border: 2px solid transparent; border-radius: 6px; background: none; color: inherit; cursor: pointer; font: inherit }
+    _css = """.aura-gallery { display: grid; gap: 6px; align-items: start } .aura-gallery button { padding: 3px; border: 2px solid transparent; border-radius: 6px; background: none; color: inherit; cursor: pointer; font: inherit }
     .aura-gallery button:hover, .aura-gallery button:focus-visible { border-color: #8888 } .aura-gallery button[aria-pressed=true] { border-color: #1976d2 }
     .aura-gallery img { display: block; border-radius: 4px } .aura-gallery span { display: block; font-size: 12px; text-align: center; overflow-wrap: anywhere }"""
 
@@ -218,17 +218,15 @@ _SHOWN = {"address": "url", "status": "status", "why": "reason", "device": "devi
           "optimizations": "optimizations", "waiting": "queue", "memory": "memory", "warnings": "warnings", "last error": "trouble", "what to do": "advice"}
 _COLOURS = {"ready": "#2e7d32", "loading": "#ed6c02", "draining": "#ed6c02", "asleep": "#ed6c02"}
 
-def status_html(said: dict[str, dict], last: Sequence[dict] = ()) -> str:
-    "The answer of `AuraClient.health` as a table, with the last pictures of this client."
-    def text(v):
-        if isinstance(v, dict): v = f"{v['length']} pictures, {v['seconds']} s" if "seconds" in v else ", ".join(f"{k} {x}" for k, x in v.items())
-        return html.escape("; ".join(map(str, v)) if isinstance(v, list) else str(v))
+def status_html(said: dict[str, dict], last: Sequence[dict] = (), plan: str = "") -> str:
+    "The answer of `AuraClient.health` as a table, with the last pictures of this client; `plan`: a line on what it will do next."
+    def text(v): return html.escape(in_words(v))
     head = "".join(f"<th style='text-align:left'><span style='color:{_COLOURS.get(h.get('status'), '#d32f2f')}'>●</span> {n}</th>" for n, h in said.items())
     rows = {title: [h.get(key) for h in said.values()] for title, key in _SHOWN.items()}
     body = "".join(f"<tr><td style='opacity:.7;padding-right:1em'>{t}</td>" + "".join(f"<td style='max-width:32em'>{'' if v in (None, [], '') else text(v)}</td>" for v in vs) + "</tr>"
                    for t, vs in rows.items() if any(v not in (None, [], "") for v in vs))
     recent = "; ".join(f"{html.escape(x['prompt'][:40])} ({x['engine']}, {x['seconds']} s)" for x in list(last)[-3:])
-    return f"<table><tr><th></th>{head}</tr>{body}</table>" + (f"<p>last pictures: {recent}</p>" if recent else "")
+    return f"<table><tr><th></th>{head}</tr>{body}</table>" + (f"<p>{html.escape(plan)}</p>" if plan else "") + (f"<p>last pictures: {recent}</p>" if recent else "")
 
 class EngineStatus(W.VBox):
     "The engines of a client, looked at every `every` seconds until `stop()`. `origin`: a web page's origin, to see whether it may call."
@@ -247,12 +245,12 @@ class EngineStatus(W.VBox):
 async def _look(self) -> dict[str, dict]:
     "Ask every engine once and show the answers."
     said = await self.client.aio.health()
-    for door in self.client.aio.doors:
-        if said[door.name].get("gpu") and (used := await door.memory()): said[door.name]["memory"] = f"{used / 2**30:.1f} GiB on the GPU"
     for door in self.client.aio.doors if self.origin else ():
         if hasattr(door, "allows") and "version" in said[door.name] and not await door.allows(self.origin):
             said[door.name]["advice"].append(f"Pages of {self.origin} may not call it; add that origin to its ALLOW_ORIGINS.")
-    self.said, self.panel.value = said, status_html(said, self.client.aio.last)
+    first = next((d.name for d in self.client.aio.doors if said[d.name].get("ready") and not d.resting), None)
+    plan = f"mode {self.client.aio.mode}: " + (f"the {first} engine is asked first" if first else "no engine is ready")
+    self.said, self.panel.value = said, status_html(said, self.client.aio.last, plan)
     return said
 
 async def _watch(self) -> None:

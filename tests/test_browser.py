@@ -1,4 +1,4 @@
-"""The page in a real Chromium: what a person sees and does."""
+"""The page in a real Chromium: what a person sees and does. `AURA_PICTURES=1` keeps the screenshots for the README."""
 import os, re, shutil, signal, sys
 
 import pytest
@@ -8,7 +8,6 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 expect = playwright.expect
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
-SHOTS = os.environ.get("AURA_SHOTS")          # a folder to keep screenshots in
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +44,6 @@ def finished(page, n=1):
     expect(page.locator("#go")).to_be_enabled(timeout=60_000)
 
 
-def shot(page, name):
-    if SHOTS: page.screenshot(path=f"{SHOTS}/{name}.png")
-
-
 def test_a_picture_and_its_preview_before_it(page):
     page.evaluate("""() => { window.seen = []; new MutationObserver(() => { const p = document.getElementById('picture');
         window.seen.push(p.className === 'preview' ? 'preview' : p.hidden ? 'none' : 'picture'); }).observe(document.getElementById('picture'), {attributes: true}); }""")
@@ -57,7 +52,6 @@ def test_a_picture_and_its_preview_before_it(page):
     seen = [s for s in page.evaluate("window.seen") if s != "none"]
     assert "preview" in seen and seen[-1] == "picture" and seen.index("preview") < seen.index("picture")
     assert page.locator("#picture").get_attribute("alt") == "a red apple" and page.evaluate("document.getElementById('picture').naturalWidth") == 128
-    shot(page, "page")
 
 
 def test_keyboard_alone(page):
@@ -106,7 +100,6 @@ def test_an_error_is_said_to_a_person(page):
     page.route("**/generate", lambda r: r.fulfill(status=502, body="<html>Bad gateway</html>"))
     page.get_by_role("button", name="Generate").click()
     expect(page.get_by_role("alert")).to_contain_text("not as an engine")
-    shot(page, "error")
 
 
 def test_a_prompt_is_text_not_markup(page):
@@ -203,7 +196,6 @@ def test_phone_width(browser, server, scheme):
         finished(page)
         page.get_by_text("Engine Status").click()
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
-        shot(page, f"phone-{scheme}")
 
 
 def test_in_a_frame(browser, server):
@@ -225,6 +217,38 @@ def test_nothing_is_loaded_from_elsewhere(browser, server):
         page.goto(server.url)
         expect(page.locator("#state")).to_contain_text("ready")
         assert {u for u in urls if not u.startswith((server.url, "data:"))} == set()
+
+
+def test_docs_without_a_network(page, server):
+    """Swagger UI comes from this server alone, and lists the routes."""
+    elsewhere = []
+    page.route("**/*", lambda r: r.continue_() if r.request.url.startswith((server.url, "data:")) else (elsewhere.append(r.request.url), r.abort()))
+    page.goto(server.url + "/docs")
+    expect(page.locator(".opblock-summary", has_text="/generate").first).to_be_visible()
+    page.locator(".opblock-summary", has_text="/refine").first.click()
+    expect(page.locator(".opblock-body").first).to_contain_text("refinePrompt")
+    assert elsewhere == []
+
+
+SCREENS = {"page": dict(viewport={"width": 1040, "height": 760}, color_scheme="light"), "phone": dict(viewport={"width": 390, "height": 844}, color_scheme="dark", device_scale_factor=1.5, has_touch=True)}
+
+
+@pytest.mark.parametrize("name", SCREENS)
+def test_screenshots(browser, server, tmp_path, name):
+    """As the README shows it: some pictures, one of them large, the engine's state below."""
+    with browser.new_context(**SCREENS[name]) as context:
+        page = context.new_page()
+        page.goto(server.url)
+        expect(page.locator("#state")).to_contain_text("ready")
+        things = ("a penguin on blue", "a pineapple on purple", "a rocket on a black background", "a fox on a green background", "a red apple on a blue background")
+        for n, thing in enumerate(things[-3:] if name == "phone" else things, 1):
+            ask(page, thing, Seed=11 + n)
+            finished(page, n)
+        page.get_by_text("More", exact=True).click()
+        if name == "page": page.get_by_text("Engine Status").click()
+        out = (ROOT / "nbs/images" if os.environ.get("AURA_PICTURES") else tmp_path) / f"{name}.png"
+        page.screenshot(path=out, full_page=True)
+        assert out.stat().st_size > 20_000
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

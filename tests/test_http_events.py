@@ -4,7 +4,7 @@ import base64, io, json, re, time
 import httpx
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 LONG = {"prompt": "an owl", "steps": 50, "n": 4}
 
@@ -102,6 +102,8 @@ def test_a_job(web):
     assert set(state["result"]) == {"images", "receipts", "warnings"}
     assert np.abs(pixels(state["result"]["images"][0]) - pixels(web.post("/generate", json=body).json()["images"][0])).max() <= 1
     assert web.delete(r.json()["statusUrl"]).json()["status"] == "succeeded"
+    gone = web.get(r.json()["statusUrl"])
+    assert gone.status_code == 410 and gone.json()["status"] == "succeeded" and "result" not in gone.json()
 
 
 def test_a_job_is_cancelled(web):
@@ -109,8 +111,9 @@ def test_a_job_is_cancelled(web):
     assert web.get(url).json()["status"] in ("queued", "running")
     web.delete(url)
     idle(web)
-    state = web.get(url).json()
-    assert state["status"] == "cancelled" and state["problem"]["type"] == "urn:aura:cancelled" and "result" not in state
+    r = web.get(url)
+    state = r.json()
+    assert r.status_code == 410 and web.delete(url).status_code == 200 and state["status"] == "cancelled" and state["problem"]["type"] == "urn:aura:cancelled" and "result" not in state
 
 
 def test_wrong_jobs(web):
@@ -150,4 +153,12 @@ def test_a_replay_says_what_differs(web):
     made = web.post("/generate", json={"prompt": "a rocket", "steps": 1}).json()
     said = web.post("/replay", json={"receipt": {**made["receipts"][0], "model": "another", "device": "cuda"}}).json()["warnings"]
     assert [w.split(":")[0] for w in said] == ["device", "model"]
+    for wrong in ({"versions": 5}, {"versions": {"torch": 2}}, {"corrections": 5}, {"model": None}, {"device": ["cpu"]}):
+        r = web.post("/replay", json={"receipt": {**made["receipts"][0], **wrong}})
+        assert r.status_code == (200 if "corrections" in wrong else 422), (wrong, r.text[:200])
+    for text in ("no JSON", "[1]", "{}", json.dumps({**made["receipts"][0], "corrections": 5})):            # a file that says it is ours
+        out, info = io.BytesIO(), PngImagePlugin.PngInfo()
+        info.add_itxt("aura", text)
+        Image.new("RGB", (64, 64)).save(out, "PNG", pnginfo=info)
+        assert web.post("/replay", json={"image": base64.b64encode(out.getvalue()).decode()}).status_code == 422
     assert web.post("/replay", json={}).status_code == web.post("/replay", json={"receipt": {"a": 1}}).status_code == 422
