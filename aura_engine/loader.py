@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 import torch
 from .config import Settings
-from .models import EMBEDDED, PICKLED, SAMPLERS, VAES, Row, check_source, detect, is_local, is_named, resolve_id, row_for, with_lora
+from .models import EMBEDDED, PICKLED, SAMPLERS, VAES, Row, check_source, detect, is_local, is_named, resolve_id, row_for
 from .types import AuraError, ModelError
 
 log = logging.getLogger("aura_engine.loader")
@@ -96,7 +96,7 @@ _CAUSES = {"GatedRepoError": "the model is gated: accept its terms on the Hub an
            "RevisionNotFoundError": "the Hub has no such revision of it", "RemoteEntryNotFoundError": "the repository lacks a file that this model needs",
            "OfflineModeIsEnabled": "it is not in the local cache and HF_HUB_OFFLINE is set", "SafetensorError": "a weights file is damaged", "JSONDecodeError": "a configuration file is damaged",
            "TimeoutException": "the Hub does not answer", "ConnectError": "the Hub cannot be reached", "TransportError": "the connection to the Hub was cut"}
-_STATUS = {401: "the Hub refused the token (401)", 403: "the Hub refuses access with this token (403)", 429: "the Hub asks us to slow down (429)"}
+_STATUS = {401: "the Hub refuses access (401): there is no such model, or HF_TOKEN is missing or wrong", 403: "the Hub refuses access with this token (403)", 429: "the Hub asks us to slow down (429)"}
 _MEANS = {"Consistency check failed": "the download was cut short", "size mismatch": "the weights do not have the shapes the configuration asks for", "shape": "the weights do not have the shapes the configuration asks for",
           "Missing key": "the weights do not have the names the configuration asks for"}
 
@@ -271,12 +271,12 @@ class Reader:
     def located(self, source: str, anchor: str, want: Callable[[list[str], Path], list[str]]) -> Path:
         "Folder (with what `want` picks) or .safetensors file of a source."
         path = EMBEDDED if source == "embedded" else Path(source).expanduser()
+        if source.endswith(PICKLED): raise Unusable("pickled files can run code when they are read; only safetensors are taken")
         if is_local(source):
             if path.is_dir(): want([p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()], path)
             elif not path.is_file(): raise Unusable("there is no such file or folder on this machine")
             return path
         repo, file = "/".join(source.split("/")[:2]), "/".join(source.split("/")[2:])
-        if source.endswith(PICKLED): raise Unusable("pickled files can run code when they are read; only safetensors are taken")
         revision = self.revision if self.model.startswith(repo) else None
         return fetch(repo, anchor, want, self.progress, revision) if not file else fetch(repo, file, lambda *_: [], self.progress, revision) / file
 
@@ -343,17 +343,26 @@ Reader.single = _read_single
 
 # %% ../nbs/04_loader.ipynb #8f58fc02
 def _lora_file(self, source: str, row: Row | None) -> Path:
-    "The .safetensors file of a LoRA: the file itself, the row's file of its repository, or the only one there."
+    "The .safetensors file of a LoRA: the file itself, the row's file of its repository, the usual name, or the only one there."
     if row and row.lora and not is_local(source) and is_named(source, row.lora): source = row.lora
-    def only(names, _):
-        mine = [n for n in names if "/" not in n and n.endswith(".safetensors")]
-        if len(mine) == 1: return mine
-        if not mine and any(n.endswith(PICKLED) for n in names): raise Unusable("it has only pickled weights, which can run code when they are read")
-        raise Unusable(f"it has {len(mine) or 'no'} .safetensors files; write owner/name/file.safetensors")
-    usual = "pytorch_lora_weights.safetensors"
-    path = self.located(source, usual, lambda names, at: [usual] if usual in names else only(names, at))
-    if path.is_file(): return path
-    return path / usual if (path / usual).is_file() else path / only([p.name for p in path.iterdir()], path)[0]
+    usual, nothing = "pytorch_lora_weights.safetensors", lambda *_: []
+    if is_local(source):
+        path = self.located(source, "", nothing)
+        return path if path.is_file() else path / self.only([p.name for p in path.iterdir()], usual)
+    if source.endswith((".safetensors", *PICKLED)): return self.located(source, "", nothing)
+    try: return self.located(f"{source}/{usual}", "", nothing)
+    except Exception as e:
+        if not any(type(c).__name__ == "RemoteEntryNotFoundError" for c in causes(e)): raise
+    from huggingface_hub import HfApi
+    names = [f.rfilename for f in patiently(lambda: HfApi().model_info(source, timeout=10), self.progress).siblings]
+    return self.located(f"{source}/{self.only(names, usual)}", "", nothing)
+
+def _only(self, names: list[str], usual: str) -> str:
+    "The file `usual` among names, or the only .safetensors at the top."
+    mine = [n for n in names if n == usual] or [n for n in names if "/" not in n and n.endswith(".safetensors")]
+    if len(mine) == 1: return mine[0]
+    if not mine and any(n.endswith(PICKLED) for n in names): raise Unusable("it has only pickled weights, which can run code when they are read")
+    raise Unusable(f"it has {len(mine) or 'no'} .safetensors files; write owner/name/file.safetensors")
 
 def _fuse(self, pipe, source: str, row: Row | None) -> None:
     "Fuse a LoRA into a pipeline. Unusable when it does not fit."
@@ -366,7 +375,7 @@ def _fuse(self, pipe, source: str, row: Row | None) -> None:
         if "SafetensorError" in (type(c).__name__ for c in causes(e)): raise
         raise Unusable("it does not fit this model (a LoRA belongs to one base), or it is no LoRA") from e
 
-Reader.lora_file, Reader.fuse = _lora_file, _fuse
+Reader.lora_file, Reader.only, Reader.fuse = _lora_file, _only, _fuse
 
 # %% ../nbs/04_loader.ipynb #838a3223
 def load(settings: Settings, progress: Progress | None = None) -> Components:
