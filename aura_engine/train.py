@@ -12,8 +12,8 @@ from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 
 # %% auto #0
-__all__ = ['CONCEPTS', 'LATER', 'COLOURS', 'SIDE', 'SHIFT', 'LAYOUTS', 'LEADS', 'PLACES', 'TOKENS', 'SHAPES', 'EARLY', 'LATE',
-           'concepts', 'held_out', 'compose', 'sprites', 'caption', 'make_tokenizer', 'make_vae', 'make_text',
+__all__ = ['CONCEPTS', 'LATER', 'COLOURS', 'SIDE', 'LAYOUTS', 'LEADS', 'PLACES', 'TOKENS', 'SHAPES', 'GRID', 'concepts',
+           'held_out', 'backdrop', 'compose', 'sprites', 'caption', 'make_tokenizer', 'make_vae', 'make_text',
            'make_unet', 'to_tensor', 'autocast', 'Clock', 'save_state', 'load_state', 'vae_loss', 'train_vae',
            'make_pool', 'train_text', 'make_schedule', 'draw', 'train_unet', 'pack', 'main', 'pooled', 'references',
            'psnr', 'generate', 'score']
@@ -67,15 +67,23 @@ def held_out(i: int) -> set[str]:
     return {named[(i * 3) % 10], named[(i * 3 + 5) % 10]}
 
 # %% ../nbs/90_train_emoji.ipynb #e6060fa7
-SIDE, SHIFT, LAYOUTS = 96, 4, 4              # pixels of a thing, its distance from the middle; layout = 1 if right, + 2 if low
+SIDE, LAYOUTS = 96, 4                        # pixels of a thing; layout = what is behind it: nothing, a disc, a floor, a glow
+
+def backdrop(colour: str, layout: int, size=(128, 128)) -> Image.Image:
+    "The background alone. The shade is a third of the way to white, of white a little darker. `size` is (width, height)."
+    w, h = size
+    base = np.array(COLOURS[colour], dtype=float)
+    shade = base * .88 if colour == "white" else base + .35 * (255 - base)
+    x, y = (np.arange(w) + .5 - w / 2)[None], (np.arange(h) + .5 - h / 2)[:, None]
+    far = np.sqrt(x * x + y * y) / (min(w, h) / 2)                         # 1 at the nearest edge
+    mask = (np.zeros((h, w)), np.clip((.93 - far) * 16, 0, 1), np.clip((y - .2 * h) / 2 + 0 * x, 0, 1), np.clip(far - .45, 0, 1))[layout]
+    return Image.fromarray((base + mask[..., None] * (shade - base)).round().astype("uint8"))
 
 def compose(sprite: Image.Image, colour: str, layout: int, size=(128, 128)) -> Image.Image:
-    "The picture a layout stands for: `sprite` (RGBA) placed on a plain background, never stretched. `size` is (width, height)."
-    side = min(SIDE, min(size) - 2 * SHIFT)
-    sprite = sprite.resize((side, side), Image.LANCZOS)
-    canvas = Image.new("RGB", size, COLOURS[colour])
-    x, y = ((n - side) // 2 + (1 if far else -1) * min(SHIFT, (n - side) // 2) for n, far in zip(size, (layout % 2, layout // 2)))
-    canvas.paste(sprite, (x, y), sprite)
+    "The picture a layout stands for: `sprite` (RGBA) in the middle of its background, never stretched. `size` is (width, height)."
+    side = min(SIDE, min(size) - 8)
+    sprite, canvas = sprite.resize((side, side), Image.LANCZOS), backdrop(colour, layout, size)
+    canvas.paste(sprite, ((size[0] - side) // 2, (size[1] - side) // 2), sprite)
     return canvas
 
 # %% ../nbs/90_train_emoji.ipynb #e5d3ae4e
@@ -272,13 +280,12 @@ def make_schedule():
     return DDIMScheduler(num_train_timesteps=1000, beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False,
                          prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", set_alpha_to_one=True)
 
-EARLY = [999, 999, 999, 999, 999, 879, 879, 759, 759, 749, 499, 259]
-LATE = [999, 999, 999, 999, 879, 759, 759, 759, 499, 499, 259, 259]
+GRID = [999, 999, 999, 999, 879, 759, 759, 759, 499, 499, 259, 259]
 
-def draw(pool, rng, batch: int, done: float):
+def draw(pool, rng, batch: int):
     "One batch of one shape: timesteps [B], noise, latents, things and colours (lists)."
     p = pool[0] if rng.random() < .88 else rng.choice(pool[1:])
-    t = torch.tensor([rng.choice(EARLY if done < .4 else LATE) if rng.random() < .9 else rng.randrange(1000) for _ in range(batch)])
+    t = torch.tensor([rng.choice(GRID) if rng.random() < .9 else rng.randrange(1000) for _ in range(batch)])
     noise = torch.randn(batch, *p["latents"].shape[1:])
     layout = torch.randint(LAYOUTS, (batch,))
     i = torch.tensor(rng.choices([i for i, label in enumerate(concepts()) if label not in LATER], k=batch))
@@ -299,7 +306,7 @@ def train_unet(tokenizer, text, pool, out: Path, minutes: float, batch: int = 16
     things, colours, abar, run = list(concepts().values()), list(COLOURS), make_schedule().alphas_cumprod, 0.
     while (done := clock.tick()) < 1:
         for g in opt.param_groups: g["lr"] = g["top"] * min(1, (step + 1) / 300) * (.5 + .5 * math.cos(math.pi * done))
-        t, noise, z, i, c = draw(pool, rng, batch, done)
+        t, noise, z, i, c = draw(pool, rng, batch)
         words = ["" if rng.random() < .1 else caption(rng, things[a], colours[b]) for a, b in zip(i, c)]
         ids = tokenizer(words, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
         a = abar[t].view(-1, 1, 1, 1)
