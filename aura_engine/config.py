@@ -41,7 +41,7 @@ class Settings(BaseSettings):
     lcm_lora_id: str | None = Field(None, alias="SD_LCM_LORA_ID", description="LCM-LoRA to fuse: few steps from an ordinary model")
     precision: Literal["auto", "fp16", "bf16", "fp32"] = Field("auto", alias="SD_PRECISION", description="auto: fp16 on CUDA, fp32 elsewhere")
     device: str = Field("auto", alias="SD_DEVICE", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
-    torch_compile: bool = Field(False, alias="TORCH_COMPILE", description="compile the UNet (on CUDA)")
+    torch_compile: bool | Literal["force"] = Field(False, alias="TORCH_COMPILE", description="1: compile the UNet on CUDA; force: on a CPU too, where it is slower")
     allow_origins: Annotated[tuple[str, ...], NoDecode] = Field(DEFAULT_ORIGINS, alias="ALLOW_ORIGINS", description="web origins that may call the engine, comma-separated")
     port: int = Field(7860, alias="PORT", ge=0, le=65535, description="TCP port; 0 takes a free one")
     revision: str | None = Field(None, alias="SD_REVISION", description="commit of the model on the Hub")

@@ -4,15 +4,26 @@
 
 # %% ../nbs/05_optimize.ipynb #bed16013
 from __future__ import annotations
+import hashlib, logging, os, platform, tempfile, threading, time, warnings
+from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
-import torch
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+import psutil, torch
 from torch import nn
 from .config import Settings
-from .loader import Components, has_bf16
+from .loader import Components, has_bf16, quiet
+from .types import ModelError
+
+log = logging.getLogger("aura_engine")
 
 # %% auto #0
-__all__ = ['PACKED', 'TECHNIQUES', 'Packed', 'PackedConv2d', 'PackedLinear', 'pack', 'unpack', 'Technique', 'optimize']
+__all__ = ['log', 'PACKED', 'SMALL', 'TECHNIQUES', 'Packed', 'PackedConv2d', 'PackedLinear', 'pack', 'unpack', 'unet_inputs_of',
+           'Traced', 'example_inputs', 'cache_folder', 'fingerprint', 'convert', 'Graphs', 'OpenVINOUNet',
+           'OpenVINODecode', 'size_of', 'bf16_gain', 'cpu_limit', 'CompiledUNet', 'seal', 'Technique', 'optimize']
 
 # %% ../nbs/05_optimize.ipynb #4e6774a5
 class Packed:
@@ -66,23 +77,282 @@ def unpack(model: nn.Module) -> None:
     for m in model.modules():
         if isinstance(m, Packed): m.weight, setattr(m, "__class__", type(m).__mro__[2])      # noqa: B018
 
+# %% ../nbs/05_optimize.ipynb #fba0cc43
+def unet_inputs_of(config) -> list[str]:
+    "The names of a UNet's inputs, in the order of its graph."
+    return ["sample", "timestep", "encoder_hidden_states"] + (["text_embeds", "time_ids"] if config.get("addition_embed_type") == "text_time" else []) + (["timestep_cond"] if config.get("time_cond_proj_dim") else [])
+
+class Traced(nn.Module):
+    "A UNet (or the decoding half of a VAE) as a function of plain tensors."
+    def __init__(self, model, names): super().__init__(); self.model, self.names = model, names
+    def forward(self, *values):
+        given = dict(zip(self.names, values))
+        if "z" in given: return self.model.decode(given["z"], return_dict=False)[0]
+        added = {k: given[k] for k in ("text_embeds", "time_ids") if k in given}
+        return self.model(given["sample"], given["timestep"], given["encoder_hidden_states"], timestep_cond=given.get("timestep_cond"), added_cond_kwargs=added or None, return_dict=False)[0]
+
+def example_inputs(config, names: list[str]) -> tuple[torch.Tensor, ...]:
+    "Small inputs that a UNet or VAE decoder accepts: two rows, a latent size that no halving divides."
+    odd = 2 ** (len(config["block_out_channels"]) - 1) + 1 if "sample" in names else 9
+    added = config.get("projection_class_embeddings_input_dim") or 0
+    time_dim = 6 * (config.get("addition_time_embed_dim") or 0)
+    sizes = {"sample": (2, config.get("in_channels"), odd, odd), "timestep": (2,), "encoder_hidden_states": (2, 7, config.get("cross_attention_dim")),
+             "text_embeds": (2, added - time_dim), "time_ids": (2, 6), "timestep_cond": (2, config.get("time_cond_proj_dim")), "z": (2, config.get("latent_channels"), odd, odd)}
+    return tuple(torch.ones(sizes[n]) for n in names)
+
+# %% ../nbs/05_optimize.ipynb #77b32443
+def cache_folder() -> Path:
+    "Where things made once are kept: $XDG_CACHE_HOME/aura_engine, or a temporary folder when that cannot be written."
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aura_engine"
+    try: folder.mkdir(parents=True, exist_ok=True); return folder
+    except OSError: return Path(tempfile.gettempdir()) / "aura_engine"
+
+def fingerprint(module: nn.Module, *more) -> str:
+    "20 hex digits that change with the weights (64 values of every tensor), the configuration, the versions and `more`."
+    h = hashlib.sha256(repr((sorted((k, str(v)) for k, v in module.config.items() if k[0] != "_"), *[version(p) for p in ("torch", "diffusers", "openvino")], platform.machine(), *more)).encode())
+    for name, p in module.state_dict().items():
+        flat = p.detach().reshape(-1)
+        h.update(f"{name}{tuple(p.shape)}{p.dtype}".encode() + flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
+    return h.hexdigest()[:20]
+
+# %% ../nbs/05_optimize.ipynb #a69ca19a
+@contextmanager
+def _hushed():
+    "Without the tracer's warnings and diffusers' comments on casting."
+    with warnings.catch_warnings(), quiet():
+        warnings.simplefilter("ignore")
+        yield
+
+@torch.inference_mode()
+def convert(module: nn.Module, names: list[str], folder: Path | None = None):
+    "A UNet or VAE (fp32, CPU) as an OpenVINO model with inputs `names`: read from `folder` when it is there, else converted and saved."
+    import openvino as ov
+    file = (folder or cache_folder() / "openvino") / f"{fingerprint(module, names)}.xml"
+    if file.exists():
+        os.utime(file)
+        return ov.Core().read_model(file)
+    start = time.monotonic()
+    with _hushed(): model = ov.convert_model(Traced(module if module.dtype == torch.float32 else module.float(), names), example_input=example_inputs(module.config, names))
+    for port, name in zip(model.inputs, names): port.get_tensor().set_names({name})
+    log.info("converted for OpenVINO", extra={"seconds": round(time.monotonic() - start, 1)})
+    try: _save(ov, model, file)
+    except (OSError, RuntimeError): log.warning("the converted model could not be saved; it will be converted again at the next start")
+    return model
+
+def _save(ov, model, file: Path, keep: int = 8) -> None:
+    "Write under another name first: a start that is killed leaves no half file. Old graphs go."
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f"{file.stem}.{os.getpid()}.xml")
+    ov.save_model(model, part, compress_to_fp16=False)
+    part.with_suffix(".bin").replace(file.with_suffix(".bin"))
+    part.replace(file)
+    for old in sorted(file.parent.glob("*.xml"), key=lambda f: f.stat().st_mtime)[:-keep]:
+        for f in (old, old.with_suffix(".bin")): f.unlink(missing_ok=True)
+
+# %% ../nbs/05_optimize.ipynb #ec4aa187
+class Graphs:
+    "An OpenVINO model, compiled for each set of input shapes it meets; at most `keep` compiled graphs are held."
+    def __init__(self, model, names: list[str], precision: str = "fp32", keep: int = 0, threads: int = 0):
+        self.model, self.names, self.precision = model, names, precision
+        weights = sum(o.get_byte_size() for o in model.get_ordered_ops() if o.get_type_name() == "Constant")
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 8 << 30
+        self.keep = keep or max(2, min(24, memory // 4 // max(weights, 1)))
+        self.compiled, self.lock, self.threads, self.compiles = OrderedDict(), threading.Lock(), threads or torch.get_num_threads(), 0
+
+    def _compile(self, shapes: tuple):
+        import openvino as ov
+        model = self.model.clone()
+        model.reshape({n: ov.PartialShape(list(s)) for n, s in zip(self.names, shapes)})
+        how = {"INFERENCE_PRECISION_HINT": "f32", "SNIPPETS_MODE": "DISABLE"} if self.precision == "fp32" else {"INFERENCE_PRECISION_HINT": "bf16"}
+        how |= {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": self.threads, "ENABLE_CPU_PINNING": False}
+        self.compiles += 1
+        return ov.Core().compile_model(model, "CPU", how).create_infer_request()
+
+    def __call__(self, *values: torch.Tensor) -> torch.Tensor:
+        "Tensors in the order of `names` -> an fp32 tensor of its own."
+        shapes = tuple(tuple(v.shape) for v in values)
+        with self.lock:
+            if shapes not in self.compiled:
+                while len(self.compiled) >= self.keep: self.compiled.popitem(last=False)
+                self.compiled[shapes] = self._compile(shapes)
+            self.compiled.move_to_end(shapes)
+            out = self.compiled[shapes].infer([v.detach().float().contiguous().numpy() for v in values], share_inputs=True, share_outputs=True)
+            return torch.from_numpy(out[0].copy())
+
+# %% ../nbs/05_optimize.ipynb #ec5017c9
+class OpenVINOUNet:
+    "Called like a `UNet2DConditionModel`; fp32 tensors in and out."
+    dtype = torch.float32
+    def __init__(self, config, graphs: Graphs): self.config, self.graphs = config, graphs
+
+    def __call__(self, sample, timestep, encoder_hidden_states, timestep_cond=None, added_cond_kwargs=None, return_dict=True, **_):
+        given = dict(added_cond_kwargs or {}, sample=sample, encoder_hidden_states=encoder_hidden_states, timestep_cond=timestep_cond)
+        given["timestep"] = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1).expand(len(sample))
+        out = self.graphs(*(given[n] for n in self.graphs.names))
+        if not return_dict: return (out,)
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+        return UNet2DConditionOutput(sample=out)
+
+class OpenVINODecode:
+    "Takes the place of `vae.decode`; what it was not made for (another dtype, tiles) goes to torch."
+    def __init__(self, vae, graphs: Graphs): self.vae, self.graphs, self.dtype, self.plain = vae, graphs, vae.dtype, vae.decode
+    def __deepcopy__(self, memo): return self
+
+    def __call__(self, z, return_dict=True, **more):
+        if z.dtype != self.dtype or self.vae.dtype != self.dtype or getattr(self.vae, "use_tiling", False): return self.plain(z, return_dict=return_dict, **more)
+        out = self.graphs(z)
+        if not return_dict: return (out,)
+        from diffusers.models.autoencoders.vae import DecoderOutput
+        return DecoderOutput(sample=out)
+
+# %% ../nbs/05_optimize.ipynb #bdb3dbcb
+SMALL = 50_000_000                    # parameters up to which converting costs seconds, and fp32 is fast enough
+
+def size_of(module: nn.Module) -> int:
+    "Number of parameters."
+    return sum(p.numel() for p in module.parameters())
+
+def _saved(parts: Components) -> bool:
+    return (cache_folder() / "openvino" / f"{fingerprint(parts.unet, unet_inputs_of(parts.unet.config))}.xml").exists()
+
+def _can_openvino(parts: Components, settings: Settings) -> bool | str:
+    asked, there = settings.backend == "openvino", find_spec("openvino") is not None
+    if asked and not there: raise ModelError("SD_BACKEND=openvino needs the openvino package: pip install 'aura-engine[openvino]', or use SD_BACKEND=torch.")
+    if asked and parts.device.type != "cpu": raise ModelError(f"SD_BACKEND=openvino runs on the CPU, the model is on {parts.device.type}: set SD_DEVICE=cpu, or SD_BACKEND=torch.")
+    if asked and settings.loras: raise ModelError("SD_BACKEND=openvino cannot change LoRAs between requests: leave SD_LORAS out, or use SD_BACKEND=torch.")
+    if settings.backend == "torch" or not there or parts.device.type != "cpu": return False
+    if settings.loras: return "SD_LORAS needs torch"
+    return asked or size_of(parts.unet) <= SMALL or _saved(parts) or "converting this model takes minutes and memory, once: SD_BACKEND=openvino does it"
+
+def _use_openvino(parts: Components, settings: Settings) -> str:
+    unet, vae = parts.unet, parts.vae
+    names, dtype = unet_inputs_of(unet.config), vae.dtype
+    parts.unet = OpenVINOUNet(unet.config, Graphs(convert(unet, names), names, parts.precision))
+    graph = convert(vae, ["z"])
+    with quiet(): vae.to(dtype)
+    vae.decode = OpenVINODecode(vae, Graphs(graph, ["z"], parts.precision))
+    parts.backend = "openvino"
+    return f"OpenVINO {version('openvino').split('-')[0]} ({'f32' if parts.precision == 'fp32' else 'bf16'}, a static graph for each shape)"
+
 # %% ../nbs/05_optimize.ipynb #9f690d27
+def bf16_gain(n: int = 768, rounds: int = 4) -> float:
+    "How much faster this CPU multiplies n by n matrices in bf16 than in fp32 (0 where it has no instructions for it)."
+    if not has_bf16(): return 0.0
+    best = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w, times = torch.ones(n, n, dtype=dtype), torch.ones(n, n, dtype=dtype), []
+        for _ in range(rounds):
+            start = time.thread_time(); nn.functional.linear(x, w); times.append(time.thread_time() - start)   # not the time of others
+        best[dtype] = min(times)
+    return best[torch.float32] / best[torch.bfloat16]
+
+def _can_bf16(parts: Components, settings: Settings) -> bool | str:
+    if parts.device.type != "cpu" or parts.precision != "fp32" or settings.precision == "fp32" or size_of(parts.unet) <= SMALL: return False
+    gain = bf16_gain()
+    return gain >= 1.2 or ("this CPU has no bf16 instructions" if not gain else f"bf16 products measured {gain:.1f} times as fast as fp32 here")
+
+def _to_bf16(parts: Components, settings: Settings) -> str:
+    with quiet():
+        for m in (parts.unet, parts.vae, *parts.text_encoders): m.to(torch.bfloat16)
+    parts.precision = "bf16"
+    return "bf16 weights (measured faster on this CPU)"
+
+# %% ../nbs/05_optimize.ipynb #9aafe168
+def cpu_limit(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    "How many CPUs this process may use at once: affinity, physical cores, container quota."
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"): cores = min(cores, len(os.sched_getaffinity(0)))
+    try:
+        most, period = quota.read_text().split()
+        if most != "max": cores = min(cores, -(-int(most) // int(period)))
+    except (OSError, ValueError): pass
+    return max(1, cores)
+
+def _threads() -> int: return cpu_limit() - (cpu_limit() >= 4)
+def _fewer_threads(parts: Components, settings: Settings) -> bool: return parts.device.type == "cpu" and not os.environ.get("OMP_NUM_THREADS") and _threads() < torch.get_num_threads()
+def _set_threads(parts: Components, settings: Settings) -> str:
+    torch.set_num_threads(_threads())
+    return f"{_threads()} threads for the model (of {cpu_limit()} CPUs)"
+
+# %% ../nbs/05_optimize.ipynb #8ca33c6e
+class CompiledUNet:
+    "A UNet compiled for each (rows, latents, text) shape it meets until it is sealed; later shapes run eagerly. Called with `return_dict=False`."
+    def __init__(self, unet, graphs: bool = False, **how):
+        self.unet, self.config, self.graphs, self.shapes, self.sealed = unet, unet.config, graphs, set(), False
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)       # one for each shape, all wanted
+        self.fast = torch.compile(unet, dynamic=False, **how)
+
+    @property
+    def dtype(self) -> torch.dtype: return self.unet.dtype
+
+    def __call__(self, sample, timestep, encoder_hidden_states, return_dict=False, **more):
+        sample = sample.contiguous(memory_format=torch.channels_last)         # strides are part of what is compiled
+        timestep, text = timestep.contiguous(), encoder_hidden_states.contiguous()
+        shape = (tuple(sample.shape), tuple(text.shape))
+        if self.sealed and shape not in self.shapes: return self.unet(sample, timestep, text, return_dict=False, **more)
+        self.shapes.add(shape)
+        if self.graphs: torch.compiler.cudagraph_mark_step_begin()
+        out = self.fast(sample, timestep, text, return_dict=False, **more)
+        return tuple(o.clone() for o in out) if self.graphs else out         # a CUDA graph writes its next answer into the same memory
+
+def seal(parts: Components) -> None:
+    "The warm-up is over: from here on nothing is compiled while somebody waits."
+    if isinstance(parts.unet, CompiledUNet): parts.unet.sealed = True
+
+def _can_compile(parts: Components, settings: Settings) -> bool | str:
+    if not settings.torch_compile or parts.backend != "torch": return False
+    if parts.device.type == "cuda" or settings.torch_compile == "force": return True
+    return f"TORCH_COMPILE=1 makes this slower on {parts.device.type}, after minutes of compiling; TORCH_COMPILE=force does it all the same"
+
+def _compile(parts: Components, settings: Settings) -> str:
+    cuda = parts.device.type == "cuda"
+    parts.unet = CompiledUNet(parts.unet, graphs=cuda, **({"mode": "reduce-overhead"} if cuda else {}))
+    return "torch.compile, a static graph for each shape" + (", CUDA graphs" if cuda else " (forced)")
+
+# %% ../nbs/05_optimize.ipynb #5dc8c74b
+def _bytes_of(parts: Components) -> int:
+    return sum(p.numel() * p.element_size() for m in (parts.unet, parts.vae, *parts.text_encoders) for p in m.parameters())
+
+def _can_offload(parts: Components, settings: Settings) -> bool:
+    return parts.device.type == "cuda" and 1.4 * _bytes_of(parts) > torch.cuda.get_device_properties(parts.device).total_memory
+
+def _offload(parts: Components, settings: Settings) -> str:
+    from accelerate import cpu_offload
+    for m in (parts.vae, *parts.text_encoders): cpu_offload(m, execution_device=parts.device)
+    return "text encoders and VAE offloaded to main memory"
+
+def _can_fuse(parts: Components, settings: Settings) -> bool: return parts.device.type == "cuda" and not settings.loras
+
+def _fuse_qkv(parts: Components, settings: Settings) -> str:
+    parts.unet.fuse_qkv_projections()
+    return "fused query, key and value; scaled dot product attention; channels last"
+
+# %% ../nbs/05_optimize.ipynb #84c146c8
 @dataclass(frozen=True)
 class Technique:
     "A row of the table. `applies` -> True, False, or the reason why it was declined; `apply` changes the parts -> what was done, in words."
     name: str
     applies: Callable[[Components, Settings], bool | str]
     apply: Callable[[Components, Settings], str]
+    where: str
     cost: str
 
 def _can_pack(parts: Components, settings: Settings) -> bool:
     there = all(hasattr(torch.ops.mkldnn, f) for f in ("_reorder_convolution_weight", "_convolution_pointwise", "_reorder_linear_weight", "_linear_pointwise"))
-    return parts.device.type == "cpu" and parts.backend == "torch" and torch.backends.mkldnn.is_available() and there and (parts.precision == "fp32" or has_bf16())
+    plain = parts.backend == "torch" and isinstance(parts.unet, nn.Module)
+    return parts.device.type == "cpu" and plain and torch.backends.mkldnn.is_available() and there and (parts.precision == "fp32" or has_bf16())
 
 def _pack(parts: Components, settings: Settings) -> str:
     return f"oneDNN-packed weights ({pack(parts.unet)} layers)"
 
-TECHNIQUES = [Technique("packed weights", _can_pack, _pack, "none: one copy, the sums differ in the last bits")]
+TECHNIQUES = [
+    Technique("threads", _fewer_threads, _set_threads, "CPU", "none"),
+    Technique("bf16 weights", _can_bf16, _to_bf16, f"CPU with bf16, auto, over {SMALL // 10**6} M parameters", "pictures differ a little from fp32"),
+    Technique("OpenVINO", _can_openvino, _use_openvino, "CPU, package installed", "a first conversion of seconds to a minute, then about a second for each new shape"),
+    Technique("offload", _can_offload, _offload, "CUDA, small card", "a transfer at each text and decode"),
+    Technique("fused QKV", _can_fuse, _fuse_qkv, "CUDA", "no LoRA per request"),
+    Technique("torch.compile", _can_compile, _compile, "CUDA, TORCH_COMPILE=1", "tens of seconds for each shape, at start"),
+    Technique("packed weights", _can_pack, _pack, "CPU, torch", "none: one copy; sums differ in the last bits")]
 
 def optimize(parts: Components, settings: Settings) -> Components:
     "Apply what applies, in the order of the table. Adds to `parts.optimizations` what was done, and what was declined and why."
