@@ -40,9 +40,9 @@ from . import __version__
 from .config import normalise_origin
 from .images import MIME, decode, encode, from_base64, receipt_of, to_base64
 from .models import SAMPLERS, Row, plan
-from .types import (MAX_SEED, AuraError, Event, Failed, FieldError, ForeignOrigin, GenerateRequest, Image, Invalid, Malformed,
+from .types import (MAX_SEED, AuraError, Cancelled, Event, Failed, FieldError, ForeignOrigin, GenerateRequest, Image, Invalid, Malformed,
     MethodNotAllowed, NotFound, NotReady, Picture, Plan, Preview, Prompt, Queued, QueueFull, Receipt, RefineRequest, ShuttingDown, Step, TooLarge,
-    Unauthorized, _Request, field_errors, shown)
+    Unauthorized, Unsupported, _Request, field_errors, shown)
 
 log = logging.getLogger("aura_engine.api")
 
@@ -201,8 +201,8 @@ def wanted(accept: str) -> str:
     return min(ranked)[2] if ranked else "json"
 
 # %% ../nbs/09_api.ipynb #f139f029
-async def heartbeat(source: AsyncIterator[bytes], seconds: float = 10) -> AsyncIterator[bytes]:
-    "The items of `source`, and an SSE comment whenever nothing came for `seconds`."
+async def heartbeat(source: AsyncIterator[bytes], seconds: float = 10, left: Callable = lambda: None) -> AsyncIterator[bytes]:
+    "The items of `source`, and an SSE comment whenever nothing came for `seconds`. `left()` is called when the reader leaves before the end."
     queue, end = asyncio.Queue(4), object()
     async def pump():
         try:
@@ -215,9 +215,11 @@ async def heartbeat(source: AsyncIterator[bytes], seconds: float = 10) -> AsyncI
             try:
                 async with asyncio.timeout(seconds): item = await queue.get()
             except TimeoutError: item = KEEPALIVE_COMMENT
-            if item is end: return
+            if item is end: left = None; return
             yield item
-    finally: task.cancel()
+    finally:
+        task.cancel()
+        if left: left()
 
 def frame(name: str | None, data: dict) -> bytes:
     "One server-sent event with JSON data."
@@ -257,9 +259,10 @@ async def stream(api: Api, job, format: str, request: Request) -> AsyncIterator[
         yield frame("failed", {"problem": as_error(RuntimeError()).problem(request_id(request))})
         yield frame("done", {"warnings": []})
 
-def event_stream(source: AsyncIterator[bytes], job) -> Response:
-    "An answer that sends `source`, with a heartbeat, and cancels the job when the connection ends before it."
-    return EventSourceResponse(heartbeat(source), headers={"cache-control": "no-cache", "x-accel-buffering": "no"}, background=BackgroundTask(job.cancel))
+def event_stream(api: Api, source: AsyncIterator[bytes], job) -> Response:
+    "An answer that sends `source`, with a heartbeat; when the connection ends before it, the job is cancelled, and counted so."
+    beats = heartbeat(source, left=lambda: api.metrics.failed(Cancelled()))
+    return EventSourceResponse(beats, headers={"cache-control": "no-cache", "x-accel-buffering": "no"}, background=BackgroundTask(job.cancel))
 
 # %% ../nbs/09_api.ipynb #f596e024
 def request_id(request: Request) -> str:
@@ -276,7 +279,7 @@ async def respond(request: Request, ask: GenerateRequest | RefineRequest) -> Res
         name, allowed = ("images", "1 with Accept: image/*") if refining else ("n", "1 with Accept: image/*")
         raise Invalid(f"{name}: given {n}, allowed: {allowed}.", (FieldError(name, str(n), allowed, f"{name}: given {n}, allowed: {allowed}"),))
     job = await api.submit(ask, previews=how == "events")
-    if how == "events": return event_stream(stream(api, job, format, request), job)
+    if how == "events": return event_stream(api, stream(api, job, format, request), job)
     made = await make(api, job, format, request)
     if how == "json": return JSONResponse(made.json())
     return Response(made.files[0], media_type=MIME[format], headers={"cache-control": "no-store"})
@@ -620,11 +623,11 @@ class Guard:
         finally: self.held -= mine
 
     def refuse(self, request: Request) -> None:
-        "Raise ForeignOrigin, Invalid or TooLarge by the headers alone."
+        "Raise ForeignOrigin, Unsupported or TooLarge by the headers alone."
         origin, kind, length = (request.headers.get(h, "") for h in ("origin", "content-encoding", "content-length"))
         if origin and request.method not in ("GET", "HEAD", "OPTIONS") and self.foreign(origin, request.headers.get("host", "")):
             raise ForeignOrigin(f"Pages of {shown(origin)} may not call this engine; its operator can add the origin to ALLOW_ORIGINS.")
-        if kind not in ("", "identity"): raise Invalid(f"Content-Encoding: given {shown(kind)}, allowed: none.", (FieldError("Content-Encoding", shown(kind), "none", "compressed bodies are not read"),))
+        if kind not in ("", "identity"): raise Unsupported(f"Content-Encoding: given {shown(kind)}, allowed: none.", (FieldError("Content-Encoding", shown(kind), "none", "compressed bodies are not read"),))
         if length.isdigit() and int(length) > MAX_BODY: raise as_error(HTTPException(413))
 
     def foreign(self, origin: str, host: str) -> bool:

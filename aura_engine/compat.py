@@ -124,7 +124,7 @@ async def openai_answer(request: Request, ask: ImagesRequest, own: GenerateReque
     "Run an own request and answer as OpenAI does."
     api, size = request.app.state.api, size_of(ask.size)
     job = await api.submit(own, previews=ask.stream and ask.partial_images > 0)
-    if ask.stream: return event_stream(openai_stream(api, job, ask, kind), job)
+    if ask.stream: return event_stream(api, openai_stream(api, job, ask, kind), job)
     made = await make(api, job, ask.output_format, request, resized(size))
     texts = [to_base64(f) for f in made.files]
     data = [{"url": f"data:{MIME[ask.output_format]};base64,{t}"} if ask.response_format == "url" else {"b64_json": t} for t in texts]

@@ -8,10 +8,11 @@ import argparse, json, logging, os, re, signal, sys, threading, time, traceback
 from collections.abc import Sequence
 import h11, uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
+from . import __version__
 from .api import create_app
 from .compat import routes as compat_routes, shapes as compat_shapes
 from .config import Settings, SettingsError, load_settings, unknown_settings
-from .types import AuraError
+from .types import AuraError, HeadersTooLarge, Malformed
 
 log = logging.getLogger("aura_engine.server")
 
@@ -82,6 +83,19 @@ class Patient(H11Protocol):
         for timer in (self._late, self._stuck): timer and timer.cancel()
         super().connection_lost(exc)
 
+# %% ../nbs/11_server.ipynb #a3c6048d
+def _unreadable(self, msg: str) -> None:
+    "Answer bytes that h11 refused: 431 for endless headers, 400 for the rest."
+    long = getattr(sys.exc_info()[1], "error_status_hint", 400) == 431
+    error = HeadersTooLarge("Headers of at most 64 KiB are read.") if long else Malformed("This is not HTTP.")
+    headers = [(b"content-type", b"application/problem+json"), (b"x-aura-engine", __version__.encode()), (b"connection", b"close")]
+    try:
+        for event in (h11.Response(status_code=error.status, headers=headers), h11.Data(data=json.dumps(error.problem()).encode()), h11.EndOfMessage()): self.transport.write(self.conn.send(event))
+    except h11.LocalProtocolError: pass                        # in the middle of an answer: nothing more can be said
+    self.transport.close()
+
+Patient.send_400_response = _unreadable
+
 # %% ../nbs/11_server.ipynb #fc46adcc
 class Server(uvicorn.Server):
     "uvicorn that drains the engine while it shuts down."
@@ -93,6 +107,9 @@ class Server(uvicorn.Server):
         grace = self.engine.settings.grace_seconds
         log.info("stopping", extra={"graceSeconds": grace})
         threading.Thread(target=self.engine.drain, args=(max(0.0, grace - 2),), name="drain", daemon=True).start()
+        last = threading.Timer(grace + 0.5, _leave)            # whatever hangs by then
+        last.daemon = True
+        last.start()
         await super().shutdown(sockets)
 
 def create_server(settings: Settings):

@@ -12,10 +12,10 @@ from pydantic.alias_generators import to_camel
 # %% auto #0
 __all__ = ['MAX_PROMPT', 'MAX_N', 'MAX_SEED', 'Prompt', 'VISIBLE', 'Seed', 'Steps', 'Count', 'Event', 'FieldError', 'shown',
            'AuraError', 'ModelError', 'Malformed', 'Invalid', 'Unauthorized', 'ForeignOrigin', 'NotFound',
-           'MethodNotAllowed', 'TooLarge', 'QueueFull', 'NotReady', 'OutOfMemory', 'ShuttingDown', 'DeadlineExceeded',
-           'Cancelled', 'Degenerate', 'EngineFailed', 'Unreachable', 'Asleep', 'error_tree', 'clean_text', 'whole',
-           'GenerateRequest', 'RefineConfig', 'RefineRequest', 'field_errors', 'Note', 'Picture', 'Plan', 'Queued',
-           'Step', 'Preview', 'Image', 'Failed', 'Done', 'Receipt']
+           'MethodNotAllowed', 'TooLarge', 'Unsupported', 'HeadersTooLarge', 'QueueFull', 'NotReady', 'OutOfMemory',
+           'ShuttingDown', 'DeadlineExceeded', 'Cancelled', 'Degenerate', 'EngineFailed', 'Unreachable', 'Asleep',
+           'error_tree', 'clean_text', 'whole', 'GenerateRequest', 'RefineConfig', 'RefineRequest', 'field_errors',
+           'Note', 'Picture', 'Plan', 'Queued', 'Step', 'Preview', 'Image', 'Failed', 'Done', 'Receipt']
 
 # %% ../nbs/01_types.ipynb #6fbf2da6
 @dataclass(frozen=True)
@@ -46,13 +46,15 @@ class AuraError(Exception):
                 "errors": [asdict(e) for e in self.errors], "requestId": request_id}
 
 class ModelError(AuraError): status, code, title = 503, "model", "The model could not be loaded"
-class Malformed(AuraError): status, code, title = 400, "malformed", "The body is not readable JSON"
+class Malformed(AuraError): status, code, title = 400, "malformed", "The request cannot be read"
 class Invalid(AuraError): status, code, title = 422, "invalid", "The request has a wrong value"
 class Unauthorized(AuraError): status, code, title = 401, "unauthorized", "An API key is needed"
 class ForeignOrigin(AuraError): status, code, title = 403, "foreign_origin", "This origin may not call the engine"
 class NotFound(AuraError): status, code, title = 404, "not_found", "There is nothing here"
 class MethodNotAllowed(AuraError): status, code, title = 405, "method_not_allowed", "This address does not answer that method"
 class TooLarge(AuraError): status, code, title = 413, "too_large", "The body is too large"
+class Unsupported(AuraError): status, code, title = 415, "unsupported", "The body is in a form that is not read here"
+class HeadersTooLarge(AuraError): status, code, title = 431, "headers_too_large", "The headers are too large"
 
 # %% ../nbs/01_types.ipynb #fe6cb449
 class QueueFull(AuraError): status, code, title = 429, "queue_full", "The engine has more work than it may promise"

@@ -1,6 +1,15 @@
 """The fault table, row by row: wrong bodies, hostile pictures, bad networks, signals, damaged models.
 
-Each test is named after the rows it holds. `ELSEWHERE` names the tests of other files that hold a row.
+Each test is named after the rows it holds. `ELSEWHERE` names the tests of other files that hold a row. Rows that the
+table gives to an in-process client are asked of a real server over a socket: more is real, and nothing is lost.
+Where this engine does otherwise than the table's "expected" column, and why:
+ 1  a body that is no JSON is 400, like those of row 2; 422 is kept for JSON with a wrong value.
+14  base64 without its padding is refused too: what is cut off somewhere looks just like it.
+18  the cap is 16 megapixels, not 4: a phone's photo is 12; the nine thousand squared of this row are 88.
+21  shapes go from 1:3 to 3:1, as in requests, not 1:4 to 4:1.
+31  a seed of -1 is refused: `null`, or no seed, is the way to say "any", and -1 in a receipt could not be replayed.
+33  415, of the two statuses it allows.
+38  a stopping server closes its port at once, so a balancer sees a refused connection, not the 503 of /ready.
 """
 import asyncio, base64, gzip, io, json, os, re, shutil, signal, socket, struct, subprocess, sys, threading, time, zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,6 +19,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+import uvicorn
 from conftest import ROOT, clean_env, start
 from PIL import Image, PngImagePlugin
 
@@ -18,10 +28,10 @@ from aura_engine.compat import routes as compat_routes, shapes
 from aura_engine.config import load_settings
 from aura_engine.engine import Engine
 from aura_engine.images import decode
-from aura_engine.models import EMBEDDED
+from aura_engine.models import EMBEDDED, plan
+from aura_engine.types import GenerateRequest
 
-ELSEWHERE = {36: "test_http_events.py::test_hanging_up_stops_the_work", 37: "test_http_events.py::test_hanging_up_in_the_queue",
-             60: "test_contract.py::test_to_the_last_bit_at_one_batch_size"}
+ELSEWHERE = {60: "test_contract.py::test_to_the_last_bit_at_one_batch_size"}
 JSON = {"content-type": "application/json"}
 APP = [sys.executable, "app.py", "--host", "127.0.0.1"]
 
@@ -139,7 +149,7 @@ def not_pictures():
     for size in ((1, 1), (7, 7), (1, 20_000), (63, 96), (64, 200)): yield f"size {size}", file(size)
 
 
-@pytest.mark.parametrize("name, data", not_pictures(), ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize("name, data", list(not_pictures()), ids=lambda v: v if isinstance(v, str) else "")
 def test_rows_15_16_21__not_pictures_we_take(web, name, data): assert is_problem(refine(web, b64(data)), 422)["errors"][0]["loc"] == "images.0"
 
 
@@ -154,9 +164,12 @@ def test_rows_17_18_19_20__bombs(web, server):
     before = rss(server.process)
     bombs = {"17": [header_bomb()], "18": [file((9400, 9400), "L")], "19": [file((13_000, 13_000), "1")] * 4, "20": [file(pnginfo=text)]}
     for row, data in bombs.items():
-        begin = time.monotonic()
-        is_problem(refine(web, *map(b64, data)), 422)
-        assert time.monotonic() - begin < (2 if row == "17" else 5), row
+        texts, took = [b64(d) for d in data], []
+        for _ in range(5 if row == "17" else 1):
+            begin = time.monotonic()
+            is_problem(refine(web, *texts), 422)
+            took.append(time.monotonic() - begin)
+        assert min(took) < (0.2 if row == "17" else 5), row
     assert rss(server.process) - before < 120
 
 
@@ -219,7 +232,15 @@ def test_row_32__a_body_of_200_megabytes(server):
 
 
 def test_row_33__compressed_bodies_are_not_read(web):
-    for kind in ("gzip", "br", "deflate"): is_problem(web.post("/generate", content=gzip.compress(say()), headers={**JSON, "content-encoding": kind}), 422)
+    for kind in ("gzip", "br", "deflate"): is_problem(web.post("/generate", content=gzip.compress(say()), headers={**JSON, "content-encoding": kind}), 415)
+
+
+def test_headers_without_an_end(server):
+    """More than is read: 431 in the house's shape; what is no HTTP: 400; and the server goes on."""
+    for data, status in ((b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"".join(b"x-%d: %s\r\n" % (i, b"y" * 1000) for i in range(400)), 431), (b"\x16\x03\x01\x02\x00\x01\xff", 400), (b"GET / HTTP/1.1\r\nno colon\r\n\r\n", 400)):
+        head, _, body = raw(server, data).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 %d" % status) and b"application/problem+json" in head and b"connection: close" in head.lower() and json.loads(body)["status"] == status
+    assert server.status("/health") == 200
 
 
 @pytest.mark.slow
@@ -276,7 +297,7 @@ def ask_in_thread(server, **body):
         except httpx.HTTPError as e: box.append(e)
     t = threading.Thread(target=go)
     t.start()
-    while not box and not httpx.get(server.url + "/health").json()["queue"]["length"]: time.sleep(0.02)
+    while not box and not httpx.get(server.url + "/health", timeout=60).json()["queue"]["length"]: time.sleep(0.02)
     return t, box
 
 
@@ -291,16 +312,31 @@ def test_row_38__a_stop_finishes_what_is_under_way(make_server):
     assert '"event": "stopping"' in server.log.read_text()
 
 
+def test_row_38__while_it_drains_nothing_new_is_taken():
+    """Whoever still has a connection is told: not ready, and 503 for new work, with when to ask again."""
+    with Engine(load_settings(SD_MODEL_ID="embedded", SD_DEVICE="cpu")).start() as engine:
+        assert engine.wait_ready(300), engine.reason
+        job = engine.submit(plan(GenerateRequest(prompt="an owl", steps=30), engine.row))
+        drain = threading.Thread(target=engine.drain, args=(60,))
+        drain.start()
+        while engine.status != "draining": time.sleep(0.005)
+        for path, body in (("/ready", None), ("/generate", {"prompt": "x"}), ("/jobs", {"route": "generate", "request": {"prompt": "x"}})):
+            r, = inside(engine, (path, body))
+            assert int(is_problem(r, 503) and r.headers["retry-after"]) >= 1
+        assert job.result()[0].image.size == (128, 128)                        # what was under way is finished
+        drain.join(60)
+
+
 def test_row_40__the_grace_is_over(make_server):
-    server = make_server(AURA_GRACE_SECONDS=3)
-    t, box = ask_in_thread(server, steps=50, n=4)
+    """More work than fits: two seconds before the end whoever still waits is told 503, and the process ends in time."""
+    server = make_server(AURA_GRACE_SECONDS=4, AURA_MAX_QUEUE_SECONDS=3600)
+    asked = [ask_in_thread(server, steps=50, n=4) for _ in range(12)]          # 2400 steps: no CPU does that in two seconds
     begin = time.monotonic()
     server.process.terminate()
-    t.join(20)
-    took = time.monotonic() - begin
-    if box[0].status_code == 200: pytest.skip(f"this machine made four pictures of 50 steps in {took:.1f} s")
-    is_problem(box[0], 503)
-    assert box[0].headers["retry-after"] and server.process.wait(10) == 0 and time.monotonic() - begin < 4.5
+    assert server.process.wait(30) == 0 and time.monotonic() - begin < 4 + 1.5   # what the system needs to end a process
+    for t, _ in asked: t.join(10)
+    late = [box[0] for _, box in asked if getattr(box[0], "status_code", 0) != 200]
+    assert late and all(is_problem(r, 503) and r.headers["retry-after"] for r in late)
 
 
 @pytest.mark.parametrize("alone", [False, True], ids=["", "as PID 1"])
@@ -350,12 +386,72 @@ def engine():
     e.close()
 
 
-def inside(engine, *bodies):
-    """POST /generate to an app in this process, so that the test can reach into the model."""
+def inside(engine, *asks, at_once=False, **headers):
+    """Ask an app in this process, so that the test can reach into the model. An ask is the body of a /generate, or (path, body or None)."""
     async def go():
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(engine, compat_routes, shapes)), base_url="http://engine", timeout=120) as web:
-            return [await web.post("/generate", json=b) for b in bodies]
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(create_app(engine, compat_routes, shapes)), base_url="http://engine", timeout=120, headers=headers) as web:
+            pairs = [a if isinstance(a, tuple) else ("/generate", a) for a in asks]
+            calls = [web.get(path) if body is None else web.post(path, json=body) for path, body in pairs]
+            return await asyncio.gather(*calls) if at_once else [await c for c in calls]
     return asyncio.run(go())
+
+
+@pytest.fixture
+def live(engine):
+    """The same engine behind a real socket -> (address, list that gets an item at each UNet call, semaphore that each call takes)."""
+    server = uvicorn.Server(uvicorn.Config(create_app(engine, compat_routes, shapes), host="127.0.0.1", port=0, log_level="error", lifespan="off"))
+    thread, calls, gate = threading.Thread(target=server.run, daemon=True), [], threading.Semaphore(0)
+    thread.start()
+    until(lambda: server.started)
+    hook = engine.parts.unet.register_forward_pre_hook(lambda m, a: (calls.append(1), gate.acquire(timeout=60))[1] and None)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", calls, gate
+    gate.release(1000)
+    hook.remove()
+    server.should_exit = True
+    thread.join(10)
+
+
+def until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition(): assert time.monotonic() < end; time.sleep(0.01)
+
+
+@pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
+def test_rows_36_37__who_hangs_up_costs_no_further_step(engine, live, accept):
+    """One in the middle of its steps, one that never began: the first stops with the step that runs, the second runs none."""
+    url, calls, gate = live
+    body = json.dumps({"prompt": "an owl", "steps": 50}).encode()
+    def ask():
+        s = socket.create_connection((httpx.URL(url).host, httpx.URL(url).port))
+        s.sendall(HEAD + b"Accept: %s\r\nContent-Length: %d\r\n\r\n%s" % (accept.encode(), len(body), body))
+        return s
+    first = ask()
+    gate.release(2)
+    until(lambda: len(calls) == 3)                             # two steps are done, the third waits inside the model
+    second = ask()
+    until(lambda: engine.inbox)
+    running, queued = engine.waiting[0].extra, engine.inbox[0].extra
+    for s, extra in ((second, queued), (first, running)):
+        s.close()
+        until(lambda: extra["job"].cancelled)
+    gate.release(100)
+    until(lambda: not engine.waiting + engine.inbox)
+    assert len(calls) == 3 and "trajectory" not in queued
+    until(lambda: 'failures_total{reason="cancelled"} 2.0' in httpx.get(url + "/metrics").text, 5)
+
+
+@pytest.mark.slow
+def test_a_silent_stream_has_a_heartbeat(engine, live):
+    """A step of 21 s (a large model on a CPU): a comment every ten seconds keeps proxies from cutting the answer."""
+    slow = engine.parts.unet.register_forward_pre_hook(lambda m, a: time.sleep(21))
+    live[2].release(100)
+    seen, last = [], time.monotonic()
+    try:
+        with httpx.stream("POST", live[0] + "/generate", json={"prompt": "an owl", "steps": 1}, headers={"Accept": "text/event-stream"}, timeout=60) as r:
+            for line in r.iter_lines():
+                if line: seen.append((line[:20], time.monotonic() - last)); last = time.monotonic()
+    finally: slow.remove()
+    assert sum(line.startswith(":") for line, _ in seen) == 2 and max(gap for _, gap in seen) < 12
 
 
 def test_row_41__out_of_memory(engine):
@@ -406,6 +502,8 @@ def test_row_43__the_process_stays_up(tmp_path):
         while server.status("/health") != 200 or httpx.get(server.url + "/health").json()["status"] == "loading": time.sleep(0.2)
         h = httpx.get(server.url + "/health").json()
         assert h["status"] == "failed" and "SD_MODEL_ID" in h["reason"] and httpx.get(server.url + "/").status_code == 200 and server.process.poll() is None
+        lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+        assert len([x for x in lines if x["level"] in ("error", "critical")]) <= 1 and not [x for x in lines if "Traceback" in x["event"]]
         assert is_problem(httpx.get(server.url + "/ready"), 503)
     finally: server.stop()
 
@@ -507,9 +605,12 @@ def test_row_47__the_disk_is_full(hub, tmp_path):
     if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode: pytest.skip("unshare is not allowed here")
     argv = ["unshare", "-m", "sh", "-c", f"mount -t tmpfs -o size=3m none {small} && exec \"$0\" \"$@\"", *APP]
     server = start(argv, tmp_path / "log.txt", **hub.env(tmp_path))
-    try: h = settled(server)
+    try:
+        h = settled(server)
+        left = [f for f in Path(f"/proc/{server.process.pid}/root{small}").rglob("*.incomplete") if f.stat().st_size]
     finally: server.stop()
     assert h["status"] == "failed" and "disk is full" in h["reason"], h["reason"]
+    assert left == []                                          # half a file would keep the disk full
 
 
 # configuration
@@ -589,6 +690,24 @@ def test_row_56__errors_can_be_read_across_origins(guarded):
     for r in answers:
         assert r.headers["access-control-allow-origin"] == "https://a.example" and {"retry-after", "x-request-id"} <= {h.strip() for h in r.headers["access-control-expose-headers"].split(",")}
         assert r.headers["x-aura-engine"] and r.headers["x-content-type-options"] == "nosniff"
+
+
+def test_row_56__also_413_429_500_and_503(engine):
+    """The errors of the engine itself and of the walls, as a page of an allowed origin sees them."""
+    origin, big = {"origin": "http://localhost:5173"}, {"prompt": "x", "negativePrompt": "y" * (33 * 2**20)}
+    hook = engine.parts.unet.register_forward_hook(lambda m, a, out: (out[0] * float("nan"),))
+    try: bad, = inside(engine, {"prompt": "x"}, **origin)
+    finally: hook.remove()
+    settings, engine.settings = engine.settings, load_settings(SD_MODEL_ID="embedded", AURA_MAX_QUEUE_SECONDS=1)
+    try: crowd = inside(engine, *[{"prompt": "x", "steps": 50, "n": 4}] * 12, at_once=True, **origin)
+    finally: engine.settings = settings
+    full = next(r for r in crowd if r.status_code != 200)
+    asleep, = inside(Engine(load_settings(SD_MODEL_ID="embedded")), {"prompt": "x"}, **origin)
+    large, = inside(engine, big, **origin)
+    for r, status in ((bad, 500), (full, 429), (asleep, 503), (large, 413)):
+        is_problem(r, status)
+        assert r.headers["access-control-allow-origin"] == origin["origin"] and "x-request-id" in r.headers["access-control-expose-headers"]
+        assert ("retry-after" in r.headers) is (status in (429, 503))
 
 
 def test_row_57__keys(guarded):

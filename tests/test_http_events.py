@@ -70,7 +70,7 @@ def test_hanging_up_stops_the_work(web, server, accept):
         while not web.get("/health").json()["queue"]["length"]: time.sleep(0.01)
         time.sleep(0.5)
     assert idle(web) <= 12                       # 4 pictures, 2 steps each, and what was on its way; not 200
-    if accept != "text/event-stream": assert counted(web, 'aura_request_failures_total{reason="cancelled"}') == before + 1
+    assert counted(web, 'aura_request_failures_total{reason="cancelled"}') == before + 1
 
 
 class Hangup:
@@ -87,10 +87,12 @@ class Hangup:
 
 def test_hanging_up_in_the_queue(web, server):
     """A request that never began its first step leaves without having cost one."""
+    before = counted(web, 'aura_request_failures_total{reason="cancelled"}')
     with Hangup(server, LONG, "*/*"):
-        time.sleep(0.3)
+        while not web.get("/health").json()["queue"]["length"]: time.sleep(0.01)
         with Hangup(server, {"prompt": "a fox", "steps": 50}, "*/*"): time.sleep(0.2)
     idle(web)
+    assert counted(web, 'aura_request_failures_total{reason="cancelled"}') == before + 2
 
 
 def test_a_job(web):
