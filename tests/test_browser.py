@@ -1,6 +1,7 @@
 """The page in a real Chromium: what a person sees and does. `AURA_PICTURES=1` keeps the screenshots for the README."""
 import os, re, shutil, signal, sys
 
+import httpx
 import pytest
 from conftest import ROOT, clean_env, free_port, start
 
@@ -67,6 +68,16 @@ def test_several_pictures_and_a_shape(page):
     finished(page, 3)
     assert page.evaluate("(p => p.naturalWidth > p.naturalHeight)(document.getElementById('picture'))")
     assert page.get_by_label("Resolution").locator("option[value=high]").is_disabled()      # no GPU: not offered
+
+
+def test_the_place_in_the_queue_is_shown(page, server):
+    page.evaluate("() => { window.notes = []; new MutationObserver(() => window.notes.push(document.getElementById('note').textContent)).observe(document.getElementById('note'), {childList: true}); }")
+    with httpx.Client(base_url=server.url) as others:
+        url = others.post("/jobs", json={"route": "generate", "request": {"prompt": "an owl", "steps": 50, "n": 4}}).json()["statusUrl"]
+        ask(page, "a fox", Steps=2)
+        page.wait_for_function("window.notes.some(t => t.startsWith('4 ahead of you, about'))")
+        others.delete(url)
+    finished(page)
 
 
 def test_cancel(page):

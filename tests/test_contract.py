@@ -97,6 +97,7 @@ def test_health(web):
     need = {"status", "ready", "device", "gpu", "gpuName", "model", "revision", "lora", "scheduler", "precision", "backend", "optimizations", "warnings",
             "reason", "queue", "stepCost", "version", "buildId", "uptimeSeconds"}
     assert need <= set(h) and h["status"] == "ready" and h["ready"] is True and h["gpu"] is False and h["device"] == "cpu"
+    assert set(h["memory"]) == {"rss", "gpu"} and h["memory"]["rss"] > 50 * 2**20 and h["memory"]["gpu"] is None
     assert set(h["queue"]) == {"length", "seconds"} and all(isinstance(x, str) for x in h["optimizations"])
 
 
@@ -113,8 +114,8 @@ def test_the_page_answers_get_and_head(web):
 
 def test_metrics_and_docs(web):
     text = web.get("/metrics").text
-    for name in ("aura_requests_total", "aura_queue_depth", "aura_queue_wait_seconds", "aura_step_seconds", "aura_generation_seconds", "aura_model_ready 1.0", "aura_gpu_memory_bytes"): assert name in text
-    assert web.get("/docs").status_code == 200 and "/generate" in web.get("/openapi.json").json()["paths"]
+    for name in ("aura_requests_total", "aura_queue_depth", "aura_queue_wait_seconds", "aura_step_seconds", "aura_generation_seconds", "aura_model_ready 1.0", "aura_gpu_memory_bytes", "process_resident_memory_bytes", "process_open_fds"): assert name in text
+    assert web.get("/docs").status_code == 200 and "//cdn" not in web.get("/docs").text and "/generate" in web.get("/openapi.json").json()["paths"]
 
 
 @pytest.mark.parametrize("body, field, given, allowed", [

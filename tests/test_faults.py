@@ -433,7 +433,7 @@ def test_rows_36_37__who_hangs_up_costs_no_further_step(engine, live, accept):
     running, queued = engine.waiting[0].extra, engine.inbox[0].extra
     for s, extra in ((second, queued), (first, running)):
         s.close()
-        until(lambda: extra["job"].cancelled)
+        until(lambda extra=extra: extra["job"].cancelled)
     gate.release(100)
     until(lambda: not engine.waiting + engine.inbox)
     assert len(calls) == 3 and "trajectory" not in queued

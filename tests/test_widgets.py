@@ -9,7 +9,7 @@ from aura_engine.client import AuraClient, Pictures
 from aura_engine.types import AuraError, Invalid
 from aura_engine.widgets import Compare, EngineStatus, Gallery, Studio, tile
 from conftest import free_port
-from edge import Edge
+from edge import Edge, page, problem
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +124,29 @@ def test_status_follows_an_engine_that_goes_and_comes_back(server):
         until(lambda: "unreachable" in status.panel.value)
         client.generate("a fox", steps=1)
         until(lambda: "last pictures: a fox (cloud" in status.panel.value)
+        status.stop()
+
+
+def test_status_of_a_healthy_engine(source):
+    with AuraClient(source, mode="local") as client:
+        client.generate("a fox", steps=1)
+        status = EngineStatus(client, every=60)
+        said = client.wait(status.look())["local"]
+        for word in ("ready", "cpu", "embedded", "LCMScheduler", "optimizations", "0 pictures", "GiB", "last pictures: a fox", "mode local: the local engine is asked first"): assert word in status.panel.value, word
+        assert 50 * 2**20 < said["memory"]["rss"] < 50 * 2**30 and said["memory"]["gpu"] is None and said["advice"] == []
+        status.stop()
+
+
+@pytest.mark.parametrize("said, advice", [(page(503, "<h1>Preparing Space</h1>"), "wakes when it is asked"), (problem(503, "out_of_memory", "It does not fit.", retry_after=1), "SD_PRECISION=fp16"),
+                                          (page(503, "This Space has been paused"), "its page"), (problem(429, "queue_full", "40 are waiting.", retry_after=1), "Others are being served")])
+def test_status_says_what_to_do(server, said, advice):
+    """After a question that went wrong, the panel has the reason and the next step, for a Space and for memory alike."""
+    with Edge(said, target=server.url) as space, AuraClient(mode="cloud", cloud=space.url, patience=0) as client:
+        with pytest.raises(AuraError): client.generate("a fox", steps=1)
+        if b"Space" in said: space.script += [said] * 5            # still so when the panel looks
+        status = EngineStatus(client, every=60)
+        client.wait(status.look())
+        assert advice in status.panel.value, status.panel.value
         status.stop()
 
 
