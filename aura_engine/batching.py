@@ -10,56 +10,59 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['BUCKETS', 'AGEING', 'StepCost', 'measure_curve', 'cached_curve', 'Entry', 'urgency', 'choose', 'work', 'eta']
+__all__ = ['BUCKETS', 'AGEING', 'Curve', 'StepCost', 'measure_curve', 'cached_curve', 'Entry', 'remaining', 'choose', 'work',
+           'eta']
 
 # %% ../nbs/07_batching.ipynb #f5d2786e
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
-class StepCost:
-    "Measured seconds of one UNet call by bucket (rows) and of one decode, per shape key `(channels, h, w, ...)`."
-    def __init__(self, native: tuple, curve: dict[int, float], decode: float):
-        self.native, self.curves, self.decodes = native, {native: dict(curve)}, {native: decode}
-
-    @property
-    def buckets(self) -> list[int]: return sorted(self.curves[self.native])
-
-    def _scaled(self, key: tuple) -> float: return key[1] * key[2] / (self.native[1] * self.native[2])
-
-    def step(self, key: tuple, rows: int) -> float:
-        "Predicted seconds of a call of `rows` rows (padded to the next bucket)."
-        curve = self.curves.setdefault(key, {b: s * self._scaled(key) for b, s in self.curves[self.native].items()})
-        return curve[self.bucket(rows)]
-
-    def decode(self, key: tuple) -> float:
-        "Predicted seconds to decode one picture."
-        return self.decodes.setdefault(key, self.decodes[self.native] * self._scaled(key))
-
+class Curve(dict):
+    "Seconds of one call by bucket (rows), smallest bucket first."
     def bucket(self, rows: int) -> int:
         "The smallest bucket that holds `rows` (the largest there is, if none does)."
-        return next((b for b in self.buckets if b >= rows), self.buckets[-1])
+        return next((b for b in self if b >= rows), max(self))
 
-    def observe(self, key: tuple, rows: int, seconds: float, weight: float = 0.1) -> None:
-        "A call took `seconds`: move its point of the curve a little, and the others half as much. Outliers (a paused machine) count at most threefold."
-        known = self.step(key, rows)
-        change = weight * (min(seconds / known, 3.0) - 1)
-        self.curves[key] = {b: s * (1 + (change if b == self.bucket(rows) else change / 2)) for b, s in self.curves[key].items()}
+    def at(self, rows: int) -> float: return self[self.bucket(rows)]
 
-    def observe_decode(self, key: tuple, seconds: float, weight: float = 0.2) -> None:
-        "A decode took `seconds`."
-        known = self.decode(key)
-        self.decodes[key] = known + weight * (min(seconds, 3 * known) - known)
-
-    def best_bucket(self, key: tuple, waiting: int, least: int = 1) -> int:
+    def best(self, waiting: int, least: int = 1) -> int:
         "The bucket with the lowest cost per useful row when `waiting` rows could be taken; the smaller one unless the larger is 5 % better."
         best = self.bucket(least)
-        for b in self.buckets:
-            if b > best and self.step(key, b) / min(b, waiting) < 0.95 * self.step(key, best) / min(best, waiting): best = b
+        for b in self:
+            if b > best and self[b] / min(b, waiting) < 0.95 * self[best] / min(best, waiting): best = b
         return best
 
-    def per_row(self, key: tuple, waiting: int) -> float:
-        "Seconds per row-step when `waiting` rows share the device as the policy would let them."
-        b = self.best_bucket(key, waiting)
-        return self.step(key, b) / min(b, waiting)
+    def per_row(self, waiting: int) -> float:
+        "Seconds a row when `waiting` rows share the device as the policy would let them."
+        b = self.best(waiting)
+        return self[b] / min(b, waiting)
+
+    def scaled(self, factor: float) -> Curve: return Curve({b: s * factor for b, s in self.items()})
+
+    def moved(self, rows: int, seconds: float, weight: float = 0.1) -> Curve:
+        "A call of `rows` took `seconds`: its point moves a little, the others half as much. Outliers (a paused machine) count at most threefold."
+        change = weight * (min(seconds / self.at(rows), 3.0) - 1)
+        return Curve({b: s * (1 + (change if b == self.bucket(rows) else change / 2)) for b, s in self.items()})
+
+# %% ../nbs/07_batching.ipynb #ed3eb438
+class StepCost:
+    "Measured seconds by shape key `(channels, h, w, ...)`: of UNet calls (`steps`), of VAE decodes (`decodes`), of a picture's beginning with and without an initial picture."
+    def __init__(self, native: tuple, steps: dict[int, float], decodes: dict[int, float], begin: float = 0.0, encode: float = 0.0):
+        self.native, self.steps, self.decodes = native, {native: Curve(steps)}, {native: Curve(decodes)}
+        self.begins = {(native, False): begin, (native, True): begin + encode}
+
+    def _scale(self, key: tuple) -> float: return key[1] * key[2] / (self.native[1] * self.native[2])
+    def _curve(self, curves: dict[tuple, Curve], key: tuple) -> Curve:
+        if key not in curves: curves[key] = curves[self.native].scaled(self._scale(key))
+        return curves[key]
+
+    def step(self, key: tuple) -> Curve: return self._curve(self.steps, key)
+    def decode(self, key: tuple) -> Curve: return self._curve(self.decodes, key)
+    def begin(self, key: tuple, init: bool) -> float:
+        return self.begins.setdefault((key, init), self.begins[self.native, init] * self._scale(key))
+
+    def observe_step(self, key: tuple, rows: int, seconds: float) -> None: self.steps[key] = self.step(key).moved(rows, seconds)
+    def observe_decode(self, key: tuple, rows: int, seconds: float) -> None: self.decodes[key] = self.decode(key).moved(rows, seconds, 0.2)
+    def observe_begin(self, key: tuple, init: bool, seconds: float) -> None: self.begins[key, init] = 0.8 * self.begin(key, init) + 0.2 * seconds
 
 # %% ../nbs/07_batching.ipynb #307259fa
 def measure_curve(call: Callable[[int], None], most: int, repeats: int = 3, clock=time.perf_counter) -> dict[int, float]:
@@ -76,13 +79,13 @@ def measure_curve(call: Callable[[int], None], most: int, repeats: int = 3, cloc
         curve[b] = sorted(times)[len(times) // 2]
         last = curve.get(b // 2)
         if last and last > 0.5 and curve[b] / b > 0.95 * last / (b // 2): break      # slow and flat: more would only cost time
-    return curve or {1: 1.0}
+    return {b: min(s for c, s in curve.items() if c >= b) for b in curve} or {1: 1.0}      # more rows never cost less: that was somebody else's load
 
-def cached_curve(path: Path, name: str, call: Callable[[int], None], most: int) -> dict[int, float]:
-    "`measure_curve`, or the one stored in the JSON file `path` under `name` when one call today takes what it took then (within 30 %)."
+def cached_curve(path: Path, name: str, call: Callable[[int], None], most: int, today: float = 0.0) -> dict[int, float]:
+    "`measure_curve`, or the one stored in the JSON file `path` under `name` when one call `today` (measured, if not given) takes what it took then, within 30 %."
     try: known = json.loads(path.read_text())
     except (OSError, ValueError): known = {}
-    today = measure_curve(call, 1)[1]
+    today = today or measure_curve(call, 1)[1]
     if not 0.77 < today / known.get(name, {}).get("1", 1e9) < 1.3:
         known[name] = measure_curve(call, most)
         try:
@@ -94,44 +97,45 @@ def cached_curve(path: Path, name: str, call: Callable[[int], None], most: int) 
 # %% ../nbs/07_batching.ipynb #0e02f7fc
 @dataclass(eq=False)
 class Entry:
-    "One picture in the engine. `key`: shape key; `left`: UNet steps to go; `alone`: must not share a call (it failed once)."
+    "One picture in the engine. `key`: shape key; `left`: UNet steps to go; `begin`: seconds until it can step; `alone`: must not share a call (it failed once)."
     key: tuple
     rows: int
     left: int
     arrived: float
+    begin: float = 0.0
     alone: bool = False
     tries: int = 0
     extra: dict = field(default_factory=dict)
 
 AGEING = 0.1        # seconds of remaining work that one second of waiting makes up for
 
-def urgency(e: Entry, cost: StepCost, now: float) -> float:
-    "Lower goes first: remaining seconds of work, less what waiting has earned."
-    return e.left * e.rows * cost.step(e.key, 1) + cost.decode(e.key) - AGEING * (now - e.arrived)
+def remaining(e: Entry, cost: StepCost) -> float:
+    "Seconds of work left for one picture, alone."
+    return e.begin + e.left * cost.step(e.key).at(e.rows) + cost.decode(e.key)[1]
 
 def choose(waiting: list[Entry], cost: StepCost, now: float, most: int) -> tuple[list[Entry], int]:
-    "The entries to take the next step (with their bucket), or one finished entry to decode (bucket 0)."
-    order = sorted(waiting, key=lambda e: urgency(e, cost, now))
+    "The entries that go next, with the bucket of their call: all with steps `left`, or all finished and to be decoded."
+    order = sorted(waiting, key=lambda e: remaining(e, cost) - AGEING * (now - e.arrived))
     first = order[0]
-    if first.left == 0: return [first], 0
-    mates = [e for e in order if e.left and e.key == first.key and not e.alone] if not first.alone else [first]
-    room = max(cost.best_bucket(first.key, min(sum(e.rows for e in mates), most), first.rows), first.rows)
+    mates = [e for e in order if bool(e.left) == bool(first.left) and e.key == first.key and not e.alone] if not first.alone else [first]
+    curve, size = (cost.step(first.key), lambda e: e.rows) if first.left else (cost.decode(first.key), lambda e: 1)
+    room = max(min(curve.best(min(sum(map(size, mates)), most), size(first)), most), size(first))
     batch, rows = [], 0
     for e in mates:
-        if rows + e.rows <= room: batch.append(e); rows += e.rows
-    return batch, cost.bucket(rows)
+        if rows + size(e) <= room: batch.append(e); rows += size(e)
+    return batch, curve.bucket(rows)
 
 # %% ../nbs/07_batching.ipynb #32b2c200
 def work(entries: list[Entry], cost: StepCost) -> float:
     "Predicted seconds to finish all `entries`."
-    rows: dict[tuple, int] = {}
-    for e in entries:
-        if e.left: rows[e.key] = rows.get(e.key, 0) + e.rows
-    return sum(e.left * e.rows * cost.per_row(e.key, rows[e.key]) for e in entries if e.left) + sum(cost.decode(e.key) for e in entries)
+    rows, each = {}, {}
+    for e in entries: rows[e.key] = rows.get(e.key, 0) + (e.rows if e.left else 0); each[e.key] = each.get(e.key, 0) + 1
+    step, decode = {k: cost.step(k).per_row(n or 1) for k, n in rows.items()}, {k: cost.decode(k).per_row(n) for k, n in each.items()}
+    return sum(e.begin + e.left * e.rows * step[e.key] + decode[e.key] for e in entries)
 
 def eta(mine: list[Entry], others: list[Entry], cost: StepCost, now: float) -> float:
     "Predicted seconds until all of `mine` are finished, the `others` being in the engine too."
-    last = max(urgency(e, cost, now) for e in mine)
-    before = [e for e in others if e not in mine and urgency(e, cost, now) <= last]
-    alone = max(e.left * cost.step(e.key, e.rows) for e in mine)
-    return max(work(before + mine, cost), alone + sum(cost.decode(e.key) for e in mine))
+    urgency = lambda e: remaining(e, cost) - AGEING * (now - e.arrived)
+    last = max(map(urgency, mine))
+    before = [e for e in others if urgency(e) <= last]
+    return max(work(before + mine, cost), max(remaining(e, cost) for e in mine))

@@ -5,6 +5,7 @@
 # %% ../nbs/14_bench.ipynb #c66810d6
 from __future__ import annotations
 import argparse, json, os, platform, queue, random, threading, time
+from importlib.util import find_spec
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,13 +13,15 @@ import numpy as np, torch
 from .config import load_settings
 from .engine import Engine
 from .loader import Components, quiet
-from .models import SAMPLERS, executed_steps
+from .models import EMBEDDED, ROWS, SAMPLERS, executed_steps
 from .trajectory import TextCache, Trajectory, call_unet, unet_inputs
 from .types import Picture, Plan, Preview
 
 # %% auto #0
-__all__ = ['RESULTS', 'machine', 'median_seconds', 'pin', 'Baseline', 'Stepwise', 'Taken', 'mixture', 'poisson', 'closed_loop',
-           'summary', 'overhead', 'eta_errors', 'health_latency', 'preview_cost', 'compare', 'table', 'main']
+__all__ = ['LOCK', 'BATCHING', 'LOCK_OURS', 'ENGINE', 'ENGINE_OV', 'BARS_AT', 'RESULTS', 'machine', 'median_seconds', 'pin',
+           'allow', 'Baseline', 'Stepwise', 'Taken', 'mixture', 'poisson', 'closed_loop', 'summary', 'overhead',
+           'eta_errors', 'health_latency', 'preview_cost', 'contenders_on', 'compare', 'table', 'bars', 'bars_table',
+           'main']
 
 # %% ../nbs/14_bench.ipynb #516328ba
 def machine() -> dict:
@@ -38,17 +41,28 @@ def median_seconds(call, repeats: int = 10, warmups: int = 2) -> float:
 
 # %% ../nbs/14_bench.ipynb #593c8fd4
 def pin(core: int | None) -> None:
-    "Keep the calling thread on one core (Linux); None leaves it."
+    "One torch thread for the calling thread, on one core (Linux); None leaves the core open."
+    torch.set_num_threads(1)
     if core is not None and hasattr(os, "sched_setaffinity"): os.sched_setaffinity(threading.get_native_id(), {core})
 
+def allow(cores: set[int]) -> set[int]:
+    "Let the calling thread, and those it will start, run on `cores` only (Linux; an empty set changes nothing) -> where it was allowed before."
+    if not hasattr(os, "sched_getaffinity"): return set()
+    before = os.sched_getaffinity(0)
+    try: os.sched_setaffinity(0, cores or before)
+    except OSError: pass                                     # none of them is ours
+    return before
+
 class _Pipelines:
-    "diffusers' own pipelines around the engine's components."
-    def __init__(self, parts: Components):
-        with quiet(): import diffusers
-        args = (parts.vae, parts.text_encoders[0], parts.tokenizers[0], parts.unet)
-        with quiet(): self.txt2img, self.img2img = (c(*args, parts.scheduler(), None, None, requires_safety_checker=False) for c in (diffusers.StableDiffusionPipeline, diffusers.StableDiffusionImg2ImgPipeline))
+    "diffusers' own pipelines on the embedded model: as `from_pretrained` loads it, or around `parts`."
+    def __init__(self, parts: Components | None = None):
+        with quiet():
+            import diffusers
+            pipe = diffusers.DiffusionPipeline.from_pretrained(EMBEDDED, dtype=torch.float32)
+            if parts: pipe = diffusers.StableDiffusionPipeline(parts.vae, parts.text_encoders[0], parts.tokenizers[0], parts.unet, parts.scheduler(), None, None, requires_safety_checker=False)
+            self.txt2img, self.img2img = pipe, diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
         for p in (self.txt2img, self.img2img): p.set_progress_bar_config(disable=True)
-        self.most = SAMPLERS[parts.row.sampler].max_steps
+        self.most = SAMPLERS[ROWS["embedded"].sampler].max_steps
 
     def __call__(self, pictures: list[Picture]) -> list:
         "Several pictures of one route, step count and guidance in one pipeline call."
@@ -58,8 +72,8 @@ class _Pipelines:
 
 # %% ../nbs/14_bench.ipynb #124efb94
 class Baseline:
-    "One pipeline, one worker thread. `window` seconds to collect, at most `most` requests a call, equal (route, steps, guidance) only."
-    def __init__(self, parts: Components, window: float = 0.0, most: int = 1, core: int | None = None):
+    "One pipeline (on `parts`, or as loaded), one worker thread. `window` seconds to collect, at most `most` requests a call, equal (route, steps, guidance) only."
+    def __init__(self, parts: Components | None = None, window: float = 0.0, most: int = 1, core: int | None = None):
         self.pipes, self.window, self.most, self.inbox, self.core = _Pipelines(parts), window, most, queue.SimpleQueue(), core
         threading.Thread(target=self._work, daemon=True).start()
 
@@ -81,13 +95,20 @@ class Baseline:
             kind = lambda h: (h[0].init is None, h[0].steps, h[0].guidance_scale)
             batch = [h for h in held if kind(h) == kind(held[0])][: self.most]
             held = [h for h in held if not any(h is b for b in batch)]
-            self.pipes([p for p, _ in batch])
-            for _, future in batch: future.set_result(None)
+            try: self.pipes([p for p, _ in batch])
+            except Exception as e:
+                for _, future in batch: future.set_exception(e)
+            else:
+                for _, future in batch: future.set_result(None)
 
 # %% ../nbs/14_bench.ipynb #0f8acde2
 class Stepwise:
-    "The engine."
-    def __init__(self, engine: Engine): self.engine = engine
+    "The engine on the embedded model, its thread on `core`."
+    def __init__(self, backend: str = "torch", core: int | None = None):
+        self.engine = Engine(load_settings(SD_MODEL_ID="embedded", SD_DEVICE="cpu", SD_BACKEND=backend, AURA_MAX_QUEUE_SECONDS="3600")).start()
+        if not self.engine.wait_ready(300): raise RuntimeError(self.engine.reason)
+        if core is not None and hasattr(os, "sched_setaffinity"): os.sched_setaffinity(self.engine.thread.native_id, {core})
+
     def __call__(self, picture: Picture) -> float | None:
         "Make a picture; -> seconds from the submission to the first preview."
         job = self.engine.submit(Plan((picture,)), previews=True)
@@ -139,34 +160,35 @@ def summary(taken: list[Taken], seconds: float) -> dict:
     return {"throughput": round(len(taken) / seconds, 2), "p50": q(ms, 50), "p95": q(ms, 95), "p99": q(ms, 99), "mean": round(float(ms.mean()), 1), "short_p95": q(short, 95), "first_preview_p50": q(previews, 50)}
 
 # %% ../nbs/14_bench.ipynb #bbf4a74d
-def overhead(engine: Engine, picture: Picture, repeats: int = 30) -> dict:
+def overhead(engine: Engine, picture: Picture, repeats: int = 40, core: int | None = None) -> dict:
     "Milliseconds a picture takes through the engine, and as bare UNet and VAE calls; interleaved, medians."
-    parts, texts = engine.parts, TextCache(engine.parts)
-    t = Trajectory(parts, picture, texts)
+    parts, t = engine.parts, Trajectory(engine.parts, picture, TextCache(engine.parts))
     inputs = unet_inputs(t)
     @torch.inference_mode()
     def bare():
+        start = time.perf_counter()
         for _ in range(picture.steps): call_unet(parts.unet, inputs)
         parts.vae.decode(t.latents)
-    through = lambda: engine.submit(Plan((picture,))).result()
-    pairs = [(median_seconds(bare, 1, 0), median_seconds(through, 1, 0)) for _ in range(repeats + 2)][2:]
-    b, e = (float(np.median([p[i] for p in pairs])) * 1e3 for i in (0, 1))
-    return {"bare_ms": round(b, 1), "engine_ms": round(e, 1), "overhead": round(e / b - 1, 3), "steps": picture.steps}
+        return time.perf_counter() - start
+    with ThreadPoolExecutor(1, initializer=pin, initargs=(core,)) as pool:
+        pairs = [(pool.submit(bare).result(), median_seconds(lambda: engine.submit(Plan((picture,))).result(), 1, 0)) for _ in range(repeats + 3)][3:]
+    b, e = (1e3 * float(np.median([p[i] for p in pairs])) for i in (0, 1))
+    return {"bare_ms": round(b, 2), "engine_ms": round(e, 2), "overhead": round(float(np.median([e / b for b, e in pairs])) - 1, 3), "steps": picture.steps}
 
 def eta_errors(engine: Engine, pictures: list[Picture], rate: float) -> dict:
-    "How far the promised seconds were from the real ones under a Poisson load: median and quartiles of real / promised - 1."
+    "How far the promised seconds were from the real ones under a Poisson load: real / promised - 1, and its size, as medians and quartiles."
     rng, jobs = random.Random(1), []
     for p in pictures: jobs.append(engine.submit(Plan((p,)))); time.sleep(rng.expovariate(rate))
     for j in jobs: j.result(600)
-    e = [(j.times[-1] - j.times[0]) / j.log[0].eta_seconds - 1 for j in jobs]
-    return {"median": round(float(np.median(e)), 3), "quartiles": [round(float(np.percentile(e, q)), 3) for q in (25, 75)]}
+    e = np.array([(j.times[-1] - j.times[0]) / j.log[0].eta_seconds - 1 for j in jobs])
+    return {"median": round(float(np.median(e)), 3), "quartiles": [round(float(np.percentile(e, q)), 3) for q in (25, 75)], "median_size": round(float(np.median(np.abs(e))), 3)}
 
 # %% ../nbs/14_bench.ipynb #74479371
 def health_latency(seconds: float = 15, clients: int = 8) -> dict:
     "Milliseconds of GET /health (p50, p99, most) on a server process whose engine `clients` keep busy for `seconds`."
     import httpx, socket, subprocess, sys
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    url, env = f"http://127.0.0.1:{port}", os.environ | {"PORT": str(port), "SD_MODEL_ID": "embedded", "AURA_LOG_LEVEL": "error"}
+    url, env = f"http://127.0.0.1:{port}", os.environ | {"PORT": str(port), "SD_MODEL_ID": "embedded", "SD_BACKEND": "torch", "AURA_LOG_LEVEL": "error"}
     server = subprocess.Popen([sys.executable, "-c", "from aura_engine.server import main; main(['--host', '127.0.0.1'])"], env=env, stderr=subprocess.DEVNULL)
     try:
         for _ in range(600):
@@ -196,28 +218,40 @@ def preview_cost(engine: Engine, picture: Picture, repeats: int = 30) -> float:
     return round(float(np.median(with_) / np.median(without)) - 1, 4)
 
 # %% ../nbs/14_bench.ipynb #320047e9
-def compare(n: int = 150, loads=(0.5, 0.8, 1.2), clients=(1, 8, 32), core: int | None = 0, say=print) -> dict:
-    "The whole comparison on the embedded model (torch fp32, one thread) -> a JSON-able dict."
-    threads = torch.get_num_threads()
+LOCK, BATCHING, LOCK_OURS, ENGINE, ENGINE_OV = "lock + pipeline", "request batching 50 ms", "lock + pipeline, our components", "step-level (this engine)", "step-level, OpenVINO"
+BARS_AT = (("poisson", 0.8), ("closed", 32))
+
+def contenders_on(core: int | None, openvino: bool) -> dict:
+    "Name -> what takes a picture and blocks until it is there."
+    engine = Stepwise("torch", core)
+    made = {LOCK: Baseline(core=core), BATCHING: Baseline(None, 0.05, 8, core), LOCK_OURS: Baseline(engine.engine.parts, core=core), ENGINE: engine}
+    return made | ({ENGINE_OV: Stepwise("openvino", core)} if openvino else {})
+
+def compare(n: int = 60, loads=(0.5, 0.8, 1.2), clients=(1, 8, 32), core: int | None = 0, openvino: bool = find_spec("openvino") is not None, say=print) -> dict:
+    "The whole comparison on the embedded model (torch fp32, one thread, `n` requests a load) -> a JSON-able dict."
+    threads, allowed = torch.get_num_threads(), allow(allow(set()) - {core})
     torch.set_num_threads(1)
-    engine = Engine(load_settings(SD_MODEL_ID="embedded", SD_DEVICE="cpu", AURA_MAX_QUEUE_SECONDS="3600")).start()
-    if not engine.wait_ready(300): raise RuntimeError(engine.reason)
-    if core is not None and hasattr(os, "sched_setaffinity"): os.sched_setaffinity(engine.thread.native_id, {core})
+    contenders, rows = contenders_on(core, openvino), []
+    engine = contenders[ENGINE].engine
     photo = engine.submit(Plan((mixture(1, None)[0],))).result()[0].image
-    contenders = {"lock + pipeline": Baseline(engine.parts, core=core), "request batching 50 ms": Baseline(engine.parts, 0.05, 8, core), "step-level (this engine)": Stepwise(engine)}
     pictures = mixture(n, photo)
-    for c in contenders.values(): closed_loop(c, pictures[:4], 1)                 # warm-up
-    taken, seconds = closed_loop(contenders["lock + pipeline"], pictures[: max(8, n // 3)], 1)
-    capacity, rows = len(taken) / seconds, []
-    for kind, level in [("poisson", x) for x in loads] + [("closed", c) for c in clients]:
+    for c in contenders.values(): closed_loop(c, pictures[:6], 1); closed_loop(c, pictures[:16], 8)     # warm-up
+    taken, seconds = closed_loop(contenders[LOCK], pictures[: max(8, n // 3)], 1)
+    capacity = len(taken) / seconds
+    for load in [("poisson", x) for x in loads] + [("closed", c) for c in clients]:
         for name, c in contenders.items():
-            result = poisson(c, pictures, level * capacity) if kind == "poisson" else closed_loop(c, pictures, level)
-            rows.append({"load": kind, "level": level, "contender": name, **summary(*result)})
+            if name == ENGINE_OV and load not in BARS_AT: continue
+            result = poisson(c, pictures, load[1] * capacity) if load[0] == "poisson" else closed_loop(c, pictures, load[1])
+            rows.append({"load": load[0], "level": load[1], "contender": name, **summary(*result)})
             say(rows[-1])
+    own = max(r["throughput"] for r in rows if r["contender"] == ENGINE and r["load"] == "closed")
     apple = replace(pictures[0], steps=4, init=None, strength=None)
     out = {"machine": machine(), "model": "embedded, 128x128, fp32, 1-8 steps mixed, 25 % refinements, 1 torch thread", "requests": n, "capacity": round(capacity, 2), "rows": rows,
-           "overhead": overhead(engine, apple), "previewCost": preview_cost(engine, apple), "eta": eta_errors(engine, pictures[: n // 2], 0.8 * capacity), "stepCost": engine.health()["stepCost"]}
-    engine.close(); torch.set_num_threads(threads)
+           "overhead": overhead(engine, apple, core=core), "previewCost": preview_cost(engine, apple), "eta": eta_errors(engine, pictures, 0.8 * own),
+           "stepCost": engine.health()["stepCost"], "decodeCost": {str(b): round(s, 4) for b, s in engine.cost.decode(engine.cost.native).items()}, "optimizations": engine.health()["optimizations"]}
+    for c in contenders.values():
+        if isinstance(c, Stepwise): c.engine.close()
+    torch.set_num_threads(threads); allow(allowed)
     return out | ({"healthMs": health_latency()} if n > 20 else {})
 
 # %% ../nbs/14_bench.ipynb #6828b628
@@ -230,16 +264,34 @@ def table(results: dict) -> str:
     name = lambda r: f"Poisson {r['level']:.0%} of capacity" if r["load"] == "poisson" else f"{r['level']} clients"
     return "\n".join([head] + [f"| {name(r)} | {r['contender']} | " + " | ".join("" if r[k] is None else f"{r[k]:g}" for k in keys) + " |" for r in results["rows"]])
 
+# %% ../nbs/14_bench.ipynb #3d56e832
+def bars(results: dict) -> list[dict]:
+    "What was asked, what was measured, whether it was met: rows of `bar`, `limit`, `measured`, `met`."
+    row = {(r["load"], r["level"], r["contender"]): r for r in results["rows"]}
+    ratio = lambda load, what, other, mine=ENGINE: row[*load, mine][what] / row[*load, other][what]
+    busy, full = BARS_AT
+    asked = [("throughput, 32 clients, × the lock", ">=", 1.8, ratio(full, "throughput", LOCK)), ("p95 at 80 % load, × the lock", "<=", 0.5, ratio(busy, "p95", LOCK)),
+             ("p95 at 80 % load, × request batching", "<=", 0.75, ratio(busy, "p95", BATCHING)), ("p95 of ≤ 2 steps at 80 % load, × the lock", "<=", 0.4, ratio(busy, "short_p95", LOCK)),
+             ("overhead over bare UNet and VAE calls, batch 1", "<=", 0.05, results["overhead"]["overhead"]), ("error of the promised time, median size", "<=", 0.3, results["eta"]["median_size"]),
+             ("what previews add to a picture", "<=", 0.05, results["previewCost"])]
+    if "healthMs" in results: asked.append(("/health of a saturated server, p99, ms", "<=", 50.0, results["healthMs"]["p99"]))
+    return [{"bar": name, "limit": f"{sign} {limit:g}", "measured": round(x, 3), "met": x >= limit if sign == ">=" else x <= limit} for name, sign, limit, x in asked]
+
+def bars_table(results: dict) -> str:
+    "`bars` as a markdown table."
+    return "\n".join(["| bar | asked | measured | met |", "| --- | --- | --- | --- |"] + [f"| {b['bar']} | {b['limit'].replace('>=', '≥').replace('<=', '≤')} | {b['measured']:g} | {'yes' if b['met'] else 'no'} |" for b in bars(results)])
+
 def main(argv=None) -> None:
     "`python -m aura_engine.bench`: run the comparison and store it."
     ap = argparse.ArgumentParser(description="Compare the engine with one pipeline behind a lock and with request-level batching.")
-    ap.add_argument("--requests", type=int, default=150)
+    ap.add_argument("--requests", type=int, default=60, help="requests a load")
+    ap.add_argument("--core", type=int, default=0, help="the core that every contender works on; the load is made on the others")
     ap.add_argument("--out", type=Path, default=Path("nbs") / RESULTS)
     a = ap.parse_args(argv)
-    results = compare(a.requests)
+    results = compare(a.requests, core=a.core)
     a.out.parent.mkdir(parents=True, exist_ok=True)
     a.out.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(results))
+    print(table(results), bars_table(results), sep="\n\n")
 
 # %% ../nbs/14_bench.ipynb #99a54120
 #| eval: false

@@ -4,24 +4,24 @@
 
 # %% ../nbs/08_engine.ipynb #b9f00f5d
 from __future__ import annotations
-import asyncio, gc, hashlib, itertools, logging, os, tempfile, threading, time, uuid
+import asyncio, gc, hashlib, itertools, logging, math, os, threading, time, uuid
 from collections.abc import AsyncIterator, Iterator
 from importlib.metadata import version
-from pathlib import Path
 import numpy as np, torch
 from . import __version__
 from .batching import Entry, StepCost, cached_curve, choose, eta, work
 from .config import Settings, unknown_settings
 from .loader import Components, load
 from .models import SAMPLERS, Row, check_source
-from .trajectory import TextCache, Trajectory, advance, call_unet, decode_latents, text_keys, unet_inputs
-from .types import (AuraError, Cancelled, DeadlineExceeded, Done, EngineFailed, Event, Failed, Image, NotReady, OutOfMemory,
+from .optimize import cache_folder, optimize
+from .trajectory import Noise, TextCache, Trajectory, advance, call_unet, decode_batch, decode_latents, encode_picture, unet_inputs
+from .types import (AuraError, Cancelled, DeadlineExceeded, Degenerate, Done, EngineFailed, Event, Failed, Image, NotReady, OutOfMemory,
                                Picture, Plan, Preview, QueueFull, Queued, Receipt, ShuttingDown, Step)
 
 log = logging.getLogger("aura_engine")
 
 # %% auto #0
-__all__ = ['log', 'Job', 'preview_matrix', 'preview_image', 'key_of', 'cache_folder', 'Engine']
+__all__ = ['log', 'Job', 'preview_matrix', 'preview_image', 'key_of', 'Engine']
 
 # %% ../nbs/08_engine.ipynb #2a286a01
 class Job:
@@ -32,7 +32,7 @@ class Job:
         self.times: list[float] = []                         # time.monotonic() of each event in the log
         self.cuts: list[str] = []                            # what did not fit into the prompt's chunks
         self.cancelled, self.status, self.warnings = False, "queued", ()
-        self._news, self._wakers = threading.Condition(), []
+        self._news, self._wakers, self._finished = threading.Condition(), [], threading.Event()
 
     @property
     def done(self) -> bool: return bool(self.log) and isinstance(self.log[-1], Done)
@@ -52,6 +52,7 @@ class Job:
             if isinstance(event, Done):
                 self.warnings = event.warnings
                 if self.status not in ("failed", "cancelled"): self.status = "succeeded"
+                self._finished.set()
             self._news.notify_all()
             wakers, self._wakers = self._wakers, []
         for loop, waker in wakers:
@@ -79,20 +80,19 @@ async def _aevents(self) -> AsyncIterator[Event]:
         if isinstance(self.log[i], Done): return
 
 def _result(self, timeout: float | None = None) -> list[Image]:
-    "Wait for the end -> the pictures in order; raises the AuraError of a failed job."
-    images = []
-    for e in self.events(timeout):
+    "Wait for the end (at most `timeout` seconds, then TimeoutError) -> the pictures in order; raises the AuraError of a failed job."
+    if not self._finished.wait(timeout): raise TimeoutError("not finished in time")      # one wake-up: a thread woken at each event takes the interpreter from the engine
+    for e in self.log:
         if isinstance(e, Failed): raise e.error
-        if isinstance(e, Image): images.append(e)
-    return sorted(images, key=lambda e: e.index)
+    return sorted((e for e in self.log if isinstance(e, Image)), key=lambda e: e.index)
 
 Job.events, Job.__aiter__, Job.result = _events, _aevents, _result
 
 # %% ../nbs/08_engine.ipynb #f2985243
-def preview_matrix(parts: Components, latents: torch.Tensor) -> np.ndarray:
+def preview_matrix(parts: Components, latents: torch.Tensor, versions: int = 4) -> np.ndarray:
     "Least-squares map [C + 1, 3] from latents (and 1) to colours 0..255, fitted on the decoded `latents` and noisy versions of them."
     xs, ys = [], []
-    for k in range(4):
+    for k in range(versions):
         z = latents + 0.3 * k * torch.randn(latents.shape, generator=torch.Generator().manual_seed(k)).to(latents.device)
         image, _ = decode_latents(parts, z)
         h, w = z.shape[2:]
@@ -105,16 +105,11 @@ def preview_image(matrix: np.ndarray, estimate: torch.Tensor) -> np.ndarray:
     z = estimate[0].permute(1, 2, 0).float().cpu().numpy()
     return (np.clip(z, -30, 30) @ matrix[:-1] + matrix[-1]).clip(0, 255).astype("uint8")
 
-def key_of(parts: Components, p: Picture) -> tuple[tuple, int]:
+def key_of(texts: TextCache, p: Picture) -> tuple[tuple, int]:
     "(the shape key a picture's trajectory will have, its UNet rows a step), before it is begun."
-    keys, s = text_keys(parts, p), parts.vae_scale
+    keys, parts = texts.keys(p), texts.parts
+    s = parts.vae_scale
     return (parts.unet.config.in_channels, p.height // s, p.width // s, keys[0][1] * parts.tokenizers[0].model_max_length, p.lora), len(keys)
-
-def cache_folder() -> Path:
-    "Where measurements are kept: $XDG_CACHE_HOME/aura_engine, or a temporary folder when that cannot be written."
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aura_engine"
-    try: folder.mkdir(parents=True, exist_ok=True); return folder
-    except OSError: return Path(tempfile.gettempdir()) / "aura_engine"
 
 # %% ../nbs/08_engine.ipynb #e807e482
 class Engine:
@@ -122,7 +117,7 @@ class Engine:
     def __init__(self, settings: Settings):
         self.settings, self.status, self.reason, self.parts = settings, "loading", "", None
         self.started, self.cost, self.waiting, self.inbox = time.monotonic(), None, [], []
-        self.unet_calls, self.incidents, self.row_cap = 0, 0, settings.max_batch
+        self.unet_calls, self.incidents, self.row_cap, self.late, self.spared = 0, 0, settings.max_batch, 0.0, None
         self.warnings: list[str] = unknown_settings()
         self._turn, self._closed, self._settled = threading.Condition(), False, threading.Event()
         check_source(settings.model_id)
@@ -155,13 +150,14 @@ def _submit(self, plan: Plan, previews: bool = False) -> Job:
     if not self.ready: raise NotReady(self.reason or "The model is loading.", retry_after=5)
     now = time.monotonic()
     job = Job(plan, previews, now + self.settings.deadline_seconds)
-    mine = [Entry(*key_of(self.parts, p), p.steps, now, extra={"job": job, "index": i, "picture": p, "times": {}}) for i, p in enumerate(plan.pictures)]
+    mine = [Entry(*(k := key_of(self.texts, p)), p.steps, now, self.cost.begin(k[0], p.init is not None), extra={"job": job, "index": i, "picture": p, "times": {}})
+            for i, p in enumerate(plan.pictures)]
     with self._turn:
         there = [e for e in self.waiting + self.inbox if not e.extra["job"].cancelled]
         ahead, limit = work(there + mine, self.cost), self.settings.max_queue_seconds
         if there and ahead > limit:
             raise QueueFull(f"{len(there)} pictures are waiting, about {ahead:.0f} seconds of work; this engine promises at most {limit:g}.", retry_after=max(1.0, ahead - limit))
-        job.emit(Queued(len(there), round(eta(mine, there, self.cost, now), 3)))
+        job.emit(Queued(len(there), round(eta(mine, there, self.cost, now) * math.exp(self.late), 3)))
         self.inbox += mine
         self._turn.notify()
     return job
@@ -175,16 +171,16 @@ def _health(self) -> dict:
             "gpuName": torch.cuda.get_device_name(p.device) if p and p.device.type == "cuda" else None,
             "model": s.model_id, "revision": p.revision if p else s.revision, "lora": s.lcm_lora_id,
             "family": p.row.name if p else None, "scheduler": SAMPLERS[p.row.sampler].cls if p else None, "precision": p.precision if p else s.precision,
-            "backend": "torch", "optimizations": self.optimizations(), "warnings": self.warnings + (p.notes if p else []), "reason": self.reason or None,
+            "backend": p.backend if p else None, "optimizations": self.optimizations(), "warnings": self.warnings + (p.notes if p else []), "reason": self.reason or None,
             "queue": {"length": len(entries), "seconds": round(work(entries, self.cost), 2) if self.cost else 0.0},
-            "stepCost": {str(b): round(c, 4) for b, c in self.cost.curves[self.cost.native].items()} if self.cost else {},
+            "stepCost": {str(b): round(c, 4) for b, c in self.cost.step(self.cost.native).items()} if self.cost else {},
             "version": __version__, "buildId": build, "uptimeSeconds": round(time.monotonic() - self.started, 1)}
 
 def _optimizations(self) -> list[str]:
     "What is active, in words."
     if not self.parts: return []
-    best = self.cost.best_bucket(self.cost.native, 64) if self.cost else 1
-    said = ["step-level batching, up to %d rows a call" % best if best > 1 else "shortest work first (batching does not pay on this device)", "prompt cache", f"{torch.get_num_threads()} threads"]
+    best = self.cost.step(self.cost.native).best(64) if self.cost else 1
+    said = self.parts.optimizations + ["step-level batching, up to %d rows a call" % best if best > 1 else "shortest work first (batching does not pay on this device)", "prompt cache", f"{torch.get_num_threads()} CPU threads"]
     return said + (["LoRA fused"] if self.parts.lora else [])
 
 Engine.submit, Engine.health, Engine.optimizations = _submit, _health, _optimizations
@@ -198,7 +194,7 @@ def _run(self) -> None:
         self._settled.set()
         while not self._closed: self._one_turn()
     except AuraError as e: self._fail(e.detail)
-    except Exception:
+    except BaseException:                                    # also what libraries raise to end a program: nobody may be left waiting
         log.exception("the engine thread stopped")
         self._fail("The engine stopped working; its log has the reason.")
     finally: self._settled.set()
@@ -206,28 +202,36 @@ def _run(self) -> None:
 def _prepare(self) -> None:
     "Load, self-test, measure."
     start = time.monotonic()
-    parts = load(self.settings)
+    parts = optimize(load(self.settings), self.settings)
     self.texts, row = TextCache(parts), parts.row
     test = Picture("a red apple", row.native, row.native, steps=row.steps[1] if row.steps[0] == row.steps[2] else min(2, row.steps[1]), guidance_scale=row.guidance[1], seed=1)
     t = Trajectory(parts, test, self.texts)
     inputs = {k: v[:1] for k, v in unet_inputs(t).items()}
     while not t.done: advance([t], parts.unet)
-    begin = time.perf_counter()
-    decode_latents(parts, t.latents)
-    decode = time.perf_counter() - begin
-    self.matrix = preview_matrix(parts, t.latents)
-    key = key_of(parts, test)[0]
-    self.cost = StepCost(key, self._curve(parts, inputs), decode)
+    (image, _), decode = _timed(decode_latents, parts, t.latents)
+    self.matrix = preview_matrix(parts, t.latents, 4 if decode < 1 else 1)
+    steps, decodes = self._curves(parts, inputs, t.latents, decode)
+    begin, encode = _timed(Trajectory, parts, test, TextCache(parts))[1], _timed(encode_picture, parts, image, *image.size, Noise(test))[1]
+    self.cost = StepCost(key_of(self.texts, test)[0], steps, decodes, begin, encode)
+    self.versions = {"aura_engine": __version__, "torch": torch.__version__, "diffusers": version("diffusers"), "optimizations": "; ".join(o for o in parts.optimizations if not o.startswith("declined"))}
     self.parts = parts
     log.info("ready", extra={"seconds": round(time.monotonic() - start, 1), "model": self.settings.model_id})
 
-def _curve(self, parts: Components, inputs: dict) -> dict[int, float]:
-    @torch.inference_mode()
-    def call(rows):
+def _timed(f, *args) -> tuple:
+    "(what f(*args) gives, its seconds)."
+    start = time.perf_counter()
+    return f(*args), time.perf_counter() - start
+
+def _curves(self, parts: Components, inputs: dict, latents: torch.Tensor, decode: float) -> tuple[dict[int, float], dict[int, float]]:
+    "The curves of a step and of a decode; `decode`: seconds that one just took."
+    def step(rows):
         call_unet(parts.unet, {k: v.expand(rows, *v.shape[1:]) for k, v in inputs.items()})
         if parts.device.type == "cuda": torch.cuda.synchronize(parts.device)
-    name = f"{self.settings.model_id}|{parts.lora}|{parts.device}|{parts.precision}|{tuple(inputs['sample'].shape)}|{torch.__version__}|{torch.get_num_threads()}|{self.settings.max_batch}"
-    return cached_curve(cache_folder() / "step_cost.json", name, call, self.settings.max_batch)
+    def several(rows): decode_batch(parts, latents.expand(rows, -1, -1, -1))
+    of = (self.settings.model_id, parts.revision, parts.lora, parts.device, parts.precision, parts.backend, parts.optimizations, tuple(inputs["sample"].shape), torch.__version__, torch.get_num_threads(), self.settings.max_batch)
+    name = "|".join(map(str, of))
+    file, most = cache_folder() / "step_cost.json", self.settings.max_batch
+    with torch.inference_mode(): return cached_curve(file, name, step, most), cached_curve(file, name + "|decode", several, min(most, 8), decode)
 
 # %% ../nbs/08_engine.ipynb #7e46b4b3
 def _fail(self, reason: str) -> None:
@@ -237,7 +241,7 @@ def _fail(self, reason: str) -> None:
         self.waiting, self.inbox = [], []
     for job in jobs: self._end(job, EngineFailed(reason))
 
-Engine._run, Engine._prepare, Engine._curve, Engine._fail = _run, _prepare, _curve, _fail
+Engine._run, Engine._prepare, Engine._curves, Engine._fail = _run, _prepare, _curves, _fail
 
 # %% ../nbs/08_engine.ipynb #48ce81e4
 def _one_turn(self) -> None:
@@ -249,10 +253,11 @@ def _one_turn(self) -> None:
     for job in {e.extra["job"] for e in self.waiting}:
         if job.cancelled: self._end(job, Cancelled("The request was cancelled."))
         elif now > job.deadline: self._end(job, DeadlineExceeded(f"Not finished within {self.settings.deadline_seconds:g} seconds."))
+    if self.spared and self.spared not in self.waiting: self._save_memory(None)
     if not self.waiting: return
     batch, bucket = choose(self.waiting, self.cost, now, self.row_cap)
     try:
-        self._step(batch, bucket) if bucket else self._finish(batch[0])
+        self._step(batch, bucket) if batch[0].left else self._finish(batch, bucket)
         for e in batch: e.tries = 0
     except Exception as error: self._trouble(batch, error)
 
@@ -260,20 +265,20 @@ def _end(self, job: Job, error: AuraError | None = None) -> None:
     "Take a job out of the engine and close its log."
     self.waiting = [e for e in self.waiting if e.extra["job"] is not job]
     if error is not None: job.emit(Failed(error))
+    elif (promised := job.log[0].eta_seconds) > 0: self.late = min(max(self.late + 0.05 * math.log((time.monotonic() - job.times[0]) / promised), -1.0), 1.0)
     job.emit(Done(tuple(str(n) for n in job.plan.notes) + tuple(dict.fromkeys(job.cuts))))
 
 # %% ../nbs/08_engine.ipynb #5264a6d4
 def _step(self, batch: list[Entry], bucket: int) -> None:
     "One UNet call for a batch."
     fresh = [e for e in batch if "trajectory" not in e.extra]
-    self.texts.fill([k for e in fresh for k in text_keys(self.parts, e.extra["picture"])])
-    for e in fresh: self._begin(e)
+    if fresh: self._begin(fresh)
     start = time.perf_counter()
     advance([e.extra["trajectory"] for e in batch], self.parts.unet, bucket)
     seconds = time.perf_counter() - start
     self.unet_calls += 1
     if self.unet_calls % 200 == 0: self.row_cap = min(2 * self.row_cap, self.settings.max_batch)     # after a shortage of memory, try larger again
-    self.cost.observe(batch[0].key, bucket, seconds)
+    self.cost.observe_step(batch[0].key, bucket, seconds)
     for e in batch:
         t, job, i = e.extra["trajectory"], e.extra["job"], e.extra["index"]
         e.left = t.steps - t.k
@@ -282,30 +287,37 @@ def _step(self, batch: list[Entry], bucket: int) -> None:
         if job.previews: job.emit(Preview(i, preview_image(self.matrix, t.estimate)))
 
 # %% ../nbs/08_engine.ipynb #22936a41
-def _begin(self, e: Entry) -> None:
-    "Text, noise and first latents of a picture."
-    e.extra["times"]["queue"] = time.monotonic() - e.arrived
+def _begin(self, fresh: list[Entry]) -> None:
+    "Texts, noise and first latents of newcomers."
     start = time.perf_counter()
-    t = e.extra["trajectory"] = Trajectory(self.parts, e.extra["picture"], self.texts)
-    if t.cut: e.extra["job"].cuts.append(f"the prompt was cut before: {t.cut[:200]}")
-    e.extra["times"]["text"] = time.perf_counter() - start
+    self.texts.fill([k for e in fresh for k in self.texts.keys(e.extra["picture"])])
+    text = (time.perf_counter() - start) / len(fresh)
+    for e in fresh:
+        e.extra["times"]["queue"] = time.monotonic() - e.arrived
+        e.extra["trajectory"], seconds = _timed(Trajectory, self.parts, e.extra["picture"], self.texts)
+        e.extra["times"]["text"] = text + seconds
+        self.cost.observe_begin(e.key, e.extra["picture"].init is not None, text + seconds)
+        e.begin = 0.0
+        if cut := e.extra["trajectory"].cut: e.extra["job"].cuts.append(f"the prompt was cut before: {cut[:200]}")
 
-def _finish(self, e: Entry) -> None:
-    "Decode a picture and hand it out."
-    t, job, start = e.extra["trajectory"], e.extra["job"], time.perf_counter()
-    image, repaired = decode_latents(self.parts, t.latents)
-    e.extra["times"]["decode"] = time.perf_counter() - start
-    self.cost.observe_decode(e.key, e.extra["times"]["decode"])
-    self.waiting = [w for w in self.waiting if w is not e]
-    job.emit(Image(e.extra["index"], image, self._receipt(e, ("decoded again in fp32",) if repaired else ())))
-    if not any(w.extra["job"] is job for w in self.waiting): self._end(job)
+def _finish(self, batch: list[Entry], bucket: int) -> None:
+    "Decode finished pictures in one call and hand them out."
+    latents = torch.cat([e.extra["trajectory"].latents for e in batch])
+    latents = torch.cat([latents, latents[:1].expand(bucket - len(batch), -1, -1, -1)])
+    outcomes, seconds = _timed(decode_batch, self.parts, latents)
+    self.cost.observe_decode(batch[0].key, bucket, seconds)
+    for e, outcome in zip(batch, outcomes):
+        self.waiting = [w for w in self.waiting if w is not e]
+        job, e.extra["times"]["decode"] = e.extra["job"], seconds
+        if isinstance(outcome, Degenerate): self._end(job, outcome); continue
+        job.emit(Image(e.extra["index"], outcome[0], self._receipt(e, ("decoded again in fp32",) * outcome[1] + ("decoded in tiles: memory was short",) * (e is self.spared))))
+        if not any(w.extra["job"] is job for w in self.waiting) and not job.done: self._end(job)
 
 def _receipt(self, e: Entry, repairs: tuple[str, ...]) -> Receipt:
     "How this picture was made."
     p, parts = e.extra["picture"], self.parts
-    versions = {"aura_engine": __version__, "torch": torch.__version__, "diffusers": version("diffusers")}
     return Receipt(p.prompt, p.negative_prompt, p.width, p.height, p.steps, p.guidance_scale, p.strength, p.seed, p.temperature, p.scheduler or parts.row.sampler,
-                   self.settings.model_id, parts.revision, p.lora or parts.lora, parts.precision, "torch", parts.device.type, versions,
+                   self.settings.model_id, parts.revision, p.lora or parts.lora, parts.precision, parts.backend, parts.device.type, self.versions,
                    init_sha256=hashlib.sha256(p.init.tobytes()).hexdigest() if p.init is not None else None,
                    corrections=tuple(str(n) for n in e.extra["job"].plan.notes) + repairs, timings={k: round(v, 4) for k, v in e.extra["times"].items()})
 
@@ -323,20 +335,21 @@ def _trouble(self, batch: list[Entry], error: Exception) -> None:
     incident = uuid.uuid4().hex[:8]
     log.warning("a step failed", extra={"incident": incident, "kind": type(error).__name__, "pictures": len(batch)}, exc_info=None if memory else error)
     if len(batch) > 1:
-        if memory: self.row_cap = max(1, sum(e.rows for e in batch) // 2)
+        if memory and batch[0].left: self.row_cap = max(1, sum(e.rows for e in batch) // 2)
         else:
             for e in batch: e.alone = True
         return
     e = batch[0]
     e.tries += 1
-    if memory and e.tries == 1: return self._save_memory()
+    if memory and e.tries == 1: return self._save_memory(e)
     if memory: return self._end(e.extra["job"], OutOfMemory("This picture does not fit into the device's memory; ask for a smaller one, or again later.", retry_after=10))
     self._end(e.extra["job"], EngineFailed(f"The model failed on this request (incident {incident})."))
 
-def _save_memory(self) -> None:
-    "Decode in slices and tiles from now on, where the VAE can."
-    for name in ("enable_slicing", "enable_tiling"):
-        try: getattr(self.parts.vae, name)()
+def _save_memory(self, e: Entry | None) -> None:
+    "Let the VAE work in slices and tiles, where it can, as long as picture `e` is here; None: as usual again."
+    self.spared = e
+    for name in ("slicing", "tiling"):
+        try: getattr(self.parts.vae, f"{'enable' if e else 'disable'}_{name}")()
         except (AttributeError, NotImplementedError): pass
 
 Engine._trouble, Engine._save_memory = _trouble, _save_memory

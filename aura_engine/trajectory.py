@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib, math
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import lru_cache
 import numpy as np, torch
 from PIL import Image
 from .loader import Components
@@ -14,8 +15,8 @@ from .models import SAMPLERS, executed_steps
 from .types import Degenerate, Picture
 
 # %% auto #0
-__all__ = ['MAX_CHUNKS', 'FIRST_ORDER', 'Text', 'chunk_ids', 'encode_texts', 'is_guided', 'text_keys', 'TextCache', 'Table',
-           'timetable', 'make_table', 'Noise', 'encode_picture', 'decode_latents', 'Trajectory', 'unet_inputs',
+__all__ = ['MAX_CHUNKS', 'FIRST_ORDER', 'Text', 'chunk_ids', 'encode_texts', 'is_guided', 'TextCache', 'Table', 'timetable',
+           'make_table', 'Noise', 'encode_picture', 'decode_batch', 'decode_latents', 'Trajectory', 'unet_inputs',
            'call_unet', 'advance']
 
 # %% ../nbs/06_trajectory.ipynb #90089ddf
@@ -58,15 +59,18 @@ def is_guided(parts: Components, p: Picture) -> bool:
     "Whether the UNet runs twice a step for this picture (classifier-free guidance)."
     return parts.row.cfg and p.guidance_scale > 1
 
-def text_keys(parts: Components, p: Picture) -> list[tuple[str, int, bool]]:
-    "What has to be encoded for a picture, the negative prompt first when there is guidance."
-    both = ([(p.negative_prompt, True)] if is_guided(parts, p) else []) + [(p.prompt, False)]
-    chunks = max(len(chunk_ids(t, text)[0]) for t in parts.tokenizers for text, _ in both)
-    return [(text, chunks, negative) for text, negative in both]
-
 class TextCache:
-    "Encoded prompts by text key, at most `size` of them."
-    def __init__(self, parts: Components, size: int = 256): self.parts, self.size, self.kept = parts, size, OrderedDict()
+    "What pictures begin with: encoded prompts by text key, at most `size` of them; chunk counts; timetables."
+    def __init__(self, parts: Components, size: int = 256):
+        self.parts, self.size, self.kept = parts, size, OrderedDict()
+        self.chunks = lru_cache(4 * size)(lambda text: max(len(chunk_ids(t, text)[0]) for t in parts.tokenizers))
+        self.table = lru_cache(size)(lambda sampler, steps, strength: make_table(parts.scheduler(sampler), steps, strength))
+
+    def keys(self, p: Picture) -> list[tuple[str, int, bool]]:
+        "The text keys of a picture, the negative prompt first when there is guidance (any thread may ask)."
+        both = ([(p.negative_prompt, True)] if is_guided(self.parts, p) else []) + [(p.prompt, False)]
+        chunks = max(self.chunks(text) for text, _ in both)
+        return [(text, chunks, negative) for text, negative in both]
 
     def fill(self, keys: list[tuple[str, int, bool]]) -> None:
         "Encode what is missing, one call for each number of chunks."
@@ -158,41 +162,63 @@ def encode_picture(parts: Components, image: Image.Image, width: int, height: in
     if raised: vae.half()
     return z.float() * vae.config.scaling_factor
 
+def _decode(parts: Components, latents: torch.Tensor, dtype: torch.dtype) -> list[Image.Image | None]:
+    "One call of the VAE for [B, C, h, w]; None for a row without a picture in it."
+    vae, kept = parts.vae, parts.vae.dtype
+    if dtype != kept: vae.to(dtype)
+    pixels = vae.decode((latents / vae.config.scaling_factor).to(dtype), return_dict=False)[0].float()
+    if dtype != kept: vae.to(kept)
+    flat = pixels.flatten(1)
+    good = (torch.isfinite(flat).all(1) & (flat.std(1) > 1e-3)).tolist()
+    bytes_ = (pixels / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()      # a quarter of what fp32 would move
+    return [Image.fromarray(a) if g else None for a, g in zip(bytes_, good)]
+
 @torch.inference_mode()
+def decode_batch(parts: Components, latents: torch.Tensor) -> list[tuple[Image.Image, bool] | Degenerate]:
+    "Latents [B, C, h, w] in one call -> for each row (RGB picture, whether it had to be decoded again in fp32), or why there is no picture in it."
+    out = [None if fine else Degenerate("The model's numbers overflowed; try another seed, fewer steps or SD_PRECISION=fp32.") for fine in torch.isfinite(latents).flatten(1).all(1).tolist()]
+    usual = torch.float32 if _half(parts.vae) else parts.vae.dtype
+    for dtype in dict.fromkeys((usual, torch.float32)):
+        rows = [i for i, o in enumerate(out) if o is None]
+        if not rows: break
+        for i, image in zip(rows, _decode(parts, latents if len(rows) == len(out) else latents[rows], dtype)):
+            if image is not None: out[i] = image, dtype != usual
+    return [o or Degenerate("The decoded picture is empty, also in fp32; try another seed or another VAE.") for o in out]
+
 def decode_latents(parts: Components, latents: torch.Tensor) -> tuple[Image.Image, bool]:
-    "Latents [1, C, h, w] -> (RGB picture, whether it had to be decoded in fp32). Degenerate when there is no picture in them."
-    if not torch.isfinite(latents).all(): raise Degenerate("The model's numbers overflowed; try another seed, fewer steps or SD_PRECISION=fp32.")
-    kept = parts.vae.dtype
-    for dtype in dict.fromkeys((torch.float32 if _half(parts.vae) else kept, torch.float32)):
-        vae = parts.vae if dtype == kept else parts.vae.to(dtype)
-        pixels = vae.decode((latents / vae.config.scaling_factor).to(dtype), return_dict=False)[0].float()
-        if dtype != kept: vae.to(kept)
-        if torch.isfinite(pixels).all() and pixels.std() > 1e-3:
-            array = ((pixels[0] / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).cpu().numpy() * 255).round().astype("uint8")
-            return Image.fromarray(array), dtype != kept
-    raise Degenerate("The decoded picture is empty, also in fp32; try another seed or another VAE.")
+    "`decode_batch` of one picture [1, C, h, w]; raises its Degenerate."
+    done = decode_batch(parts, latents)[0]
+    if isinstance(done, Degenerate): raise done
+    return done
 
 # %% ../nbs/06_trajectory.ipynb #c4b4a151
 class Trajectory:
     "One picture under way. `k` of `steps` UNet steps are done; `latents` [1, C, h, w] fp32; `estimate`: the picture-to-be as latents."
     def __init__(self, parts: Components, picture: Picture, texts: TextCache):
         self.parts, self.picture, self.k = parts, picture, 0
-        self.noise, self.estimate = Noise(picture), None
-        sampler = parts.scheduler(picture.scheduler)
-        if type(sampler).__name__ in FIRST_ORDER:
-            self.table, self.sampler = make_table(sampler, picture.steps, picture.strength), None
+        self.noise, self.estimate, self.table, self.sampler = Noise(picture), None, None, None
+        if SAMPLERS[picture.scheduler or parts.row.sampler].cls in FIRST_ORDER:
+            self.table = texts.table(picture.scheduler, picture.steps, picture.strength)
             self.timesteps, start = self.table.timesteps, self.table.start
         else:
-            first, start = timetable(sampler, picture.steps, picture.strength)
-            self.table, self.sampler, self.timesteps = None, sampler, sampler.timesteps[first:]
-        self._text(texts)
+            self.sampler = parts.scheduler(picture.scheduler)
+            first, start = timetable(self.sampler, picture.steps, picture.strength)
+            self.timesteps = self.sampler.timesteps[first:]
+        self.clock = self.timesteps.to(parts.device).float()
+        self._text([texts(*key) for key in texts.keys(picture)])
         self._first_latents(start)
 
-    def _text(self, texts: TextCache) -> None:
-        both = [texts(*key) for key in text_keys(self.parts, self.picture)]
-        self.guided, self.cut = len(both) == 2, both[-1].cut
-        self.embeds = torch.cat([t.embeds for t in both])                     # [1 or 2, T, D]
-        self.pooled = torch.cat([t.pooled for t in both]) if self.parts.xl else None
+    def _text(self, both: list[Text]) -> None:
+        "What the UNet is given at every step besides latents and time."
+        p, parts, r = self.picture, self.parts, len(both)
+        self.guided, self.cut = r == 2, both[-1].cut
+        self.embeds, self.extras = torch.cat([t.embeds for t in both]), {}        # [R, T, D]
+        like = dict(device=parts.device, dtype=self.embeds.dtype)
+        if parts.xl: self.extras |= {"text_embeds": torch.cat([t.pooled for t in both]), "time_ids": torch.tensor([[p.height, p.width, 0, 0, p.height, p.width]] * r, **like)}
+        if dim := parts.unet.config.get("time_cond_proj_dim"):
+            from diffusers.models.embeddings import get_timestep_embedding
+            w = torch.tensor([(p.guidance_scale - 1) * 1000.0] * r, device=parts.device)
+            self.extras["timestep_cond"] = get_timestep_embedding(w, dim, flip_sin_to_cos=False, downscale_freq_shift=1).to(**like)
 
     def _first_latents(self, start: tuple[float, float]) -> None:
         p, scale = self.picture, self.parts.vae_scale
@@ -212,18 +238,9 @@ class Trajectory:
 # %% ../nbs/06_trajectory.ipynb #5644db5e
 def unet_inputs(t: Trajectory) -> dict:
     "What the UNet gets for the next step of one trajectory: sample [R, C, h, w], timestep [R], embeds, and SDXL's and LCM's extras."
-    p, parts, r = t.picture, t.parts, t.rows
-    now = t.timesteps[t.k]
-    x = t.latents * t.table.scale[t.k] if t.table else t.sampler.scale_model_input(t.latents, now)
-    inputs = {"sample": x.to(parts.dtype).expand(r, -1, -1, -1), "timestep": now.to(parts.device).reshape(1).expand(r).float(), "encoder_hidden_states": t.embeds}
-    if parts.xl:
-        ids = torch.tensor([[p.height, p.width, 0, 0, p.height, p.width]], device=parts.device, dtype=parts.dtype)
-        inputs |= {"text_embeds": t.pooled, "time_ids": ids.expand(r, -1)}
-    if dim := parts.unet.config.get("time_cond_proj_dim"):
-        from diffusers.models.embeddings import get_timestep_embedding
-        w = torch.tensor([(p.guidance_scale - 1) * 1000.0], device=parts.device)
-        inputs["timestep_cond"] = get_timestep_embedding(w, dim, flip_sin_to_cos=False, downscale_freq_shift=1).to(parts.dtype).expand(r, -1)
-    return inputs
+    x = t.latents * t.table.scale[t.k] if t.table else t.sampler.scale_model_input(t.latents, t.timesteps[t.k])
+    sample = x.to(t.embeds.dtype).expand(t.rows, -1, -1, -1)
+    return {"sample": sample, "timestep": t.clock[t.k:t.k + 1].expand(t.rows), "encoder_hidden_states": t.embeds, **t.extras}
 
 def call_unet(unet, inputs: dict) -> torch.Tensor:
     "The one place where the UNet runs: inputs of B rows -> its output [B, C, h, w]."
@@ -240,7 +257,7 @@ def advance(batch: list[Trajectory], unet, bucket: int = 0) -> None:
     if rows < bucket: inputs = {k: torch.cat([v, v[:1].expand(bucket - rows, *v.shape[1:])]) for k, v in inputs.items()}
     out, at = call_unet(unet, inputs).float(), 0
     for t in batch:
-        v = out[at:at + t.rows]; at += t.rows
+        v, at = out[at:at + t.rows], at + t.rows
         _take(t, v[:1] + t.picture.guidance_scale * (v[1:] - v[:1]) if t.guided else v)
 
 def _take(t: Trajectory, v: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from aura_engine.batching import Curve
 from aura_engine.config import load_settings
 from aura_engine.engine import Engine
 from aura_engine.trajectory import TextCache, Trajectory, advance
@@ -18,7 +19,8 @@ APPLE = Picture("a red apple", 128, 128, steps=4, guidance_scale=1.0, seed=7)
 
 
 def make(**env):
-    engine = Engine(load_settings(SD_MODEL_ID="embedded", SD_DEVICE="cpu", **env)).start()
+    """On torch, where hooks into the model can provoke what has to be survived."""
+    engine = Engine(load_settings(SD_MODEL_ID="embedded", SD_DEVICE="cpu", **{"SD_BACKEND": "torch"} | env)).start()
     assert engine.wait_ready(300), engine.reason
     return engine
 
@@ -97,6 +99,21 @@ def test_pictures_of_one_request_are_reproducible_alone(engine):
     assert np.abs(pixels(images[2].image) - pixels(picture(engine, replace(APPLE, seed=52)))).max() <= 1
 
 
+def test_pictures_that_finish_together_are_decoded_together(engine, monkeypatch):
+    """Where the decode's curve pays: one VAE call for several, the same pictures; one that went wrong fails alone."""
+    asked = [replace(APPLE, seed=70 + i) for i in range(4)]
+    alone, sizes = [picture(engine, p) for p in asked], []
+    native = engine.cost.native
+    monkeypatch.setitem(engine.cost.decodes, native, Curve({1: 10.0, 2: 10.0, 4: 10.0}))
+    monkeypatch.setitem(engine.cost.steps, native, Curve({1: 0.1, 2: 0.1, 4: 0.1, 8: 0.1}))
+    hook = engine.parts.vae.decoder.register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])))
+    try:
+        images = engine.submit(Plan(tuple(asked))).result(120)
+        assert max(sizes) == 4, sizes
+        assert all(np.abs(pixels(im.image) - pixels(ref)).max() <= 1 for im, ref in zip(images, alone))
+    finally: hook.remove()
+
+
 def test_temperature_zero_is_the_prompt_alone(engine):
     cold = [picture(engine, replace(APPLE, temperature=0, seed=s)).tobytes() for s in (1, 2)]
     warm = [picture(engine, replace(APPLE, temperature=1.0, seed=s)).tobytes() for s in (1, 2)]
@@ -161,6 +178,20 @@ def test_out_of_memory_makes_the_batch_smaller(engine, fault):
     fault(small_device)
     jobs = [engine.submit(Plan((replace(APPLE, seed=s),))) for s in range(5)]
     for job, ref in zip(jobs, reference): assert np.abs(pixels(job.result(120)[0].image) - pixels(ref)).max() <= 1
+
+
+def test_out_of_memory_in_the_decode_is_survived(engine, photo):
+    """First try without memory: the picture comes, its receipt says how; the next one is made as ever."""
+    left = [1]
+
+    def full(module, args):
+        if left and left.pop(): raise torch.OutOfMemoryError("provoked")
+    hook = engine.parts.vae.decoder.register_forward_pre_hook(full)
+    try: saved = engine.submit(Plan((APPLE,))).result(120)[0]
+    finally: hook.remove()
+    assert not left and saved.image.tobytes() == photo.tobytes() and any("memory" in c for c in saved.receipt.corrections)
+    after = engine.submit(Plan((APPLE,))).result(120)[0]
+    assert after.image.tobytes() == photo.tobytes() and not after.receipt.corrections and not engine.parts.vae.use_tiling
 
 
 def test_out_of_memory_for_good_is_an_answer_and_leaves_no_trace(engine, fault, photo):
