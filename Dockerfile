@@ -23,6 +23,8 @@ ENV HOME=/home/user \
     TORCHINDUCTOR_CACHE_DIR=/home/user/.cache/inductor \
     TRITON_CACHE_DIR=/home/user/.cache/triton \
     MPLCONFIGDIR=/home/user/.cache/matplotlib
+# There already, so that a volume mounted on it belongs to uid 1000.
+RUN mkdir "$XDG_CACHE_HOME"
 
 COPY --chown=1000:1000 app.py ./
 COPY --chown=1000:1000 aura_engine ./aura_engine

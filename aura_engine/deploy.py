@@ -4,7 +4,7 @@
 
 # %% ../nbs/15_deploy.ipynb #309493d5
 from __future__ import annotations
-import argparse, ast, base64, contextlib, hashlib, html, json, os, re, sys, tempfile, threading, time, traceback, warnings
+import argparse, ast, base64, contextlib, getpass, hashlib, html, json, os, re, sys, tempfile, threading, time, traceback, warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
@@ -12,14 +12,15 @@ from pathlib import Path
 from urllib.parse import quote
 
 # %% auto #0
-__all__ = ['EXITS', 'ROLLED_BACK', 'PRESETS', 'UPLOAD', 'WEIGHTS', 'LARGEST', 'WORDS', 'DEAD', 'DeployError', 'Preset',
-           'preset_table', 'Options', 'parse', 'upload_set', 'build_id', 'stamp', 'imported', 'installed_by',
-           'stale_modules', 'faults', 'slow_start', 'space_readme', 'redactor', 'Remote', 'Found', 'tree_at', 'prices',
-           'look', 'fingerprint', 'hardware_for', 'objections', 'Change', 'Plan', 'same_file', 'make_plan', 'apply',
-           'commit', 'build_id_of', 'Follower', 'wait', 'NotYet', 'until', 'app_answer', 'check_health', 'check_page',
-           'check_stranger', 'check_picture', 'smoke', 'set_line', 'write_env', 'restore', 'roll_back', 'printer',
-           'find_token', 'cleaner', 'prepare', 'deploy', 'Watch', 'Panel', 'status', 'tiers', 'logs', 'restart', 'main',
-           'command']
+__all__ = ['EXITS', 'ROLLED_BACK', 'OPENVINO', 'PRESETS', 'EPILOG', 'OPTIONS', 'UPLOAD', 'WEIGHTS', 'LARGEST', 'WORDS',
+           'CONVERTS', 'DEAD', 'DeployError', 'Preset', 'preset_table', 'Options', 'parse', 'upload_set', 'build_id',
+           'stamp', 'imported', 'installed_by', 'stale_modules', 'faults', 'slow_start', 'space_readme', 'redactor',
+           'find_token', 'Remote', 'Found', 'tree_at', 'prices', 'look', 'fingerprint', 'hardware_for', 'objections',
+           'Change', 'Plan', 'git_oid', 'same_file', 'make_plan', 'apply', 'commit', 'build_id_of', 'Follower', 'wait',
+           'NotYet', 'until', 'app_answer', 'check_health', 'check_page', 'check_stranger', 'check_picture', 'smoke',
+           'set_line', 'write_env', 'replace_file', 'Attempt', 'attempt', 'restore', 'roll_back', 'printer', 'cleaner',
+           'kept', 'keep', 'cut_off', 'prepare', 'deploy', 'Watch', 'Panel', 'status', 'tiers', 'logs', 'restart',
+           'main', 'command', 'jsonl']
 
 # %% ../nbs/15_deploy.ipynb #b00e8c9e
 import httpx, httpx2
@@ -44,20 +45,19 @@ class DeployError(Exception):
 # %% ../nbs/15_deploy.ipynb #2b7d9a23
 @dataclass(frozen=True)
 class Preset:
-    "A way to run: variables of the Space, hardware to ask for (None: as it is), seconds a start may take, a note."
+    "A way to run: variables of the Space, hardware to ask for (None: as it is), a note."
     variables: Mapping[str, str]
     hardware: str | None
-    seconds: int
     note: str
 
 _lcm = {"SD_MODEL_ID": "stable-diffusion-v1-5/stable-diffusion-v1-5", "SD_LCM_LORA_ID": "latent-consistency/lcm-lora-sdv1-5"}
+OPENVINO = "openvino>=2025.3"                # the extra of that name in settings.ini; an image has it only when asked
 _cuda = {"SD_DEVICE": "cuda", "SD_PRECISION": "fp16", "TORCH_INDEX_URL": "pypi"}
 PRESETS = {
-    "cpu": Preset({}, None, 1800, "the embedded model: ready in seconds, 256 things it can draw"),
-    "cpu-sd15": Preset({**_lcm, "SD_BACKEND": "openvino", "EXTRA_PACKAGES": "openvino>=2025.3"}, None, 3600,
-                       "downloads 2 GB and converts them at every start, because a Space's disk is emptied; a picture takes tens of seconds on two cores"),
-    "t4": Preset({**_lcm, **_cuda}, "t4-small", 1800, "Stable Diffusion 1.5, four steps"),
-    "lightning": Preset({"SD_MODEL_ID": "ByteDance/SDXL-Lightning", **_cuda}, "l4x1", 3600, "1024 pixels in four steps; a10g-small works too"),
+    "cpu": Preset({}, None, f"the embedded model, ready in seconds: {row_for('embedded', None).note}"),
+    "cpu-sd15": Preset({**_lcm, "SD_BACKEND": "openvino", "EXTRA_PACKAGES": OPENVINO}, None, "Stable Diffusion 1.5 on two cores: tens of seconds a picture"),
+    "t4": Preset({**_lcm, **_cuda}, "t4-small", "Stable Diffusion 1.5, four steps"),
+    "lightning": Preset({"SD_MODEL_ID": "ByteDance/SDXL-Lightning", **_cuda}, "l4x1", "1024 pixels in four steps; a10g-small works too"),
 }
 
 # %% ../nbs/15_deploy.ipynb #42c98430
@@ -99,38 +99,50 @@ class Options:
         out = dict(PRESETS[self.preset].variables) if self.preset else {}
         if self.model: out["SD_MODEL_ID"] = resolve_id(self.model)[0]
         if self.origins is not None: out["ALLOW_ORIGINS"] = ",".join(self.origins)
-        return out | dict(self.var)
+        out |= self.var
+        return ({"EXTRA_PACKAGES": OPENVINO} if out.get("SD_BACKEND") == "openvino" else {}) | out
 
 # %% ../nbs/15_deploy.ipynb #068fb705
 class _Parser(argparse.ArgumentParser):
     def error(self, message): raise DeployError("usage", f"{message}\n{self.format_usage().strip()}")
 
+EPILOG = f"""The token comes from HF_TOKEN or `hf auth login`; making a Docker Space needs PRO or paid hardware.
+
+  hf_space_deploy.py --space-id you/aura --origins "http://localhost:5173" --dry-run
+  hf_space_deploy.py --space-id you/aura --preset t4 --sleep-time 600 --yes
+
+exit status: {", ".join(f"{v} {k}" for k, v in EXITS.items())}; {ROLLED_BACK}+n: n, and the version before it is back"""
+
 def _parser() -> argparse.ArgumentParser:
-    p = _Parser(prog="hf_space_deploy.py", description="Deploy this engine to a Hugging Face Docker Space.", allow_abbrev=False,
-                epilog="exit status: " + ", ".join(f"{v} {k}" for k, v in EXITS.items()) + f"; {ROLLED_BACK}+n: n, and the version before it was put back")
-    add, flag = p.add_argument, lambda *names, **more: p.add_argument(*names, action="store_true", **more)
-    add("--space-id", required=True, metavar="OWNER/NAME")
-    add("--origins", help="web origins that may call the engine, comma-separated")
-    flag("--any-origin", help="allow --origins '*'")
-    add("--preset", choices=list(PRESETS))
-    add("--model", help="SD_MODEL_ID: a Hub id")
-    add("--var", action="append", default=[], metavar="NAME=VALUE", help="a variable of the Space")
-    add("--secret", action="append", default=[], metavar="NAME", help="a secret of the Space: from the environment, else a line of standard input")
-    add("--hardware", help="ask for this hardware; never a cheaper one than the Space has")
-    add("--sleep-time", type=int, help="seconds without a visit after which paid hardware sleeps")
-    add("--visibility", choices=["public", "protected", "private"], default="public", help="of a new Space")
-    add("--source", help="folder with Dockerfile and app.py")
-    add("--env-file", default=".env.local", help="gets VITE_CLOUD_ENGINE_URL when the Space answers; '' for none")
-    for name, text in (("--dry-run", "show the plan, change nothing"), ("--detailed-exitcode", "with --dry-run: 10 when something would change")): flag(name, help=text)
-    flag("--no-wait", help="end after the commit")
-    add("--timeout", type=float, help="seconds for build and start together")
-    add("--poll", type=float, default=5.0, help="seconds between two looks at the Space")
-    add("--smoke", choices=["full", "health", "none"], default="full", help="what the live Space is asked")
-    for name, text in (("--no-rollback", "leave a version that failed"), ("--yes", "agree to hardware that costs money")): flag(name, help=text)
-    for name, text in (("--json", "one JSON object a line"), ("--status", "show the Space, change nothing"), ("--restart", "restart the Space, change nothing else")): flag(name, help=text)
-    add("--logs", choices=["build", "run"], help="print a log, change nothing")
-    add("--rollback-to", metavar="COMMIT", help="make this commit of the Space the current one again")
+    p = _Parser(prog="aura deploy" if Path(sys.argv[0]).stem == "aura" else "hf_space_deploy.py", allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=EPILOG,
+                description="Deploy this engine to a Hugging Face Docker Space, and prove that it answers.")
+    for group, rows in OPTIONS.items():
+        add = p.add_argument_group(group).add_argument
+        for name, text, more in rows: add(name, help=text, **more)
     return p
+
+# %% ../nbs/15_deploy.ipynb #557750d5
+_flag, _many = {"action": "store_true"}, {"action": "append", "default": []}
+OPTIONS = {
+    "what is deployed": [
+        ("--space-id", "the Space; it is made if there is none", {"required": True, "metavar": "OWNER/NAME"}),
+        ("--origins", "web origins that may call the engine, comma-separated (default: the Space's own)", {"metavar": "URLS"}), ("--any-origin", "allow --origins '*'", _flag),
+        ("--preset", "variables and hardware that belong together: " + ", ".join(PRESETS), {"choices": list(PRESETS), "metavar": "NAME"}), ("--model", "SD_MODEL_ID: a Hub id", {"metavar": "ID"}),
+        ("--var", "a variable of the Space", {"metavar": "NAME=VALUE", **_many}), ("--secret", "a secret of the Space: from the environment, else asked for", {"metavar": "NAME", **_many}),
+        ("--hardware", "ask for this hardware; never a cheaper one than the Space has", {"metavar": "NAME"}), ("--sleep-time", "paid hardware sleeps after so long without a visit", {"type": int, "metavar": "SECONDS"}),
+        ("--visibility", "of a new Space: public (default), protected, private", {"choices": ["public", "protected", "private"], "default": "public", "metavar": "WHO"}),
+        ("--source", "folder with Dockerfile and app.py (default: this project)", {"metavar": "FOLDER"})],
+    "how": [
+        ("--dry-run", "show the plan, change nothing", _flag), ("--detailed-exitcode", "with --dry-run: exit status 10 when something would change", _flag), ("--yes", "agree to hardware that costs money", _flag),
+        ("--no-wait", "end after the commit", _flag), ("--timeout", "for build and start together (default: 1800, a large model 3600)", {"type": float, "metavar": "SECONDS"}),
+        ("--poll", "between two looks at the Space (default: 5)", {"type": float, "default": 5.0, "metavar": "SECONDS"}),
+        ("--smoke", "what the live Space is asked: full (default: a picture too), health, none", {"choices": ["full", "health", "none"], "default": "full", "metavar": "HOW"}),
+        ("--no-rollback", "leave a version that failed", _flag), ("--env-file", "gets VITE_CLOUD_ENGINE_URL when the Space answers (default: .env.local; '' for none)", {"default": ".env.local", "metavar": "FILE"}),
+        ("--json", "one JSON object a line", _flag)],
+    "instead of deploying": [
+        ("--status", "show the Space", _flag), ("--logs", "print the build or the run log", {"choices": ["build", "run"]}), ("--restart", "restart the Space", _flag),
+        ("--rollback-to", "make this commit of the Space the current one again", {"metavar": "COMMIT"})],
+}
 
 # %% ../nbs/15_deploy.ipynb #aa701211
 def _source() -> str:
@@ -142,13 +154,15 @@ def parse(argv: Sequence[str] | None = None, env: Mapping[str, str] | None = Non
     a, env = _parser().parse_args(argv), os.environ if env is None else env
     try: origins = None if a.origins is None else parse_origins(a.origins)
     except ValueError as e: raise DeployError("usage", f"--origins: {e}") from None
+    if origins == (): raise DeployError("usage", "--origins is empty; leave it out to keep the Space's own")
     if origins and "*" in origins and not a.any_origin: raise DeployError("usage", "--origins '*' lets every web page use your engine; say --any-origin if that is meant")
     pairs = [v.partition("=") for v in a.var]
     if bad := [k for k, eq, _ in pairs if not (eq and re.fullmatch(r"[A-Za-z_]\w*", k))]: raise DeployError("usage", f"--var {bad[0]!r}: write NAME=VALUE")
     if a.model:
         try: check_source(resolve_id(a.model)[0])
         except AuraError as e: raise DeployError("usage", e.detail) from None
-    secret = {k: (env[k] if k in env else sys.stdin.readline()).strip() for k in a.secret}
+    ask = lambda k: getpass.getpass(f"{k}: ") if sys.stdin.isatty() else sys.stdin.readline()
+    secret = {k: (env[k] if k in env else ask(k)).strip() for k in a.secret}
     if empty := [k for k, v in secret.items() if not v]: raise DeployError("usage", f"--secret {empty[0]}: neither in the environment nor on standard input")
     o = Options(a.space_id, origins, a.preset, a.model, {k: v for k, _, v in pairs}, secret, a.hardware, a.sleep_time, a.visibility,
                 a.source or _source(), a.env_file, a.dry_run, not a.no_wait, a.timeout, a.smoke, not a.no_rollback, a.yes, a.poll)
@@ -197,15 +211,17 @@ def _modules(n: ast.AST) -> list[str]:
 
 _plain = lambda name: re.sub(r"[-_.]+", "-", name).lower()
 
-def installed_by(requirements: str) -> set[str]:
-    "Names of the distributions that these requirements bring, with what those need in turn (as far as installed here)."
-    out, todo = set(), [_plain(re.match(r"[\w.-]+", line)[0]) for line in requirements.split("\n") if line.strip() and line[0] not in "#-"]
+def installed_by(requirements: str) -> tuple[set[str], bool]:
+    "Names of the distributions that these requirements bring, with what those need in turn; is every line installed here, so that this is all?"
+    lines = [_plain(re.match(r"[\w.-]+", line)[0]) for line in requirements.split("\n") if line.strip() and line[0] not in "#-"]
+    out, todo, here = set(), list(lines), set()
     while todo:
         if (name := todo.pop()) in out: continue
         out.add(name)
         with contextlib.suppress(metadata.PackageNotFoundError):
             todo += [_plain(re.match(r"[\w.-]+", r)[0]) for r in metadata.requires(name) or () if "extra ==" not in r]
-    return out
+            here.add(name)
+    return out, here.issuperset(lines)
 
 # %% ../nbs/15_deploy.ipynb #70191689
 def stale_modules(source: str | Path) -> list[str]:
@@ -235,8 +251,8 @@ def faults(files: Mapping[str, bytes], source: str | Path) -> list[str]:
 def _code_faults(files: Mapping[str, bytes]) -> list[str]:
     try: modules = imported(files)
     except SyntaxError as e: return [f"Python cannot read a module: {e.msg}, line {e.lineno}"]
-    have, where = installed_by(files["requirements.txt"].decode()), metadata.packages_distributions()
-    return [f"{f} imports {m}, which no line of requirements.txt installs" for m, f in modules.items() if not have & {_plain(d) for d in where.get(m, [m])}]
+    (have, all_known), where = installed_by(files["requirements.txt"].decode()), metadata.packages_distributions()
+    return [f"{f} imports {m}, which no line of requirements.txt installs" for m, f in modules.items() if all_known and not have & {_plain(d) for d in where.get(m, [m])}]
 
 # %% ../nbs/15_deploy.ipynb #a014ed59
 def slow_start(variables: Mapping[str, str]) -> int:
@@ -265,10 +281,15 @@ def redactor(*secrets: str) -> Callable[[str], str]:
 WORDS = {401: "the token is not accepted: make one with write access and put it into HF_TOKEN, or run `hf auth login`", 402: "creating a Docker Space needs a paid plan (PRO, Team, Enterprise) or paid hardware with billing",
          403: "the token may not write there", 404: "not found, or not visible to this token", 409: "the name is taken, or another operation is under way", 412: "somebody else committed to the Space meanwhile"}
 
+def find_token() -> str:
+    "The token from HF_TOKEN or `hf auth login`, without the newline that files end in."
+    if not (token := (os.environ.get("HF_TOKEN") or get_token() or "").strip()): raise DeployError("preflight", WORDS[401].replace("is not accepted", "is missing"))
+    return token
+
 class Remote:
     "The Hub, for one Space and one token."
-    def __init__(self, space_id: str, token: str, poll: float = 5.0, clean: Callable[[str], str] = str):
-        self.id, self.token, self.poll, self.clean = space_id, token, poll, clean
+    def __init__(self, space_id: str, token: str, poll: float = 5.0, clean: Callable[[str], str] | None = None):
+        self.id, self.token, self.poll, self.clean = space_id, token, poll, clean or redactor(token)
         self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
         self.api = HfApi(endpoint=self.endpoint, token=token, library_name="aura_engine")
         set_client_factory(lambda: httpx2.Client(follow_redirects=True, timeout=httpx2.Timeout(60, connect=15)))
@@ -394,9 +415,13 @@ class Plan:
         return "\n".join([*table, *(f"note: {n}" for n in self.notes)])
 
 # %% ../nbs/15_deploy.ipynb #ce0bb9be
+def git_oid(data: bytes) -> str:
+    "The id that git gives a file of this content."
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
 def same_file(data: bytes, oid: str | None) -> bool:
     "Is this content what the Hub has under that name? Large files are known by sha256, the others by git's blob id."
-    return oid in (hashlib.sha256(data).hexdigest(), hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest())
+    return oid in (hashlib.sha256(data).hexdigest(), git_oid(data))
 
 def make_plan(found: Found, files: Mapping[str, bytes], o: Options) -> Plan:
     "What has to change on the Hub so that it has these files and what `o` wants."
@@ -406,7 +431,7 @@ def make_plan(found: Found, files: Mapping[str, bytes], o: Options) -> Plan:
     files = {**stamp(files), "README.md": space_readme(o.space_id, after)}
     new = [] if found.head else [Change("create", "space", o.space_id, "", f"docker, {o.visibility}, {hardware or 'cpu-basic'}")]
     gone = [Change("delete", "secret", k, "(hidden)") for k in sorted(set(want) & set(found.secrets))]
-    gone += [Change("delete", "variable", k, had[k]) for k in sorted(old | set(o.secret) & set(had))]
+    gone += [Change("delete", "variable", k, "(hidden)" if k in o.secret else had[k]) for k in sorted(old | set(o.secret) & set(had))]
     sets = [Change("set", "variable", k, had.get(k, ""), v) for k, v in want.items() if had.get(k) != v]
     sets += [Change("set", "secret", k, "(hidden)" if k in found.secrets else "", "(hidden)") for k, v in o.secret.items() if found.secrets.get(k) != fingerprint(o.space_id, k, v)]
     if found.head and hardware and hardware != found.hardware: sets.append(Change("set", "hardware", hardware, found.hardware or "", hardware))
@@ -415,10 +440,13 @@ def make_plan(found: Found, files: Mapping[str, bytes], o: Options) -> Plan:
     up += [Change("delete", "file", p) for p in sorted(found.tree) if p.startswith("aura_engine/") and p not in files]
     return Plan(found, tuple(new + gone + sets + up), files, after, hardware, tuple(_notes(found, o, after, hardware or found.hardware or "cpu-basic")))
 
+CONVERTS = "OpenVINO's graphs are made by the engine's start, and a Space's disk is emptied when it stops: every start downloads the model (gigabytes) and converts it (up to minutes, and several times the model's memory)"
+
 def _notes(found: Found, o: Options, after: Mapping[str, str], hardware: str) -> list[str]:
     out = [PRESETS[o.preset].note] if o.preset else []
     if o.model and (said := resolve_id(o.model)[1]): out.append(said)
-    if price := found.prices.get(hardware): out.append(f"{hardware} costs ${price:.2f} an hour while it is awake")
+    if after.get("SD_BACKEND") == "openvino": out.append(CONVERTS)
+    if price := found.prices.get(hardware): out.append(f"{hardware} costs ${price:.2f} an hour while it is awake" + ("" if o.sleep_time or (found.sleep_time or -1) > 0 else ", and it stays awake: --sleep-time 600 lets it sleep"))
     elif after.get("TORCH_INDEX_URL") == "pypi": out.append(f"{hardware} has no GPU: a CUDA image of several gigabytes for nothing")
     if not found.head and not (found.user.get("isPro") or o.space_id.split("/")[0] != found.user["name"]): out.append("without PRO the Hub lets you create a Docker Space only with paid hardware; it may answer 402")
     return out
@@ -456,23 +484,26 @@ class Follower(threading.Thread):
     "Follows the build or run log of a Space, hands each line to `say` and keeps it in `lines`."
     def __init__(self, remote: Remote, kind: str, say: Callable):
         super().__init__(daemon=True)
-        self.url, self.kind, self.say, self.lines, self.done = f"{remote.endpoint}/api/spaces/{remote.id}/logs/{kind}", kind, say, [], threading.Event()
-        self.headers = {"Authorization": f"Bearer {remote.token}"}
+        self.url, self.kind, self.say, self.clean = f"{remote.endpoint}/api/spaces/{remote.id}/logs/{kind}", kind, say, remote.clean
+        self.pause = min(1.0, remote.poll)
+        self.lines, self.events, self.done, self.headers = [], [], threading.Event(), {"Authorization": f"Bearer {remote.token}"}
 
     def run(self):
         while not self.done.is_set():
             with contextlib.suppress(httpx.HTTPError): self._read()
-            self.done.wait(1)
+            self.done.wait(self.pause)
 
     def _read(self):
-        n = 0
+        before = set(self.events)                                      # said before the connection broke; the Hub starts over
         with httpx.stream("GET", self.url, headers=self.headers, timeout=httpx.Timeout(10, read=30)) as r:
             for line in r.iter_lines() if r.status_code == 200 else ():
                 if self.done.is_set(): return
                 if not line.startswith("data: {"): continue
-                n += 1
-                if n <= len(self.lines): continue                      # said before the connection broke
-                self.lines.append(_PAINT.sub("", json.loads(line[6:])["data"]).rstrip("\n"))
+                try: event = tuple(json.loads(line[6:])[k] for k in ("timestamp", "data"))
+                except (ValueError, LookupError): continue
+                self.events.append(event)
+                if event in before: continue
+                self.lines.append(self.clean(_PAINT.sub("", event[1]).rstrip("\n")))
                 self.say(self.kind, self.lines[-1])
 
     def causes(self, seconds: float = 2) -> list[str]:
@@ -487,13 +518,13 @@ _BAD = re.compile(r"error|exception|traceback|failed|killed|no space|cannot", re
 # %% ../nbs/15_deploy.ipynb #a57453e7
 DEAD = {"BUILD_ERROR": "build", "RUNTIME_ERROR": "runtime", "CONFIG_ERROR": "runtime", "NO_APP_FILE": "runtime", "PAUSED": "runtime", "STOPPED": "runtime", "DELETING": "runtime"}
 
-def wait(remote: Remote, oid: str, written: str, seconds: float, say: Callable) -> None:
-    "Return when `oid` runs; DeployError 'build', 'runtime' or 'timeout' when it will not. `written` just now: 'commit', 'settings' or ''."
+def wait(remote: Remote, oid: str, written: str, seconds: float, say: Callable, ago: float = 0.0) -> None:
+    "Return when `oid` runs; DeployError 'build', 'runtime' or 'timeout' when it will not. `written`, so many seconds `ago`: 'commit', 'settings' or ''."
     start, seen, logs, moved = time.monotonic(), None, {}, not written
-    sure = lambda: moved or time.monotonic() > start + 12 * remote.poll
+    sure = lambda: moved or asked > start - ago + 12 * remote.poll
     try:
         while True:
-            raw = remote(lambda api: api.get_space_runtime(remote.id)).raw
+            asked, raw = time.monotonic(), remote(lambda api: api.get_space_runtime(remote.id)).raw
             stage, sha = str(raw["stage"]), raw.get("sha")
             ours = sha == oid or sha is None and sure()
             if stage != seen: say("wait", stage, sha=sha)
@@ -584,7 +615,11 @@ def write_env(path: str | Path, name: str, value: str) -> bool:
     path = Path(path).resolve()
     old = path.read_bytes() if path.exists() else b""
     new = set_line(old.decode("utf-8", "surrogateescape"), name, value).encode("utf-8", "surrogateescape")
-    if new == old: return False
+    if new != old: replace_file(path, new)
+    return new != old
+
+def replace_file(path: Path, new: bytes) -> None:
+    "The file with new content: whoever reads it sees the old one or the new one, and it keeps its mode."
     fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
         with os.fdopen(fd, "wb") as f:
@@ -596,32 +631,59 @@ def write_env(path: str | Path, name: str, value: str) -> bool:
     except BaseException:
         os.unlink(temporary)
         raise
-    return True
 
 # %% ../nbs/15_deploy.ipynb #f911aede
-def restore(remote: Remote, good: str, plan: Plan | None = None) -> tuple[str, list[str]]:
-    "Make commit `good` the current one and undo the plan's settings; (oid, what could not be undone)."
-    lost, at = [], remote.id
-    for c in reversed(plan.changes if plan else ()):
-        if c.what == "variable" and c.name in plan.found.secrets: continue         # it took a secret's place, which stays empty
-        elif c.what == "variable": remote(lambda api, c=c: api.add_space_variable(at, c.name, c.now) if c.name in plan.found.variables else api.delete_space_variable(at, c.name))
-        elif c.what == "secret" and c.verb == "set" and not c.now: remote(lambda api, c=c: api.delete_space_secret(at, c.name))
-        elif c.what in ("secret", "hardware", "sleep"): lost.append(f"{c.what} {c.name}")
+@dataclass(frozen=True)
+class Attempt:
+    """A deployment under way. `head`: the Space's commit before; `dockerfile`: git id of what was to be there after; `previous`: the good commit;
+    `variables`: their old values (None: there was none); `secrets`: new ones, to be deleted; `lost`: what cannot be undone; `time`: seconds since 1970."""
+    head: str | None
+    dockerfile: str
+    previous: str | None
+    variables: Mapping[str, str | None] = field(default_factory=dict)
+    secrets: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
+    time: float = field(default_factory=time.time)
+
+    @property
+    def settings(self) -> bool:
+        "Did it change something for which the Space restarts?"
+        return bool(self.variables or self.secrets or [x for x in self.lost if not x.startswith("sleep")])
+
+def attempt(plan: Plan, good: str | None, cut: Attempt | None = None) -> Attempt:
+    "How to undo the plan, and what a run that was `cut` off had done already."
+    lost, back = {x: 1 for x in (cut.lost if cut else ())}, dict(cut.variables) if cut else {}
+    new = [*(cut.secrets if cut else ()), *(c.name for c in plan.changes if c.what == "secret" and c.verb == "set" and not c.now)]
+    for c in plan.changes:
+        if c.what in ("hardware", "sleep") or c.what == "secret" and c.now: lost[f"{c.what} {c.name}"] = 1
+    for c in plan.changes:                                                         # a variable that took a secret's place stays
+        if c.what == "variable" and f"secret {c.name}" not in lost: back.setdefault(c.name, plan.found.variables.get(c.name))
+    return Attempt(plan.found.head, git_oid(plan.files["Dockerfile"]), cut.previous if cut else good, back, tuple(new), tuple(lost))
+
+# %% ../nbs/15_deploy.ipynb #2e21ab41
+def restore(remote: Remote, good: str, made: Attempt | None = None) -> str:
+    "Make commit `good` the current one and undo the settings; the oid that must run then."
+    at = remote.id
+    if made:
+        had = {k: v.value for k, v in remote(lambda api: api.get_space_variables(at)).items()}
+        for k, v in made.variables.items():
+            if had.get(k) != v: remote(lambda api, k=k, v=v: api.delete_space_variable(at, k) if v is None else api.add_space_variable(at, k, v))
+        for k in made.secrets: remote(lambda api, k=k: api.delete_space_secret(at, k))
     head = remote(lambda api: api.space_info(at).sha)
     now, then = tree_at(remote, head), tree_at(remote, good)
-    return (commit(remote, lambda: _back(now, then, good), f"Roll back to {good[:12]}", head) if _back(now, then, good) else head), lost
+    return commit(remote, lambda: _back(now, then, good), f"Roll back to {good[:12]}", head) if _back(now, then, good) else head
 
 def _back(now: Mapping[str, str], then: Mapping[str, str], good: str) -> list:
     copies = [CommitOperationCopy(p, p, src_revision=good) for p, oid in then.items() if now.get(p) != oid]
     return copies + [CommitOperationDelete(p) for p in now if p not in then]
 
 # %% ../nbs/15_deploy.ipynb #8a8d0405
-def roll_back(remote: Remote, good: str, plan: Plan | None, o: Options, say: Callable) -> None:
+def roll_back(remote: Remote, good: str, made: Attempt | None, o: Options, say: Callable) -> None:
     "Restore `good`, wait for it, ask its health."
     say("rollback", f"putting back {good[:12]}")
     head = remote(lambda api: api.space_info(remote.id).sha)
-    oid, lost = restore(remote, good, plan)
-    if lost: say("rollback", f"stays as it is now: {', '.join(lost)}")
+    oid = restore(remote, good, made)
+    if made and made.lost: say("rollback", f"stays as it is now: {', '.join(made.lost)}")
     wait(remote, oid, "settings" if oid == head else "commit", o.timeout or 1800, say)
     smoke(remote(lambda api: api.space_info(remote.id)), replace(o, smoke="health"), None, None, remote.token, say, o.timeout or 300)
 
@@ -630,20 +692,29 @@ def printer(step: str, text: str, **data) -> None:
     "The plain listener: a line for each event."
     print(f"{step:>8}  {text}".replace("\n", "\n          "), flush=True)
 
-def find_token() -> str:
-    "The token from HF_TOKEN or `hf auth login`, without the newline that files end in."
-    if not (token := (os.environ.get("HF_TOKEN") or get_token() or "").strip()): raise DeployError("preflight", WORDS[401].replace("is not accepted", "is missing"))
-    return token
-
 def cleaner(o: Options | None = None) -> Callable[[str], str]:
     "The redactor for the token in use and the secrets of this deployment."
     return redactor((os.environ.get("HF_TOKEN") or get_token() or "").strip(), *(o.secret.values() if o else ()))
 
 def _receipt_file(o: Options) -> Path: return Path(o.source, "build", "deploy", o.space_id.replace("/", "--") + ".json")
 
-def _last_good(o: Options, found: Found) -> str | None:
-    if found.running: return found.running
-    with contextlib.suppress(OSError, ValueError): return json.loads(_receipt_file(o).read_text(encoding="utf-8"))["oid"] if found.head else None
+# %% ../nbs/15_deploy.ipynb #0093819f
+def kept(o: Options) -> dict:
+    "What is known here about the Space: the last receipt, and an 'attempt' that was not proven."
+    try: return json.loads(_receipt_file(o).read_text(encoding="utf-8"))
+    except (OSError, ValueError): return {}
+
+def keep(o: Options, known: dict) -> None:
+    "Write that down, if this folder can be written to."
+    with contextlib.suppress(OSError):
+        _receipt_file(o).parent.mkdir(parents=True, exist_ok=True)
+        replace_file(_receipt_file(o).resolve(), (json.dumps(known, indent=1) + "\n").encode())
+
+def cut_off(o: Options, found: Found) -> Attempt | None:
+    "The attempt of a run that did not come to an end, if the Space is as that run found it or left it."
+    try: a = Attempt(**kept(o)["attempt"])
+    except (LookupError, TypeError): return None
+    return a if found.head and (a.head == found.head or a.dockerfile == found.tree.get("Dockerfile")) else None
 
 def prepare(o: Options, say: Callable) -> tuple[Remote, Callable[[], Plan]]:
     "Everything that writes nothing: (the Hub, a function that plans against what it has now)."
@@ -672,45 +743,51 @@ def deploy(o: Options, say: Callable = printer) -> dict:
 
 def _deploy(o: Options, say: Callable) -> dict:
     remote, planned = prepare(o, say)
-    for attempt in (1, 2):
+    made = None
+    for last in (False, True):
         plan, written = planned(), time.monotonic()
         say("plan", str(plan), plan=plan)
-        receipt = {"space": o.space_id, "build": build_id_of(plan), "changes": len(plan.changes), "previous": _last_good(o, plan.found), "oid": plan.found.head}
+        found = plan.found
+        good = (found.running or kept(o).get("oid")) if found.head else None
+        cut = cut_off(o, found) or (made and replace(made, previous=good))
+        made = attempt(plan, good, cut) if plan.changes else cut
+        receipt = {"space": o.space_id, "build": build_id_of(plan), "changes": len(plan.changes), "previous": made.previous if made else found.running, "oid": found.head}
         if o.dry_run: return receipt
+        if plan.changes: keep(o, kept(o) | {"attempt": asdict(made)})
         try:
             receipt["oid"] = apply(remote, plan, o)
             break
         except DeployError as e:
-            if e.kind != "conflict" or attempt == 2: raise
+            if e.kind != "conflict" or last: raise
             say("plan", f"{e}; planning once more")
     if not o.wait: return receipt
-    try: return receipt | _proven(remote, plan, o, receipt["oid"], written, say)
+    try: return receipt | _proven(remote, plan, o, receipt["oid"], made, written, say)
     except DeployError as e:
-        good = receipt["previous"]
-        if not (o.rollback and plan.changes and good and e.kind in ("build", "runtime", "smoke")): raise
+        if not (o.rollback and made and made.previous and e.kind in ("build", "runtime", "smoke") and (made.settings or made.previous != receipt["oid"])): raise
         say("failed", str(e))
-        try: roll_back(remote, good, plan, o, say)
-        except DeployError as second: raise DeployError(e.kind, f"{e}\nand the version before it could not be put back: {second}") from None
-        e.code += ROLLED_BACK
+        _undo(remote, made, o, say, e)
         raise
 
 # %% ../nbs/15_deploy.ipynb #2bde9bd3
-def _proven(remote: Remote, plan: Plan, o: Options, oid: str, written: float, say: Callable) -> dict:
-    what = "commit" if oid != plan.found.head else "settings" if plan.changes else ""
+def _proven(remote: Remote, plan: Plan, o: Options, oid: str, made: Attempt | None, written: float, say: Callable) -> dict:
+    what = "commit" if oid != plan.found.head else "settings" if made and made.settings else ""
     seconds = o.timeout or slow_start(plan.variables)
-    wait(remote, oid, what, seconds, say)
+    wait(remote, oid, what, seconds, say, time.time() - made.time if made and not plan.changes else 0)
     info = remote(lambda api: api.space_info(remote.id))
     if o.smoke == "none": return {"host": info.host}
     with contextlib.suppress(ValueError): o = replace(o, origins=parse_origins(plan.variables.get("ALLOW_ORIGINS")))
-    age = (lambda: time.monotonic() - written) if what == "settings" else None
+    age = (lambda: time.monotonic() - written) if what == "settings" and plan.changes else None
     return {"host": info.host, **smoke(info, o, build_id_of(plan), age, remote.token, say, seconds)}
+
+def _undo(remote: Remote, made: Attempt, o: Options, say: Callable, e: DeployError) -> None:
+    try: roll_back(remote, made.previous, made, o, say)
+    except DeployError as second: raise DeployError(e.kind, f"{e}\nand the version before it could not be put back: {second}") from None
+    keep(o, {k: v for k, v in kept(o).items() if k != "attempt"})
+    e.code += ROLLED_BACK
 
 def _record(receipt: dict, o: Options, say: Callable) -> dict:
     if o.env_file and write_env(o.env_file, "VITE_CLOUD_ENGINE_URL", receipt["host"]): say("record", f"{Path(o.env_file).name}: VITE_CLOUD_ENGINE_URL={receipt['host']}")
-    path, kept = _receipt_file(o), {k: v for k, v in receipt.items() if k != "image"}
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    keep(o, {k: v for k, v in receipt.items() if k != "image"})
     say("done", f"{receipt['host']} runs {receipt['oid'][:12]}" + ("" if receipt["changes"] else ", up to date"))
     return receipt
 
@@ -778,21 +855,25 @@ def command(argv: Sequence[str] | None = None) -> int:
     try:
         o, a = parse(argv)
         clean, lines = cleaner(o), a.json
-        return _act(o, a, _jsonl if a.json else printer)
+        return _act(o, a, jsonl(clean) if a.json else printer)
     except DeployError as e: code, text = e.code, str(e)
     except KeyboardInterrupt: code, text = EXITS["interrupted"], "interrupted; the same command carries on from where this one is"
     except Exception: code, text = 1, traceback.format_exc()               # ours to mend; a library's text may hold a token
-    if lines: _jsonl("failed", clean(text), code=code)
+    if lines: jsonl(clean)("failed", clean(text), code=code)
     else: print(f"\n{clean(text)}", file=sys.stderr, flush=True)
     return code
 
-def _jsonl(step: str, text: str, **data) -> None:
-    print(json.dumps({"step": step, "text": text} | {k: [asdict(c) for c in v.changes] if k == "plan" else v for k, v in data.items()}), flush=True)
+def jsonl(clean: Callable[[str], str]) -> Callable:
+    "The listener for programs: one JSON object a line, every text in it blacked out."
+    def cleaned(v): return clean(v) if isinstance(v, str) else {k: cleaned(x) for k, x in v.items()} if isinstance(v, dict) else [*map(cleaned, v)] if isinstance(v, list | tuple) else v
+    def say(step: str, text: str, **data) -> None:
+        print(json.dumps(cleaned({"step": step, "text": text} | {k: [asdict(c) for c in v.changes] if k == "plan" else v for k, v in data.items()})), flush=True)
+    return say
 
 def _act(o: Options, a: argparse.Namespace, say: Callable) -> int:
     if not (a.status or a.logs or a.restart or a.rollback_to):
         receipt = deploy(o, say)
-        if a.json: _jsonl("receipt", receipt["oid"] or "", **{k: v for k, v in receipt.items() if k != "image"})
+        if a.json: say("receipt", receipt["oid"] or "", **{k: v for k, v in receipt.items() if k != "image"})
         return EXITS["pending"] if a.dry_run and a.detailed_exitcode and receipt["changes"] else 0
     clean = cleaner(o)
     remote, told = Remote(o.space_id, find_token(), o.poll, clean), lambda step, text, **data: say(step, clean(text), **data)

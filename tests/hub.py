@@ -8,6 +8,7 @@ fields of `Hub`. A `builder` may really build and serve a commit; without one a 
 import asyncio, base64, hashlib, io, json, re, secrets, threading, time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 import httpx, uvicorn, yaml
 from PIL import Image
@@ -91,7 +92,7 @@ class Hub:
 
     def __init__(self, builder=None, lag=0.1, build_seconds=0.2, start_seconds=0.1, stuck=False, log_delay=0.0):
         self.builder, self.lag, self.build_seconds, self.start_seconds = builder, lag, build_seconds, start_seconds
-        self.stuck, self.log_delay, self.edge_pages = stuck, log_delay, 0
+        self.stuck, self.log_delay, self.log_break, self.edge_pages = stuck, log_delay, None, 0    # log_break: the first log stream ends after so many lines
         self.user = {"name": "ada", "type": "user", "isPro": True, "canPay": True, "orgs": [{"name": "guild", "roleInOrg": "write"}, {"name": "lurkers", "roleInOrg": "read"}],
                      "auth": {"type": "access_token", "accessToken": {"displayName": "t", "role": "write"}}}
         self.token, self.spaces, self.lfs, self.answers, self.requests = TOKEN, {}, {}, [], []
@@ -300,7 +301,9 @@ class Hub:
             while not self.closing and not await request.is_disconnected():
                 if sent < len(s.logs[kind]):
                     await asyncio.sleep(self.log_delay)
-                    yield f"data: {json.dumps({'data': s.logs[kind][sent], 'timestamp': '2026-11-01T00:00:00.000Z'})}\n\n"
+                    when = datetime.fromtimestamp((s.run.started if s.run else 0) + sent / 1000, UTC).isoformat()
+                    yield f"data: {json.dumps({'data': s.logs[kind][sent], 'timestamp': when})}\n\n"
+                    if sent + 1 == self.log_break: self.log_break = None; return
                     sent, quiet = sent + 1, time.monotonic()
                 elif time.monotonic() - quiet > 15: yield "data:\n\n"; quiet = time.monotonic()
                 else: await asyncio.sleep(0.02)

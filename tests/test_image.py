@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from aura_engine import deploy
-from conftest import ROOT, free_port, start
+from conftest import ROOT, free_port, repo_files, start
 from hub import Hub
 from test_deploy import SPACE, run
 
@@ -138,6 +138,13 @@ def wait_ready(process, seconds=120):
     pytest.fail(f"not ready:\n{process.communicate()[0][-4000:]}", pytrace=False)
 
 
+def healthcheck(name):
+    """The program that the image names as its health check."""
+    kind, *argv = json.loads(sh(*PODMAN, "image", "inspect", "--format", "{{json .HealthCheck.Test}}", name))
+    assert kind == "CMD"
+    return argv
+
+
 def picture(answer):
     im = Image.open(io.BytesIO(base64.b64decode(answer["images"][0])))
     assert im.format == "PNG" and max(hi - lo for lo, hi in im.convert("RGB").getextrema()) > 32
@@ -152,7 +159,7 @@ def test_size_and_layers(image):
 
 
 def test_a_picture_as_uid_1000_on_a_read_only_disk(image):
-    process = container(image["name"], "aura-picture", "--read-only", "--tmpfs", "/tmp", "--tmpfs", "/home/user/.cache:mode=1777")
+    process = container(image["name"], "aura-picture", "--read-only", "--tmpfs", "/tmp", "--volume", "aura-picture:/home/user/.cache")
     try:
         wait_ready(process)
         asked = inside(process, sys.executable, "-c", ASK, "http://127.0.0.1:7860")
@@ -162,10 +169,14 @@ def test_a_picture_as_uid_1000_on_a_read_only_disk(image):
         assert re.search(r"^Uid:\s+1000\s+1000", Path(f"/proc/{pid}/status").read_text(), re.M)
         health = inside(process, sys.executable, "-c", "import urllib.request as r; print(r.urlopen('http://127.0.0.1:7860/health').read().decode())")
         assert json.loads(health.stdout)["buildId"] == image["id"]
+        kept = "import os, pathlib; p = pathlib.Path(os.environ['HF_HOME']); p.mkdir(exist_ok=True); (p / 'x').write_text('x')"
+        for program in (["python", "-c", kept], healthcheck(image["name"])): sh(*PODMAN, "exec", "aura-picture", *program)
         process.terminate()
         out = process.communicate(timeout=40)[0]
         assert process.returncode == 0 and '"event": "stopping"' in out, out[-2000:]
-    finally: process.kill()
+    finally:
+        process.kill()
+        subprocess.run([*PODMAN, "volume", "rm", "-f", "aura-picture"], capture_output=True)
 
 
 def test_the_memory_limit_holds(image):
@@ -197,7 +208,7 @@ def as_image(tmp, image):
         for _ in range(240):
             try: urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=3)
             except OSError: time.sleep(0.5)
-            else: return f"http://127.0.0.1:{port}", lambda: (process.terminate(), process.wait(40))
+            else: return f"http://127.0.0.1:{port}", lambda: (process.terminate(), process.wait(40), sh(*PODMAN, "rmi", "-f", f"localhost/space:{run.sha}"))
         process.terminate()
         raise RuntimeError(process.communicate()[0][-2000:])
     return builder
@@ -205,9 +216,9 @@ def as_image(tmp, image):
 
 @pytest.mark.parametrize("kind", [as_process, as_image], ids=["process", "image"])
 def test_one_command_from_source_to_a_picture(kind, request, tmp_path):
-    """The guide's line; then a change of code, deployed again."""
+    """The guide's line in a fresh copy of the repository; then a change of code, deployed again."""
     made = request.getfixturevalue("image") if kind is as_image else None
-    tree = unpack(deploy.upload_set(ROOT), tmp_path / "tree")
+    tree = unpack({f.relative_to(ROOT).as_posix(): f.read_bytes() for f in repo_files()}, tmp_path / "tree")
     with Hub(builder=kind(tmp_path, made), lag=0.5) as hub:
         out = run(hub, tree, "--origins", "http://localhost:5173", limit=900)
         host = hub.spaces[SPACE].host
