@@ -240,6 +240,7 @@ def pipeline_files(names: list[str], folder: Path, half: bool, skip: tuple[str, 
     if index.get("_class_name") not in SERVED: raise Unusable(f"it is a {index.get('_class_name')}; this engine serves {', '.join(SERVED)}")
     parts = [p for p in PARTS if (index.get(p) or [None])[0]]
     small = [n for n in names if n.split("/")[0] in parts and n.endswith((".json", ".txt", ".model"))]
+    if lacking := [p for p in parts if not any(n.startswith(p + "/") for n in small)]: raise Unusable(f"there is no configuration for {lacking[0]}")
     return small + [n for p in parts if not p.startswith(("tokenizer", "scheduler")) and p not in skip for n in weight_files(names, p, half)]
 
 # %% ../nbs/04_loader.ipynb #a8a956b0

@@ -178,7 +178,7 @@ def serve(requests=(), **settings):
     from aura_engine.api import create_app
     from aura_engine.config import load_settings
     from aura_engine.engine import Engine
-    engine = Engine(load_settings(SD_DEVICE="cpu", AURA_MAX_BATCH=2, **settings)).start()
+    engine = Engine(load_settings(**{"SD_DEVICE": "cpu", "SD_BACKEND": "torch", "AURA_MAX_BATCH": 1, **settings})).start()
     engine.wait_ready(120)
 
     async def ask():
