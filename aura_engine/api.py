@@ -308,6 +308,7 @@ class Kept:
     def size(self) -> int: return sum(map(len, self.made.files)) if self.made and not self.deleted else 0
     @property
     def status(self) -> str:
+        if self.deleted and not self.made: return "cancelled"                # also while its last step still runs
         if self.ended is None: return "running" if self.progress else "queued"
         return "succeeded" if self.made else "cancelled" if self.error.code == "cancelled" else "failed"
 
@@ -367,7 +368,7 @@ async def keep(api: Api, kept: Kept, format: str) -> None:
                 if isinstance(e, Failed): raise e.error
                 if isinstance(e, Step): kept.progress[e.index] = e.step, e.steps
                 if isinstance(e, Image): done[e.index] = await api.aside(encode, e.image, format, e.receipt), e.receipt
-        kept.made = Made(format, *(list(x) for x in zip(*(done[i] for i in sorted(done)), strict=True)), list(kept.job.warnings))
+        if not kept.deleted: kept.made = Made(format, *(list(x) for x in zip(*(done[i] for i in sorted(done)), strict=True)), list(kept.job.warnings))
     except Exception as exc:
         kept.error = as_error(exc)
         api.metrics.failed(kept.error)

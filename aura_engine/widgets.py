@@ -17,8 +17,12 @@ from .images import Grid, encode, grid, to_base64
 from .types import AuraError, Done, FieldError, Image, Invalid, Preview, Queued, Receipt, Step, shown
 
 def client_of(source=None) -> AuraClient:
-    "A client as it is; an Engine or an address gets one of its own; None is the client's usual choice."
+    "A client as it is; an Engine or an address gets one of its own; 'offline' loads the model into this process; None is the client's usual choice."
     if isinstance(source, AuraClient): return source
+    if source == "offline":
+        from aura_engine.config import load_settings
+        from aura_engine.engine import Engine                      # imports torch
+        source = Engine(load_settings()).start()
     return AuraClient() if source is None else AuraClient(source, mode="local")
 
 # %% auto #0

@@ -115,8 +115,8 @@ expected-statuses = ["2xx", "401", "403", "404", "409", "410", "429", "5xx"]
 """
 
 
-@pytest.mark.parametrize("examples, seed", [(5, 1), pytest.param(50, 2, marks=pytest.mark.slow)])
-def test_schemathesis(make_server, tmp_path, examples, seed):
+@pytest.mark.parametrize("phases, examples, seed", [("coverage,fuzzing,stateful", 5, 1), pytest.param("fuzzing,stateful", 60, 2, marks=pytest.mark.slow)])
+def test_schemathesis(make_server, tmp_path, phases, examples, seed):
     """Every check on, against the real engine: what the schema allows is done, what it forbids is refused, and all is documented."""
     command = shutil.which("schemathesis", path=str(Path(sys.executable).parent)) or shutil.which("schemathesis") or pytest.skip("schemathesis is not installed")
     server = make_server(AURA_MAX_QUEUE_SECONDS=3600)
@@ -124,6 +124,6 @@ def test_schemathesis(make_server, tmp_path, examples, seed):
     (tmp_path / "hooks.py").write_text(HOOKS)
     (tmp_path / "schemathesis.toml").write_text(CONFIG)
     env = clean_env(SCHEMATHESIS_HOOKS="hooks", MADE=json.dumps({"receipt": made["receipts"][0], "image": made["images"][0], "init": None}))
-    argv = [command, "run", server.url + "/openapi.json", "--checks", "all", "--request-timeout", "120", "--max-response-time", "60", "--max-examples", str(examples), "--seed", str(seed), "--workers", "2", "--continue-on-failure", "--no-color"]
+    argv = [command, "run", server.url + "/openapi.json", "--checks", "all", "--phases", phases, "--request-timeout", "120", "--max-response-time", "60", "--max-examples", str(examples), "--seed", str(seed), "--workers", "2", "--continue-on-failure", "--no-color"]
     done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-6000:]

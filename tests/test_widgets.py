@@ -105,6 +105,17 @@ def test_nobody_there():
         assert "aura serve" in studio.line.value and states(studio)["Generate"]
 
 
+def test_offline_needs_no_server(monkeypatch, tmp_path):
+    monkeypatch.setenv("SD_MODEL_ID", "embedded")
+    studio = Studio("offline", folder=tmp_path)
+    fill(studio, prompt="a fox")
+    press(studio, "Generate")
+    studio.wait(300)
+    assert studio.made[0].engine == "local" and studio.client.aio.doors[0].url == "this process"
+    studio.client.aio.doors[0].engine.close()
+    studio.client.close()
+
+
 def test_updates_do_not_come_from_the_main_thread(studio):
     threads = set()
     studio.line.observe(lambda c: threads.add(threading.current_thread().name), "value")
