@@ -204,17 +204,20 @@ def _sha256(path: Path) -> str:
 
 def fetch(repo: str, anchor: str, want: Callable[[list[str], Path], list[str]], progress: Progress, revision: str | None = None) -> Path:
     "Folder in the cache that holds the file `anchor` of a Hub repository, and the files that `want(names, folder)` picks once `anchor` is there."
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    def sizes(commit):
+        progress.stage = "listing"
+        info = patiently(lambda: HfApi().model_info(repo, revision=commit, files_metadata=True, timeout=10), progress)
+        return {f.rfilename: f.size or 0 for f in info.siblings}
+    there = sizes(revision) if not isinstance(try_to_load_from_cache(repo, anchor, revision=revision), str) else {}
     first = _get(repo, anchor, revision, progress)
     folder = first.parents[len(Path(anchor).parts) - 1]
     here = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
     try: want(here, folder); return folder                    # all there: the Hub is not asked
     except Unusable: pass
-    progress.stage = "listing"
-    info = patiently(lambda: HfApi().model_info(repo, revision=folder.name, files_metadata=True, timeout=10), progress)
-    sizes = {f.rfilename: f.size or 0 for f in info.siblings}
-    names = [n for n in want(list(sizes), folder) if n not in here]
-    progress.total = progress.done + sum(sizes[n] for n in names)
+    there = there or sizes(folder.name)
+    names = [n for n in want(list(there), folder) if n not in here]
+    progress.total = progress.done + sum(there[n] for n in names)
     for n in names: _get(repo, n, folder.name, progress)
     return folder
 
@@ -386,6 +389,7 @@ def load(settings: Settings, progress: Progress | None = None) -> Components:
     device = pick_device(settings.device)
     precision, notes = pick_precision(settings.precision, device)
     if moved: notes.append(moved)
+    if settings.loras: notes.append("SD_LORAS is set, but this version takes no LoRA with a request; SD_LCM_LORA_ID is fused for all")
     reader = Reader(DTYPES[precision], progress or Progress(), model, settings.revision)
     row, lora = row_for(model, settings.lcm_lora_id), settings.lcm_lora_id
     with quiet():

@@ -59,6 +59,7 @@ class Row:
     @property
     def fixed(self) -> bool: return self.steps[0] == self.steps[2]        # distilled for one number of steps
 
+# %% ../nbs/02_models.ipynb #7f6c65ab
 SD, XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
 SD15_ID, SDXL_ID, SSD_ID = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0", "segmind/SSD-1B"
 _sd15 = Row("sd15", SD, "dpm", (1, 20, 100), (1, 7.5, 20), 512, tiny_vae="madebyollin/taesd", ids=(SD15_ID, "segmind/tiny-sd", "segmind/small-sd"))

@@ -196,7 +196,6 @@ def serve(requests=(), **settings):
 def work():
     import huggingface_hub
     from aura_engine import api, engine                                  # noqa: F401  the slow imports, once
-    import diffusers, transformers
     from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline    # noqa: F401
     for line in sys.stdin:
         task = json.loads(line)

@@ -580,11 +580,28 @@ def from_hub(hub, tmp_path, mode, **env):
     finally: server.stop()
 
 
-@pytest.mark.parametrize("mode, words", [("404", "no such model"), ("403", "gated|403"), ("401", "401|no such model"), ("429", "429"), ("503", "503|cannot be reached"), ("corrupt", "overflowed|empty")])
+@pytest.mark.parametrize("mode, words", [("404", "no such model"), ("403", "gated|403"), ("401", "401|no such model"), ("corrupt", "overflowed|empty")])
 def test_rows_44_45__the_hub_says_no(hub, tmp_path, mode, words):
     h, _ = from_hub(hub, tmp_path, mode)
     assert h["status"] == "failed" and re.search(words, h["reason"]), h["reason"]
     assert "Traceback" not in h["reason"] and str(tmp_path) not in h["reason"]
+
+
+@pytest.mark.parametrize("mode, words", [("429", "asks us to slow down"), ("503", "answered 503")])
+def test_row_45__what_passes_is_waited_for(hub, tmp_path, mode, words):
+    """The Hub is busy: /health stays at loading and says why and when it goes on; when the Hub is well again, so is the engine. More in test_downloads.py."""
+    hub.mode = mode
+    server = start(APP, tmp_path / "log.txt", **hub.env(tmp_path))
+    try:
+        end, h = time.monotonic() + 60, {"reason": None}
+        while not h["reason"] and time.monotonic() < end:
+            time.sleep(0.2)
+            if server.status("/health") == 200: h = httpx.get(server.url + "/health").json()
+        assert h["status"] == "loading" and re.search(f"{words}.*trying again in", h["reason"])
+        assert words in is_problem(httpx.post(server.url + "/generate", json={"prompt": "x"}), 503)["detail"]
+        hub.mode = "ok"
+        assert settled(server)["status"] == "ready"
+    finally: server.stop()
 
 
 def test_row_45__after_a_cut_download_the_next_start_is_whole(hub, tmp_path):
