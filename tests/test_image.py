@@ -103,14 +103,15 @@ def unpack(files, folder):
 def image(base, tmp_path_factory):
     """The image of what would be uploaded, and the seconds that a rebuild takes after a change of code alone."""
     tmp, lines = tmp_path_factory.mktemp("image"), []
-    folder = unpack(deploy.stamp(deploy.upload_set(ROOT)), tmp / "source")
+    files = deploy.upload_set(ROOT)
+    folder = unpack(deploy.stamp(files), tmp / "source")
     mounts = pip_mounts(tmp)
     try: build(folder, "localhost/aura", mounts, lines.append)
     except RuntimeError: pytest.fail("".join(lines)[-4000:], pytrace=False)
     (folder / "app.py").write_text((folder / "app.py").read_text() + "\n# changed\n")
     begin = time.monotonic()
     build(folder, "localhost/aura-changed", mounts)
-    return {"name": "localhost/aura", "mounts": mounts, "again": time.monotonic() - begin, "id": deploy.build_id(deploy.upload_set(ROOT))}
+    return {"name": "localhost/aura", "mounts": mounts, "again": time.monotonic() - begin, "id": deploy.build_id(files)}
 
 
 def container(image, name, *options, command=(), alone=True, memory="4g"):
