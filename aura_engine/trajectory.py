@@ -148,7 +148,8 @@ class Noise:
         return math.cos(self.turn) * torch.randn(shape, generator=self.shared) + math.sin(self.turn) * own
 
 # %% ../nbs/06_trajectory.ipynb #28a355a1
-def _half(vae) -> bool: return vae.dtype == torch.float16 and bool(vae.config.get("force_upcast"))
+def _dtype(vae) -> torch.dtype: return next(vae.parameters()).dtype            # `vae.dtype` walks through all modules first
+def _half(vae) -> bool: return _dtype(vae) == torch.float16 and bool(vae.config.get("force_upcast"))
 
 @torch.inference_mode()
 def encode_picture(parts: Components, image: Image.Image, width: int, height: int, noise: Noise) -> torch.Tensor:
@@ -164,7 +165,7 @@ def encode_picture(parts: Components, image: Image.Image, width: int, height: in
 
 def _decode(parts: Components, latents: torch.Tensor, dtype: torch.dtype) -> list[Image.Image | None]:
     "One call of the VAE for [B, C, h, w]; None for a row without a picture in it."
-    vae, kept = parts.vae, parts.vae.dtype
+    vae, kept = parts.vae, _dtype(parts.vae)
     if dtype != kept: vae.to(dtype)
     pixels = vae.decode((latents / vae.config.scaling_factor).to(dtype), return_dict=False)[0].float()
     if dtype != kept: vae.to(kept)
@@ -177,7 +178,7 @@ def _decode(parts: Components, latents: torch.Tensor, dtype: torch.dtype) -> lis
 def decode_batch(parts: Components, latents: torch.Tensor) -> list[tuple[Image.Image, bool] | Degenerate]:
     "Latents [B, C, h, w] in one call -> for each row (RGB picture, whether it had to be decoded again in fp32), or why there is no picture in it."
     out = [None if fine else Degenerate("The model's numbers overflowed; try another seed, fewer steps or SD_PRECISION=fp32.") for fine in torch.isfinite(latents).flatten(1).all(1).tolist()]
-    usual = torch.float32 if _half(parts.vae) else parts.vae.dtype
+    usual = torch.float32 if _half(parts.vae) else _dtype(parts.vae)
     for dtype in dict.fromkeys((usual, torch.float32)):
         rows = [i for i, o in enumerate(out) if o is None]
         if not rows: break
@@ -252,7 +253,7 @@ def call_unet(unet, inputs: dict) -> torch.Tensor:
 def advance(batch: list[Trajectory], unet, bucket: int = 0) -> None:
     "Take one step with every trajectory of `batch` (same `key`) in one UNet call of at least `bucket` rows."
     each = [unet_inputs(t) for t in batch]
-    inputs = {k: torch.cat([e[k] for e in each]) for k in each[0]}
+    inputs = {k: torch.cat([e[k] for e in each]) for k in each[0]} if len(each) > 1 else each[0]
     rows = len(inputs["sample"])
     if rows < bucket: inputs = {k: torch.cat([v, v[:1].expand(bucket - rows, *v.shape[1:])]) for k, v in inputs.items()}
     out, at = call_unet(unet, inputs).float(), 0
