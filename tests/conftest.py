@@ -11,7 +11,7 @@ os.environ["SD_BACKEND"] = "torch"                # what is tested must not depe
 for p in (str(ROOT / "tools"), str(ROOT)):
     if p not in sys.path: sys.path.insert(0, p)
 
-OURS = ("SD_", "AURA_", "SPACE_", "ALLOW_ORIGINS", "TORCH_COMPILE", "PORT", "HOST")
+OURS = ("SD_", "AURA_", "SPACE_", "ALLOW_ORIGINS", "TORCH_COMPILE", "PORT", "HOST", "DEPLOY_TO")
 
 
 def pytest_configure(config):
