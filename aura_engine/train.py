@@ -67,16 +67,16 @@ def held_out(i: int) -> set[str]:
     return {named[(i * 3) % 10], named[(i * 3 + 5) % 10]}
 
 # %% ../nbs/90_train_emoji.ipynb #e6060fa7
-SIDE, LAYOUTS = 96, 4                        # pixels of a thing; layout = what is behind it: nothing, a disc, a floor, a glow
+SIDE, LAYOUTS = 96, 3                        # pixels of a thing; layout = what is behind it: nothing, a disc, a floor
 
 def backdrop(colour: str, layout: int, size=(128, 128)) -> Image.Image:
-    "The background alone. The shade is a third of the way to white, of white a little darker. `size` is (width, height)."
+    "The background alone. The shade is halfway to white, of white a little darker. `size` is (width, height)."
     w, h = size
     base = np.array(COLOURS[colour], dtype=float)
-    shade = base * .88 if colour == "white" else base + .35 * (255 - base)
+    shade = base * .85 if colour == "white" else (base + 255) / 2
     x, y = (np.arange(w) + .5 - w / 2)[None], (np.arange(h) + .5 - h / 2)[:, None]
     far = np.sqrt(x * x + y * y) / (min(w, h) / 2)                         # 1 at the nearest edge
-    mask = (np.zeros((h, w)), np.clip((.93 - far) * 16, 0, 1), np.clip((y - .2 * h) / 2 + 0 * x, 0, 1), np.clip(far - .45, 0, 1))[layout]
+    mask = (np.zeros((h, w)), np.clip((.93 - far) * 16, 0, 1), np.clip((y - .2 * h) / 2 + 0 * x, 0, 1))[layout]
     return Image.fromarray((base + mask[..., None] * (shade - base)).round().astype("uint8"))
 
 def compose(sprite: Image.Image, colour: str, layout: int, size=(128, 128)) -> Image.Image:
