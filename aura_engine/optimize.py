@@ -4,7 +4,7 @@
 
 # %% ../nbs/05_optimize.ipynb #bed16013
 from __future__ import annotations
-import hashlib, logging, os, platform, tempfile, threading, time, warnings
+import gc, hashlib, logging, os, platform, tempfile, threading, time, warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -22,19 +22,20 @@ log = logging.getLogger("aura_engine")
 
 # %% auto #0
 __all__ = ['log', 'PACKED', 'SMALL', 'TECHNIQUES', 'Packed', 'PackedConv2d', 'PackedLinear', 'pack', 'unpack', 'unet_inputs_of',
-           'Traced', 'example_inputs', 'cache_folder', 'fingerprint', 'convert', 'Graphs', 'OpenVINOUNet',
-           'OpenVINODecode', 'size_of', 'bf16_gain', 'cpu_limit', 'CompiledUNet', 'seal', 'Technique', 'optimize']
+           'Traced', 'example_inputs', 'projected', 'cache_folder', 'fingerprint', 'convert', 'Graphs', 'OpenVINOUNet',
+           'OpenVINODecode', 'size_of', 'bf16_gain', 'cpu_limit', 'CompiledUNet', 'seal', 'Technique', 'optimize',
+           'draw', 'waterfall', 'random_sd15']
 
 # %% ../nbs/05_optimize.ipynb #4e6774a5
 class Packed:
     "A layer whose weights are kept in oneDNN's order from its first call on."
-    packed = None
+    packed, layout = None, torch.contiguous_format
 
     @property
     def weight(self) -> nn.Parameter:
         "The weights in the ordinary order; reading them ends the packing until the next call."
         if self.packed is not None:
-            self._parameters["weight"] = nn.Parameter(self.packed.to_dense(), requires_grad=False)
+            self._parameters["weight"] = nn.Parameter(self.packed.to_dense().to(memory_format=self.layout), requires_grad=False)
             self.packed = None
         return self._parameters["weight"]
 
@@ -42,6 +43,7 @@ class Packed:
         if self.packed is None:
             plain = self.weight
             if x.dtype != plain.dtype or x.device != plain.device: return super().forward(x)      # torch says what is wrong
+            if plain.ndim == 4 and not plain.is_contiguous(): self.layout = torch.channels_last
             try: self.packed = self._pack(plain.detach(), x)
             except RuntimeError: self.packed, self.__class__ = None, type(self).__mro__[2]; return self(x)
             self._parameters["weight"] = None
@@ -91,14 +93,25 @@ class Traced(nn.Module):
         added = {k: given[k] for k in ("text_embeds", "time_ids") if k in given}
         return self.model(given["sample"], given["timestep"], given["encoder_hidden_states"], timestep_cond=given.get("timestep_cond"), added_cond_kwargs=added or None, return_dict=False)[0]
 
-def example_inputs(config, names: list[str]) -> tuple[torch.Tensor, ...]:
-    "Small inputs that a UNet or VAE decoder accepts: two rows, a latent size that no halving divides."
+def example_inputs(model, names: list[str]) -> tuple[torch.Tensor, ...]:
+    "Small inputs that a UNet or VAE accepts: two rows, a latent size that no halving divides."
+    config, two = model.config, torch.ones(2)
     odd = 2 ** (len(config["block_out_channels"]) - 1) + 1 if "sample" in names else 9
-    added = config.get("projection_class_embeddings_input_dim") or 0
-    time_dim = 6 * (config.get("addition_time_embed_dim") or 0)
-    sizes = {"sample": (2, config.get("in_channels"), odd, odd), "timestep": (2,), "encoder_hidden_states": (2, 7, config.get("cross_attention_dim")),
-             "text_embeds": (2, added - time_dim), "time_ids": (2, 6), "timestep_cond": (2, config.get("time_cond_proj_dim")), "z": (2, config.get("latent_channels"), odd, odd)}
-    return tuple(torch.ones(sizes[n]) for n in names)
+    make = {"sample": lambda: torch.ones(2, config["in_channels"], odd, odd), "timestep": lambda: model.time_proj(two), "encoder_hidden_states": lambda: torch.ones(2, 7, config["cross_attention_dim"]),
+            "text_embeds": lambda: torch.ones(2, config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]), "time_ids": lambda: model.add_time_proj(torch.ones(12)).reshape(2, -1),
+            "timestep_cond": lambda: torch.ones(2, config["time_cond_proj_dim"]), "z": lambda: torch.ones(2, config["latent_channels"], odd, odd)}
+    return tuple(make[n]() for n in names)
+
+@contextmanager
+def projected(model):
+    "For the time of tracing: a UNet that is given the sines and cosines of its timesteps (and of SDXL's sizes) instead of the numbers."
+    if not hasattr(model, "time_proj"): yield; return
+    model.get_time_embed, kept = lambda sample, timestep: timestep, getattr(model, "add_time_proj", None)
+    if kept is not None: model.add_time_proj = nn.Identity()
+    try: yield
+    finally:
+        del model.get_time_embed
+        if kept is not None: model.add_time_proj = kept
 
 # %% ../nbs/05_optimize.ipynb #77b32443
 def cache_folder() -> Path:
@@ -109,7 +122,7 @@ def cache_folder() -> Path:
 
 def fingerprint(module: nn.Module, *more) -> str:
     "20 hex digits that change with the weights (64 values of every tensor), the configuration, the versions and `more`."
-    h = hashlib.sha256(repr((sorted((k, str(v)) for k, v in module.config.items() if k[0] != "_"), *[version(p) for p in ("torch", "diffusers", "openvino")], platform.machine(), *more)).encode())
+    h = hashlib.sha256(repr((sorted((k, str(v)) for k, v in module.config.items() if k[0] != "_"), "projected", *[version(p) for p in ("torch", "diffusers", "openvino")], platform.machine(), *more)).encode())
     for name, p in module.state_dict().items():
         flat = p.detach().reshape(-1)
         h.update(f"{name}{tuple(p.shape)}{p.dtype}".encode() + flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
@@ -132,7 +145,8 @@ def convert(module: nn.Module, names: list[str], folder: Path | None = None):
         os.utime(file)
         return ov.Core().read_model(file)
     start = time.monotonic()
-    with _hushed(): model = ov.convert_model(Traced(module if module.dtype == torch.float32 else module.float(), names), example_input=example_inputs(module.config, names))
+    example = example_inputs(module, names)
+    with _hushed(), projected(module): model = ov.convert_model(Traced(module if module.dtype == torch.float32 else module.float(), names), example_input=example)
     for port, name in zip(model.inputs, names): port.get_tensor().set_names({name})
     log.info("converted for OpenVINO", extra={"seconds": round(time.monotonic() - start, 1)})
     try: _save(ov, model, file)
@@ -159,6 +173,11 @@ class Graphs:
         self.keep = keep or max(2, min(24, memory // 4 // max(weights, 1)))
         self.compiled, self.lock, self.threads, self.compiles = OrderedDict(), threading.Lock(), threads or torch.get_num_threads(), 0
 
+    def prepare(self, *shapes: tuple[int, ...]) -> None:
+        "Compile for these input shapes now."
+        self.compiled.setdefault(shapes, None)
+        self.compiled[shapes] = self.compiled[shapes] or self._compile(shapes)
+
     def _compile(self, shapes: tuple):
         import openvino as ov
         model = self.model.clone()
@@ -183,11 +202,12 @@ class Graphs:
 class OpenVINOUNet:
     "Called like a `UNet2DConditionModel`; fp32 tensors in and out."
     dtype = torch.float32
-    def __init__(self, config, graphs: Graphs): self.config, self.graphs = config, graphs
+    def __init__(self, unet, graphs: Graphs): self.config, self.graphs, self.time_proj, self.add_time_proj = unet.config, graphs, unet.time_proj, getattr(unet, "add_time_proj", None)
 
     def __call__(self, sample, timestep, encoder_hidden_states, timestep_cond=None, added_cond_kwargs=None, return_dict=True, **_):
         given = dict(added_cond_kwargs or {}, sample=sample, encoder_hidden_states=encoder_hidden_states, timestep_cond=timestep_cond)
-        given["timestep"] = torch.as_tensor(timestep, dtype=torch.float32).reshape(-1).expand(len(sample))
+        given["timestep"] = self.time_proj(torch.as_tensor(timestep, dtype=torch.float32).reshape(-1).expand(len(sample)))
+        if self.add_time_proj is not None: given["time_ids"] = self.add_time_proj(given["time_ids"].float().flatten()).reshape(len(sample), -1)
         out = self.graphs(*(given[n] for n in self.graphs.names))
         if not return_dict: return (out,)
         from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
@@ -227,7 +247,7 @@ def _can_openvino(parts: Components, settings: Settings) -> bool | str:
 def _use_openvino(parts: Components, settings: Settings) -> str:
     unet, vae = parts.unet, parts.vae
     names, dtype = unet_inputs_of(unet.config), vae.dtype
-    parts.unet = OpenVINOUNet(unet.config, Graphs(convert(unet, names), names, parts.precision))
+    parts.unet = OpenVINOUNet(unet, Graphs(convert(unet, names), names, parts.precision))
     graph = convert(vae, ["z"])
     with quiet(): vae.to(dtype)
     vae.decode = OpenVINODecode(vae, Graphs(graph, ["z"], parts.precision))
@@ -361,3 +381,53 @@ def optimize(parts: Components, settings: Settings) -> Components:
         if answer is True: parts.optimizations.append(t.apply(parts, settings))
         elif answer: parts.optimizations.append(f"declined: {t.name} ({answer})")
     return parts
+
+# %% ../nbs/05_optimize.ipynb #705af0c8
+@torch.inference_mode()
+def draw(parts: Components, text: torch.Tensor, side: int, steps: int = 4, seed: int = 0) -> tuple[torch.Tensor, list[float], float]:
+    "Draw with LCM from text embeddings [1, T, D] -> (pixels [1, 3, H, W] in 0..1, seconds of each step, seconds of the decode)."
+    sampler, g, times = parts.scheduler("lcm"), torch.Generator().manual_seed(seed), []
+    sampler.set_timesteps(steps)
+    x = torch.randn(1, parts.unet.config["in_channels"], side, side, generator=g) * sampler.init_noise_sigma
+    for t in sampler.timesteps:
+        start = time.process_time()
+        v = parts.unet(x.to(parts.dtype), t.reshape(1).float(), text.to(parts.dtype), return_dict=False)[0].float()
+        times.append(time.process_time() - start)
+        x = sampler.step(v, t, x, generator=g).prev_sample
+    start = time.process_time()
+    pixels = parts.vae.decode((x / parts.vae.config["scaling_factor"]).to(parts.vae.dtype), return_dict=False)[0].float()
+    return (pixels / 2 + 0.5).clamp(0, 1), times, time.process_time() - start
+
+def waterfall(variants: dict[str, Callable[[], Components]], text: torch.Tensor, side: int, steps: int = 4, rounds: int = 3) -> list[dict]:
+    "Rows {name, step, decode, picture (seconds, medians), gain, max, mean (of 255, against the first variant)}, with the `pixels`. One variant in memory at a time."
+    rows, middle = [], lambda v: sorted(v)[len(v) // 2]
+    for name, make in variants.items():
+        parts = make()
+        if parts.backend == "openvino": parts.vae.decode.graphs.prepare((1, parts.unet.config["in_channels"], side, side))
+        drawn = [draw(parts, text, side, steps) for _ in range(rounds)][-max(1, rounds - 1):]                   # the first one warms up
+        step, decode = middle([t for _, ts, _ in drawn for t in ts[len(drawn) == 1:] or ts]), middle([d for _, _, d in drawn])
+        pixels = drawn[-1][0]
+        gap = (pixels - (rows[0]["pixels"] if rows and "tiny" not in name else pixels)).abs() * 255      # another VAE is another picture
+        whole = steps * step + decode
+        rows.append({"name": name, "step": step, "decode": decode, "picture": whole, "gain": (rows[0]["picture"] if rows else whole) / whole,
+                     "max": gap.max().item(), "mean": gap.mean().item(), "pixels": pixels})
+        del parts
+        gc.collect()                                                          # a VAE and its decode hold each other
+    return rows
+
+# %% ../nbs/05_optimize.ipynb #275bc91f
+def random_sd15(tiny: bool = False) -> Components:
+    "SD 1.5's UNet and VAE (or TAESD) with random weights of a sensible size, fp32, on the CPU; no text encoder."
+    import diffusers
+    from aura_engine.models import ROWS
+    def filled(cls, **config):
+        with torch.device("meta"): m = cls(**config)
+        m, g = m.to_empty(device="cpu").eval().requires_grad_(False), torch.Generator().manual_seed(0)
+        for name, p in m.named_parameters():
+            if p.ndim > 1: p.uniform_(-1, 1, generator=g).mul_((1.5 / p[0].numel()) ** 0.5)
+            else: p.fill_(float("norm" in name and name.endswith("weight")))
+        return m.to(memory_format=torch.channels_last)
+    four = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(128, 256, 512, 512))
+    vae = filled(diffusers.AutoencoderTiny) if tiny else filled(diffusers.AutoencoderKL, layers_per_block=2, sample_size=512, **four)
+    return Components(ROWS["sd15"], "random", filled(diffusers.UNet2DConditionModel, sample_size=64, cross_attention_dim=768), vae, [], [],
+                      dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"), False, device=torch.device("cpu"), precision="fp32")

@@ -1,0 +1,185 @@
+"""Every optimisation applies, can be undone or says why not, and draws the picture that the plain model draws."""
+from copy import deepcopy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import tiny
+from aura_engine import optimize as opt
+from aura_engine.config import load_settings
+from aura_engine.loader import load
+from aura_engine.trajectory import TextCache, Trajectory, advance, decode_latents
+from aura_engine.types import ModelError, Picture
+
+APPLE = Picture("a red apple", 128, 128, steps=3, guidance_scale=1.0, seed=3, temperature=1.0)
+NO_OPENVINO = "openvino is not installed: pip install 'aura-engine[openvino]'"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Converted models go to one folder for the whole run, not to the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory): return str(tiny.save(tmp_path_factory.mktemp("small") / "model"))
+
+
+@pytest.fixture(scope="module", params=["embedded", "sd15", "sd15-lcm", "sdxl"])
+def family(request, tmp_path_factory):
+    if request.param == "embedded": return request.param, "embedded"
+    return request.param, str(tiny.save(tmp_path_factory.mktemp(request.param) / "model", request.param))
+
+
+def parts_of(model, plain=False, **how):
+    settings = load_settings(**{"SD_MODEL_ID": model, "SD_DEVICE": "cpu", "SD_BACKEND": "torch", "SD_PRECISION": "fp32"} | how)
+    return load(settings) if plain else opt.optimize(load(settings), settings)
+
+
+def picture(parts, p=APPLE, rows=0):
+    t = Trajectory(parts, p, TextCache(parts))
+    while not t.done: advance([t], parts.unet, rows)
+    return t.latents, np.asarray(decode_latents(parts, t.latents)[0], int)
+
+
+def same(one, two):
+    """fp32 by another route: no value off by more than one."""
+    gap = np.abs(one[1] - two[1])
+    assert gap.max() <= 1 and (gap > 0).mean() < 1e-3
+    assert (one[0] - two[0]).abs().max() < 2e-3 * two[0].abs().max()
+
+
+def test_packed_weights_draw_the_same_picture(family):
+    fast, plain = parts_of(family[1]), parts_of(family[1], plain=True)
+    assert any("packed" in o for o in fast.optimizations) and fast.backend == "torch"
+    for p in (APPLE, replace(APPLE, guidance_scale=3.0, width=192)) if family[0] != "embedded" else (APPLE,): same(picture(fast, p), picture(plain, p))
+    layers = [m for m in fast.unet.modules() if isinstance(m, opt.Packed)]
+    assert layers and any(m.packed is not None and m._parameters["weight"] is None for m in layers)         # one copy
+
+
+def test_packed_weights_survive_what_is_done_to_models():
+    fast, plain = parts_of("embedded").unet, parts_of("embedded", plain=True).unet
+    x = torch.randn(2, 8, 16, 16), torch.full((2,), 500.0), torch.randn(2, 24, plain.config.cross_attention_dim)
+    with torch.inference_mode():
+        want = plain(*x).sample
+        for model in (fast, deepcopy(fast), fast.double().float()): assert torch.allclose(model(*x).sample, want, atol=1e-4)
+        assert all(torch.equal(a, b) for a, b in zip(fast.state_dict().values(), plain.state_dict().values(), strict=True))
+        fast(*x)
+        opt.unpack(fast)
+        assert not any(isinstance(m, opt.Packed) for m in fast.modules()) and torch.allclose(fast(*x).sample, want, atol=1e-5)
+
+
+def test_a_layer_that_cannot_be_packed_runs_as_it_was(monkeypatch):
+    odd = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), torch.nn.Conv2d(4, 4, 3, padding="same"), torch.nn.Conv2d(4, 4, 3)).requires_grad_(False)
+    assert opt.pack(odd) == 1
+    monkeypatch.setattr(opt.PackedConv2d, "_pack", lambda self, w, x: torch.ops.mkldnn._reorder_convolution_weight(w.int(), *self._how(), None))
+    assert odd(torch.randn(1, 4, 8, 8)).shape == (1, 4, 6, 6) and type(odd[2]) is torch.nn.Conv2d
+
+
+def test_packed_calls_of_other_sizes_agree():
+    fast = parts_of("embedded")
+    same(picture(fast, rows=16), picture(fast))
+
+
+def test_compiling_on_a_cpu_is_declined_unless_forced():
+    parts = parts_of("embedded", TORCH_COMPILE="1")
+    assert any(o.startswith("declined: torch.compile") and "force" in o for o in parts.optimizations) and not isinstance(parts.unet, opt.CompiledUNet)
+    forced = parts_of("embedded", TORCH_COMPILE="force")
+    assert isinstance(forced.unet, opt.CompiledUNet) and any("forced" in o for o in forced.optimizations)
+
+
+def test_no_recompiles_after_the_warm_up(small):
+    """Counted by torch: one graph a shape while warming up, none afterwards, whatever the strides and the sampler's timestep."""
+    parts = parts_of(small, plain=True)
+    plain = picture(parts)
+    parts.unet = opt.CompiledUNet(parts.unet, backend="eager")
+    counters.clear()
+    for rows in (1, 2, 4): picture(parts, rows=rows)
+    made = counters["stats"]["unique_graphs"]
+    opt.seal(parts)
+    for rows in (4, 1, 3, 8, 2): same(picture(parts, replace(APPLE, seed=3), rows), plain)
+    assert made == 3 == counters["stats"]["unique_graphs"]
+
+
+def test_auto_precision_is_measured_and_only_for_large_models(monkeypatch):
+    gain = opt.bf16_gain()
+    assert gain == 0 or gain > 0.2
+    assert parts_of("embedded", SD_PRECISION="auto").precision == "fp32"
+    monkeypatch.setattr(opt, "SMALL", 1000)
+    parts = parts_of("embedded", SD_PRECISION="auto")
+    assert (parts.precision == "bf16") == (gain >= 1.2) and (parts.unet.dtype == torch.bfloat16) == (gain >= 1.2)
+    assert any("bf16" in o for o in parts.optimizations)
+    assert np.abs(picture(parts)[1] - picture(parts_of("embedded"))[1]).mean() < 6
+    assert parts_of("embedded", SD_PRECISION="fp32").precision == "fp32"                     # what is asked for stays
+
+
+def test_threads_follow_the_container(tmp_path):
+    quota = tmp_path / "cpu.max"
+    most = opt.cpu_limit(tmp_path / "missing")
+    for text, want in (("max 100000", most), ("100000 100000", 1), ("150000 100000", min(2, most)), ("nonsense", most)):
+        quota.write_text(text)
+        assert opt.cpu_limit(quota) == want
+
+
+def test_openvino_without_the_package_names_the_extra(monkeypatch):
+    monkeypatch.setattr(opt, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"aura-engine\[openvino\]"): parts_of("embedded", SD_BACKEND="openvino")
+    assert parts_of("embedded", SD_BACKEND="auto").backend == "torch"
+
+
+@pytest.fixture
+def openvino(): return pytest.importorskip("openvino", reason=NO_OPENVINO)
+
+
+def test_openvino_draws_the_same_picture(openvino, family):
+    """fp32, every family, also guided and at a latent size that does not halve evenly (152 pixels are 19)."""
+    fast, plain = parts_of(family[1], SD_BACKEND="openvino"), parts_of(family[1], plain=True)
+    assert fast.backend == "openvino" and any("OpenVINO" in o for o in fast.optimizations)
+    more = (replace(APPLE, guidance_scale=3.0, width=152, height=104),) if family[0] != "embedded" else ()
+    for p in (APPLE, *more): same(picture(fast, p), picture(plain, p))
+    photo = decode_latents(plain, picture(plain)[0])[0]
+    refined = replace(APPLE, init=photo, strength=0.5)
+    same(picture(fast, refined), picture(plain, refined))
+
+
+def test_openvino_saves_its_graph_and_compiles_each_shape_once(openvino, small, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    one = parts_of(small, SD_BACKEND="openvino")
+    files = {f: f.stat().st_ino for f in (tmp_path / "aura_engine" / "openvino").glob("*.xml")}
+    assert len(files) == 2                                                                   # UNet and VAE decoder
+    monkeypatch.setattr(openvino, "convert_model", lambda *a, **k: pytest.fail("converted again"))
+    two = parts_of(small, SD_BACKEND="openvino")
+    assert {f: f.stat().st_ino for f in (tmp_path / "aura_engine" / "openvino").glob("*.xml")} == files
+    assert np.array_equal(picture(one)[1], picture(two)[1]) and two.unet.graphs.compiles == 1
+    two.unet.graphs.keep = 2
+    for rows in (2, 3, 2, 3): picture(two, rows=rows)
+    assert two.unet.graphs.compiles == 3 and len(two.unet.graphs.compiled) == 2
+
+
+def test_openvino_graph_belongs_to_the_weights(openvino):
+    unet = parts_of("embedded", plain=True).unet
+    names, before = opt.unet_inputs_of(unet.config), opt.fingerprint(unet)
+    assert before == opt.fingerprint(deepcopy(unet)) and before != opt.fingerprint(unet, names)
+    unet.conv_in.weight.mul_(1.001)
+    assert opt.fingerprint(unet) != before
+
+
+def test_openvino_calls_of_other_sizes_agree(openvino):
+    """The backend's published tolerance: in f32 as torch's, in bf16 a few values of 255 on average."""
+    fast = parts_of("embedded", SD_BACKEND="openvino")
+    same(picture(fast, rows=8), picture(fast))
+    if not opt.has_bf16(): pytest.skip("this CPU has no bf16 instructions")
+    half = parts_of("embedded", SD_BACKEND="openvino", SD_PRECISION="bf16")
+    assert np.abs(picture(half)[1] - picture(fast)[1]).mean() < 6
+    assert np.array_equal(picture(half, rows=2)[1], picture(half, rows=2)[1])                # the same call, the same picture
+
+
+def test_openvino_is_not_taken_where_it_does_not_fit(openvino, monkeypatch):
+    with pytest.raises(ModelError, match="SD_LORAS"): parts_of("embedded", SD_BACKEND="openvino", SD_LORAS="a=b")
+    monkeypatch.setattr(opt, "SMALL", 1000)
+    monkeypatch.setattr(opt, "_saved", lambda parts: False)
+    parts = parts_of("embedded", SD_BACKEND="auto")
+    assert parts.backend == "torch" and any(o.startswith("declined: OpenVINO") for o in parts.optimizations)
