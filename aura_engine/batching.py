@@ -137,5 +137,8 @@ def eta(mine: list[Entry], others: list[Entry], cost: StepCost, now: float) -> f
     "Predicted seconds until all of `mine` are finished, the `others` being in the engine too."
     urgency = lambda e: remaining(e, cost) - AGEING * (now - e.arrived)
     last = max(map(urgency, mine))
-    before = [e for e in others if urgency(e) <= last]
-    return max(work(before + mine, cost), max(remaining(e, cost) for e in mine))
+    before = [e for e in others if urgency(e) <= last] + mine
+    slow = max(mine, key=lambda e: remaining(e, cost))
+    step, rows = cost.step(slow.key), sum(e.rows for e in others + mine if e.left and e.key == slow.key)
+    shared = slow.left * step[step.best(rows, slow.rows)] + sum(e.begin + cost.decode(e.key).per_row(len(before)) for e in before)
+    return max(work(before, cost), shared)
