@@ -171,7 +171,9 @@ def test_a_picture_as_uid_1000_on_a_read_only_disk(image):
         health = inside(process, sys.executable, "-c", "import urllib.request as r; print(r.urlopen('http://127.0.0.1:7860/health').read().decode())")
         assert json.loads(health.stdout)["buildId"] == image["id"]
         kept = "import os, pathlib; p = pathlib.Path(os.environ['HF_HOME']); p.mkdir(exist_ok=True); (p / 'x').write_text('x')"
-        for program in (["python", "-c", kept], healthcheck(image["name"])): sh(*PODMAN, "exec", "aura-picture", *program)
+        for program in (["python", "-c", kept], healthcheck(image["name"])):
+            done = inside(process, *PODMAN, "exec", "aura-picture", *program)
+            assert done.returncode == 0, done.stderr[-2000:]
         process.terminate()
         out = process.communicate(timeout=40)[0]
         assert process.returncode == 0 and '"event": "stopping"' in out, out[-2000:]
