@@ -16,12 +16,15 @@ from aura_engine.config import load_settings
 from aura_engine.engine import Engine
 from aura_engine.loader import load
 from aura_engine.models import ROWS, SAMPLERS, SD15_ID, SDXL_ID, SSD_ID, XL, executed_steps, plan
-from aura_engine.trajectory import TextCache, Trajectory, advance, decode_latents
+from aura_engine.trajectory import FIRST_ORDER, TextCache, Trajectory, advance, decode_latents
 from aura_engine.types import GenerateRequest, ModelError, Picture, Plan, RefineConfig, RefineRequest
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8))
 (buffer := io.BytesIO(), PHOTO.save(buffer, "PNG"))
 PHOTO_TEXT = base64.b64encode(buffer.getvalue()).decode()
+
+
+TCD = pytest.mark.xfail("TCDScheduler" not in FIRST_ORDER, reason="the trajectory room does not know TCD yet", run=False)
 
 
 @pytest.fixture(scope="module", params=["sd15", "sd15-lcm", "sdxl"])
@@ -37,7 +40,7 @@ def test_the_row_is_read_from_the_files(family):
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("init", [None, PHOTO], ids=["txt2img", "img2img"])
-@pytest.mark.parametrize("sampler", ["lcm", "ddim", "euler", "dpm"])
+@pytest.mark.parametrize("sampler", ["lcm", "ddim", "euler", "euler-x0", pytest.param("tcd", marks=TCD), "dpm"])
 def test_a_lone_trajectory_equals_the_pipeline(family, sampler, init, guidance):
     name, _, parts = family
     p = Picture("a red apple", 128, 128, steps=4, guidance_scale=guidance, seed=3, temperature=1.0, scheduler=sampler, init=init, strength=0.5 if init else None)
@@ -55,15 +58,16 @@ def reference(name, parts, p):
     cls = getattr(diffusers, stem + ("Img2ImgPipeline" if p.init else "Pipeline"))
     if parts.xl: args = dict(vae=parts.vae, text_encoder=parts.text_encoders[0], text_encoder_2=parts.text_encoders[1], tokenizer=parts.tokenizers[0], tokenizer_2=parts.tokenizers[1])
     else: args = dict(vae=parts.vae, text_encoder=parts.text_encoders[0], tokenizer=parts.tokenizers[0], safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    extra = dict(add_watermarker=False) if parts.xl else {}
+    fixed, extra = dict(add_watermarker=False) if parts.xl else {}, {}
+    extra |= dict(SAMPLERS[p.scheduler].step)                                       # eta, which the pipelines take as an argument of the call
     size = {} if p.init else dict(width=p.width, height=p.height)
     steps = executed_steps(p.steps, p.strength, SAMPLERS[p.scheduler].max_steps)[1] if p.init else p.steps
     if p.init: size = dict(image=p.init, strength=p.strength)
 
     def call(output):
-        pipe = cls(**args, unet=parts.unet, scheduler=parts.scheduler(p.scheduler), **extra)
+        pipe = cls(**args, unet=parts.unet, scheduler=parts.scheduler(p.scheduler), **fixed)
         pipe.set_progress_bar_config(disable=True)
-        out = pipe(p.prompt, num_inference_steps=steps, guidance_scale=p.guidance_scale, generator=torch.Generator().manual_seed(p.seed), output_type=output, **size)
+        out = pipe(p.prompt, num_inference_steps=steps, guidance_scale=p.guidance_scale, generator=torch.Generator().manual_seed(p.seed), output_type=output, **size, **extra)
         return out.images.float()
     return call
 
@@ -137,7 +141,7 @@ def settings_of(row):
     return {"SD_MODEL_ID": row.unet or row.ids[0]}
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=TCD) if r.sampler == "tcd" else n for n, r in ROWS.items()])
 def test_every_row_generates_and_refines(published, name):
     """Only the environment differs; the answer says which numbers were used, and what was put right."""
     hub, serve = published
