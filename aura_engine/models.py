@@ -199,6 +199,24 @@ def executed_steps(steps: int, strength: float, most: int) -> tuple[int, int]:
     table = min(math.ceil(steps / strength - 1e-9), most)
     return max(1, min(int(table * strength + 1e-9), steps)), table
 
+def _refining(row: Row, steps: int, strength: float, notes: list[Note]) -> tuple[int, float]:
+    "(steps to run, strength) of a refinement. A checkpoint distilled for k steps keeps its timetable and runs the last of it."
+    run, k = executed_steps(steps, strength, SAMPLERS[row.sampler].max_steps)[0], row.steps[0]
+    if row.fixed:
+        run = max(1, int(k * strength + 1e-9))
+        if run / k != strength: notes.append(Note("strength", strength, round(run / k, 4), f"this checkpoint has a timetable of {k} steps, of which a refinement runs at least one"))
+        strength = run / k
+    elif run != steps: notes.append(Note("steps", steps, run, f"strength {strength:g} leaves room for {run} on this sampler's timetable"))
+    return run, strength
+
+def _size(request: GenerateRequest, row: Row, gpu: bool, notes: list[Note]) -> tuple[int, int]:
+    size = size_for(row, request.aspect_ratio, request.resolution)
+    standard = size_for(row, request.aspect_ratio, "standard")
+    if gpu or size == standard: return size
+    notes.append(Note("resolution", "high", "standard", "this engine has no GPU"))
+    return standard
+
+# %% ../nbs/02_models.ipynb #2bfd338b
 def plan(request: GenerateRequest | RefineRequest, row: Row, images: Sequence = (), gpu: bool = False) -> Plan:
     "A checked request and its family -> what to do, with notes. `images`: the decoded pictures of a refinement (PIL, RGB)."
     notes: list[Note] = []
@@ -216,20 +234,3 @@ def plan(request: GenerateRequest | RefineRequest, row: Row, images: Sequence = 
     run, strength = _refining(row, steps, r.strength, notes)
     sized = [(im, fit_size(row, im.width / im.height, min(max(math.sqrt(im.width * im.height), row.native * row.standard), row.native))) for im in images]
     return Plan(tuple(Picture(request.refine_prompt, *size, steps=run, seed=(seed + i) % (MAX_SEED + 1), strength=strength, init=im, **same) for i, (im, size) in enumerate(sized)), tuple(notes))
-
-def _refining(row: Row, steps: int, strength: float, notes: list[Note]) -> tuple[int, float]:
-    "(steps to run, strength) of a refinement. A checkpoint distilled for k steps keeps its timetable and runs the last of it."
-    run, k = executed_steps(steps, strength, SAMPLERS[row.sampler].max_steps)[0], row.steps[0]
-    if row.fixed:
-        run = max(1, int(k * strength + 1e-9))
-        if run / k != strength: notes.append(Note("strength", strength, round(run / k, 4), f"this checkpoint has a timetable of {k} steps, of which a refinement runs at least one"))
-        strength = run / k
-    elif run != steps: notes.append(Note("steps", steps, run, f"strength {strength:g} leaves room for {run} on this sampler's timetable"))
-    return run, strength
-
-def _size(request: GenerateRequest, row: Row, gpu: bool, notes: list[Note]) -> tuple[int, int]:
-    size = size_for(row, request.aspect_ratio, request.resolution)
-    standard = size_for(row, request.aspect_ratio, "standard")
-    if gpu or size == standard: return size
-    notes.append(Note("resolution", "high", "standard", "this engine has no GPU"))
-    return standard
