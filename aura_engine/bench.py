@@ -268,7 +268,7 @@ def table(results: dict) -> str:
 def bars(results: dict) -> list[dict]:
     "What was asked, what was measured, whether it was met: rows of `bar`, `limit`, `measured`, `met`."
     row = {(r["load"], r["level"], r["contender"]): r for r in results["rows"]}
-    ratio = lambda load, what, other, mine=ENGINE: row[*load, mine][what] / row[*load, other][what]
+    ratio = lambda load, what, other: (row[*load, ENGINE][what] or np.nan) / (row[*load, other][what] or np.nan)      # a very small run may hold no short request
     busy, full = BARS_AT
     asked = [("throughput, 32 clients, × the lock", ">=", 1.8, ratio(full, "throughput", LOCK)), ("p95 at 80 % load, × the lock", "<=", 0.5, ratio(busy, "p95", LOCK)),
              ("p95 at 80 % load, × request batching", "<=", 0.75, ratio(busy, "p95", BATCHING)), ("p95 of ≤ 2 steps at 80 % load, × the lock", "<=", 0.4, ratio(busy, "short_p95", LOCK)),

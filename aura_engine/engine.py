@@ -206,6 +206,7 @@ def _run(self) -> None:
         self._fail("The engine stopped working; its log has the reason.")
     finally: self._settled.set()
 
+# %% ../nbs/08_engine.ipynb #7ade5f2a
 def _prepare(self) -> None:
     "Load, self-test, measure."
     start = time.monotonic()
