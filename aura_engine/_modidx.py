@@ -552,6 +552,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                       'aura_engine.optimize._save': ('optimize.html#_save', 'aura_engine/optimize.py'),
                                       'aura_engine.optimize._saved': ('optimize.html#_saved', 'aura_engine/optimize.py'),
                                       'aura_engine.optimize._set_threads': ('optimize.html#_set_threads', 'aura_engine/optimize.py'),
+                                      'aura_engine.optimize._solid': ('optimize.html#_solid', 'aura_engine/optimize.py'),
                                       'aura_engine.optimize._threads': ('optimize.html#_threads', 'aura_engine/optimize.py'),
                                       'aura_engine.optimize._to_bf16': ('optimize.html#_to_bf16', 'aura_engine/optimize.py'),
                                       'aura_engine.optimize._use_openvino': ('optimize.html#_use_openvino', 'aura_engine/optimize.py'),

@@ -24,7 +24,7 @@ log = logging.getLogger("aura_engine")
 __all__ = ['log', 'PACKED', 'SMALL', 'TECHNIQUES', 'Packed', 'PackedConv2d', 'PackedLinear', 'pack', 'unpack', 'unet_inputs_of',
            'Traced', 'example_inputs', 'projected', 'cache_folder', 'fingerprint', 'convert', 'Graphs', 'OpenVINOUNet',
            'OpenVINODecode', 'size_of', 'bf16_gain', 'cpu_limit', 'CompiledUNet', 'seal', 'Technique', 'optimize',
-           'draw', 'waterfall', 'random_sd15']
+           'draw', 'waterfall', 'quantize', 'Heard', 'random_sd15']
 
 # %% ../nbs/05_optimize.ipynb #4e6774a5
 class Packed:
@@ -247,11 +247,10 @@ def _can_openvino(parts: Components, settings: Settings) -> bool | str:
 def _use_openvino(parts: Components, settings: Settings) -> str:
     unet, vae = parts.unet, parts.vae
     names, dtype = unet_inputs_of(unet.config), vae.dtype
-    parts.unet = OpenVINOUNet(unet, Graphs(convert(unet, names), names, parts.precision))
-    graph = convert(vae, ["z"])
+    steps, decode = convert(unet, names), convert(vae, ["z"])
     with quiet(): vae.to(dtype)
-    vae.decode = OpenVINODecode(vae, Graphs(graph, ["z"], parts.precision))
-    parts.backend = "openvino"
+    parts.unet, parts.backend = OpenVINOUNet(unet, Graphs(steps, names, parts.precision)), "openvino"
+    vae.decode = OpenVINODecode(vae, Graphs(decode, ["z"], parts.precision))
     return f"OpenVINO {version('openvino').split('-')[0]} ({'f32' if parts.precision == 'fp32' else 'bf16'}, a static graph for each shape)"
 
 # %% ../nbs/05_optimize.ipynb #9f690d27
@@ -295,6 +294,10 @@ def _set_threads(parts: Components, settings: Settings) -> str:
     return f"{_threads()} threads for the model (of {cpu_limit()} CPUs)"
 
 # %% ../nbs/05_optimize.ipynb #8ca33c6e
+def _solid(v):
+    if isinstance(v, dict): return {k: _solid(x) for k, x in v.items()}
+    return v.contiguous() if torch.is_tensor(v) else v
+
 class CompiledUNet:
     "A UNet compiled for each (rows, latents, text) shape it meets until it is sealed; later shapes run eagerly. Called with `return_dict=False`."
     def __init__(self, unet, graphs: bool = False, **how):
@@ -307,7 +310,7 @@ class CompiledUNet:
 
     def __call__(self, sample, timestep, encoder_hidden_states, return_dict=False, **more):
         sample = sample.contiguous(memory_format=torch.channels_last)         # strides are part of what is compiled
-        timestep, text = timestep.contiguous(), encoder_hidden_states.contiguous()
+        timestep, text, more = timestep.contiguous(), encoder_hidden_states.contiguous(), _solid(more)
         shape = (tuple(sample.shape), tuple(text.shape))
         if self.sealed and shape not in self.shapes: return self.unet(sample, timestep, text, return_dict=False, **more)
         self.shapes.add(shape)
@@ -375,10 +378,15 @@ TECHNIQUES = [
     Technique("packed weights", _can_pack, _pack, "CPU, torch", "none: one copy; sums differ in the last bits")]
 
 def optimize(parts: Components, settings: Settings) -> Components:
-    "Apply what applies, in the order of the table. Adds to `parts.optimizations` what was done, and what was declined and why."
+    "Apply what applies, in the order of the table, and go on without what fails. Adds to `parts.optimizations` what was done, and what was declined and why."
     for t in TECHNIQUES:
         answer = t.applies(parts, settings)
-        if answer is True: parts.optimizations.append(t.apply(parts, settings))
+        if answer is True:
+            try: parts.optimizations.append(t.apply(parts, settings))
+            except Exception as e:
+                log.exception("%s failed", t.name)
+                if settings.backend == "openvino" and t.name == "OpenVINO": raise ModelError("SD_BACKEND=openvino: this model could not be converted; SD_BACKEND=torch runs it.") from e
+                parts.optimizations.append(f"declined: {t.name} (it failed; the log says how)")
         elif answer: parts.optimizations.append(f"declined: {t.name} ({answer})")
     return parts
 
@@ -414,6 +422,21 @@ def waterfall(variants: dict[str, Callable[[], Components]], text: torch.Tensor,
         del parts
         gc.collect()                                                          # a VAE and its decode hold each other
     return rows
+
+# %% ../nbs/05_optimize.ipynb #8b86699e
+def quantize(graphs: Graphs, calibration: list[tuple[torch.Tensor, ...]]) -> Graphs:
+    "An int8 copy of a converted UNet, calibrated on calls (tensors in the order of `graphs.names`). Needs the package nncf."
+    import nncf
+    data = nncf.Dataset([{n: v.float().numpy() for n, v in zip(graphs.names, call)} for call in calibration])
+    model = nncf.quantize(graphs.model.clone(), data, subset_size=len(calibration), model_type=nncf.ModelType.TRANSFORMER, preset=nncf.QuantizationPreset.MIXED)
+    return Graphs(model, graphs.names, graphs.precision, threads=graphs.threads)
+
+class Heard:
+    "Graphs that remember what they were called with."
+    def __init__(self, graphs): self.graphs, self.names, self.calls = graphs, graphs.names, []
+    def __call__(self, *values):
+        self.calls.append(values)
+        return self.graphs(*values)
 
 # %% ../nbs/05_optimize.ipynb #275bc91f
 def random_sd15(tiny: bool = False) -> Components:

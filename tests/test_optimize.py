@@ -177,6 +177,16 @@ def test_openvino_calls_of_other_sizes_agree(openvino):
     assert np.array_equal(picture(half, rows=2)[1], picture(half, rows=2)[1])                # the same call, the same picture
 
 
+def test_a_technique_that_fails_is_left_out(openvino, monkeypatch):
+    """A conversion that breaks: torch goes on under auto and says so; who asked for OpenVINO is told in a sentence."""
+    def broken(*a, **k): raise RuntimeError("from the library")
+    monkeypatch.setattr(opt, "convert", broken)
+    parts = parts_of("embedded", SD_BACKEND="auto")
+    assert parts.backend == "torch" and any(o.startswith("declined: OpenVINO") for o in parts.optimizations) and any("packed" in o for o in parts.optimizations)
+    same(picture(parts), picture(parts_of("embedded", plain=True)))
+    with pytest.raises(ModelError, match="could not be converted"): parts_of("embedded", SD_BACKEND="openvino")
+
+
 def test_openvino_is_not_taken_where_it_does_not_fit(openvino, monkeypatch):
     with pytest.raises(ModelError, match="SD_LORAS"): parts_of("embedded", SD_BACKEND="openvino", SD_LORAS="a=b")
     monkeypatch.setattr(opt, "SMALL", 1000)
