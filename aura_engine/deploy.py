@@ -51,7 +51,7 @@ class Preset:
     note: str
 
 _lcm = {"SD_MODEL_ID": "stable-diffusion-v1-5/stable-diffusion-v1-5", "SD_LCM_LORA_ID": "latent-consistency/lcm-lora-sdv1-5"}
-OPENVINO = "openvino>=2025.3"                # the extra of that name in settings.ini; an image has it only when asked
+OPENVINO = "openvino>=2026.2"                # the extra of that name in settings.ini; an image has it only when asked
 _cuda = {"SD_DEVICE": "cuda", "SD_PRECISION": "fp16", "TORCH_INDEX_URL": "pypi"}
 PRESETS = {
     "cpu": Preset({}, None, f"the embedded model, ready in seconds: {row_for('embedded', None).note}"),

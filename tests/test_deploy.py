@@ -11,6 +11,7 @@ import huggingface_hub, pytest
 from dotenv import dotenv_values
 from hypothesis import given, settings, strategies as st
 
+import nb
 from aura_engine import deploy
 from conftest import ROOT, clean_env
 from hub import READS, TOKEN, Hub
@@ -538,6 +539,7 @@ def test_plan_is_pure_and_says_what_a_gpu_costs(tree):
 def test_openvino_is_the_extra_of_the_package(tree):
     """However it is asked for, the image gets the extra, and the plan says what each start then costs."""
     found = deploy.Found({"name": "ada", "isPro": True}, {"cpu-basic": 0})
+    assert deploy.OPENVINO == nb.settings()["openvino_requirements"].strip()
     for o in (deploy.Options(SPACE, preset="cpu-sd15"), deploy.Options(SPACE, var={"SD_BACKEND": "openvino"})):
         plan = deploy.make_plan(found, deploy.upload_set(tree), o)
         assert plan.variables["EXTRA_PACKAGES"] == deploy.OPENVINO and "every start downloads" in "".join(plan.notes)
