@@ -4,16 +4,18 @@
 
 # %% ../nbs/02_models.ipynb #9083d550
 from __future__ import annotations
-import math, secrets
+import math, re, secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from .types import FieldError, GenerateRequest, Invalid, MAX_SEED, Note, Picture, Plan, RefineRequest, shown
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'SD', 'XL', 'SD15_ID', 'SDXL_ID', 'SSD_ID', 'ROWS', 'VAES', 'ALIASES', 'EMBEDDED', 'PICKLED', 'Sampler',
            'Row', 'model_table', 'vae_table', 'resolve_id', 'is_local', 'check_source', 'is_named', 'row_for',
-           'with_lora', 'detect', 'size_for', 'fit_size', 'executed_steps', 'plan']
+           'with_lora', 'detect', 'size_for', 'fit_size', 'known_words', 'executed_steps', 'plan']
 
 # %% ../nbs/02_models.ipynb #d50d7ab4
 @dataclass(frozen=True)
@@ -186,6 +188,19 @@ def fit_size(row: Row, aspect: float, side: float) -> tuple[int, int]:
     snap = lambda x: max(row.multiple, round(x / row.multiple) * row.multiple)
     return snap(side * math.sqrt(aspect)), snap(side / math.sqrt(aspect))
 
+# %% ../nbs/02_models.ipynb #982df2ee
+@cache
+def known_words(folder: Path) -> frozenset[str]:
+    "The words in `folder`/words.txt; empty for a model that has no such list."
+    return frozenset((folder / "words.txt").read_text().split()) if (folder / "words.txt").exists() else frozenset()
+
+def _strange_words(row: Row, prompt: str, notes: list[Note]) -> None:
+    known = known_words(EMBEDDED) if row.name == "embedded" else frozenset()
+    words = dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.casefold()) if known else ())
+    if strange := [w for w in words if not {w, w.removesuffix("s"), w.removesuffix("es")} & known]:
+        near = dict.fromkeys(n for w in strange if len(w) > 3 for n in get_close_matches(w, sorted(known), 2, 0.7))
+        notes.append(Note("prompt", shown(" ".join(strange), 60), "drawn as something near", "words the embedded model does not know" + (f"; it knows {', '.join(near)}" if near else "")))
+
 # %% ../nbs/02_models.ipynb #1736e776
 def _within(name: str, given, bounds, why: str, notes: list[Note]):
     "Clamp `given` into (least, default, most); a change is noted."
@@ -226,6 +241,7 @@ def plan(request: GenerateRequest | RefineRequest, row: Row, images: Sequence = 
     guidance = _within("guidanceScale", r.guidance_scale, row.guidance, f"{row.name} works with guidance {row.guidance[0]:g} to {row.guidance[2]:g}", notes)
     if r.negative_prompt and not (row.cfg and guidance > 1):
         notes.append(Note("negativePrompt", shown(r.negative_prompt, 40), "ignored", "it acts only with guidance above 1"))
+    _strange_words(row, request.refine_prompt if refine else request.prompt, notes)
     seed = r.seed if r.seed is not None else secrets.randbelow(2**32)
     same = dict(negative_prompt=r.negative_prompt, guidance_scale=float(guidance), temperature=float(r.temperature))
     if not refine:

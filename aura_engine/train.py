@@ -4,7 +4,7 @@
 
 # %% ../nbs/90_train_emoji.ipynb #922a8de9
 from __future__ import annotations
-import argparse, io, json, math, random, time
+import argparse, io, json, math, random, re, time
 from pathlib import Path
 import numpy as np, torch
 import torch.nn.functional as F
@@ -15,8 +15,8 @@ from PIL import Image
 __all__ = ['CONCEPTS', 'LATER', 'COLOURS', 'SIDE', 'LAYOUTS', 'LEADS', 'PLACES', 'TOKENS', 'SHAPES', 'GRID', 'concepts',
            'held_out', 'backdrop', 'compose', 'sprites', 'caption', 'make_tokenizer', 'make_vae', 'make_text',
            'make_unet', 'to_tensor', 'autocast', 'Clock', 'save_state', 'load_state', 'vae_loss', 'train_vae',
-           'make_pool', 'train_text', 'make_schedule', 'draw', 'train_unet', 'pack', 'main', 'pooled', 'references',
-           'psnr', 'generate', 'score']
+           'make_pool', 'train_text', 'make_schedule', 'draw', 'train_unet', 'polish_decoder', 'known_words', 'pack',
+           'main', 'pooled', 'references', 'psnr', 'generate', 'score']
 
 # %% ../nbs/90_train_emoji.ipynb #eab4e34b
 CONCEPTS = """
@@ -321,6 +321,31 @@ def train_unet(tokenizer, text, pool, out: Path, minutes: float, batch: int = 16
     save_state(path, model=both.state_dict(), ema=ema.state_dict(), opt=opt.state_dict(), spent=clock.spent, step=step, log=log)
 
 # %% ../nbs/90_train_emoji.ipynb #98e770cd
+def polish_decoder(art, vae, out: Path, minutes: float, rng=None):
+    "Train only the decoder on crops of 64 pixels; goes into `out`/vae.pt in place of the one there. Not resumable (it is short)."
+    rng, state, clock, step = rng or random.Random(7), load_state(out / "vae.pt"), Clock(minutes), 0
+    vae.requires_grad_(True).encoder.requires_grad_(False)
+    opt = torch.optim.AdamW(vae.decoder.parameters(), lr=6e-4, betas=(.9, .98), weight_decay=1e-4, fused=True)
+    ema = torch.optim.swa_utils.AveragedModel(vae, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(.998))
+    while (done := clock.tick()) < 1:
+        for g in opt.param_groups: g["lr"] = 6e-4 * min(1, (step + 1) / 100) * (.5 + .5 * math.cos(math.pi * done))
+        crops = []
+        for p in [compose(art[rng.choice(list(art))], rng.choice(list(COLOURS)), rng.randrange(LAYOUTS)) for _ in range(4)]:
+            crops += [p.crop((x, y, x + 64, y + 64)) for x, y in [(rng.randrange(65), rng.randrange(65)) for _ in range(3)]]
+        x = to_tensor(crops)
+        with autocast():
+            with torch.no_grad(): z = vae.encoder(x)
+            y = vae.decoder(z + .03 * torch.randn_like(z)).float()
+        loss = F.l1_loss(y, x) + 2 * F.mse_loss(y, x) + .5 * sum(F.l1_loss(y.diff(dim=d), x.diff(dim=d)) for d in (2, 3))
+        opt.zero_grad(); loss.backward(); torch.nn.utils.clip_grad_norm_(vae.decoder.parameters(), 1.0); opt.step(); ema.update_parameters(vae); step += 1
+    save_state(out / "vae.pt", **(state | {"model": vae.state_dict(), "ema": ema.state_dict()}))
+
+# %% ../nbs/90_train_emoji.ipynb #721158e1
+def known_words() -> list[str]:
+    "Every word of the captions of the things that are drawn."
+    text = [*LEADS, *PLACES, *COLOURS, "the a an"] + [n for label, names in concepts().items() if label not in LATER for n in names]
+    return sorted(set(re.findall(r"[^\W\d_]+", " ".join(text).replace("{c}", "").casefold())))
+
 def pack(out: Path, folder: Path):
     "Write the trained parts in `out` as a diffusers folder (fp16 safetensors) at `folder`."
     from diffusers import StableDiffusionPipeline
@@ -332,6 +357,7 @@ def pack(out: Path, folder: Path):
     pipe = StableDiffusionPipeline(vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=make_schedule(),
                                    safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipe.to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    (folder / "words.txt").write_text("\n".join(known_words()) + "\n")
 
 def main(argv=None):
     "The stages one after the other; run again to go on where it stopped."
@@ -341,6 +367,7 @@ def main(argv=None):
     ap.add_argument("--vae-minutes", type=float, default=14)
     ap.add_argument("--text-minutes", type=float, default=4)
     ap.add_argument("--unet-minutes", type=float, default=150)
+    ap.add_argument("--polish-minutes", type=float, default=10)
     ap.add_argument("--threads", type=int, default=0, help="torch threads, 0 = torch's own choice")
     ap.add_argument("--pack", type=Path, help="only write the diffusers folder")
     a = ap.parse_args(argv)
@@ -353,6 +380,7 @@ def main(argv=None):
     tokenizer = make_tokenizer(a.out / "tokenizer")
     text = train_text(tokenizer, pool, a.out, a.text_minutes)
     train_unet(tokenizer, text, pool, a.out, a.unet_minutes)
+    polish_decoder(art, vae, a.out, a.polish_minutes)
 
 # %% ../nbs/90_train_emoji.ipynb #091428d1
 #| eval: false
