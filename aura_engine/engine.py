@@ -11,7 +11,7 @@ import numpy as np, torch
 from . import __version__
 from .batching import Entry, StepCost, cached_curve, choose, eta, work
 from .config import Settings, unknown_settings
-from .loader import Components, load
+from .loader import Components, Progress, load
 from .models import SAMPLERS, Row, check_source
 from .optimize import cache_folder, optimize
 from .trajectory import Noise, TextCache, Trajectory, advance, call_unet, decode_batch, decode_latents, encode_picture, unet_inputs
@@ -125,6 +125,7 @@ class Engine:
         self.settings, self.status, self.reason, self.parts = settings, "loading", "", None
         self.started, self.cost, self.waiting, self.inbox = time.monotonic(), None, [], []
         self.unet_calls, self.incidents, self.row_cap, self.late, self.spared = 0, 0, settings.max_batch, 0.0, None
+        self.progress, self.repairs = Progress(), 0          # what loading is doing; pictures decoded twice
         self.warnings: list[str] = unknown_settings()
         self._turn, self._closed, self._settled = threading.Condition(), False, threading.Event()
         check_source(settings.model_id)
@@ -154,7 +155,7 @@ class Engine:
 def _submit(self, plan: Plan, previews: bool = False) -> Job:
     "Queue a plan -> Job. Raises NotReady, ShuttingDown or QueueFull (each with `retry_after`)."
     if self.status == "draining" or self._closed: raise ShuttingDown("The engine is stopping; ask another or come back.", retry_after=10)
-    if not self.ready: raise NotReady(self.reason or "The model is loading.", retry_after=5)
+    if not self.ready: raise NotReady(self.reason or self.progress.reason or "The model is loading.", retry_after=5)
     now = time.monotonic()
     job = Job(plan, previews, now + self.settings.deadline_seconds)
     mine = [Entry(*(k := key_of(self.texts, p)), p.steps, now, self.cost.begin(k[0], p.init is not None), extra={"job": job, "index": i, "picture": p, "times": {}})
@@ -178,7 +179,7 @@ def _health(self) -> dict:
             "gpuName": torch.cuda.get_device_name(p.device) if p and p.device.type == "cuda" else None,
             "model": s.model_id, "revision": p.revision if p else s.revision, "lora": s.lcm_lora_id,
             "family": p.row.name if p else None, "scheduler": SAMPLERS[p.row.sampler].cls if p else None, "precision": p.precision if p else s.precision,
-            "backend": p.backend if p else None, "optimizations": self.optimizations(), "warnings": self.warnings + (p.notes if p else []), "reason": self.reason or None,
+            "backend": p.backend if p else None, "optimizations": self.optimizations(), "warnings": self.warnings + (p.notes if p else []) + ([f"{self.repairs} pictures had to be decoded again in fp32"] if self.repairs else []), "reason": self.reason or self.progress.reason or None, "loading": self.progress.said() if self.status == "loading" else None,
             "queue": {"length": len(entries), "seconds": round(work(entries, self.cost), 2) if self.cost else 0.0},
             "stepCost": {str(b): round(c, 4) for b, c in self.cost.step(self.cost.native).items()} if self.cost else {},
             "version": __version__, "buildId": build, "uptimeSeconds": round(time.monotonic() - self.started, 1)}
@@ -210,7 +211,7 @@ def _run(self) -> None:
 def _prepare(self) -> None:
     "Load, self-test, measure."
     start = time.monotonic()
-    parts = optimize(load(self.settings), self.settings)
+    parts = optimize(load(self.settings, self.progress), self.settings)
     keep_memory(parts)
     self.texts, row = TextCache(parts), parts.row
     test = Picture("a red apple", row.native, row.native, steps=row.steps[1] if row.steps[0] == row.steps[2] else min(2, row.steps[1]), guidance_scale=row.guidance[1], seed=1)
@@ -319,6 +320,7 @@ def _finish(self, batch: list[Entry], bucket: int) -> None:
         self.waiting = [w for w in self.waiting if w is not e]
         job, e.extra["times"]["decode"] = e.extra["job"], seconds
         if isinstance(outcome, Degenerate): self._end(job, outcome); continue
+        if outcome[1]: job.cuts.append("a picture was decoded again in fp32: half precision overflowed"); self.repairs += 1
         job.emit(Image(e.extra["index"], outcome[0], self._receipt(e, ("decoded again in fp32",) * outcome[1] + ("decoded in tiles: memory was short",) * (e is self.spared))))
         if not any(w.extra["job"] is job for w in self.waiting) and not job.done: self._end(job)
 

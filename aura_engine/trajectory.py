@@ -108,12 +108,12 @@ def _probe(scheduler, k: int) -> tuple[float, ...]:
     noise = torch.randn(3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     scheduler._step_index = k
     out = scheduler.step(e[1], t, e[0], generator=torch.Generator().manual_seed(0))
-    kept = out.denoised if hasattr(out, "denoised") else out.pred_original_sample
+    kept = next(v for k in ("denoised", "pred_original_sample", "pred_noised_sample") if (v := getattr(out, k, None)) is not None)
     c = (out.prev_sample[2] / noise[2]).item()
     return scale, (out.prev_sample[0] - c * noise[0]).item(), (out.prev_sample[1] - c * noise[1]).item(), c, kept[0].item(), kept[1].item()
 
 # %% ../nbs/06_trajectory.ipynb #750ab3a9
-FIRST_ORDER = ("LCMScheduler", "DDIMScheduler", "EulerDiscreteScheduler")
+FIRST_ORDER = ("LCMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "TCDScheduler")
 
 def timetable(scheduler, steps: int, strength: float | None) -> tuple[int, tuple[float, float]]:
     "Set the scheduler up. -> (first step, weights of init and noise in the first latents)."
