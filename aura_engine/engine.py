@@ -13,7 +13,7 @@ from .batching import Entry, StepCost, cached_curve, choose, eta, work
 from .config import Settings, unknown_settings
 from .loader import Components, Progress, load
 from .models import SAMPLERS, Row, check_source
-from .optimize import cache_folder, optimize
+from .optimize import cache_folder, optimize, seal
 from .trajectory import Noise, TextCache, Trajectory, advance, call_unet, decode_batch, decode_latents, encode_picture, unet_inputs
 from .types import (AuraError, Cancelled, DeadlineExceeded, Degenerate, Done, EngineFailed, Event, Failed, Image, NotReady, OutOfMemory,
                                Picture, Plan, Preview, QueueFull, Queued, Receipt, ShuttingDown, Step)
@@ -241,7 +241,11 @@ def _curves(self, parts: Components, inputs: dict, latents: torch.Tensor, decode
     of = (self.settings.model_id, parts.revision, parts.lora, parts.device, parts.precision, parts.backend, parts.optimizations, tuple(inputs["sample"].shape), torch.__version__, torch.get_num_threads(), self.settings.max_batch)
     name = "|".join(map(str, of))
     file, most = cache_folder() / "step_cost.json", self.settings.max_batch
-    with torch.inference_mode(): return cached_curve(file, name, step, most), cached_curve(file, name + "|decode", several, min(most, 8), decode)
+    with torch.inference_mode():
+        curves = cached_curve(file, name, step, most), cached_curve(file, name + "|decode", several, min(most, 8), decode)
+        for rows in curves[0] if getattr(parts.unet, "sealed", True) is False else (): step(rows)   # torch.compile: all sizes now, also when the curve was kept
+    seal(parts)
+    return curves
 
 # %% ../nbs/08_engine.ipynb #7e46b4b3
 def _fail(self, reason: str) -> None:
