@@ -125,7 +125,7 @@ class Engine:
         self.settings, self.status, self.reason, self.parts = settings, "loading", "", None
         self.started, self.cost, self.waiting, self.inbox = time.monotonic(), None, [], []
         self.unet_calls, self.incidents, self.row_cap, self.late, self.spared = 0, 0, settings.max_batch, 0.0, None
-        self.progress, self.repairs = Progress(), 0          # what loading is doing; pictures decoded twice
+        self.progress, self.repairs, self.short = Progress(), 0, 0       # what loading is doing; pictures decoded twice; out of memory in a row
         self.warnings: list[str] = unknown_settings()
         self._turn, self._closed, self._settled = threading.Condition(), False, threading.Event()
         check_source(settings.model_id)
@@ -325,6 +325,7 @@ def _finish(self, batch: list[Entry], bucket: int) -> None:
         job, e.extra["times"]["decode"] = e.extra["job"], seconds
         if isinstance(outcome, Degenerate): self._end(job, outcome); continue
         if outcome[1]: job.cuts.append("a picture was decoded again in fp32: half precision overflowed"); self.repairs += 1
+        self.short = 0
         job.emit(Image(e.extra["index"], outcome[0], self._receipt(e, ("decoded again in fp32",) * outcome[1] + ("decoded in tiles: memory was short",) * (e is self.spared))))
         if not any(w.extra["job"] is job for w in self.waiting) and not job.done: self._end(job)
 
@@ -357,7 +358,11 @@ def _trouble(self, batch: list[Entry], error: Exception) -> None:
     e = batch[0]
     e.tries += 1
     if memory and e.tries == 1: return self._save_memory(e)
-    if memory: return self._end(e.extra["job"], OutOfMemory("This picture does not fit into the device's memory; ask for a smaller one, or again later.", retry_after=10))
+    if memory:
+        self._end(e.extra["job"], OutOfMemory("This picture does not fit into the device's memory; ask for a smaller one, or again later.", retry_after=10))
+        self.short += 1
+        if self.short >= 5: raise EngineFailed("Five pictures in a row did not fit into the device's memory; the process needs a restart.")
+        return
     self._end(e.extra["job"], EngineFailed(f"The model failed on this request (incident {incident})."))
 
 def _save_memory(self, e: Entry | None) -> None:

@@ -466,6 +466,23 @@ def test_row_41__out_of_memory(engine):
     assert np.array_equal(*pixels)
 
 
+def test_row_41__five_in_a_row_and_it_is_not_ready():
+    """Memory that does not come back is no longer one request's trouble: whoever restarts containers has to know."""
+    e = Engine(load_settings(SD_MODEL_ID="embedded", SD_DEVICE="cpu", SD_BACKEND="torch")).start()
+    assert e.wait_ready(120)
+    def full(m, a): raise torch.OutOfMemoryError("CUDA out of memory")
+    hook = e.parts.unet.register_forward_pre_hook(full)
+    for _ in range(4): is_problem(inside(e, {"prompt": "x", "steps": 1})[0], 503)
+    hook.remove()
+    assert e.ready and inside(e, {"prompt": "x", "steps": 1})[0].status_code == 200    # a picture in between: counted anew
+    e.parts.unet.register_forward_pre_hook(full)
+    for _ in range(5): is_problem(inside(e, {"prompt": "x", "steps": 1})[0], 503)
+    e.thread.join(10)
+    assert e.health()["status"] == "failed" and "restart" in e.health()["reason"]
+    is_problem(inside(e, {"prompt": "x"})[0], 503)
+    e.close()
+
+
 def test_row_42__a_black_picture_is_no_answer(engine):
     hook = engine.parts.unet.register_forward_hook(lambda m, a, out: (out[0] * float("nan"),))
     try: r, = inside(engine, {"prompt": "x"})
