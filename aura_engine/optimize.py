@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 import psutil, torch
@@ -415,10 +415,11 @@ def waterfall(variants: dict[str, Callable[[], Components]], text: torch.Tensor,
         drawn = [draw(parts, text, side, steps) for _ in range(rounds)][-max(1, rounds - 1):]                   # the first one warms up
         step, decode = middle([t for _, ts, _ in drawn for t in ts[len(drawn) == 1:] or ts]), middle([d for _, _, d in drawn])
         pixels = drawn[-1][0]
-        gap = (pixels - (rows[0]["pixels"] if rows and "tiny" not in name else pixels)).abs() * 255      # another VAE is another picture
+        gap = (pixels - (rows[0]["pixels"] if rows else pixels)).abs() * 255
+        other = "tiny" in name                                                # another VAE is another picture, not a worse one
         whole = steps * step + decode
         rows.append({"name": name, "step": step, "decode": decode, "picture": whole, "gain": (rows[0]["picture"] if rows else whole) / whole,
-                     "max": gap.max().item(), "mean": gap.mean().item(), "pixels": pixels})
+                     "max": None if other else gap.max().item(), "mean": None if other else gap.mean().item(), "pixels": pixels})
         del parts
         gc.collect()                                                          # a VAE and its decode hold each other
     return rows
