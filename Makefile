@@ -32,7 +32,7 @@ serve: $(VENV)/serve.stamp ## start the engine
 	PORT=$(PORT) exec $(PY) app.py
 
 test: $(VENV)/dev.stamp ## every test but the slow ones
-	HF_HUB_OFFLINE=1 $(PY) -m pytest tests -m "not slow" -ra -n auto --maxprocesses 4 --dist worksteal
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests -m "not slow" -ra -n auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(VENV)/dev.stamp ## the slow tests; prints what was skipped and why
 	HF_HUB_OFFLINE=1 $(PY) -m pytest tests -m slow -ra || test $$? -eq 5

@@ -1,5 +1,5 @@
 """Shared by all tests: the slow mark, no network, and servers as real processes."""
-import json, os, socket, subprocess, sys, time, urllib.error, urllib.request
+import json, os, signal, socket, subprocess, sys, time, urllib.error, urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,8 @@ OURS = ("SD_", "AURA_", "SPACE_", "ALLOW_ORIGINS", "TORCH_COMPILE", "PORT", "HOS
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes or a tool that is not everywhere; run by `make test-slow`")
+    # A background job ignores Ctrl-C, and so would all its children: tests that press it need the ordinary behaviour.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def repo_files(root=ROOT):

@@ -74,12 +74,13 @@ class ModelHub:
 
 
 def send(h, status, data, headers, what=None):
-    """Answer; "cut" closes the line halfway, "stall" falls silent there."""
+    """Answer; "cut" closes the line halfway, "stall" falls silent there, "slow" takes its time."""
     try:
         h.send_response(status)
         for k, v in {**headers, "Content-Length": str(len(data))}.items(): h.send_header(k, v)
         h.end_headers()
         if h.command == "HEAD": return
+        if what == "slow": time.sleep(0.3)
         h.wfile.write(data[:len(data) // 2] if what in ("cut", "stall") else data)
         if what == "stall": h.wfile.flush(); time.sleep(60)
         if what in ("cut", "stall"): h.close_connection = True

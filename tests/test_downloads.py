@@ -41,6 +41,7 @@ def waits(answer): return [s["reason"] for s in answer["seen"] if s["reason"]]
 
 
 def test_a_download_takes_what_it_needs_and_tells_how_far_it_is(hub, load, files):
+    hub.goes_wrong(f"GET .*{WEIGHTS}", 1, "slow")                # long enough to be seen
     answer = load()
     got = {p.split(f"/resolve/{COMMIT}/")[1] for p in hub.counts(COMMIT + "/")}
     assert answer["row"] == "sd15" and answer["revision"] == COMMIT

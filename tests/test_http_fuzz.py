@@ -115,7 +115,8 @@ expected-statuses = ["2xx", "401", "403", "404", "409", "410", "429", "5xx"]
 """
 
 
-@pytest.mark.parametrize("phases, examples, seed", [("coverage,fuzzing,stateful", 5, 1), pytest.param("fuzzing,stateful", 60, 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("phases, examples, seed", [("coverage,fuzzing,stateful", 5, 1), ("fuzzing,stateful", 60, 2)])
 def test_schemathesis(make_server, tmp_path, phases, examples, seed):
     """Every check on, against the real engine: what the schema allows is done, what it forbids is refused, and all is documented."""
     command = shutil.which("schemathesis", path=str(Path(sys.executable).parent)) or shutil.which("schemathesis") or pytest.skip("schemathesis is not installed")
