@@ -47,7 +47,7 @@ class Settings(BaseSettings):
     revision: str | None = Field(None, alias="SD_REVISION", description="commit of the model on the Hub")
     vae_id: str | None = Field(None, alias="SD_VAE_ID", description="another VAE: Hub id or folder")
     backend: Literal["auto", "torch", "openvino"] = Field("auto", alias="SD_BACKEND", description="what runs UNet and decoder; auto: OpenVINO for small models when it is installed, else torch")
-    loras: Annotated[dict[str, str], NoDecode] = Field({}, alias="SD_LORAS", description="LoRAs a request may name: alias=id,alias=id")
+    loras: Annotated[dict[str, str], NoDecode] = Field({}, alias="SD_LORAS", description="alias=id,alias=id: LoRAs a request may name; not served yet, /health says so")
     api_key: SecretStr | None = Field(None, alias="AURA_API_KEY", description="when set, /generate and /refine need it as a Bearer token")
     max_queue_seconds: float = Field(120, alias="AURA_MAX_QUEUE_SECONDS", gt=0, le=86400, description="refuse work beyond this many predicted seconds")
     deadline_seconds: float = Field(600, alias="AURA_DEADLINE_SECONDS", gt=0, le=86400, description="give a request up after this long")

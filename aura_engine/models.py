@@ -94,7 +94,7 @@ def _lightning(base: Row) -> list[Row]:
 # %% ../nbs/02_models.ipynb #1b420512
 _turbo = dict(most=4, note="licence: not free for commercial use")
 ROWS = {r.name: r for r in (
-    Row("embedded", SD, "lcm", (1, 4, 50), (1, 1.0, 4), 128, multiple=16, standard=1.0, token_limit=24, ids=("embedded",), note="203 things on plain backgrounds; ships with the package"),
+    Row("embedded", SD, "lcm", (1, 4, 50), (1, 1.0, 4), 128, multiple=16, standard=1.0, token_limit=24, ids=("embedded",), note="203 things on simple backgrounds; ships with the package"),
     _sd15, *_lcm(_sd15, "latent-consistency/lcm-lora-sdv1-5", {"ids": ("SimianLuo/LCM_Dreamshaper_v7",)}), *_hyper(_sd15, "Hyper-SD15"),
     _steps(_sd15, "sd-turbo", 1, "euler", ids=("stabilityai/sd-turbo",), **_turbo),
     _sdxl, *_lcm(_sdxl, "latent-consistency/lcm-lora-sdxl", {"base": SDXL_ID, "unet": "latent-consistency/lcm-sdxl"}), *_lightning(_sdxl), *_hyper(_sdxl, "Hyper-SDXL"),

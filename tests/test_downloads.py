@@ -8,7 +8,6 @@ import tiny
 from conftest import start
 from modelhub import COMMIT
 
-from aura_engine.engine import Engine
 
 REPO, WEIGHTS = "tester/small", "unet/diffusion_pytorch_model.safetensors"
 
@@ -163,7 +162,6 @@ def test_another_source_is_named_by_its_own_setting(hub, load, setting):
     assert load(SD_MODEL_ID="embedded", **{setting: "tester/none"})["reason"] == f"{setting}=tester/none: the Hub has no such model, or it is private (then set HF_TOKEN)."
 
 
-@pytest.mark.xfail("progress" not in Engine.__init__.__code__.co_names, reason="the engine does not pass its progress on yet", run=False)
 def test_a_server_tells_its_progress_and_stops_at_once(hub, tmp_path):
     """A real process, its download stalled halfway: /health says where, /ready 503, SIGTERM ends it within two seconds."""
     hub.goes_wrong(f"GET .*{WEIGHTS}", 99, "stall")

@@ -16,15 +16,12 @@ from aura_engine.config import load_settings
 from aura_engine.engine import Engine
 from aura_engine.loader import load
 from aura_engine.models import ROWS, SAMPLERS, SD15_ID, SDXL_ID, SSD_ID, XL, executed_steps, plan
-from aura_engine.trajectory import FIRST_ORDER, TextCache, Trajectory, advance, decode_latents
+from aura_engine.trajectory import TextCache, Trajectory, advance, decode_latents
 from aura_engine.types import GenerateRequest, ModelError, Picture, Plan, RefineConfig, RefineRequest
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8))
 (buffer := io.BytesIO(), PHOTO.save(buffer, "PNG"))
 PHOTO_TEXT = base64.b64encode(buffer.getvalue()).decode()
-
-
-TCD = pytest.mark.xfail("TCDScheduler" not in FIRST_ORDER, reason="the trajectory room does not know TCD yet", run=False)
 
 
 @pytest.fixture(scope="module", params=["sd15", "sd15-lcm", "sdxl"])
@@ -40,7 +37,7 @@ def test_the_row_is_read_from_the_files(family):
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("init", [None, PHOTO], ids=["txt2img", "img2img"])
-@pytest.mark.parametrize("sampler", ["lcm", "ddim", "euler", "euler-x0", pytest.param("tcd", marks=TCD), "dpm"])
+@pytest.mark.parametrize("sampler", ["lcm", "ddim", "euler", "euler-x0", "tcd", "dpm"])
 def test_a_lone_trajectory_equals_the_pipeline(family, sampler, init, guidance):
     name, _, parts = family
     p = Picture("a red apple", 128, 128, steps=4, guidance_scale=guidance, seed=3, temperature=1.0, scheduler=sampler, init=init, strength=0.5 if init else None)
@@ -141,7 +138,7 @@ def settings_of(row):
     return {"SD_MODEL_ID": row.unet or row.ids[0]}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=TCD) if r.sampler == "tcd" else n for n, r in ROWS.items()])
+@pytest.mark.parametrize("name", list(ROWS))
 def test_every_row_generates_and_refines(published, name):
     """Only the environment differs; the answer says which numbers were used, and what was put right."""
     hub, serve = published

@@ -604,7 +604,6 @@ def test_rows_44_45__the_hub_says_no(hub, tmp_path, mode, words):
     assert "Traceback" not in h["reason"] and str(tmp_path) not in h["reason"]
 
 
-@pytest.mark.xfail("progress" not in Engine.__init__.__code__.co_names, reason="the engine does not pass its progress on yet", run=False)
 @pytest.mark.parametrize("mode, words", [("429", "asks us to slow down"), ("503", "answered 503")])
 def test_row_45__what_passes_is_waited_for(hub, tmp_path, mode, words):
     """The Hub is busy: /health stays at loading and says why and when it goes on; when the Hub is well again, so is the engine. More in test_downloads.py."""
