@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_config.ipynb #4ed181dd
 from __future__ import annotations
-import difflib, os
+import difflib, os, re
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
@@ -47,7 +47,7 @@ class Settings(BaseSettings):
     revision: str | None = Field(None, alias="SD_REVISION", description="commit of the model on the Hub")
     vae_id: str | None = Field(None, alias="SD_VAE_ID", description="another VAE: Hub id or folder")
     backend: Literal["auto", "torch", "openvino"] = Field("auto", alias="SD_BACKEND", description="what runs UNet and decoder; auto: OpenVINO for small models when it is installed, else torch")
-    loras: Annotated[dict[str, str], NoDecode] = Field({}, alias="SD_LORAS", description="alias=id,alias=id: LoRAs a request may name; not served yet, /health says so")
+    loras: Annotated[dict[str, str], NoDecode] = Field({}, alias="SD_LORAS", description="alias=id,alias=id: LoRAs that a request may name by alias")
     api_key: SecretStr | None = Field(None, alias="AURA_API_KEY", description="when set, /generate and /refine need it as a Bearer token")
     max_queue_seconds: float = Field(120, alias="AURA_MAX_QUEUE_SECONDS", gt=0, le=86400, description="refuse work beyond this many predicted seconds")
     deadline_seconds: float = Field(600, alias="AURA_DEADLINE_SECONDS", gt=0, le=86400, description="give a request up after this long")
@@ -72,9 +72,10 @@ class Settings(BaseSettings):
     @classmethod
     def _loras(cls, v):
         if not isinstance(v, str): return v
-        pairs = [p.partition("=") for p in v.split(",") if p.strip()]
-        if any(not (a.strip() and i.strip()) for a, _, i in pairs): raise ValueError("write alias=id,alias=id")
-        return {a.strip(): i.strip() for a, _, i in pairs}
+        pairs = [[x.strip() for x in p.partition("=")[::2]] for p in v.split(",") if p.strip()]
+        if any(not (re.fullmatch(r"[\w.-]{1,60}", a) and i) for a, i in pairs): raise ValueError("write alias=id,alias=id; an alias is up to 60 letters, digits, - _ .")
+        if len(dict(pairs)) < len(pairs): raise ValueError("an alias is there twice")
+        return dict(pairs)
 
 # %% ../nbs/00_config.ipynb #f513149f
 def setting_names() -> list[str]:

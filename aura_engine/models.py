@@ -15,7 +15,7 @@ from .types import FieldError, GenerateRequest, Invalid, MAX_SEED, Note, Picture
 # %% auto #0
 __all__ = ['SAMPLERS', 'SD', 'XL', 'SD15_ID', 'SDXL_ID', 'SSD_ID', 'ROWS', 'VAES', 'ALIASES', 'EMBEDDED', 'PICKLED', 'Sampler',
            'Row', 'model_table', 'vae_table', 'resolve_id', 'is_local', 'check_source', 'is_named', 'row_for',
-           'with_lora', 'detect', 'size_for', 'fit_size', 'known_words', 'executed_steps', 'plan']
+           'with_lora', 'detect', 'size_for', 'fit_size', 'known_words', 'executed_steps', 'allowed_lora', 'plan']
 
 # %% ../nbs/02_models.ipynb #d50d7ab4
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class Row:
     tiny_vae: str | None = None
     ids: tuple[str, ...] = ()
     note: str = ""
+    loras: tuple[str, ...] = ()                  # aliases that a request may name: set when the model is loaded (SD_LORAS)
 
     @property
     def cfg(self) -> bool: return self.guidance[2] > 1 and not self.guidance_embedded
@@ -231,6 +232,13 @@ def _size(request: GenerateRequest, row: Row, gpu: bool, notes: list[Note]) -> t
     notes.append(Note("resolution", "high", "standard", "this engine has no GPU"))
     return standard
 
+# %% ../nbs/02_models.ipynb #29eda073
+def allowed_lora(alias: str | None, row: Row, field: str = "lora") -> str | None:
+    "`alias` if the loaded model has a LoRA of that name (or None); Invalid names those it has."
+    if alias is None or alias in row.loras: return alias
+    allowed = ", ".join(row.loras) or "none are set: SD_LORAS names those that a request may ask for"
+    raise Invalid(f"{field}: given {shown(alias)}, allowed: {allowed}.", (FieldError(field, shown(alias), allowed, f"{field}: given {shown(alias)}, allowed: {allowed}"),))
+
 # %% ../nbs/02_models.ipynb #2bfd338b
 def plan(request: GenerateRequest | RefineRequest, row: Row, images: Sequence = (), gpu: bool = False) -> Plan:
     "A checked request and its family -> what to do, with notes. `images`: the decoded pictures of a refinement (PIL, RGB)."
@@ -243,7 +251,7 @@ def plan(request: GenerateRequest | RefineRequest, row: Row, images: Sequence = 
         notes.append(Note("negativePrompt", shown(r.negative_prompt, 40), "ignored", "it acts only with guidance above 1"))
     _strange_words(row, request.refine_prompt if refine else request.prompt, notes)
     seed = r.seed if r.seed is not None else secrets.randbelow(2**32)
-    same = dict(negative_prompt=r.negative_prompt, guidance_scale=float(guidance), temperature=float(r.temperature))
+    same = dict(negative_prompt=r.negative_prompt, guidance_scale=float(guidance), temperature=float(r.temperature), lora=allowed_lora(r.lora, row, "config.lora" if refine else "lora"))
     if not refine:
         size = _size(request, row, gpu, notes)
         return Plan(tuple(Picture(request.prompt, *size, steps=steps, seed=(seed + i) % (MAX_SEED + 1), **same) for i in range(request.n)), tuple(notes))

@@ -4,14 +4,14 @@
 
 # %% ../nbs/01_types.ipynb #20869a1f
 from __future__ import annotations
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 from pydantic.alias_generators import to_camel
 
 # %% auto #0
-__all__ = ['MAX_PROMPT', 'MAX_N', 'MAX_SEED', 'Prompt', 'VISIBLE', 'Seed', 'Steps', 'Count', 'Event', 'FieldError', 'shown',
-           'AuraError', 'ModelError', 'Malformed', 'Invalid', 'Unauthorized', 'ForeignOrigin', 'NotFound',
+__all__ = ['MAX_PROMPT', 'MAX_N', 'MAX_SEED', 'Prompt', 'VISIBLE', 'Seed', 'Steps', 'Count', 'Lora', 'Event', 'FieldError',
+           'shown', 'AuraError', 'ModelError', 'Malformed', 'Invalid', 'Unauthorized', 'ForeignOrigin', 'NotFound',
            'MethodNotAllowed', 'TooLarge', 'Unsupported', 'HeadersTooLarge', 'QueueFull', 'NotReady', 'OutOfMemory',
            'ShuttingDown', 'DeadlineExceeded', 'Cancelled', 'Degenerate', 'EngineFailed', 'Unreachable', 'Asleep',
            'error_tree', 'clean_text', 'whole', 'GenerateRequest', 'RefineConfig', 'RefineRequest', 'field_errors',
@@ -90,10 +90,11 @@ def whole(least: int, most: int) -> Any:
     return Annotated[int, Field(ge=least, le=most), BeforeValidator(lambda v: int(v) if type(v) is float and v.is_integer() else v)]
 
 Seed, Steps, Count = whole(0, MAX_SEED), whole(1, 100), whole(1, MAX_N)
+Lora = Annotated[str | None, Field(max_length=60, json_schema_extra={"format": "lora-alias"})]      # null: the model as it is
 
 # %% ../nbs/01_types.ipynb #b0034ebd
 class GenerateRequest(_Request):
-    "Body of POST /generate. `aspectRatio` is 'W:H' between 1:3 and 3:1; unset numbers take the model's own defaults."
+    "Body of POST /generate. `aspectRatio` is 'W:H' between 1:3 and 3:1; `lora` an alias of SD_LORAS; unset numbers take the model's own defaults."
     prompt: Prompt = Field(json_schema_extra=VISIBLE)
     aspect_ratio: str = Field("1:1", pattern=r"^[1-9]\d{0,3}:[1-9]\d{0,3}$", json_schema_extra={"format": "aspect-ratio"})
     temperature: float = Field(0.7, ge=0, le=2)
@@ -103,6 +104,7 @@ class GenerateRequest(_Request):
     n: Count = 1
     steps: Steps | None = None
     guidance_scale: float | None = Field(None, ge=0, le=30)
+    lora: Lora = None
     format: Literal["png", "jpeg", "webp"] = "png"
 
     @field_validator("prompt", "negative_prompt", mode="after")
@@ -121,6 +123,7 @@ class RefineConfig(_Request):
     temperature: float = Field(0.7, ge=0, le=2)
     seed: Seed | None = None
     negative_prompt: Prompt = ""
+    lora: Lora = None
     format: Literal["png", "jpeg", "webp"] = "png"
     _clean = field_validator("negative_prompt")(lambda cls, v: clean_text(v))
 
@@ -234,7 +237,7 @@ Event = Queued | Step | Preview | Image | Failed | Done
 # %% ../nbs/01_types.ipynb #e39a26ca
 @dataclass(frozen=True)
 class Receipt:
-    "How one picture was made. `timings` in seconds by stage; `init_sha256` names the picture a refinement started from."
+    "How one picture was made. `lora`: what is fused into the model; `lora_alias`, `lora_source`: the one the request named. `timings` in seconds by stage; `init_sha256` names the picture a refinement started from."
     prompt: str
     negative_prompt: str
     width: int
@@ -252,6 +255,8 @@ class Receipt:
     backend: str
     device: str
     versions: dict[str, str]
+    lora_alias: str | None = None
+    lora_source: str | None = None
     init_sha256: str | None = None
     corrections: tuple[str, ...] = ()
     timings: dict[str, float] = field(default_factory=dict)
@@ -264,7 +269,8 @@ class Receipt:
     def from_json(cls, data: dict) -> Receipt:
         "Read `to_json` back; a missing or unknown field is an Invalid error."
         names = {to_camel(k): k for k in cls.__dataclass_fields__}
-        wrong = [k for k in data if k not in names] + [k for k, f in names.items() if k not in data and f not in ("init_sha256", "corrections", "timings")]
+        needed = [to_camel(f.name) for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+        wrong = [k for k in data if k not in names] + [k for k in needed if k not in data]
         if wrong: raise Invalid("This is not a receipt of this engine.", (FieldError(f"receipt.{wrong[0]}", shown(data.get(wrong[0])), "the fields of a receipt", f"receipt.{wrong[0]} is missing or unknown"),))
         values = {names[k]: v for k, v in data.items()}
         return cls(**{**values, "corrections": tuple(values.get("corrections", ()))})
