@@ -149,13 +149,16 @@ class Noise:
 
 # %% ../nbs/06_trajectory.ipynb #28a355a1
 def _dtype(vae) -> torch.dtype: return next(vae.parameters()).dtype            # `vae.dtype` walks through all modules first
-def _half(vae) -> bool: return _dtype(vae) == torch.float16 and bool(vae.config.get("force_upcast"))
+def _half(parts: Components) -> bool: return parts.xl and _dtype(parts.vae) == torch.float16 and bool(parts.vae.config.get("force_upcast"))
+def _over(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    "A CPU tensor on `device`; a GPU is not waited for."
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 @torch.inference_mode()
 def encode_picture(parts: Components, image: Image.Image, width: int, height: int, noise: Noise) -> torch.Tensor:
     "An RGB picture, resized -> latents [1, C, h, w] in fp32."
     pixels = torch.from_numpy(np.asarray(image.resize((width, height), Image.LANCZOS), dtype=np.float32) / 255.0).permute(2, 0, 1)[None] * 2 - 1
-    vae, raised = parts.vae, _half(parts.vae)
+    vae, raised = parts.vae, _half(parts)
     if raised: vae.float()
     out = vae.encode(pixels.to(parts.device, vae.dtype))
     if hasattr(out, "latents"): z = out.latents
@@ -178,7 +181,7 @@ def _decode(parts: Components, latents: torch.Tensor, dtype: torch.dtype) -> lis
 def decode_batch(parts: Components, latents: torch.Tensor) -> list[tuple[Image.Image, bool] | Degenerate]:
     "Latents [B, C, h, w] in one call -> for each row (RGB picture, whether it had to be decoded again in fp32), or why there is no picture in it."
     out = [None if fine else Degenerate("The model's numbers overflowed; try another seed, fewer steps or SD_PRECISION=fp32.") for fine in torch.isfinite(latents).flatten(1).all(1).tolist()]
-    usual = torch.float32 if _half(parts.vae) else _dtype(parts.vae)
+    usual = torch.float32 if _half(parts) else _dtype(parts.vae)
     for dtype in dict.fromkeys((usual, torch.float32)):
         rows = [i for i, o in enumerate(out) if o is None]
         if not rows: break
@@ -256,20 +259,20 @@ def advance(batch: list[Trajectory], unet, bucket: int = 0) -> None:
     inputs = {k: torch.cat([e[k] for e in each]) for k in each[0]} if len(each) > 1 else each[0]
     rows = len(inputs["sample"])
     if rows < bucket: inputs = {k: torch.cat([v, v[:1].expand(bucket - rows, *v.shape[1:])]) for k, v in inputs.items()}
-    out, at = call_unet(unet, inputs).float(), 0
+    out, at, tabled, answers = call_unet(unet, inputs).float(), 0, [], []
     for t in batch:
         v, at = out[at:at + t.rows], at + t.rows
-        _take(t, v[:1] + t.picture.guidance_scale * (v[1:] - v[:1]) if t.guided else v)
+        if t.guided: v = v[:1] + t.picture.guidance_scale * (v[1:] - v[:1])
+        if t.table is not None: tabled.append(t); answers.append(v)
+        else: t.latents, t.estimate = t.sampler.step(v, t.timesteps[t.k], t.latents, return_dict=False)[0], t.sampler.model_outputs[-1]
+    if tabled: _take(tabled, torch.cat(answers))
+    for t in batch: t.k += 1
 
-def _take(t: Trajectory, v: torch.Tensor) -> None:
-    "Use the UNet's answer v [1, C, h, w] for the next step of one trajectory."
-    k, x = t.k, t.latents
-    if t.table is None:
-        t.latents = t.sampler.step(v, t.timesteps[k], x, return_dict=False)[0]
-        t.estimate = t.sampler.model_outputs[-1]
-    else:
-        tab = t.table
-        t.estimate = tab.xa[k] * x + tab.xb[k] * v
-        t.latents = tab.a[k] * x + tab.b[k] * v
-        if tab.c[k]: t.latents = t.latents + tab.c[k] * t.noise.draw(tuple(x.shape)).to(x.device)
-    t.k += 1
+def _take(batch: list[Trajectory], v: torch.Tensor) -> None:
+    "Use the UNet's answers v [B, C, h, w] for the next step of trajectories with a table."
+    now = lambda name: [getattr(t.table, name)[t.k] for t in batch]
+    x, noisy = torch.cat([t.latents for t in batch]), now("c")
+    xa, xb, a, b, c = _over(torch.tensor([now("xa"), now("xb"), now("a"), now("b"), noisy]), x.device).reshape(5, -1, 1, 1, 1)      # fp32
+    estimate, x = xa * x + xb * v, a * x + b * v
+    if any(noisy): x = x + c * _over(torch.cat([t.noise.draw(t.latents.shape) if n else torch.zeros(t.latents.shape) for t, n in zip(batch, noisy)]), x.device)
+    for i, t in enumerate(batch): t.estimate, t.latents = estimate[i:i + 1], x[i:i + 1]
