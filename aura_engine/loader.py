@@ -4,7 +4,7 @@
 
 # %% ../nbs/04_loader.ipynb #b77fc85a
 from __future__ import annotations
-import hashlib, json, logging, re, time
+import hashlib, json, logging, re, time, warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 import torch
 from .config import Settings
-from .models import EMBEDDED, PICKLED, SAMPLERS, VAES, Row, check_source, detect, is_local, is_named, resolve_id, row_for
+from .models import EMBEDDED, PICKLED, ROWS, SAMPLERS, VAES, Row, check_source, detect, is_local, is_named, resolve_id, row_for
 from .types import AuraError, ModelError
 
 log = logging.getLogger("aura_engine.loader")
@@ -22,7 +22,7 @@ log = logging.getLogger("aura_engine.loader")
 # %% auto #0
 __all__ = ['log', 'DTYPES', 'PARTS', 'SERVED', 'pick_device', 'pick_precision', 'has_bf16', 'Components', 'Unusable', 'causes',
            'true_cause', 'blame', 'Progress', 'passing', 'patiently', 'fetch', 'weight_files', 'pipeline_files',
-           'quiet', 'Reader', 'checkpoint_kind', 'load']
+           'quiet', 'Reader', 'checkpoint_kind', 'Loras', 'adapter_name', 'load']
 
 # %% ../nbs/04_loader.ipynb #0d7e3511
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -64,7 +64,8 @@ class Components:
     device: torch.device
     precision: str
     revision: str | None = None
-    lora: str | None = None
+    lora: str | None = None                      # what is fused into the weights
+    loras: Loras = field(default_factory=lambda: Loras())        # what a request may name
     notes: list[str] = field(default_factory=list)
     backend: str = "torch"                       # what runs the UNet
     optimizations: list[str] = field(default_factory=list)      # what `optimize` did, and what it declined
@@ -249,12 +250,15 @@ def pipeline_files(names: list[str], folder: Path, half: bool, skip: tuple[str, 
 # %% ../nbs/04_loader.ipynb #a8a956b0
 @contextmanager
 def quiet():
-    "diffusers and transformers load without progress bars and below-error messages; restored afterwards."
+    "diffusers, transformers and peft load without progress bars and below-error messages; restored afterwards."
     from diffusers.utils import logging as d
     from transformers.utils import logging as t
     before = [(m, m.get_verbosity(), m.is_progress_bar_enabled()) for m in (d, t)]
     for m in (d, t): m.set_verbosity_error(); m.disable_progress_bar()
-    try: yield
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="peft")             # it comments on a second adapter
+            yield
     finally:
         for m, level, bar in before:
             m.set_verbosity(level)
@@ -368,18 +372,61 @@ def _only(self, names: list[str], usual: str) -> str:
     if not mine and any(n.endswith(PICKLED) for n in names): raise Unusable("it has only pickled weights, which can run code when they are read")
     raise Unusable(f"it has {len(mine) or 'no'} .safetensors files; write owner/name/file.safetensors")
 
-def _fuse(self, pipe, source: str, row: Row | None) -> None:
-    "Fuse a LoRA into a pipeline. Unusable when it does not fit."
+def _attach(self, pipe, source: str, row: Row | None, name: str) -> None:
+    "Read a LoRA into a pipeline, beside the weights, as peft's adapter `name`. Unusable when it does not fit."
     file = self.lora_file(source, row)
     try:
-        pipe.load_lora_weights(str(file))
-        if not pipe.get_list_adapters(): raise ValueError("no LoRA keys")
-        pipe.fuse_lora(); pipe.unload_lora_weights()
+        pipe.load_lora_weights(str(file), adapter_name=name, use_safetensors=True)
+        if not any(name in there for there in pipe.get_list_adapters().values()): raise ValueError("no LoRA keys")
     except Exception as e:
         if "SafetensorError" in (type(c).__name__ for c in causes(e)): raise
         raise Unusable("it does not fit this model (a LoRA belongs to one base), or it is no LoRA") from e
 
-Reader.lora_file, Reader.only, Reader.fuse = _lora_file, _only, _fuse
+def _fuse(self, pipe, source: str, row: Row | None) -> None:
+    "Fuse a LoRA into a pipeline. Unusable when it does not fit."
+    self.attach(pipe, source, row, "fused")
+    pipe.fuse_lora(); pipe.unload_lora_weights()
+
+Reader.lora_file, Reader.only, Reader.attach, Reader.fuse = _lora_file, _only, _attach, _fuse
+
+# %% ../nbs/04_loader.ipynb #67a77580
+class Loras:
+    "LoRAs beside the weights, by alias. `sources`: where each came from; `texts`: the aliases that change a text encoder too."
+    def __init__(self, sources: dict[str, str] | None = None, texts=(), unet=(), encoders=()):
+        self.sources, self.texts = dict(sources or {}), frozenset(texts)
+        self.layers, self.on = {"unet": list(unet), "text": list(encoders)}, {"unet": "?", "text": "?"}
+        for part in self.layers: self.use(None, part)
+
+    def use(self, alias: str | None, part: str = "unet") -> None:
+        "Switch the UNet (or, with part='text', the text encoders) to `alias`; None: the model as it is."
+        if self.on[part] == alias: return
+        if alias is not None and alias not in self.sources: raise KeyError(alias)
+        self.on[part] = "?"                                          # if the next line fails halfway, the next call does it all again
+        for layer in self.layers[part]: layer.set_adapter([adapter_name(alias)] if alias else [], inference_mode=True)
+        self.on[part] = alias
+
+def adapter_name(alias: str) -> str:
+    "What peft knows an alias by: a name that cannot be one of its own attributes, and has no dot."
+    return "alias_" + alias.encode().hex()
+
+# %% ../nbs/04_loader.ipynb #d0abf3cc
+def _keep(self, pipe, sources: dict[str, str]) -> Loras:
+    "Read LoRAs (alias -> source) beside the weights of a pipeline -> their switch, off. ModelError names the one that does not fit."
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    models = [m for m in (pipe.unet, getattr(pipe, "text_encoder", None), getattr(pipe, "text_encoder_2", None)) if m is not None]
+    for alias, source in sources.items():
+        with blame("SD_LORAS", f"{alias}={source}"):
+            if any(r.lora and is_named(source, r.lora) for r in ROWS.values()): raise Unusable("it is a method with its own sampler and steps, for all requests: it belongs into SD_LCM_LORA_ID")
+            self.attach(pipe, source, None, name := adapter_name(alias))
+            mine = [p for m in models for n, p in m.named_parameters() if f".{name}." in n]
+            if not all(p.isfinite().all() for p in mine): raise Unusable("it holds values that are no numbers")
+            for p in mine: p.data = p.data.to(self.dtype)
+    layers = [[l for l in m.modules() if isinstance(l, BaseTunerLayer)] for m in models]
+    has = pipe.get_list_adapters() if sources else {}
+    texts = [a for a in sources if any(adapter_name(a) in there for part, there in has.items() if part != "unet")]
+    return Loras(sources, texts, layers[0], sum(layers[1:], []))
+
+Reader.keep = _keep
 
 # %% ../nbs/04_loader.ipynb #838a3223
 def load(settings: Settings, progress: Progress | None = None) -> Components:
@@ -389,7 +436,6 @@ def load(settings: Settings, progress: Progress | None = None) -> Components:
     device = pick_device(settings.device)
     precision, notes = pick_precision(settings.precision, device)
     if moved: notes.append(moved)
-    if settings.loras: notes.append("SD_LORAS is set, but this version takes no LoRA with a request; SD_LCM_LORA_ID is fused for all")
     reader = Reader(DTYPES[precision], progress or Progress(), model, settings.revision)
     row, lora = row_for(model, settings.lcm_lora_id), settings.lcm_lora_id
     with quiet():
@@ -397,15 +443,15 @@ def load(settings: Settings, progress: Progress | None = None) -> Components:
         if row is None: row = detect(type(pipe).__name__, pipe.unet.config, lora, pipe.tokenizer.model_max_length)
         if lora:
             with blame("SD_LCM_LORA_ID", lora): reader.fuse(pipe, lora, row)
-        parts = _parts(pipe)
+        loras, parts = reader.keep(pipe, settings.loras), _parts(pipe)
         if settings.vae_id:
             with blame("SD_VAE_ID", settings.vae_id): parts["vae"] = _vae(reader, settings.vae_id, row, notes)
     for m in (parts["unet"], parts["vae"], *parts["text_encoders"]): m.to(device).eval().requires_grad_(False)
-    for m in (parts["unet"], parts["vae"]): m.to(memory_format=torch.channels_last)
-    made = Components(row, settings.model_id, device=device, precision=precision, notes=notes, lora=lora, **parts)
+    parts["vae"].to(memory_format=torch.channels_last)
+    made = Components(replace(row, loras=tuple(settings.loras)) if settings.loras else row, settings.model_id, device=device, precision=precision, notes=notes, lora=lora, loras=loras, **parts)
     made.revision = where.name if re.fullmatch("[0-9a-f]{40}", where.name) else settings.revision
     native = (parts["unet"].config.get("sample_size") or row.native) * made.vae_scale
-    if native < row.native: made.row = replace(row, native=native)             # a small model makes small pictures
+    if native < row.native: made.row = replace(made.row, native=native)             # a small model makes small pictures
     return made
 
 def _pipeline(reader: Reader, model: str, row: Row | None):

@@ -66,20 +66,21 @@ class TextCache:
         self.chunks = lru_cache(4 * size)(lambda text: max(len(chunk_ids(t, text)[0]) for t in parts.tokenizers))
         self.table = lru_cache(size)(lambda sampler, steps, strength: make_table(parts.scheduler(sampler), steps, strength))
 
-    def keys(self, p: Picture) -> list[tuple[str, int, bool]]:
+    def keys(self, p: Picture) -> list[tuple[str, int, bool, str | None]]:
         "The text keys of a picture, the negative prompt first when there is guidance (any thread may ask)."
         both = ([(p.negative_prompt, True)] if is_guided(self.parts, p) else []) + [(p.prompt, False)]
-        chunks = max(self.chunks(text) for text, _ in both)
-        return [(text, chunks, negative) for text, negative in both]
+        chunks, lora = max(self.chunks(text) for text, _ in both), p.lora if p.lora in self.parts.loras.texts else None
+        return [(text, chunks, negative, lora) for text, negative in both]
 
-    def fill(self, keys: list[tuple[str, int, bool]]) -> None:
-        "Encode what is missing, one call for each number of chunks."
+    def fill(self, keys: list[tuple[str, int, bool, str | None]]) -> None:
+        "Encode what is missing, one call for each number of chunks and LoRA."
         missing = [k for k in dict.fromkeys(keys) if k not in self.kept]
-        for chunks in {c for _, c, _ in missing}:
-            mine = [k for k in missing if k[1] == chunks]
-            for (text, _, negative), t in zip(mine, encode_texts(self.parts, [k[0] for k in mine], chunks)):
+        for chunks, lora in {(c, lora) for _, c, _, lora in missing}:
+            mine = [k for k in missing if k[1] == chunks and k[3] == lora]
+            self.parts.loras.use(lora, "text")
+            for (text, _, negative, _), t in zip(mine, encode_texts(self.parts, [k[0] for k in mine], chunks)):
                 if negative and not text and self.parts.zero_empty: t = Text(torch.zeros_like(t.embeds), torch.zeros_like(t.pooled) if t.pooled is not None else None)
-                self.kept[text, chunks, negative] = t
+                self.kept[text, chunks, negative, lora] = t
         while len(self.kept) > max(self.size, len(keys)): self.kept.popitem(last=False)
 
     def __call__(self, *key) -> Text:
@@ -254,7 +255,8 @@ def call_unet(unet, inputs: dict) -> torch.Tensor:
 # %% ../nbs/06_trajectory.ipynb #64abe783
 @torch.inference_mode()
 def advance(batch: list[Trajectory], unet, bucket: int = 0) -> None:
-    "Take one step with every trajectory of `batch` (same `key`) in one UNet call of at least `bucket` rows."
+    "Take one step with every trajectory of `batch` (same `key`, so the same LoRA) in one UNet call of at least `bucket` rows."
+    batch[0].parts.loras.use(batch[0].picture.lora)
     each = [unet_inputs(t) for t in batch]
     inputs = {k: torch.cat([e[k] for e in each]) for k in each[0]} if len(each) > 1 else each[0]
     rows = len(inputs["sample"])
