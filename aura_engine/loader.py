@@ -187,12 +187,36 @@ def patiently(call: Callable[[], Any], progress: Progress) -> Any:
         progress.reason, delay = "", min(2 * delay, 60)
 
 # %% ../nbs/04_loader.ipynb #ae47ca22
+def _go_on(repo: str, name: str, revision: str | None, bar: type) -> None:
+    "Bring weights into the cache's blobs, from where an earlier attempt stopped, whosever it was."
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.file_download import http_get, is_xet_available, repo_folder_name
+    from huggingface_hub.utils import WeakFileLock, build_hf_headers
+    url, of = hf_hub_url(repo, name, revision=revision), repo_folder_name(repo_id=repo, repo_type="model")
+    meta, cache = get_hf_file_metadata(url), Path(constants.HF_HUB_CACHE)
+    blob, lock = cache / of / "blobs" / meta.etag, cache / ".locks" / of / f"{meta.etag}.lock"
+    for p in (blob, lock): p.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):
+        left = sorted(blob.parent.glob(f"{meta.etag}*.incomplete"), key=lambda p: p.stat().st_size)
+        if blob.exists() or not left and meta.xet_file_data and is_xet_available(): return
+        part = left[-1] if left else blob.with_name(f"{meta.etag}.incomplete")
+        if left and part.stat().st_size > meta.size: part.unlink()
+        try:
+            with part.open("ab") as f: http_get(url, f, resume_size=f.tell(), headers=build_hf_headers(), expected_size=meta.size, tqdm_class=bar)
+        except OSError as e:
+            if e.errno == 28: part.unlink()                  # a full disk is not kept full
+            raise
+        for p in left[:-1]: p.unlink()
+        part.replace(blob)
+
+# %% ../nbs/04_loader.ipynb #24fb70d7
 def _get(repo: str, name: str, revision: str | None, progress: Progress) -> Path:
     "One file of a repository, in the cache, its hash checked when it was fetched just now."
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     for _ in range(2):
         known = isinstance(try_to_load_from_cache(repo, name, revision=revision), str)
         bar = progress.begin(f"{repo}/{name}")
+        if not known and name.endswith(".safetensors"): patiently(lambda: _go_on(repo, name, revision, bar), progress)      # noqa: B023
         path = Path(patiently(lambda: hf_hub_download(repo, name, revision=revision, tqdm_class=bar), progress))   # noqa: B023
         blob = path.resolve()
         if known or len(blob.name) != 64 or _sha256(blob) == blob.name: return path

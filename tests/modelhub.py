@@ -4,7 +4,7 @@
 `Worker` imports torch once and forks for each task, so that a cold cache and another environment cost no new start.
 Run as a script this file is the worker.
 """
-import functools, hashlib, json, os, re, subprocess, sys, tempfile, threading, time
+import functools, hashlib, json, os, re, signal, subprocess, sys, tempfile, threading, time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -168,6 +168,20 @@ def load(patience=20, disk=None, **settings):
     return {**out, "seconds": time.monotonic() - begin, "seen": seen, "unfinished": left}
 
 
+def killed(**settings):
+    """Load in a process that is killed as soon as a large file has begun to arrive -> {name: bytes} of what it left."""
+    import huggingface_hub
+    if (pid := os.fork()) == 0: load(**settings)
+    left, end = {}, time.monotonic() + 60
+    while not any(left.values()) and time.monotonic() < end:
+        time.sleep(0.1)
+        left = {p.name: p.stat().st_size for p in Path(huggingface_hub.constants.HF_HUB_CACHE).rglob("*.incomplete")}
+    time.sleep(0.3)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return {"left": {p.name: p.stat().st_size for p in Path(huggingface_hub.constants.HF_HUB_CACHE).rglob("*.incomplete")}}
+
+
 def fingerprint(model): return round(sum(p.double().abs().sum().item() for p in model.parameters()), 4)
 
 
@@ -206,7 +220,7 @@ def work():
             try:
                 huggingface_hub.constants.HF_HUB_CACHE = task["cache"]
                 huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 2**18      # it hands over 10 MB at a time; these files are smaller than that
-                answer = {"load": load, "serve": serve}[task["task"]](**task["arguments"])
+                answer = {"load": load, "killed": killed, "serve": serve}[task["task"]](**task["arguments"])
             except BaseException:
                 import traceback
                 answer = {"error": traceback.format_exc()}

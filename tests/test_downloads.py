@@ -99,6 +99,37 @@ def test_a_broken_download_goes_on_where_it_stopped(hub, load, how, files):
     assert told["seen"][-1]["bytesDone"] == told["seen"][-1]["bytesTotal"]
 
 
+def weights_asked(hub): return [int(r.split("=")[1].strip("-")) if r else 0 for m, p, r in hub.seen if m == "GET" and p.endswith(WEIGHTS)]
+
+
+@pytest.mark.parametrize("spoilt", [False, True], ids=["whole", "spoilt"])
+def test_a_killed_download_goes_on_where_it_stopped(hub, load, tmp_path, files, spoilt):
+    """SIGKILL with half of the weights on the disk: the next process asks for the other half. Where that half is not what the Hub has, all is fetched again."""
+    whole = load("first")["unet"]
+    hub.calm()
+    hub.goes_wrong(f"GET .*{WEIGHTS}", 9, "stall")
+    left = modelhub.shared()[1]("killed", tmp_path / "cache", SD_MODEL_ID=REPO)["left"]
+    half = max(left.values())
+    assert 0.3 * len(files[WEIGHTS]) < half < len(files[WEIGHTS])
+    part = next(p for p in (tmp_path / "cache").rglob("*.incomplete") if p.stat().st_size == half)
+    if spoilt: part.write_bytes(b"\xff" * half)
+    hub.calm()
+    told = load()
+    assert told["unet"] == whole and not told["unfinished"]
+    assert weights_asked(hub) == ([half, 0] if spoilt else [half])
+    assert told["seen"][-1]["bytesDone"] >= told["seen"][-1]["bytesTotal"]
+
+
+def test_a_long_outage_does_not_begin_again(hub, load, files):
+    """More failures in a row than the library bears: what had arrived is kept."""
+    hub.goes_wrong(f"GET .*{WEIGHTS}", 1, "cut")
+    hub.goes_wrong(f"GET .*{WEIGHTS}", 3, (503, {}))
+    told = load(patience=60)
+    assert told["row"] == "sd15" and waits(told)
+    asked = weights_asked(hub)
+    assert asked[0] == 0 and len(asked) == 5 and min(asked[1:]) > 0.3 * len(files[WEIGHTS])
+
+
 def test_a_restart_keeps_what_was_complete(hub, load):
     hub.goes_wrong(f"GET .*{WEIGHTS}", 99, (403, {}))
     assert "403" in load()["reason"]
