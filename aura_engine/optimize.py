@@ -22,9 +22,9 @@ log = logging.getLogger("aura_engine")
 
 # %% auto #0
 __all__ = ['log', 'PACKED', 'SMALL', 'TECHNIQUES', 'Packed', 'PackedConv2d', 'PackedLinear', 'pack', 'unpack', 'unet_inputs_of',
-           'Traced', 'example_inputs', 'projected', 'cache_folder', 'fingerprint', 'convert', 'Graphs', 'OpenVINOUNet',
-           'OpenVINODecode', 'size_of', 'bf16_gain', 'cpu_limit', 'CompiledUNet', 'seal', 'Technique', 'optimize',
-           'draw', 'waterfall', 'quantize', 'Heard', 'random_sd15']
+           'Traced', 'example_inputs', 'projected', 'cache_folder', 'fingerprint', 'hushed', 'convert', 'Graphs',
+           'OpenVINOUNet', 'OpenVINODecode', 'size_of', 'bf16_gain', 'cpu_limit', 'CompiledUNet', 'seal', 'GraphedUNet',
+           'Technique', 'optimize', 'draw', 'waterfall', 'quantize', 'Heard']
 
 # %% ../nbs/05_optimize.ipynb #4e6774a5
 class Packed:
@@ -68,9 +68,9 @@ class PackedLinear(Packed, nn.Linear):
 PACKED = {nn.Conv2d: PackedConv2d, nn.Linear: PackedLinear}
 
 def pack(model: nn.Module) -> int:
-    "Let every ordinary convolution and linear layer of a CPU model pack its weights -> how many will."
+    "Let every ordinary convolution and linear layer of a CPU model pack its weights (not a LoRA's own, which are read at each call) -> how many will."
     fits = lambda m: type(m) in PACKED and getattr(m, "padding_mode", "zeros") == "zeros" and not isinstance(getattr(m, "padding", 0), str)
-    layers = [m for m in model.modules() if fits(m)]
+    layers = [m for name, m in model.named_modules() if fits(m) and ".lora_" not in name]
     for m in layers: m.__class__ = PACKED[type(m)]
     return len(layers)
 
@@ -130,7 +130,7 @@ def fingerprint(module: nn.Module, *more) -> str:
 
 # %% ../nbs/05_optimize.ipynb #a69ca19a
 @contextmanager
-def _hushed():
+def hushed():
     "Without the tracer's warnings and diffusers' comments on casting."
     with warnings.catch_warnings(), quiet():
         warnings.simplefilter("ignore")
@@ -146,7 +146,7 @@ def convert(module: nn.Module, names: list[str], folder: Path | None = None):
         return ov.Core().read_model(file)
     start = time.monotonic()
     example = example_inputs(module, names)
-    with _hushed(), projected(module): model = ov.convert_model(Traced(module if module.dtype == torch.float32 else module.float(), names), example_input=example)
+    with hushed(), projected(module): model = ov.convert_model(Traced(module if module.dtype == torch.float32 else module.float(), names), example_input=example)
     for port, name in zip(model.inputs, names): port.get_tensor().set_names({name})
     log.info("converted for OpenVINO", extra={"seconds": round(time.monotonic() - start, 1)})
     try: _save(ov, model, file)
@@ -271,8 +271,9 @@ def _can_bf16(parts: Components, settings: Settings) -> bool | str:
     return gain >= 1.2 or ("this CPU has no bf16 instructions" if not gain else f"bf16 products measured {gain:.1f} times as fast as fp32 here")
 
 def _to_bf16(parts: Components, settings: Settings) -> str:
+    unet = () if _can_openvino(parts, settings) is True else (parts.unet,)    # its graph rounds them by itself
     with quiet():
-        for m in (parts.unet, parts.vae, *parts.text_encoders): m.to(torch.bfloat16)
+        for m in (*unet, parts.vae, *parts.text_encoders): m.to(torch.bfloat16)
     parts.precision = "bf16"
     return "bf16 weights (measured faster on this CPU)"
 
@@ -294,45 +295,52 @@ def _set_threads(parts: Components, settings: Settings) -> str:
     return f"{_threads()} threads for the model (of {cpu_limit()} CPUs)"
 
 # %% ../nbs/05_optimize.ipynb #8ca33c6e
-def _solid(v):
+def _solid(v, layout=torch.contiguous_format):
+    "A copy whose strides and kind are always the same, for both are part of what is compiled."
     if isinstance(v, dict): return {k: _solid(x) for k, x in v.items()}
-    return v.contiguous() if torch.is_tensor(v) else v
+    return v.clone(memory_format=layout) if torch.is_tensor(v) else v
 
 class CompiledUNet:
     "A UNet compiled for each (rows, latents, text) shape it meets until it is sealed; later shapes run eagerly. Called with `return_dict=False`."
-    def __init__(self, unet, graphs: bool = False, **how):
-        self.unet, self.config, self.graphs, self.shapes, self.sealed = unet, unet.config, graphs, set(), False
+    def __init__(self, unet, **how):
+        self.unet, self.config, self.shapes, self.sealed = unet, unet.config, set(), False
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)       # one for each shape, all wanted
         self.fast = torch.compile(unet, dynamic=False, **how)
 
     @property
     def dtype(self) -> torch.dtype: return self.unet.dtype
 
+    @torch.inference_mode()
     def __call__(self, sample, timestep, encoder_hidden_states, return_dict=False, **more):
-        sample = sample.contiguous(memory_format=torch.channels_last)         # strides are part of what is compiled
-        timestep, text, more = timestep.contiguous(), encoder_hidden_states.contiguous(), _solid(more)
+        sample, timestep, text, more = _solid(sample, torch.channels_last), _solid(timestep), _solid(encoder_hidden_states), _solid(more)
         shape = (tuple(sample.shape), tuple(text.shape))
         if self.sealed and shape not in self.shapes: return self.unet(sample, timestep, text, return_dict=False, **more)
         self.shapes.add(shape)
-        if self.graphs: torch.compiler.cudagraph_mark_step_begin()
-        out = self.fast(sample, timestep, text, return_dict=False, **more)
-        return tuple(o.clone() for o in out) if self.graphs else out         # a CUDA graph writes its next answer into the same memory
+        return self.fast(sample, timestep, text, return_dict=False, **more)
 
 def seal(parts: Components) -> None:
     "The warm-up is over: from here on nothing is compiled while somebody waits."
-    if isinstance(parts.unet, CompiledUNet): parts.unet.sealed = True
+    if getattr(parts.unet, "sealed", True) is False: parts.unet.sealed = True
 
 def _can_compile(parts: Components, settings: Settings) -> bool | str:
     if not settings.torch_compile or parts.backend != "torch": return False
+    if settings.loras: return "SD_LORAS: each alias would be compiled for itself"
     if parts.device.type == "cuda" or settings.torch_compile == "force": return True
     return f"TORCH_COMPILE=1 makes this slower on {parts.device.type}, after minutes of compiling; TORCH_COMPILE=force does it all the same"
 
 def _compile(parts: Components, settings: Settings) -> str:
-    cuda = parts.device.type == "cuda"
-    parts.unet = CompiledUNet(parts.unet, graphs=cuda, **({"mode": "reduce-overhead"} if cuda else {}))
-    return "torch.compile, a static graph for each shape" + (", CUDA graphs" if cuda else " (forced)")
+    parts.unet = CompiledUNet(parts.unet)
+    return "torch.compile, a static graph for each shape" + " (forced)" * (parts.device.type != "cuda")
 
 # %% ../nbs/05_optimize.ipynb #5dc8c74b
+def _can_bf16_vae(parts: Components, settings: Settings) -> bool:
+    half = parts.device.type == "cuda" and parts.xl and parts.vae.dtype == torch.float16 and parts.vae.config.get("force_upcast")
+    return bool(half) and torch.cuda.is_bf16_supported(including_emulation=False)
+
+def _bf16_vae(parts: Components, settings: Settings) -> str:
+    parts.vae.to(torch.bfloat16)
+    return "VAE in bf16 (it overflows in fp16)"
+
 def _bytes_of(parts: Components) -> int:
     return sum(p.numel() * p.element_size() for m in (parts.unet, parts.vae, *parts.text_encoders) for p in m.parameters())
 
@@ -344,11 +352,72 @@ def _offload(parts: Components, settings: Settings) -> str:
     for m in (parts.vae, *parts.text_encoders): cpu_offload(m, execution_device=parts.device)
     return "text encoders and VAE offloaded to main memory"
 
-def _can_fuse(parts: Components, settings: Settings) -> bool: return parts.device.type == "cuda" and not settings.loras
+def _can_fuse(parts: Components, settings: Settings) -> bool | str: return parts.device.type == "cuda" and (not settings.loras or "SD_LORAS: a LoRA changes the three one by one")
 
 def _fuse_qkv(parts: Components, settings: Settings) -> str:
     parts.unet.fuse_qkv_projections()
-    return "fused query, key and value; scaled dot product attention; channels last"
+    return "fused query, key and value; scaled dot product attention"
+
+# %% ../nbs/05_optimize.ipynb #12dfbf32
+def _call(unet, given: dict) -> torch.Tensor:
+    added = {k: v for k, v in given.items() if k in ("text_embeds", "time_ids")}
+    return unet(given["sample"], given["timestep"], given["encoder_hidden_states"], timestep_cond=given.get("timestep_cond"), added_cond_kwargs=added or None, return_dict=False)[0]
+
+class GraphedUNet:
+    "A UNet (compiled or not) whose calls are recorded as CUDA graphs, one for each set of input shapes, at most `keep`. Called with `return_dict=False`."
+    def __init__(self, unet, keep: int = 64):
+        self.unet, self.config, self.keep, self.recorded, self.pool = unet, unet.config, keep, OrderedDict(), None
+
+    @property
+    def dtype(self) -> torch.dtype: return self.unet.dtype
+    @property
+    def sealed(self) -> bool: return getattr(self.unet, "sealed", True)
+    @sealed.setter
+    def sealed(self, value: bool) -> None: self.unet.sealed = value
+
+    @torch.inference_mode()
+    def __call__(self, sample, timestep, encoder_hidden_states, timestep_cond=None, added_cond_kwargs=None, return_dict=False):
+        given = dict(sample=sample, timestep=timestep, encoder_hidden_states=encoder_hidden_states, timestep_cond=timestep_cond, **(added_cond_kwargs or {}))
+        given = {k: v for k, v in given.items() if v is not None}
+        shapes = tuple(tuple(v.shape) for v in given.values())
+        if shapes not in self.recorded: self.recorded[shapes] = None; return (_call(self.unet, given),)
+        self.recorded.move_to_end(shapes)
+        if self.recorded[shapes] is None: self.recorded[shapes] = self._record(given)
+        if not self.recorded[shapes]: return (_call(self.unet, given),)
+        graph, inputs, out = self.recorded[shapes]
+        for k, v in given.items(): inputs[k].copy_(v)
+        graph.replay()
+        return (out.clone(),)
+
+# %% ../nbs/05_optimize.ipynb #92733e56
+def _record(self, given: dict):
+    "(graph, its inputs, its output) of one call, or False when it cannot be recorded."
+    while len(self.recorded) > self.keep: self.recorded.popitem(last=False)
+    inputs = {k: _solid(v, torch.channels_last if k == "sample" else torch.contiguous_format) for k, v in given.items()}
+    try:
+        self.pool, graph = self.pool or torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"): out = _call(self.unet, inputs)     # other threads may go on meanwhile
+        return graph, inputs, out
+    except Exception:                                        # not enough memory for a recording, or something in it that cannot be recorded
+        log.exception("a call could not be recorded as a CUDA graph")
+        torch.cuda.empty_cache()
+        return False
+
+def _forget(self) -> None:
+    "Give the recordings' memory back; shapes are recorded again when they come again."
+    self.recorded.clear()
+    self.pool = None
+
+GraphedUNet._record, GraphedUNet.forget = _record, _forget
+
+def _can_graph(parts: Components, settings: Settings) -> bool | str:
+    if parts.device.type != "cuda" or parts.backend != "torch" or torch.version.hip: return False
+    if settings.loras: return "SD_LORAS: each alias would be recorded for itself"
+    return 4 * _bytes_of(parts) < torch.cuda.get_device_properties(parts.device).total_memory or "the recordings keep memory, of which this card has too little"
+
+def _graph(parts: Components, settings: Settings) -> str:
+    parts.unet = GraphedUNet(parts.unet)
+    return "CUDA graphs, recorded for each shape when it comes the second time"
 
 # %% ../nbs/05_optimize.ipynb #84c146c8
 @dataclass(frozen=True)
@@ -365,6 +434,10 @@ def _can_pack(parts: Components, settings: Settings) -> bool:
     plain = parts.backend == "torch" and isinstance(parts.unet, nn.Module)
     return parts.device.type == "cpu" and plain and torch.backends.mkldnn.is_available() and there and (parts.precision == "fp32" or has_bf16())
 
+def _channels_last(parts: Components, settings: Settings) -> str:
+    parts.unet.to(memory_format=torch.channels_last)
+    return "channels-last weights"
+
 def _pack(parts: Components, settings: Settings) -> str:
     return f"oneDNN-packed weights ({pack(parts.unet)} layers)"
 
@@ -372,9 +445,12 @@ TECHNIQUES = [
     Technique("threads", _fewer_threads, _set_threads, "CPU", "none"),
     Technique("bf16 weights", _can_bf16, _to_bf16, f"CPU with bf16, auto, over {SMALL // 10**6} M parameters", "pictures differ a little from fp32"),
     Technique("OpenVINO", _can_openvino, _use_openvino, "CPU, package installed", "a first conversion of seconds to a minute, then about a second for each new shape"),
+    Technique("channels last", lambda parts, settings: parts.backend == "torch", _channels_last, "torch", "none"),
+    Technique("VAE in bf16", _can_bf16_vae, _bf16_vae, "CUDA, SDXL in fp16", "rounding; no overflow"),
     Technique("offload", _can_offload, _offload, "CUDA, small card", "a transfer at each text and decode"),
     Technique("fused QKV", _can_fuse, _fuse_qkv, "CUDA", "no LoRA per request"),
     Technique("torch.compile", _can_compile, _compile, "CUDA, TORCH_COMPILE=1", "tens of seconds for each shape, at start"),
+    Technique("CUDA graphs", _can_graph, _graph, "CUDA", "memory; a fraction of a second for each new shape"),
     Technique("packed weights", _can_pack, _pack, "CPU, torch", "none: one copy; sums differ in the last bits")]
 
 def optimize(parts: Components, settings: Settings) -> Components:
@@ -438,20 +514,3 @@ class Heard:
     def __call__(self, *values):
         self.calls.append(values)
         return self.graphs(*values)
-
-# %% ../nbs/05_optimize.ipynb #275bc91f
-def random_sd15(tiny: bool = False) -> Components:
-    "SD 1.5's UNet and VAE (or TAESD) with random weights of a sensible size, fp32, on the CPU; no text encoder."
-    import diffusers
-    from aura_engine.models import ROWS
-    def filled(cls, **config):
-        with torch.device("meta"): m = cls(**config)
-        m, g = m.to_empty(device="cpu").eval().requires_grad_(False), torch.Generator().manual_seed(0)
-        for name, p in m.named_parameters():
-            if p.ndim > 1: p.uniform_(-1, 1, generator=g).mul_((1.5 / p[0].numel()) ** 0.5)
-            else: p.fill_(float("norm" in name and name.endswith("weight")))
-        return m.to(memory_format=torch.channels_last)
-    four = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(128, 256, 512, 512))
-    vae = filled(diffusers.AutoencoderTiny) if tiny else filled(diffusers.AutoencoderKL, layers_per_block=2, sample_size=512, **four)
-    return Components(ROWS["sd15"], "random", filled(diffusers.UNet2DConditionModel, sample_size=64, cross_attention_dim=768), vae, [], [],
-                      dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"), False, device=torch.device("cpu"), precision="fp32")
