@@ -20,7 +20,7 @@ from .config import SettingsError, load_settings
 from .types import AuraError, Image, Queued, Step
 
 # %% auto #0
-__all__ = ['Local', 'Cloud', 'Mode', 'Offline', 'AsJson', 'Quiet', 'cli', 'Out', 'Negative', 'Seed', 'Steps', 'Guidance',
+__all__ = ['Local', 'Cloud', 'Mode', 'Offline', 'AsJson', 'Quiet', 'cli', 'Out', 'Negative', 'Seed', 'Steps', 'Guidance', 'Lora',
            'Temperature', 'AS_IT_IS', 'Bars', 'connected', 'report', 'generate', 'refine', 'replay', 'health',
            'health_table', 'serve', 'hand_over', 'bench', 'deploy', 'main']
 
@@ -105,28 +105,29 @@ Negative = Annotated[str, typer.Option(help="What should not be there.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed and prompt make the same picture. Default: a new one.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps. Default: the model's own.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale. Default: the model's own.")]
+Lora = Annotated[str | None, typer.Option(help="A LoRA of the engine (its SD_LORAS), by its alias. Default: none.")]
 Temperature = Annotated[float, typer.Option(help="0: always the same picture for a prompt; 1: a fresh one (0-2).")]
 
 @cli.command()
 def generate(prompt: Annotated[str, typer.Argument(help="What to draw.")], out: Out = None, negative: Negative = "",
              aspect: Annotated[str, typer.Option(help="Width:height, 1:3 to 3:1.")] = "1:1", temperature: Temperature = 0.7,
              resolution: Annotated[Literal["standard", "high"], typer.Option(help="high needs an engine with a GPU.")] = "standard",
-             seed: Seed = None, n: Annotated[int, typer.Option("--count", "-n", help="How many (1-4).")] = 1, steps: Steps = None, guidance: Guidance = None,
+             seed: Seed = None, n: Annotated[int, typer.Option("--count", "-n", help="How many (1-4).")] = 1, steps: Steps = None, guidance: Guidance = None, lora: Lora = None,
              local: Local = LOCAL, cloud: Cloud = None, mode: Mode = "auto", offline: Offline = False, as_json: AsJson = False, quiet: Quiet = False) -> None:
     "Make pictures from a prompt."
     with connected(local, cloud, mode, offline, as_json) as client, Bars(quiet or as_json) as bars:
-        made = client.generate(prompt, on_event=bars, aspect_ratio=aspect, temperature=temperature, resolution=resolution, negative_prompt=negative, seed=seed, n=n, steps=steps, guidance_scale=guidance)
+        made = client.generate(prompt, on_event=bars, aspect_ratio=aspect, temperature=temperature, resolution=resolution, negative_prompt=negative, seed=seed, n=n, steps=steps, guidance_scale=guidance, lora=lora)
         bars.progress.stop()
         report(made, out, prompt, as_json)
 
 @cli.command()
 def refine(prompt: Annotated[str, typer.Argument(help="What it should become.")], images: Annotated[list[Path], typer.Argument(help="1 to 4 pictures (PNG, JPEG, WebP).", exists=True, dir_okay=False)],
            out: Out = None, strength: Annotated[float, typer.Option(help="How far from the picture it may go (0.05-1).")] = 0.5, negative: Negative = "", temperature: Temperature = 0.7,
-           seed: Seed = None, steps: Steps = None, guidance: Guidance = None,
+           seed: Seed = None, steps: Steps = None, guidance: Guidance = None, lora: Lora = None,
            local: Local = LOCAL, cloud: Cloud = None, mode: Mode = "auto", offline: Offline = False, as_json: AsJson = False, quiet: Quiet = False) -> None:
     "Make new pictures from given ones."
     with connected(local, cloud, mode, offline, as_json) as client, Bars(quiet or as_json) as bars:
-        made = client.refine(prompt, images, on_event=bars, strength=strength, negative_prompt=negative, temperature=temperature, seed=seed, steps=steps, guidance_scale=guidance)
+        made = client.refine(prompt, images, on_event=bars, strength=strength, negative_prompt=negative, temperature=temperature, seed=seed, steps=steps, guidance_scale=guidance, lora=lora)
         bars.progress.stop()
         report(made, out, prompt, as_json)
 

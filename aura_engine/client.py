@@ -58,7 +58,7 @@ def generation(prompt: str, **options) -> GenerateRequest:
     return checked(GenerateRequest, prompt=prompt, **options)
 
 def refinement(prompt: str, images, **options) -> RefineRequest:
-    "The body of /refine. `images`: one picture or a list; options: strength, steps, guidance_scale, temperature, seed, negative_prompt."
+    "The body of /refine. `images`: one picture or a list; options: strength, steps, guidance_scale, temperature, seed, negative_prompt, lora."
     images = images if isinstance(images, (list, tuple)) else [images]
     return checked(RefineRequest, refine_prompt=prompt, images=[as_base64(p) for p in images], config=checked(RefineConfig, **options))
 

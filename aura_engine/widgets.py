@@ -93,7 +93,7 @@ def receipt_html(made: Made) -> str:
     "How a picture was made, as a small table."
     r = made.receipt
     rows = {"prompt": r.prompt, "without": r.negative_prompt, "seed": r.seed, "size": f"{r.width} × {r.height}", "steps": r.steps, "guidance": r.guidance_scale, "temperature": r.temperature, "strength": r.strength,
-            "scheduler": r.scheduler, "model": r.model, "notes": "; ".join(r.corrections)} if r else {}
+            "scheduler": r.scheduler, "LoRA": r.lora_alias, "model": r.model, "notes": "; ".join(r.corrections)} if r else {}
     rows["made by"] = f"{made.engine} engine in {made.seconds:.1f} s"
     return "<table>" + "".join(f"<tr><td style='opacity:.7;padding-right:1em'>{k}</td><td>{html.escape(str(v))}</td></tr>" for k, v in rows.items() if v not in ("", None)) + "</table>"
 
@@ -218,7 +218,7 @@ def _save(self, *_) -> Path | None:
 Studio._say, Studio._chosen, Studio.save = _say, _chosen, _save
 
 # %% ../nbs/13_widgets.ipynb #aea289cc
-_SHOWN = {"address": "url", "status": "status", "why": "reason", "device": "device", "GPU": "gpuName", "model": "model", "LoRA": "lora", "scheduler": "scheduler", "precision": "precision",
+_SHOWN = {"address": "url", "status": "status", "why": "reason", "device": "device", "GPU": "gpuName", "model": "model", "LoRA": "lora", "LoRAs to ask for": "loras", "scheduler": "scheduler", "precision": "precision",
           "optimizations": "optimizations", "waiting": "queue", "memory": "memory", "warnings": "warnings", "last error": "trouble", "what to do": "advice"}
 _COLOURS = {"ready": "#2e7d32", "loading": "#ed6c02", "draining": "#ed6c02", "asleep": "#ed6c02"}
 
@@ -266,7 +266,7 @@ async def _watch(self) -> None:
 EngineStatus.look, EngineStatus._watch = _look, _watch
 
 # %% ../nbs/13_widgets.ipynb #e4824114
-VARIED = ("steps", "guidance_scale", "scheduler", "seed", "temperature", "prompt", "negative_prompt", "width", "height")
+VARIED = ("steps", "guidance_scale", "scheduler", "seed", "temperature", "prompt", "negative_prompt", "width", "height", "lora_alias")
 
 class Compare(W.VBox):
     "One prompt over a grid: `x` and `y` are (field, values). Further options are those of `generate`. `results[x_value, y_value]` holds Pictures, or the AuraError of a tile that was refused."

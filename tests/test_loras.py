@@ -1,5 +1,5 @@
 """LoRAs by the request: SD_LORAS names them, a request picks one by its alias, and nobody's picture depends on what the others asked for."""
-import base64, io, urllib.error
+import base64, io, json, subprocess, sys
 from dataclasses import replace
 
 import diffusers
@@ -15,13 +15,16 @@ from safetensors.torch import load_file, save_file
 
 import modelhub
 import tiny
+from conftest import clean_env
 from aura_engine import optimize as opt
+from aura_engine.client import AuraClient
 from aura_engine.config import SettingsError, load_settings
 from aura_engine.engine import Engine
 from aura_engine.loader import load, quiet
 from aura_engine.models import SAMPLERS, plan
 from aura_engine.trajectory import TextCache, Trajectory, advance
-from aura_engine.types import GenerateRequest, Invalid, ModelError, Picture, Plan, RefineConfig, RefineRequest, Step
+from aura_engine.types import GenerateRequest, Invalid, Picture, Plan, RefineConfig, RefineRequest
+from aura_engine.widgets import Compare
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8))
 (buffer := io.BytesIO(), PHOTO.save(buffer, "PNG"))
@@ -218,7 +221,7 @@ def served(make_server, tmp_path_factory):
 
 
 def test_the_routes(served):
-    server, loras, start = served
+    server, loras, _ = served
     with httpx.Client(base_url=server.url, timeout=120) as web:
         assert web.get("/health").json()["loras"] == ["ink", "clay"] and not any("SD_LORAS" in w for w in web.get("/health").json()["warnings"])
         made = {a: web.post("/generate", json={"prompt": "a fox", "seed": 5, "steps": 3, **({"lora": a} if a else {})}).json() for a in (None, "ink", "clay")}
@@ -256,3 +259,15 @@ def test_replay(served):
 
 
 def pixels(answer): return Image.open(io.BytesIO(base64.b64decode(answer["images"][0]))).tobytes()
+
+
+def test_client_command_and_comparison(served, tmp_path):
+    server, loras, _ = served
+    with AuraClient(server.url, mode="local") as client:
+        assert client.generate("a fox", lora="ink", seed=1, steps=2).receipts[0].lora_source == loras["ink"]
+        assert client.refine("a fox", [PHOTO], lora="clay", seed=1, steps=2).receipts[0].lora_alias == "clay"
+        with pytest.raises(Invalid, match="allowed: ink, clay"): client.generate("a fox", lora="oil")
+        grid = Compare(client, "a fox", x=("lora_alias", [None, "ink", "clay", "oil"]), y=("steps", [2])).wait(120)
+        assert len({grid.results[a, 2].images[0].tobytes() for a in (None, "ink", "clay")}) == 3 and isinstance(grid.results["oil", 2], Invalid)
+    aura = lambda *argv: subprocess.run([sys.executable, "-c", "from aura_engine.cli import main; main()", "generate", "a fox", "--local", server.url, "--mode", "local", "--steps", "2", "--json", *argv], cwd=tmp_path, env=clean_env(), capture_output=True, text=True)
+    assert json.loads(aura("--lora", "clay").stdout)["receipts"][0]["loraAlias"] == "clay" and "allowed: ink, clay" in aura("--lora", "oil").stdout
