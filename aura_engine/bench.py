@@ -24,13 +24,13 @@ __all__ = ['LOCK', 'BATCHING', 'LOCK_OURS', 'ENGINE', 'ENGINE_OV', 'BARS_AT', 'R
            'main']
 
 # %% ../nbs/14_bench.ipynb #516328ba
-def machine() -> dict:
-    "What a figure needs beside it: processor, instruction sets, cores, threads, versions."
+def machine(gpu: bool = True) -> dict:
+    "What a figure needs beside it: processor, instruction sets, cores, threads, versions; `gpu`: the GPU's name, too (asking begins to use it)."
     import diffusers
     cpu = next((ln.split(":")[1].strip() for ln in Path("/proc/cpuinfo").read_text().splitlines() if ln.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
     caps = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return {"cpu": cpu, "isa": [k for k in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if caps.get(k)], "cores": os.cpu_count(), "torchThreads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__}
+            "gpu": torch.cuda.get_device_name() if gpu and torch.cuda.is_available() else None, "python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__}
 
 def median_seconds(call, repeats: int = 10, warmups: int = 2) -> float:
     "Median wall time of `call()` after warm-ups."
@@ -54,11 +54,11 @@ def allow(cores: set[int]) -> set[int]:
     return before
 
 class _Pipelines:
-    "diffusers' own pipelines on the embedded model: as `from_pretrained` loads it, or around `parts`."
-    def __init__(self, parts: Components | None = None):
+    "diffusers' own pipelines on a model (the embedded one): as `from_pretrained` loads it, or around `parts`."
+    def __init__(self, parts: Components | None = None, model=EMBEDDED, device: str = "cpu", dtype: torch.dtype = torch.float32):
         with quiet():
             import diffusers
-            pipe = diffusers.DiffusionPipeline.from_pretrained(EMBEDDED, dtype=torch.float32)
+            pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=dtype).to(device)
             if parts: pipe = diffusers.StableDiffusionPipeline(parts.vae, parts.text_encoders[0], parts.tokenizers[0], parts.unet, parts.scheduler(), None, None, requires_safety_checker=False)
             self.txt2img, self.img2img = pipe, diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
         for p in (self.txt2img, self.img2img): p.set_progress_bar_config(disable=True)
@@ -67,14 +67,14 @@ class _Pipelines:
     def __call__(self, pictures: list[Picture]) -> list:
         "Several pictures of one route, step count and guidance in one pipeline call."
         p, kw = pictures[0], dict(prompt=[q.prompt for q in pictures], guidance_scale=pictures[0].guidance_scale, generator=[torch.Generator().manual_seed(q.seed) for q in pictures])
-        if p.init is None: return self.txt2img(num_inference_steps=p.steps, **kw).images
+        if p.init is None: return self.txt2img(num_inference_steps=p.steps, width=p.width, height=p.height, **kw).images
         return self.img2img(image=[q.init for q in pictures], strength=p.strength, num_inference_steps=executed_steps(p.steps, p.strength, self.most)[1], **kw).images
 
 # %% ../nbs/14_bench.ipynb #124efb94
 class Baseline:
-    "One pipeline (on `parts`, or as loaded), one worker thread. `window` seconds to collect, at most `most` requests a call, equal (route, steps, guidance) only."
-    def __init__(self, parts: Components | None = None, window: float = 0.0, most: int = 1, core: int | None = None):
-        self.pipes, self.window, self.most, self.inbox, self.core = _Pipelines(parts), window, most, queue.SimpleQueue(), core
+    "One pipeline (on `parts`, or as loaded; `model`: folder, device, dtype), one worker thread. `window` seconds to collect, at most `most` requests a call, equal (route, steps, guidance) only."
+    def __init__(self, parts: Components | None = None, window: float = 0.0, most: int = 1, core: int | None = None, **model):
+        self.pipes, self.window, self.most, self.inbox, self.core = _Pipelines(parts, **model), window, most, queue.SimpleQueue(), core
         threading.Thread(target=self._work, daemon=True).start()
 
     def __call__(self, picture: Picture) -> float | None:
@@ -103,17 +103,18 @@ class Baseline:
 
 # %% ../nbs/14_bench.ipynb #0f8acde2
 class Stepwise:
-    "The engine on the embedded model, its thread on `core`."
-    def __init__(self, backend: str = "torch", core: int | None = None):
-        self.engine = Engine(load_settings(SD_MODEL_ID="embedded", SD_DEVICE="cpu", SD_BACKEND=backend, AURA_MAX_QUEUE_SECONDS="3600")).start()
+    "The engine on the embedded model (or what other `settings` say), its thread on `core`."
+    def __init__(self, backend: str = "torch", core: int | None = None, previews: bool = True, **settings):
+        self.previews = previews
+        self.engine = Engine(load_settings(**{"SD_MODEL_ID": "embedded", "SD_DEVICE": "cpu", "SD_BACKEND": backend, "AURA_MAX_QUEUE_SECONDS": "3600", **settings})).start()
         if not self.engine.wait_ready(300): raise RuntimeError(self.engine.reason)
         if core is not None and hasattr(os, "sched_setaffinity"): os.sched_setaffinity(self.engine.thread.native_id, {core})
 
     def __call__(self, picture: Picture) -> float | None:
-        "Make a picture; -> seconds from the submission to the first preview."
-        job = self.engine.submit(Plan((picture,)), previews=True)
+        "Make a picture; -> seconds from the submission to the first preview (None without previews)."
+        job = self.engine.submit(Plan((picture,)), previews=self.previews)
         job.result(600)
-        return next(t for t, e in zip(job.times, job.log) if isinstance(e, Preview)) - job.times[0]
+        return next((t - job.times[0] for t, e in zip(job.times, job.log) if isinstance(e, Preview)), None)
 
 # %% ../nbs/14_bench.ipynb #fd32a641
 @dataclass(frozen=True)

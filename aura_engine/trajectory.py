@@ -167,6 +167,7 @@ def encode_picture(parts: Components, image: Image.Image, width: int, height: in
     if raised: vae.half()
     return z.float() * vae.config.scaling_factor
 
+# %% ../nbs/06_trajectory.ipynb #3efad5f7
 def _decode(parts: Components, latents: torch.Tensor, dtype: torch.dtype) -> list[Image.Image | None]:
     "One call of the VAE for [B, C, h, w]; None for a row without a picture in it."
     vae, kept = parts.vae, _dtype(parts.vae)

@@ -5,14 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
 import tiny
 from aura_engine import optimize as opt
 from aura_engine.config import load_settings
+from aura_engine.engine import Engine
 from aura_engine.loader import load
 from aura_engine.trajectory import TextCache, Trajectory, advance, decode_latents
-from aura_engine.types import ModelError, Picture
+from aura_engine.types import ModelError, Picture, Plan
 
 APPLE = Picture("a red apple", 128, 128, steps=3, guidance_scale=1.0, seed=3, temperature=1.0)
 NO_OPENVINO = "openvino is not installed: pip install 'aura-engine[openvino]'"
@@ -193,3 +195,51 @@ def test_openvino_is_not_taken_where_it_does_not_fit(openvino, monkeypatch):
     monkeypatch.setattr(opt, "_saved", lambda parts: False)
     parts = parts_of("embedded", SD_BACKEND="auto")
     assert parts.backend == "torch" and any(o.startswith("declined: OpenVINO") for o in parts.optimizations)
+
+
+def test_what_cannot_be_recorded_as_a_cuda_graph_runs_without(small, caplog):
+    """Here without a GPU; the third call is made as the first."""
+    parts = parts_of(small, plain=True)
+    plain = picture(parts)
+    parts.unet = opt.GraphedUNet(parts.unet)
+    for _ in range(3): same(picture(parts), plain)
+    assert caplog.text.count("could not be recorded") == 1 and set(parts.unet.recorded.values()) == {False}
+    parts.unet.forget()
+    assert not parts.unet.recorded and parts.unet.dtype == torch.float32
+
+
+def test_a_half_precision_overflow_is_decoded_again_and_told(tmp_path):
+    """A real VAE whose first decoder weights are large: finite in fp32, infinite in fp16. The picture is that of fp32; the answer, its receipt and /health say what happened."""
+    folder = tiny.save(tmp_path / "model")
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["decoder.conv_in.weight"] *= 1e5                         # still numbers of fp16, their sums are not; the norms that follow take it out again
+    save_file(weights, file, {"format": "pt"})
+    p = replace(APPLE, seed=5)
+    with Engine(load_settings(SD_MODEL_ID=str(folder), SD_DEVICE="cpu", SD_BACKEND="torch", SD_PRECISION="fp32", AURA_MAX_BATCH="1")).start() as engine:
+        assert engine.wait_ready(120), engine.reason
+        fine = engine.submit(Plan((p,)))
+        want = np.asarray(fine.result()[0].image, int)
+        assert not fine.warnings and not any("fp32" in w for w in engine.health()["warnings"])
+        engine.parts.vae.half()                                      # what CUDA does by default; here fp16 asked for runs as fp32
+        z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode(): assert not torch.isfinite(engine.parts.vae.decode(z.half()).sample).all()
+        job = engine.submit(Plan((p,)))
+        made = job.result()[0]
+        assert any("decoded again in fp32" in w for w in job.warnings) and "decoded again in fp32" in made.receipt.corrections
+        assert "1 pictures had to be decoded again in fp32" in engine.health()["warnings"]
+        assert np.abs(np.asarray(made.image, int) - want).max() <= 2  # weights that went through fp16
+        assert engine.parts.vae.dtype == torch.float16                # and is half again afterwards
+
+
+def test_a_start_with_openvino_leaves_the_weights_in_their_file(openvino, small, monkeypatch):
+    """bf16 by measurement: text encoder and VAE are rounded, the UNet is not even copied, its graph rounds it; the picture is bf16's."""
+    monkeypatch.setattr(opt, "SMALL", 1000)
+    monkeypatch.setattr(opt, "bf16_gain", lambda: 2.0)
+    settings = load_settings(SD_MODEL_ID=small, SD_DEVICE="cpu", SD_BACKEND="openvino")
+    parts = load(settings)
+    unet, where = parts.unet, {k: p.data_ptr() for k, p in parts.unet.named_parameters()}
+    fast = opt.optimize(parts, settings)
+    assert {k: p.data_ptr() for k, p in unet.named_parameters()} == where and unet.dtype == torch.float32
+    assert fast.precision == fast.unet.graphs.precision == fast.vae.decode.graphs.precision == "bf16" and fast.vae.dtype == torch.bfloat16
+    assert np.abs(picture(fast)[1] - picture(parts_of(small, plain=True))[1]).mean() < 6
