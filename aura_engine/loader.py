@@ -259,7 +259,7 @@ def weight_files(names: list[str], part: str, half: bool) -> list[str]:
         if m := _WEIGHTS.fullmatch(n): sets[bool(m[1])].append((n, int(m[2] or 1)))
     whole = {h: [n for n, _ in s] for h, s in sets.items() if s and len(s) == s[0][1]}
     if found := whole.get(half) or whole.get(not half): return [f"{part}/{n}" if part else n for n in found]
-    if any(n.endswith(PICKLED) for n in inside): raise Unusable(f"{part or 'it'} has only pickled weights, which can run code when they are read; take a safetensors version (perhaps a revision refs/pr/…)")
+    if any(n.endswith(PICKLED) for n in inside): raise Unusable(f"{part or 'it'} has only pickled weights, which can run code when they are read; take a safetensors version of it (perhaps a revision refs/pr/…), or a model that has one, as {SD15_ID} does")
     raise Unusable(f"there are no safetensors weights for {part or 'it'}")
 
 def pipeline_files(names: list[str], folder: Path, half: bool, skip: tuple[str, ...] = ()) -> list[str]:

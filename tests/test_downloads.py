@@ -6,6 +6,7 @@ import modelhub
 import pytest
 import tiny
 from conftest import start
+from aura_engine.models import ROWS, SD15_ID
 from modelhub import COMMIT
 
 
@@ -176,10 +177,13 @@ def test_a_warm_cache_needs_no_hub(hub, load):
 def test_pickles_are_refused_before_they_are_fetched(hub, load):
     hub.repos[REPO] = {n.replace(".safetensors", ".bin"): d for n, d in hub.repos[REPO].items()}
     told = load()
-    assert "only pickled weights" in told["reason"] and "refs/pr" in told["reason"] and not hub.counts(r"\.bin")
+    assert "only pickled weights" in told["reason"] and "refs/pr" in told["reason"] and SD15_ID in told["reason"] and not hub.counts(r"\.bin")
     hub.repos["tester/lora"] = {"pytorch_lora_weights.bin": b"pickle"}
     assert "only pickled weights" in load("two", SD_MODEL_ID="embedded", SD_LCM_LORA_ID="tester/lora")["reason"]
     assert "only safetensors" in load("two", SD_MODEL_ID="embedded", SD_LCM_LORA_ID="tester/lora/pytorch_lora_weights.bin")["reason"] and not hub.counts(r"\.bin")
+
+
+def test_the_model_named_instead_is_in_the_table(): assert SD15_ID in ROWS["sd15"].ids
 
 
 def test_a_repository_that_is_no_model_says_what_to_write(hub, load):
