@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 import torch
 from .config import Settings
-from .models import EMBEDDED, PICKLED, ROWS, SAMPLERS, VAES, Row, check_source, detect, is_local, is_named, resolve_id, row_for
+from .models import EMBEDDED, PICKLED, ROWS, SAMPLERS, SD15_ID, VAES, Row, check_source, detect, is_local, is_named, resolve_id, row_for
 from .types import AuraError, ModelError
 
 log = logging.getLogger("aura_engine.loader")
