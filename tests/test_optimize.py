@@ -243,3 +243,16 @@ def test_a_start_with_openvino_leaves_the_weights_in_their_file(openvino, small,
     assert {k: p.data_ptr() for k, p in unet.named_parameters()} == where and unet.dtype == torch.float32
     assert fast.precision == fast.unet.graphs.precision == fast.vae.decode.graphs.precision == "bf16" and fast.vae.dtype == torch.bfloat16
     assert np.abs(picture(fast)[1] - picture(parts_of(small, plain=True))[1]).mean() < 6
+
+
+def test_int8_is_another_picture_of_the_same_thing(openvino):
+    """NNCF, calibrated on three pictures: products in int8, and a picture nearer to fp32's than another seed's is."""
+    pytest.importorskip("nncf", reason="nncf is not installed: pip install nncf")
+    parts, plain = parts_of("embedded", SD_BACKEND="openvino"), picture(parts_of("embedded", plain=True))[1]
+    graphs, parts.unet.graphs = parts.unet.graphs, opt.Heard(parts.unet.graphs)
+    for seed in range(3): picture(parts, replace(APPLE, seed=seed))
+    assert len(parts.unet.graphs.calls) == 9
+    parts.unet.graphs = opt.quantize(graphs, parts.unet.graphs.calls)
+    assert any(o.get_type_name() == "FakeQuantize" for o in parts.unet.graphs.model.get_ops()) and not any(o.get_type_name() == "FakeQuantize" for o in graphs.model.get_ops())
+    gap = lambda p: np.abs(picture(parts, p)[1] - plain).mean()
+    assert 0 < gap(APPLE) < 0.5 * gap(replace(APPLE, seed=99))
