@@ -123,6 +123,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'aura_engine.bench._Pipelines.__init__': ('bench.html#_pipelines.__init__', 'aura_engine/bench.py'),
                                    'aura_engine.bench._ask': ('bench.html#_ask', 'aura_engine/bench.py'),
                                    'aura_engine.bench.allow': ('bench.html#allow', 'aura_engine/bench.py'),
+                                   'aura_engine.bench.arrivals': ('bench.html#arrivals', 'aura_engine/bench.py'),
                                    'aura_engine.bench.bars': ('bench.html#bars', 'aura_engine/bench.py'),
                                    'aura_engine.bench.bars_table': ('bench.html#bars_table', 'aura_engine/bench.py'),
                                    'aura_engine.bench.closed_loop': ('bench.html#closed_loop', 'aura_engine/bench.py'),

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 import psutil
@@ -38,8 +39,8 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from . import __version__
 from .config import normalise_origin
-from .images import MIME, decode, encode, from_base64, receipt_of, to_base64
-from .models import SAMPLERS, Row, plan
+from .images import MIME, as_file, decode, from_base64, receipt_of, to_base64
+from .models import SAMPLERS, Row, allowed_lora, plan
 from .types import (MAX_SEED, AuraError, Cancelled, Event, Failed, FieldError, ForeignOrigin, GenerateRequest, Image, Invalid, Malformed,
     MethodNotAllowed, NotFound, NotReady, Picture, Plan, Preview, Prompt, Queued, QueueFull, Receipt, RefineRequest, ShuttingDown, Step, TooLarge,
     Unauthorized, Unsupported, _Request, field_errors, shown)
@@ -184,7 +185,7 @@ async def make(api: Api, job, format: str, request: Request | None = None, finis
     async with aclosing(follow(api, job, request)) as events:
         async for e in events:
             if isinstance(e, Failed): raise e.error
-            if isinstance(e, Image): done[e.index] = await api.aside(encode, finish(e.image) if finish else e.image, format, e.receipt), e.receipt
+            if isinstance(e, Image): done[e.index] = await api.aside(lambda e=e: as_file(finish(e.image) if finish else e.image, format, e.receipt))
     files, receipts = zip(*(done[i] for i in sorted(done)), strict=True)
     return Made(format, list(files), list(receipts), list(job.warnings))
 
@@ -242,8 +243,8 @@ async def event_data(api: Api, event: Event, format: str, request_id: str = "") 
     if isinstance(event, Step): return "step", {"index": event.index, "step": event.step, "steps": event.steps}
     if isinstance(event, Preview): return "preview", {"index": event.index, "image": to_base64(await api.aside(preview_jpeg, event.image))}
     if isinstance(event, Image):
-        file = await api.aside(encode, event.image, format, event.receipt)
-        return "image", {"index": event.index, "image": to_base64(file), "receipt": event.receipt.to_json()}
+        file, receipt = await api.aside(as_file, event.image, format, event.receipt)
+        return "image", {"index": event.index, "image": to_base64(file), "receipt": receipt.to_json()}
     if isinstance(event, Failed): return "failed", {"problem": event.error.problem(request_id)}
     return "done", {"warnings": list(event.warnings)}
 
@@ -367,7 +368,7 @@ async def keep(api: Api, kept: Kept, format: str) -> None:
             async for e in events:
                 if isinstance(e, Failed): raise e.error
                 if isinstance(e, Step): kept.progress[e.index] = e.step, e.steps
-                if isinstance(e, Image): done[e.index] = await api.aside(encode, e.image, format, e.receipt), e.receipt
+                if isinstance(e, Image): done[e.index] = await api.aside(as_file, e.image, format, e.receipt)
         if not kept.deleted: kept.made = Made(format, *(list(x) for x in zip(*(done[i] for i in sorted(done)), strict=True)), list(kept.job.warnings))
     except Exception as exc:
         kept.error = as_error(exc)
@@ -420,6 +421,8 @@ class Replayed(BaseModel):
     backend: str
     device: str
     versions: dict[str, str]
+    lora_alias: str | None = None
+    lora_source: str | None = None
     init_sha256: str | None = None
 
     def receipt(self) -> Receipt: return Receipt(**self.model_dump())
@@ -450,6 +453,7 @@ def _fits(r: Replayed, row: Row) -> None:
     need("steps", r.steps, r.steps <= row.steps[2], f"up to {row.steps[2]}")
     need("guidanceScale", r.guidance_scale, row.guidance[0] <= r.guidance_scale <= row.guidance[2], f"{row.guidance[0]:g} to {row.guidance[2]:g}")
     if wrong: raise Invalid(" ".join(w.msg + "." for w in wrong), tuple(wrong))
+    allowed_lora(r.lora_alias, row, "receipt.loraAlias")
 
 def _held(data: bytes) -> Replayed:
     "The receipt inside a PNG of ours, checked."
@@ -467,12 +471,12 @@ def picture_of(ask: ReplayRequest, row: Row) -> tuple[Receipt, Picture]:
         allowed = "the picture the refinement started from" if init is None else "none: this receipt is not of a refinement"
         raise Invalid(f"init: allowed: {allowed}.", (FieldError("init", shown(ask.init, 20), allowed, f"init: allowed: {allowed}"),))
     names = ("prompt", "negative_prompt", "width", "height", "steps", "guidance_scale", "strength", "seed", "temperature")
-    return r.receipt(), Picture(**{n: getattr(r, n) for n in names}, scheduler=None if r.scheduler == row.sampler else r.scheduler, init=init)
+    return r.receipt(), Picture(**{n: getattr(r, n) for n in names}, scheduler=None if r.scheduler == row.sampler else r.scheduler, lora=r.lora_alias, init=init)
 
 # %% ../nbs/09_api.ipynb #b4ae5074
 def differences(old: Receipt, new: Receipt) -> list[str]:
     "What keeps a replay from being promised, as warnings."
-    pairs = {k: (getattr(old, k), getattr(new, k)) for k in ("model", "revision", "lora", "precision", "backend", "device", "init_sha256")}
+    pairs = {k: (getattr(old, k), getattr(new, k)) for k in ("model", "revision", "lora", "lora_source", "precision", "backend", "device", "init_sha256")}
     pairs |= {f"version of {k}": (old.versions.get(k), new.versions.get(k)) for k in {*old.versions, *new.versions}}
     return [f"{k}: {shown(a, 60)} then, {shown(b, 60)} now; the picture may differ" for k, (a, b) in sorted(pairs.items()) if a != b]
 
@@ -681,4 +685,13 @@ def create_app(engine, extra_routes=(), shapes: dict[str, Callable] | None = Non
     lock = [Depends(check_key)] if engine.settings.api_key else []
     for r in (*routes, *extra_routes):
         app.add_api_route(r.path, r.handler, methods=[r.method], operation_id=f"{r.handler.__name__}_{r.method.lower()}", status_code=r.status, responses=r.responses(), response_model=None, dependencies=lock if r.keyed else [], openapi_extra=r.docs)
+    app.openapi = partial(_schema, app, app.openapi, tuple(engine.settings.loras))
     return app
+
+def _schema(app: FastAPI, made: Callable, aliases: tuple[str, ...]) -> dict:
+    "The app's OpenAPI document, in which a LoRA is one of `aliases`, or null."
+    if app.openapi_schema: return app.openapi_schema
+    schemas = made()["components"]["schemas"].values()
+    for fields in (s.get("properties", {}) for s in schemas):
+        for name in [n for n, f in fields.items() if f.get("format") == "lora-alias"]: fields[name] = {"enum": [*aliases, None], "title": "Lora", "default": None, "description": "A LoRA of this engine (SD_LORAS), by its alias."}
+    return app.openapi_schema

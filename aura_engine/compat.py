@@ -13,8 +13,8 @@ from fastapi.responses import JSONResponse, Response
 from PIL import Image as Pillow, ImageOps
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from .api import MAKING, Api, Route, as_error, event_stream, follow, frame, make, wanted
-from .images import MIME, encode, to_base64
-from .types import MAX_N, VISIBLE, AuraError, Count, Failed, FieldError, GenerateRequest, Image, Invalid, Preview, Prompt, RefineConfig, RefineRequest, Seed, Step, Steps, field_errors, shown, whole
+from .images import MIME, as_file, encode, to_base64
+from .types import MAX_N, VISIBLE, AuraError, Count, Failed, FieldError, GenerateRequest, Image, Invalid, Lora, Preview, Prompt, RefineConfig, RefineRequest, Seed, Step, Steps, field_errors, shown, whole
 
 # %% auto #0
 __all__ = ['SIDE', 'NO_USAGE', 'routes', 'shapes', 'size_of', 'resized', 'shape', 'ImagesRequest', 'openai_error', 'about',
@@ -70,6 +70,7 @@ class ImagesRequest(BaseModel):
     negative_prompt: Prompt = ""
     temperature: float = Field(0.7, ge=0, le=2)
     strength: float = Field(0.5, ge=0.05, le=1)
+    lora: Lora = None
 
     @model_validator(mode="before")
     @classmethod
@@ -77,7 +78,7 @@ class ImagesRequest(BaseModel):
 
     def numbers(self) -> dict[str, Any]:
         "What generating and refining have in common, by our own names."
-        return dict(steps=self.num_inference_steps, guidanceScale=self.guidance_scale, negativePrompt=self.negative_prompt, temperature=self.temperature, seed=self.seed, format=self.output_format)
+        return dict(steps=self.num_inference_steps, guidanceScale=self.guidance_scale, negativePrompt=self.negative_prompt, temperature=self.temperature, seed=self.seed, lora=self.lora, format=self.output_format)
 
 # %% ../nbs/10_compat.ipynb #1fa73061
 _STATUS = {422: 400}
@@ -102,7 +103,7 @@ async def openai_stream(api: Api, job, ask: ImagesRequest, kind: str) -> AsyncIt
     size, at, sent = size_of(ask.size), {}, {}
     def event(name, im, receipt=None, **more):
         im = resized(size or (job.plan.pictures[0].width, job.plan.pictures[0].height))(im) if receipt is None else resized(size)(im)
-        return {"type": f"{kind}.{name}", "b64_json": to_base64(encode(im, ask.output_format, receipt)), "created_at": int(time.time()), **about(ask, im.size), **more}
+        return {"type": f"{kind}.{name}", "b64_json": to_base64(as_file(im, ask.output_format, receipt)[0] if receipt else encode(im, ask.output_format)), "created_at": int(time.time()), **about(ask, im.size), **more}
     try:
         async with aclosing(follow(api, job)) as events:
             async for e in events:
@@ -173,6 +174,7 @@ class HfParameters(BaseModel):
     guidance_scale: float | None = Field(None, ge=0, le=30)
     negative_prompt: str | None = Field(None, max_length=2000)
     seed: Seed | None = None
+    lora: Lora = None
 
 class HfRequest(BaseModel):
     "Body of POST /: Hugging Face's text-to-image."
@@ -186,7 +188,7 @@ async def huggingface(request: Request, body: HfRequest) -> Response:
     row, format = api.row(), wanted(request.headers.get("accept", ""))
     format = format if format in MIME else "png"
     size = size_of(f"{p.width or p.height}x{p.height or p.width}") if p.width or p.height else None
-    own = _checked(GenerateRequest, prompt=body.inputs, **shape(size, row.native), steps=p.num_inference_steps, guidanceScale=p.guidance_scale, negativePrompt=p.negative_prompt, seed=p.seed)
+    own = _checked(GenerateRequest, prompt=body.inputs, **shape(size, row.native), steps=p.num_inference_steps, guidanceScale=p.guidance_scale, negativePrompt=p.negative_prompt, seed=p.seed, lora=p.lora)
     made = await make(api, await api.submit(own), format, request, resized(size))
     return Response(made.files[0], media_type=MIME[format], headers={"cache-control": "no-store"})
 

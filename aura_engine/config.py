@@ -50,7 +50,7 @@ class Settings(BaseSettings):
     loras: Annotated[dict[str, str], NoDecode] = Field({}, alias="SD_LORAS", description="alias=id,alias=id: LoRAs that a request may name by alias")
     api_key: SecretStr | None = Field(None, alias="AURA_API_KEY", description="when set, /generate and /refine need it as a Bearer token")
     max_queue_seconds: float = Field(120, alias="AURA_MAX_QUEUE_SECONDS", gt=0, le=86400, description="refuse work beyond this many predicted seconds")
-    deadline_seconds: float = Field(600, alias="AURA_DEADLINE_SECONDS", gt=0, le=86400, description="give a request up after this long")
+    deadline_seconds: float = Field(600, alias="AURA_DEADLINE_SECONDS", gt=0, le=86400, description="give a request up after this long; a request may ask for less")
     grace_seconds: float = Field(20, alias="AURA_GRACE_SECONDS", ge=0, le=600, description="time to finish work when asked to stop")
     max_batch: int = Field(16, alias="AURA_MAX_BATCH", ge=1, le=64, description="most UNet rows in one step")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", alias="AURA_LOG_LEVEL", description="log threshold")

@@ -15,19 +15,20 @@ from .loader import Components, Progress, load
 from .models import SAMPLERS, Row, check_source
 from .optimize import cache_folder, optimize, seal
 from .trajectory import Noise, TextCache, Trajectory, advance, call_unet, decode_batch, decode_latents, encode_picture, unet_inputs
-from .types import (AuraError, Cancelled, DeadlineExceeded, Degenerate, Done, EngineFailed, Event, Failed, Image, NotReady, OutOfMemory,
+from .types import (AuraError, Cancelled, DeadlineExceeded, Degenerate, Done, EngineFailed, Event, Failed, FieldError, Image, Invalid, NotReady, OutOfMemory,
                                Picture, Plan, Preview, QueueFull, Queued, Receipt, ShuttingDown, Step)
 
 log = logging.getLogger("aura_engine")
 
 # %% auto #0
-__all__ = ['log', 'Job', 'preview_matrix', 'preview_image', 'key_of', 'keep_memory', 'Engine']
+__all__ = ['log', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'M_ARENA_MAX', 'Job', 'preview_matrix', 'preview_image', 'key_of',
+           'mallopt', 'keep_memory', 'one_heap', 'Engine']
 
 # %% ../nbs/08_engine.ipynb #2a286a01
 class Job:
     "The answer to `Engine.submit`: a growing log of events that ends with Done."
-    def __init__(self, plan: Plan, previews: bool = False, deadline: float = float("inf")):
-        self.id, self.plan, self.previews, self.deadline = uuid.uuid4().hex, plan, previews, deadline
+    def __init__(self, plan: Plan, previews: bool = False, seconds: float = float("inf")):
+        self.id, self.plan, self.previews, self.seconds, self.deadline = uuid.uuid4().hex, plan, previews, seconds, time.monotonic() + seconds
         self.log: list[Event] = []
         self.times: list[float] = []                         # time.monotonic() of each event in the log
         self.cuts: list[str] = []                            # what did not fit into the prompt's chunks
@@ -112,11 +113,19 @@ def key_of(texts: TextCache, p: Picture) -> tuple[tuple, int]:
     return (parts.unet.config.in_channels, p.height // s, p.width // s, keys[0][1] * parts.tokenizers[0].model_max_length, p.lora), len(keys)
 
 # %% ../nbs/08_engine.ipynb #a31ef7af
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8              # glibc's malloc.h
+
+def mallopt(*options: tuple[int, int]) -> bool:
+    "Set (option, value) pairs of glibc's malloc, for the whole process; -> False where there is no glibc."
+    return platform.libc_ver()[0] == "glibc" and all(ctypes.CDLL(None).mallopt(o, v) for o, v in options)
+
 def keep_memory(parts: Components) -> None:
-    "Have glibc keep freed memory (blocks up to 32 MB, 256 MB in all) for the next call; elsewhere nothing happens. Process-wide."
-    if parts.device.type != "cpu" or platform.libc_ver()[0] != "glibc": return
-    libc = ctypes.CDLL(None)
-    if libc.mallopt(-3, 32 << 20) and libc.mallopt(-1, 256 << 20): parts.optimizations.append("freed memory is kept")        # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    "On a CPU, have glibc keep freed memory (blocks up to 32 MB, 256 MB in all) for the next call."
+    if parts.device.type == "cpu" and mallopt((M_MMAP_THRESHOLD, 32 << 20), (M_TRIM_THRESHOLD, 256 << 20)): parts.optimizations.append("freed memory is kept")
+
+def one_heap() -> bool:
+    "Have threads that begin from now on use the process's main heap."
+    return mallopt((M_ARENA_MAX, 1))
 
 # %% ../nbs/08_engine.ipynb #e807e482
 class Engine:
@@ -132,6 +141,7 @@ class Engine:
 
     def start(self) -> Engine:
         "Begin to load in a daemon thread; returns at once."
+        one_heap()
         self.thread = threading.Thread(target=self._run, name="aura-engine", daemon=True)
         self.thread.start()
         return self
@@ -153,22 +163,34 @@ class Engine:
 
 # %% ../nbs/08_engine.ipynb #9aa3d105
 def _submit(self, plan: Plan, previews: bool = False) -> Job:
-    "Queue a plan -> Job. Raises NotReady, ShuttingDown or QueueFull (each with `retry_after`)."
+    "Queue a plan -> Job. Raises NotReady, ShuttingDown or QueueFull (each with `retry_after`), Invalid for an impossible deadline."
     if self.status == "draining" or self._closed: raise ShuttingDown("The engine is stopping; ask another or come back.", retry_after=10)
     if not self.ready: raise NotReady(self.reason or self.progress.reason or "The model is loading.", retry_after=5)
     now = time.monotonic()
-    job = Job(plan, previews, now + self.settings.deadline_seconds)
+    job = Job(plan, previews, plan.deadline or self.settings.deadline_seconds)
     mine = [Entry(*(k := key_of(self.texts, p)), p.steps, now, self.cost.begin(k[0], p.init is not None), extra={"job": job, "index": i, "picture": p, "times": {}})
             for i, p in enumerate(plan.pictures)]
     with self._turn:
         there = [e for e in self.waiting + self.inbox if not e.extra["job"].cancelled]
-        ahead, limit = work(there + mine, self.cost), self.settings.max_queue_seconds
-        if there and ahead > limit:
-            raise QueueFull(f"{len(there)} pictures are waiting, about {ahead:.0f} seconds of work; this engine promises at most {limit:g}.", retry_after=max(1.0, ahead - limit))
-        job.emit(Queued(len(there), round(eta(mine, there, self.cost, now) * math.exp(self.late), 3)))
+        job.emit(Queued(len(there), round(self._admit(plan, mine, there, now), 3)))
         self.inbox += mine
         self._turn.notify()
     return job
+
+def _admit(self, plan: Plan, mine: list[Entry], there: list[Entry], now: float) -> float:
+    "Predicted seconds of a request, if they may be promised. QueueFull: later they may; Invalid: a deadline that is not for this engine."
+    ahead, limit = work(there + mine, self.cost), self.settings.max_queue_seconds
+    if there and ahead > limit:
+        raise QueueFull(f"{len(there)} pictures are waiting, about {ahead:.0f} seconds of work; this engine promises at most {limit:g}.", retry_after=max(1.0, ahead - limit))
+    promised = eta(mine, there, self.cost, now) * math.exp(self.late)
+    if (asked := plan.deadline) is None: return promised
+    name, alone, most = "config.deadlineSeconds" if plan.pictures[0].init else "deadlineSeconds", math.ceil(100 * eta(mine, [], self.cost, now)) / 100, self.settings.deadline_seconds
+    if not alone <= asked <= most:
+        allowed = f"at most {most:g}" if asked > most else f"at least {alone:g}, the seconds this request takes alone on this engine"
+        raise Invalid(f"{name}: given {asked:g}, allowed: {allowed}.", (FieldError(name, f"{asked:g}", allowed, f"{name}: given {asked:g}, allowed: {allowed}"),))
+    if there and promised > asked:
+        raise QueueFull(f"{len(there)} pictures are waiting, so this would take about {promised:.1f} seconds; its deadline is {asked:g}.", retry_after=max(1.0, promised - asked))
+    return promised
 
 def _health(self) -> dict:
     "Everything about the engine's state, cheap and safe to show (no secret, no path)."
@@ -177,7 +199,7 @@ def _health(self) -> dict:
     build = os.environ.get("AURA_BUILD_ID") or os.environ.get("SPACE_COMMIT_SHA")
     return {"status": self.status, "ready": self.ready, "device": p.device.type if p else None, "gpu": self.gpu,
             "gpuName": torch.cuda.get_device_name(p.device) if p and p.device.type == "cuda" else None,
-            "model": s.model_id, "revision": p.revision if p else s.revision, "lora": s.lcm_lora_id,
+            "model": s.model_id, "revision": p.revision if p else s.revision, "lora": s.lcm_lora_id, "loras": list(s.loras),
             "family": p.row.name if p else None, "scheduler": SAMPLERS[p.row.sampler].cls if p else None, "precision": p.precision if p else s.precision,
             "backend": p.backend if p else None, "optimizations": self.optimizations(), "warnings": self.warnings + (p.notes if p else []) + ([f"{self.repairs} pictures had to be decoded again in fp32"] if self.repairs else []), "reason": self.reason or self.progress.reason or None, "loading": self.progress.said() if self.status == "loading" else None,
             "queue": {"length": len(entries), "seconds": round(work(entries, self.cost), 2) if self.cost else 0.0},
@@ -191,7 +213,7 @@ def _optimizations(self) -> list[str]:
     said = self.parts.optimizations + ["step-level batching, up to %d rows a call" % best if best > 1 else "shortest work first (batching does not pay on this device)", "prompt cache", f"{torch.get_num_threads()} CPU threads"]
     return said + (["LoRA fused"] if self.parts.lora else [])
 
-Engine.submit, Engine.health, Engine.optimizations = _submit, _health, _optimizations
+Engine.submit, Engine._admit, Engine.health, Engine.optimizations = _submit, _admit, _health, _optimizations
 
 # %% ../nbs/08_engine.ipynb #fe4ebf9f
 def _run(self) -> None:
@@ -243,7 +265,7 @@ def _curves(self, parts: Components, inputs: dict, latents: torch.Tensor, decode
     file, most = cache_folder() / "step_cost.json", self.settings.max_batch
     with torch.inference_mode():
         curves = cached_curve(file, name, step, most), cached_curve(file, name + "|decode", several, min(most, 8), decode)
-        for rows in curves[0] if getattr(parts.unet, "sealed", True) is False else (): step(rows)   # torch.compile: all sizes now, also when the curve was kept
+        for rows in curves[0] if getattr(parts.unet, "sealed", True) is False else (): step(rows), step(rows)   # torch.compile: all sizes now, also when the curve was kept; the second is recorded
     seal(parts)
     return curves
 
@@ -266,7 +288,7 @@ def _one_turn(self) -> None:
     now = time.monotonic()
     for job in {e.extra["job"] for e in self.waiting}:
         if job.cancelled: self._end(job, Cancelled("The request was cancelled."))
-        elif now > job.deadline: self._end(job, DeadlineExceeded(f"Not finished within {self.settings.deadline_seconds:g} seconds."))
+        elif now > job.deadline: self._end(job, DeadlineExceeded(f"Not finished within {job.seconds:g} seconds."))
     if self.spared and self.spared not in self.waiting: self._save_memory(None)
     if not self.waiting: return
     batch, bucket = choose(self.waiting, self.cost, now, self.row_cap)
@@ -289,6 +311,7 @@ def _step(self, batch: list[Entry], bucket: int) -> None:
     if fresh: self._begin(fresh)
     start = time.perf_counter()
     advance([e.extra["trajectory"] for e in batch], self.parts.unet, bucket)
+    if self.parts.device.type == "cuda": torch.cuda.synchronize(self.parts.device)      # a GPU answers before it has worked; the curve is about the work
     seconds = time.perf_counter() - start
     self.unet_calls += 1
     if self.unet_calls % 200 == 0: self.row_cap = min(2 * self.row_cap, self.settings.max_batch)     # after a shortage of memory, try larger again
@@ -333,7 +356,7 @@ def _receipt(self, e: Entry, repairs: tuple[str, ...]) -> Receipt:
     "How this picture was made."
     p, parts = e.extra["picture"], self.parts
     return Receipt(p.prompt, p.negative_prompt, p.width, p.height, p.steps, p.guidance_scale, p.strength, p.seed, p.temperature, p.scheduler or parts.row.sampler,
-                   self.settings.model_id, parts.revision, p.lora or parts.lora, parts.precision, parts.backend, parts.device.type, self.versions,
+                   self.settings.model_id, parts.revision, parts.lora, parts.precision, parts.backend, parts.device.type, self.versions, p.lora, parts.loras.sources.get(p.lora),
                    init_sha256=hashlib.sha256(p.init.tobytes()).hexdigest() if p.init is not None else None,
                    corrections=tuple(str(n) for n in e.extra["job"].plan.notes) + repairs, timings={k: round(v, 4) for k, v in e.extra["times"].items()})
 
@@ -343,9 +366,11 @@ for f in (_one_turn, _end, _step, _begin, _finish, _receipt): setattr(Engine, f.
 def _trouble(self, batch: list[Entry], error: Exception) -> None:
     "The ladder: drop caches -> smaller batch -> slices and tiles -> once more alone -> fail that job only."
     if isinstance(error, AuraError): return [self._end(e.extra["job"], error) for e in batch][0]
-    memory = isinstance(error, torch.OutOfMemoryError)
+    memory = isinstance(error, torch.OutOfMemoryError) or any(s in str(error) for s in ("ALLOC_FAILED", "CUDA error: out of memory"))      # how cuDNN, cuBLAS and the driver say it
     error.__traceback__ = None                               # it would keep the failed step's tensors alive
+    if memory and hasattr(self.parts.unet, "forget"): self.parts.unet.forget()      # CUDA graphs
     gc.collect()
+    if isinstance(error, torch.AcceleratorError) and not memory: raise EngineFailed("The GPU reported an error that only a restart of the process clears.") from error
     if torch.cuda.is_available(): torch.cuda.empty_cache()
     self.incidents += 1
     incident = uuid.uuid4().hex[:8]

@@ -65,7 +65,7 @@ class Row:
 # %% ../nbs/02_models.ipynb #7f6c65ab
 SD, XL = "StableDiffusionPipeline", "StableDiffusionXLPipeline"
 SD15_ID, SDXL_ID, SSD_ID = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-diffusion-xl-base-1.0", "segmind/SSD-1B"
-_sd15 = Row("sd15", SD, "dpm", (1, 20, 100), (1, 7.5, 20), 512, tiny_vae="madebyollin/taesd", ids=(SD15_ID, "segmind/tiny-sd", "segmind/small-sd"))
+_sd15 = Row("sd15", SD, "dpm", (1, 20, 100), (1, 7.5, 20), 512, tiny_vae="madebyollin/taesd", ids=(SD15_ID,))
 _sdxl = Row("sdxl", XL, "dpm", (1, 25, 100), (1, 5.0, 15), 1024, tiny_vae="madebyollin/taesdxl", ids=(SDXL_ID,), note="the VAE overflows in fp16; decoded in fp32")
 _ssd = replace(_sdxl, name="ssd-1b", ids=(SSD_ID,), note="SDXL with half the UNet")
 
@@ -254,7 +254,7 @@ def plan(request: GenerateRequest | RefineRequest, row: Row, images: Sequence = 
     same = dict(negative_prompt=r.negative_prompt, guidance_scale=float(guidance), temperature=float(r.temperature), lora=allowed_lora(r.lora, row, "config.lora" if refine else "lora"))
     if not refine:
         size = _size(request, row, gpu, notes)
-        return Plan(tuple(Picture(request.prompt, *size, steps=steps, seed=(seed + i) % (MAX_SEED + 1), **same) for i in range(request.n)), tuple(notes))
+        return Plan(tuple(Picture(request.prompt, *size, steps=steps, seed=(seed + i) % (MAX_SEED + 1), **same) for i in range(request.n)), tuple(notes), r.deadline_seconds)
     run, strength = _refining(row, steps, r.strength, notes)
     sized = [(im, fit_size(row, im.width / im.height, min(max(math.sqrt(im.width * im.height), row.native * row.standard), row.native))) for im in images]
-    return Plan(tuple(Picture(request.refine_prompt, *size, steps=run, seed=(seed + i) % (MAX_SEED + 1), strength=strength, init=im, **same) for i, (im, size) in enumerate(sized)), tuple(notes))
+    return Plan(tuple(Picture(request.refine_prompt, *size, steps=run, seed=(seed + i) % (MAX_SEED + 1), strength=strength, init=im, **same) for i, (im, size) in enumerate(sized)), tuple(notes), r.deadline_seconds)

@@ -10,12 +10,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 from pydantic.alias_generators import to_camel
 
 # %% auto #0
-__all__ = ['MAX_PROMPT', 'MAX_N', 'MAX_SEED', 'Prompt', 'VISIBLE', 'Seed', 'Steps', 'Count', 'Lora', 'Event', 'FieldError',
-           'shown', 'AuraError', 'ModelError', 'Malformed', 'Invalid', 'Unauthorized', 'ForeignOrigin', 'NotFound',
-           'MethodNotAllowed', 'TooLarge', 'Unsupported', 'HeadersTooLarge', 'QueueFull', 'NotReady', 'OutOfMemory',
-           'ShuttingDown', 'DeadlineExceeded', 'Cancelled', 'Degenerate', 'EngineFailed', 'Unreachable', 'Asleep',
-           'error_tree', 'clean_text', 'whole', 'GenerateRequest', 'RefineConfig', 'RefineRequest', 'field_errors',
-           'Note', 'Picture', 'Plan', 'Queued', 'Step', 'Preview', 'Image', 'Failed', 'Done', 'Receipt']
+__all__ = ['MAX_PROMPT', 'MAX_N', 'MAX_SEED', 'Prompt', 'VISIBLE', 'Seed', 'Steps', 'Count', 'Lora', 'Deadline', 'Event',
+           'FieldError', 'shown', 'AuraError', 'ModelError', 'Malformed', 'Invalid', 'Unauthorized', 'ForeignOrigin',
+           'NotFound', 'MethodNotAllowed', 'TooLarge', 'Unsupported', 'HeadersTooLarge', 'QueueFull', 'NotReady',
+           'OutOfMemory', 'ShuttingDown', 'DeadlineExceeded', 'Cancelled', 'Degenerate', 'EngineFailed', 'Unreachable',
+           'Asleep', 'error_tree', 'clean_text', 'whole', 'GenerateRequest', 'RefineConfig', 'RefineRequest',
+           'field_errors', 'Note', 'Picture', 'Plan', 'Queued', 'Step', 'Preview', 'Image', 'Failed', 'Done', 'Receipt']
 
 # %% ../nbs/01_types.ipynb #6fbf2da6
 @dataclass(frozen=True)
@@ -91,10 +91,11 @@ def whole(least: int, most: int) -> Any:
 
 Seed, Steps, Count = whole(0, MAX_SEED), whole(1, 100), whole(1, MAX_N)
 Lora = Annotated[str | None, Field(max_length=60, json_schema_extra={"format": "lora-alias"})]      # null: the model as it is
+Deadline = Annotated[float | None, Field(gt=0, le=86400)]      # seconds after which nobody wants the answer any more; null: the engine's own limit
 
 # %% ../nbs/01_types.ipynb #b0034ebd
 class GenerateRequest(_Request):
-    "Body of POST /generate. `aspectRatio` is 'W:H' between 1:3 and 3:1; `lora` an alias of SD_LORAS; unset numbers take the model's own defaults."
+    "Body of POST /generate. `aspectRatio` is 'W:H' between 1:3 and 3:1; `lora` an alias of SD_LORAS; `deadlineSeconds` how long the answer is of use; unset numbers take the model's own defaults."
     prompt: Prompt = Field(json_schema_extra=VISIBLE)
     aspect_ratio: str = Field("1:1", pattern=r"^[1-9]\d{0,3}:[1-9]\d{0,3}$", json_schema_extra={"format": "aspect-ratio"})
     temperature: float = Field(0.7, ge=0, le=2)
@@ -105,6 +106,7 @@ class GenerateRequest(_Request):
     steps: Steps | None = None
     guidance_scale: float | None = Field(None, ge=0, le=30)
     lora: Lora = None
+    deadline_seconds: Deadline = None
     format: Literal["png", "jpeg", "webp"] = "png"
 
     @field_validator("prompt", "negative_prompt", mode="after")
@@ -124,6 +126,7 @@ class RefineConfig(_Request):
     seed: Seed | None = None
     negative_prompt: Prompt = ""
     lora: Lora = None
+    deadline_seconds: Deadline = None
     format: Literal["png", "jpeg", "webp"] = "png"
     _clean = field_validator("negative_prompt")(lambda cls, v: clean_text(v))
 
@@ -191,9 +194,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class Plan:
-    "All pictures of one request, and the notes made while planning."
+    "All pictures of one request, the notes made while planning, and the seconds after which they are of no use (None: the engine's own limit)."
     pictures: tuple[Picture, ...]
     notes: tuple[Note, ...] = ()
+    deadline: float | None = None
 
 # %% ../nbs/01_types.ipynb #97ad18ba
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
 """The engine under load: invariance, cancel, recovery, admission. One engine on the embedded model serves all tests here."""
 import gc
+import platform
 import random
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -9,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from aura_engine.batching import Curve
+from aura_engine.batching import Curve, Entry, eta
 from aura_engine.config import load_settings
-from aura_engine.engine import Engine
+from aura_engine.engine import Engine, key_of
 from aura_engine.trajectory import TextCache, Trajectory, advance
-from aura_engine.types import AuraError, Cancelled, Degenerate, EngineFailed, Image, NotReady, OutOfMemory, Picture, Plan, Preview, QueueFull, ShuttingDown, Step
+from aura_engine.types import AuraError, Cancelled, DeadlineExceeded, Degenerate, EngineFailed, Image, Invalid, NotReady, OutOfMemory, Picture, Plan, Preview, QueueFull, ShuttingDown, Step
 
 APPLE = Picture("a red apple", 128, 128, steps=4, guidance_scale=1.0, seed=7)
 
@@ -141,6 +144,61 @@ def test_deadline():
     engine.close()
 
 
+@pytest.fixture
+def gate(engine):
+    """UNet calls wait for it -> (calls begun, event); afterwards the engine forgets what the waiting taught it of costs."""
+    calls, opened, steps, late = [], threading.Event(), dict(engine.cost.steps), engine.late
+    hook = engine.parts.unet.register_forward_pre_hook(lambda m, args: (calls.append(1), opened.wait(60))[1] and None)
+    yield calls, opened
+    opened.set()
+    while engine.health()["queue"]["length"]: time.sleep(0.01)
+    hook.remove()
+    engine.cost.steps, engine.late = steps, late
+
+
+def alone(engine, p):
+    """Predicted seconds of one picture with nobody else there."""
+    key, rows = key_of(engine.texts, p)
+    return eta([Entry(key, rows, p.steps, 0.0, engine.cost.begin(key, False))], [], engine.cost, 0.0)
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition(): assert time.monotonic() < end; time.sleep(0.005)
+
+
+def test_a_requests_own_deadline_stops_it_at_the_next_step(engine, gate):
+    """The running one loses no more than the call it is in; the queued one never begins."""
+    calls, opened = gate
+    long = replace(APPLE, steps=20)
+    running = engine.submit(Plan((long,), deadline=1.2 * alone(engine, long)))
+    wait_for(lambda: calls)
+    patient = engine.submit(Plan((replace(APPLE, seed=8),)))
+    queued = engine.submit(Plan((replace(APPLE, prompt="never begun"),), deadline=3 * (patient.log[0].eta_seconds + alone(engine, APPLE))))
+    time.sleep(max(running.deadline, queued.deadline) + 0.01 - time.monotonic())
+    opened.set()
+    for job in (running, queued):
+        with pytest.raises(DeadlineExceeded, match=f"{job.seconds:g}"): job.result(60)
+    assert [e.step for e in running.log if isinstance(e, Step)] == [1] and not any(isinstance(e, Step) for e in queued.log)
+    assert len(patient.result(60)) == 1 and patient.seconds == engine.settings.deadline_seconds
+
+
+def test_a_deadline_that_cannot_be_kept_is_refused_at_once(engine, gate):
+    """By the others' work: 429, with when to come back. By the engine itself: what it takes at least, and at most."""
+    calls, _ = gate
+    long, engine.late = replace(APPLE, steps=50), 0.0
+    crowd = [engine.submit(Plan((long,))) for _ in range(8)]
+    wait_for(lambda: calls)
+    there, least = engine.health()["queue"]["length"], alone(engine, long)
+    with pytest.raises(QueueFull) as e: engine.submit(Plan((long,), deadline=1.05 * least))
+    assert e.value.retry_after >= 1 and "deadline" in e.value.detail
+    for wrong, said in ((0.5 * least, "at least"), (2 * engine.settings.deadline_seconds, f"at most {engine.settings.deadline_seconds:g}")):
+        with pytest.raises(Invalid) as e: engine.submit(Plan((long,), deadline=wrong))
+        assert e.value.errors[0].loc == "deadlineSeconds" and said in e.value.errors[0].allowed
+    assert engine.health()["queue"]["length"] == there
+    for job in crowd: job.cancel()
+
+
 def test_admission_refuses_by_predicted_seconds(engine):
     tight = make(AURA_MAX_QUEUE_SECONDS="0.5")
     jobs = []
@@ -259,6 +317,25 @@ def test_health_stays_quick_while_the_engine_works(engine):
     for _ in range(200): assert engine.health()["queue"]["length"] >= 1
     assert engine.unet_calls - calls < 100
     job.cancel()
+
+
+HEAP = """
+import ctypes, re
+from aura_engine.config import load_settings
+from aura_engine.engine import Engine
+malloc, at = ctypes.CDLL(None).malloc, []
+malloc.restype = ctypes.c_void_p
+Engine._run = lambda self: at.append(malloc(100_000))
+Engine(load_settings(SD_MODEL_ID="embedded")).start().thread.join()
+print(any(int(a, 16) <= at[0] < int(b, 16) for a, b in re.findall(r"^(\\w+)-(\\w+) .*\\[heap\\]$", open("/proc/self/maps").read(), re.M)))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
+def test_the_engines_thread_uses_the_main_heap():
+    """Its own would be the one that loading the model left full of holes; calls there were measurably slower."""
+    done = subprocess.run([sys.executable, "-c", HEAP], capture_output=True, text=True, timeout=300)
+    assert done.stdout == "True\n", done.stderr
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ Where this engine does otherwise than the table's "expected" column, and why:
 38  a stopping server closes its port at once, so a balancer sees a refused connection, not the 503 of /ready.
 """
 import asyncio, base64, gzip, io, json, os, re, shutil, signal, socket, struct, subprocess, sys, threading, time, zlib
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -73,6 +74,7 @@ BODIES = [(1, b'{"prompt": ', 400), (1, b"", 422), (1, b"[1]", 422), (1, b"null"
           *[(7, say(prompt=p), 422) for p in ("", "  \n", "x" * 2001, "x" * 10_000_000, "\x00\x1b")],
           *[(9, say(**w), 422) for w in (dict(aspectRatio="9:1"), dict(aspectRatio="0:1"), dict(aspectRatio="wide"), dict(aspectRatio="1:1 "), dict(resolution="HIGH"), dict(resolution=None))],
           *[(10, say(**w), 422) for w in (dict(colour="red"), dict(n=True), dict(n="2"), dict(temperature="0.5"), dict(prompt=5), dict(seed=1.0e0 + 0.5), dict(temperature=False))],
+          *[(10, say(deadlineSeconds=d), 422) for d in (0, -1, "5", True, 86401, 1e308)],
           *[(11, say(temperature=t), 422) for t in (-1, 3, 2.0001, 1e308)],
           *[(28, say(steps=s), 422) for s in (0, -1, 1.5, 10_000, "5")],
           *[(30, say(guidanceScale=g), 422) for g in (-5, 1e30, "7")], (30, b'{"prompt": "x", "guidanceScale": NaN}', 422), (30, b'{"prompt": "x", "guidanceScale": Infinity}', 422),
@@ -438,6 +440,30 @@ def test_rows_36_37__who_hangs_up_costs_no_further_step(engine, live, accept):
     until(lambda: not engine.waiting + engine.inbox)
     assert len(calls) == 3 and "trajectory" not in queued
     until(lambda: 'failures_total{reason="cancelled"} 2.0' in httpx.get(url + "/metrics").text, 5)
+
+
+def test_a_requests_own_deadline(engine, live):
+    """504 for one that was not done in time, one queued and one running; 429 with Retry-After at the door; 422 for what this engine could never do."""
+    (url, calls, gate), engine.late = live, 0.0
+    ask = lambda seconds, **more: httpx.post(url + "/generate", json={"prompt": "an owl", "steps": 20, "deadlineSeconds": seconds, **more}, timeout=120)
+    too_short = is_problem(ask(1e-4), 422)["errors"][0]
+    least = float(re.search(r"at least ([0-9.e-]+)", too_short["allowed"])[1])
+    assert too_short["loc"] == "deadlineSeconds" and is_problem(ask(601), 422)["errors"][0]["allowed"] == "at most 600"
+    with ThreadPoolExecutor(12) as pool:
+        running = pool.submit(ask, 1.2 * least)
+        until(lambda: calls)
+        queued = pool.submit(ask, 1.5 * least + 1, steps=2)
+        until(lambda: engine.inbox)
+        time.sleep(1.6 * least + 1)
+        others = [pool.submit(ask, None, seed=i) for i in range(8)]
+        until(lambda: len(engine.inbox) == 9)
+        full = ask(1.05 * least)
+        assert is_problem(full, 429)["type"] == "urn:aura:queue_full" and int(full.headers["retry-after"]) >= 1
+        gate.release(1000)
+        for late in (running, queued): assert is_problem(late.result(), 504)["type"] == "urn:aura:deadline"
+        assert all(o.result().status_code == 200 for o in others)
+    stream = inside(engine, ("/refine", {"refinePrompt": "x", "images": [b64(file())], "config": {"deadlineSeconds": 1e-4}}))[0]
+    assert is_problem(stream, 422)["errors"][0]["loc"] == "config.deadlineSeconds"
 
 
 @pytest.mark.slow

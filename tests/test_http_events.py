@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+from aura_engine.images import receipt_of
+
 LONG = {"prompt": "an owl", "steps": 50, "n": 4}
 
 
@@ -125,6 +127,23 @@ def test_wrong_jobs(web):
     assert web.post("/jobs", json={"route": "dance", "request": {}}).status_code == 422
     picture = web.post("/jobs", json={"route": "refine", "request": {"refinePrompt": "x", "images": ["aGk="]}})
     assert picture.status_code == 422 and "PNG, JPEG or WebP" in picture.json()["detail"]
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg"])
+def test_a_receipt_has_the_time_of_every_stage(web, format):
+    """From the queue to the file, which is encoded off the engine's thread; the PNG holds the receipt that stands beside it, whichever way it was asked for."""
+    body, stages = {"prompt": "a rocket", "steps": 2, "seed": 5, "format": format}, {"queue", "text", "steps", "decode", "encode"}
+    made = web.post("/generate", json=body).json()
+    job = web.post("/jobs", json={"route": "generate", "request": body}).json()
+    end = time.monotonic() + 60
+    while (state := web.get(job["statusUrl"]).json())["status"] != "succeeded": assert time.monotonic() < end; time.sleep(0.02)
+    image = next(e for n, e in events(web, "/generate", body) if n == "image")
+    for text, receipt in ((made["images"][0], made["receipts"][0]), (state["result"]["images"][0], state["result"]["receipts"][0]), (image["image"], image["receipt"])):
+        assert set(receipt["timings"]) == stages and all(0 <= s < 60 for s in receipt["timings"].values()) and receipt["timings"]["encode"] > 0
+        if format == "png": assert receipt_of(base64.b64decode(text)).to_json() == receipt
+    if format == "png":
+        alone = receipt_of(web.post("/generate", json=body, headers={"Accept": "image/png"}).content)
+        assert set(alone.timings) == stages and alone.seed == 5
 
 
 def test_a_replay_from_json_or_from_the_file(web):
