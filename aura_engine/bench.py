@@ -4,10 +4,11 @@
 
 # %% ../nbs/14_bench.ipynb #c66810d6
 from __future__ import annotations
-import argparse, json, os, platform, queue, random, threading, time
+import argparse, json, math, os, platform, queue, random, threading, time
 from importlib.util import find_spec
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 import numpy as np, torch
 from .config import load_settings
@@ -18,10 +19,10 @@ from .trajectory import TextCache, Trajectory, call_unet, unet_inputs
 from .types import Picture, Plan, Preview
 
 # %% auto #0
-__all__ = ['LOCK', 'BATCHING', 'LOCK_OURS', 'ENGINE', 'ENGINE_OV', 'BARS_AT', 'RESULTS', 'machine', 'median_seconds', 'pin',
-           'allow', 'Baseline', 'Stepwise', 'Taken', 'mixture', 'poisson', 'closed_loop', 'summary', 'overhead',
-           'eta_errors', 'health_latency', 'preview_cost', 'contenders_on', 'compare', 'table', 'bars', 'bars_table',
-           'main']
+__all__ = ['LOCK', 'BATCHING', 'LOCK_OURS', 'ENGINE', 'ENGINE_OV', 'BARS_AT', 'SHARE', 'RESULTS', 'machine', 'median_seconds',
+           'pin', 'allow', 'Baseline', 'Stepwise', 'Taken', 'mixture', 'arrivals', 'poisson', 'closed_loop', 'summary',
+           'overhead', 'eta_errors', 'health_latency', 'preview_cost', 'contenders_on', 'compare', 'table', 'bars',
+           'bars_table', 'main']
 
 # %% ../nbs/14_bench.ipynb #516328ba
 def machine(gpu: bool = True) -> dict:
@@ -128,7 +129,14 @@ def mixture(n: int, photo, seed: int = 0) -> list[Picture]:
     "`n` pictures to make: 1-8 steps, a quarter of them refinements of `photo`."
     rng = random.Random(seed)
     things = ["a fox", "a red apple on a blue background", "a rocket", "an owl on white", "a cupcake on pink"]
-    return [Picture(rng.choice(things), 128, 128, steps=rng.randint(1, 8), guidance_scale=1.0, seed=i, temperature=1.0, **(dict(init=photo, strength=0.5) if rng.random() < .25 else {})) for i in range(n)]
+    deck = [card for _ in range(0, n, 8) for card in zip(rng.sample(range(1, 9), 8), rng.sample([True] * 2 + [False] * 6, 8))]
+    return [Picture(rng.choice(things), 128, 128, steps=steps, guidance_scale=1.0, seed=i, temperature=1.0, **(dict(init=photo, strength=0.5) if refine else {})) for i, (steps, refine) in enumerate(deck[:n])]
+
+def arrivals(n: int, rate: float, seed: int = 0) -> list[float]:
+    "Seconds at which `n` Poisson requests arrive, stretched so that they take exactly n / `rate`."
+    rng = random.Random(seed)
+    at = list(accumulate(rng.expovariate(1.0) for _ in range(n)))
+    return [t * n / rate / at[-1] for t in at]
 
 def _ask(contender, picture: Picture) -> Taken:
     start = time.monotonic()
@@ -137,12 +145,10 @@ def _ask(contender, picture: Picture) -> Taken:
 
 def poisson(contender, pictures: list[Picture], rate: float, seed: int = 0) -> tuple[list[Taken], float]:
     "Requests at `rate` per second -> (what each client saw, seconds in all)."
-    rng, futures, start = random.Random(seed), [], time.monotonic()
+    futures, start = [], time.monotonic()
     with ThreadPoolExecutor(len(pictures)) as pool:
-        at = start
-        for p in pictures:
-            at += rng.expovariate(rate)
-            time.sleep(max(0.0, at - time.monotonic()))
+        for at, p in zip(arrivals(len(pictures), rate, seed), pictures, strict=True):
+            time.sleep(max(0.0, start + at - time.monotonic()))
             futures.append(pool.submit(_ask, contender, p))
         return [f.result() for f in futures], time.monotonic() - start
 
@@ -178,8 +184,8 @@ def overhead(engine: Engine, picture: Picture, repeats: int = 40, core: int | No
 
 def eta_errors(engine: Engine, pictures: list[Picture], rate: float) -> dict:
     "How far the promised seconds were from the real ones under a Poisson load: real / promised - 1, and its size, as medians and quartiles."
-    rng, jobs = random.Random(1), []
-    for p in pictures: jobs.append(engine.submit(Plan((p,)))); time.sleep(rng.expovariate(rate))
+    jobs, start = [], time.monotonic()
+    for at, p in zip(arrivals(len(pictures), rate, 1), pictures, strict=True): time.sleep(max(0.0, start + at - time.monotonic())); jobs.append(engine.submit(Plan((p,))))
     for j in jobs: j.result(600)
     e = np.array([(j.times[-1] - j.times[0]) / j.log[0].eta_seconds - 1 for j in jobs])
     return {"median": round(float(np.median(e)), 3), "quartiles": [round(float(np.percentile(e, q)), 3) for q in (25, 75)], "median_size": round(float(np.median(np.abs(e))), 3)}
@@ -221,6 +227,7 @@ def preview_cost(engine: Engine, picture: Picture, repeats: int = 30) -> float:
 # %% ../nbs/14_bench.ipynb #320047e9
 LOCK, BATCHING, LOCK_OURS, ENGINE, ENGINE_OV = "lock + pipeline", "request batching 50 ms", "lock + pipeline, our components", "step-level (this engine)", "step-level, OpenVINO"
 BARS_AT = (("poisson", 0.8), ("closed", 32))
+SHARE = {("poisson", 0.5): 0.5, ("poisson", 0.8): 2.5, ("closed", 1): 0.5, ("closed", 32): 1.5}      # of the requests; the rest takes 1
 
 def contenders_on(core: int | None, openvino: bool) -> dict:
     "Name -> what takes a picture and blocks until it is there."
@@ -229,26 +236,27 @@ def contenders_on(core: int | None, openvino: bool) -> dict:
     return made | ({ENGINE_OV: Stepwise("openvino", core)} if openvino else {})
 
 def compare(n: int = 60, loads=(0.5, 0.8, 1.2), clients=(1, 8, 32), core: int | None = 0, openvino: bool = find_spec("openvino") is not None, say=print) -> dict:
-    "The whole comparison on the embedded model (torch fp32, one thread, `n` requests a load) -> a JSON-able dict."
+    "The whole comparison on the embedded model (torch fp32, one thread, `n` requests a load, more at those of the bars) -> a JSON-able dict."
     threads, allowed = torch.get_num_threads(), allow(allow(set()) - {core})
     torch.set_num_threads(1)
     contenders, rows = contenders_on(core, openvino), []
     engine = contenders[ENGINE].engine
     photo = engine.submit(Plan((mixture(1, None)[0],))).result()[0].image
-    pictures = mixture(n, photo)
+    pictures = mixture(math.ceil(n * max(SHARE.values())), photo)
     for c in contenders.values(): closed_loop(c, pictures[:6], 1); closed_loop(c, pictures[:16], 8)     # warm-up
-    taken, seconds = closed_loop(contenders[LOCK], pictures, 1)                    # all of them: a part may have more steps than the rest
+    taken, seconds = closed_loop(contenders[LOCK], pictures[:n], 1)
     capacity = len(taken) / seconds
     for load in [("poisson", x) for x in loads] + [("closed", c) for c in clients]:
         for name, c in contenders.items():
             if name == ENGINE_OV and load not in BARS_AT: continue
-            result = poisson(c, pictures, load[1] * capacity) if load[0] == "poisson" else closed_loop(c, pictures, load[1])
-            rows.append({"load": load[0], "level": load[1], "contender": name, **summary(*result)})
+            mine = pictures[:math.ceil(n * SHARE.get(load, 1))]
+            result = poisson(c, mine, load[1] * capacity) if load[0] == "poisson" else closed_loop(c, mine, load[1])
+            rows.append({"load": load[0], "level": load[1], "contender": name, "requests": len(mine), **summary(*result)})
             say(rows[-1])
     own = max(r["throughput"] for r in rows if r["contender"] == ENGINE and r["load"] == "closed")
     apple = replace(pictures[0], steps=4, init=None, strength=None)
     out = {"machine": machine(), "model": "embedded, 128x128, fp32, 1-8 steps mixed, 25 % refinements, 1 torch thread", "requests": n, "capacity": round(capacity, 2), "rows": rows,
-           "overhead": overhead(engine, apple, core=core), "previewCost": preview_cost(engine, apple), "eta": eta_errors(engine, pictures, 0.8 * own),
+           "overhead": overhead(engine, apple, core=core), "previewCost": preview_cost(engine, apple), "eta": eta_errors(engine, pictures[:n], 0.8 * own),
            "stepCost": engine.health()["stepCost"], "decodeCost": {str(b): round(s, 4) for b, s in engine.cost.decode(engine.cost.native).items()}, "optimizations": engine.health()["optimizations"]}
     for c in contenders.values():
         if isinstance(c, Stepwise): c.engine.close()
@@ -286,7 +294,7 @@ def bars_table(results: dict) -> str:
 def main(argv=None) -> None:
     "`python -m aura_engine.bench`: run the comparison and store it."
     ap = argparse.ArgumentParser(description="Compare the engine with one pipeline behind a lock and with request-level batching.")
-    ap.add_argument("--requests", type=int, default=60, help="requests a load")
+    ap.add_argument("--requests", type=int, default=64, help="requests a load (half or more of them, by load); eights keep the mixture even")
     ap.add_argument("--core", type=int, default=0, help="the core that every contender works on; the load is made on the others")
     ap.add_argument("--out", type=Path, default=Path("nbs") / RESULTS)
     a = ap.parse_args(argv)
