@@ -192,6 +192,9 @@ def _admit(self, plan: Plan, mine: list[Entry], there: list[Entry], now: float) 
         raise QueueFull(f"{len(there)} pictures are waiting, so this would take about {promised:.1f} seconds; its deadline is {asked:g}.", retry_after=max(1.0, promised - asked))
     return promised
 
+Engine.submit, Engine._admit = _submit, _admit
+
+# %% ../nbs/08_engine.ipynb #4b45bb6a
 def _health(self) -> dict:
     "Everything about the engine's state, cheap and safe to show (no secret, no path)."
     p, s = self.parts, self.settings
@@ -213,7 +216,7 @@ def _optimizations(self) -> list[str]:
     said = self.parts.optimizations + ["step-level batching, up to %d rows a call" % best if best > 1 else "shortest work first (batching does not pay on this device)", "prompt cache", f"{torch.get_num_threads()} CPU threads"]
     return said + (["LoRA fused"] if self.parts.lora else [])
 
-Engine.submit, Engine._admit, Engine.health, Engine.optimizations = _submit, _admit, _health, _optimizations
+Engine.health, Engine.optimizations = _health, _optimizations
 
 # %% ../nbs/08_engine.ipynb #fe4ebf9f
 def _run(self) -> None:
