@@ -95,6 +95,7 @@ def quick(body):
     '''Fifty steps say no more about HTTP than one; wrong numbers stay as they are.'''
     for k, v in (body.items() if isinstance(body, dict) else ()):
         if k in ("steps", "num_inference_steps") and type(v) in (int, float) and 1 < v <= 100 and v == int(v): body[k] = 1
+        if k == "deadlineSeconds" and type(v) in (int, float) and 0 < v <= 86400: body[k] = 600      # which of them an engine can keep, no schema knows
         if k in ("config", "request", "parameters"): quick(v)
 
 @schemathesis.hook
