@@ -397,7 +397,9 @@ def _record(self, given: dict):
     try:
         self.pool, graph = self.pool or torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"): out = _call(self.unet, inputs)     # other threads may go on meanwhile
-        return graph, inputs, out
+        graph.replay()
+        if torch.allclose(out, _call(self.unet, inputs), rtol=2e-2, atol=2e-2): return graph, inputs, out
+        raise RuntimeError("the recording answers otherwise than the call")
     except Exception:                                        # not enough memory for a recording, or something in it that cannot be recorded
         log.exception("a call could not be recorded as a CUDA graph")
         torch.cuda.empty_cache()
@@ -411,7 +413,7 @@ def _forget(self) -> None:
 GraphedUNet._record, GraphedUNet.forget = _record, _forget
 
 def _can_graph(parts: Components, settings: Settings) -> bool | str:
-    if parts.device.type != "cuda" or parts.backend != "torch" or torch.version.hip: return False
+    if not settings.torch_compile or parts.device.type != "cuda" or parts.backend != "torch" or torch.version.hip: return False
     if settings.loras: return "SD_LORAS: each alias would be recorded for itself"
     return 4 * _bytes_of(parts) < torch.cuda.get_device_properties(parts.device).total_memory or "the recordings keep memory, of which this card has too little"
 
@@ -450,7 +452,7 @@ TECHNIQUES = [
     Technique("offload", _can_offload, _offload, "CUDA, small card", "a transfer at each text and decode"),
     Technique("fused QKV", _can_fuse, _fuse_qkv, "CUDA", "no LoRA per request"),
     Technique("torch.compile", _can_compile, _compile, "CUDA, TORCH_COMPILE=1", "tens of seconds for each shape, at start"),
-    Technique("CUDA graphs", _can_graph, _graph, "CUDA", "memory; a fraction of a second for each new shape"),
+    Technique("CUDA graphs", _can_graph, _graph, "CUDA, TORCH_COMPILE=1", "memory; a fraction of a second for each new shape"),
     Technique("packed weights", _can_pack, _pack, "CPU, torch", "none: one copy; sums differ in the last bits")]
 
 def optimize(parts: Components, settings: Settings) -> Components:
