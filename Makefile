@@ -40,9 +40,10 @@ test-slow: $(VENV)/dev.stamp ## the slow tests; prints what was skipped and why
 lab: $(VENV)/dev.stamp ## the notebooks in JupyterLab
 	$(PY) -m jupyterlab nbs/index.ipynb
 
-bench: $(VENV)/dev.stamp ## compare the engine with its baselines on this machine (ten minutes), figures into nbs/bench/
+bench: $(VENV)/dev.stamp ## compare the engine with its baselines on this machine (half an hour), figures into nbs/bench/
 	$(PY) -m aura_engine.bench
-	$(PY) tools/nb.py run 14_bench
+	$(PY) -m aura_engine.waterfall
+	$(PY) tools/nb.py run 14_bench 16_waterfall
 
 train: $(VENV)/dev.stamp ## train the embedded model again from its public art (hours; needs npm)
 	npm install --prefix $(NPM) --ignore-scripts --no-save --no-audit --no-fund \

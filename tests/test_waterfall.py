@@ -12,6 +12,7 @@ PLAIN, TORCH, _, OPENVINO, GENAI, TINY = waterfall.REAL
 def command(*argv, **env): return subprocess.run([sys.executable, "-m", "aura_engine.waterfall", *map(str, argv)], cwd=ROOT, env=clean_env(HF_HUB_OFFLINE=1, OMP_NUM_THREADS=1, **env), capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_the_command_measures_and_stores(tmp_path):
     """Each contender in a process of its own, through Engine.submit and openvino-genai's pipeline; then a cold start from the graph that was saved."""
     for package in ("openvino", "openvino_genai"): pytest.importorskip(package)
