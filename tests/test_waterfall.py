@@ -24,6 +24,7 @@ def test_the_command_measures_and_stores(tmp_path):
     assert rows[PLAIN]["gain"] == 1 and all(r["seconds"] > 0 and r["cpu"] > 0 and r["rounds"] == 2 and r["gigabytes"] > 0.1 for r in rows.values())
     assert all(r["mean"] < 3 for r in rows.values())                        # the same noise, the same text, the same sampler: the same picture
     assert 0 < results["cold"]["cpu"] and 0 < results["cold"]["graphs"] < results["cold"]["picture"] and results["cold"]["imports"] > 0
+    assert len(results["pair"]["cpu"]) == 4 and all(a > 0 and b > 0 for a, b in results["pair"]["cpu"])
     assert all(name in done.stdout for name in rows) and "× openvino-genai" in done.stdout
 
 
@@ -38,9 +39,9 @@ def test_bars_are_read_off_the_rows():
     """Ratios of processor time; a run without a row has no bar for it, and a missed bar is said to be missed."""
     embedded = list(waterfall.TINY)
     seconds = {PLAIN: 50, OPENVINO: 20, GENAI: 19, TINY: 10, embedded[0]: 3, embedded[3]: 1}
-    results = {"rows": [{"name": k, "cpu": v} for k, v in seconds.items()], "cold": {"cpu": 7}}
+    results = {"rows": [{"name": k, "cpu": v} for k, v in seconds.items()], "pair": {"ratio": 0.95}, "cold": {"cpu": 7}}
     said = {b["bar"]: (b["measured"], b["met"]) for b in waterfall.bars(results)}
-    assert said == {"OpenVINO bf16, full VAE, × diffusers fp32": (2.5, True), "OpenVINO bf16, tiny VAE, × diffusers fp32": (5.0, True), "OpenVINO bf16, full VAE, × openvino-genai": (0.95, False),
+    assert said == {"OpenVINO bf16, full VAE, × diffusers fp32": (2.5, True), "OpenVINO bf16, tiny VAE, × diffusers fp32": (5.0, True), "OpenVINO bf16, full VAE, × openvino-genai, in turn": (0.95, False),
                     "embedded model, OpenVINO bf16, × diffusers fp32": (3.0, True), "cold start from a saved IR, s": (7, False)}
 
 
