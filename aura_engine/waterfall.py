@@ -231,7 +231,7 @@ def measure(work: Path, size: str = "sd15", rounds: int = 3, names: tuple[str, .
         rows.append(row); say(line(row))
     out = {"machine": machine(), "size": size, "steps": STEPS, "rows": rows, "absent": absent}
     ours, peer = PAIR
-    if {ours, peer} <= {r["name"] for r in rows}: out["pair"] = in_turn(PAIR, folder, SIZES[size]["px"], 2 * rounds, work / "cache")
+    if run is apart and {ours, peer} <= {r["name"] for r in rows}: out["pair"] = in_turn(PAIR, folder, SIZES[size]["px"], 2 * rounds, work / "cache")
     return out | ({"cold": run(cold, folder, SIZES[size]["px"], work / "cache")} if any("OpenVINO bf16" in r["name"] for r in rows) else {})
 
 # %% ../nbs/16_waterfall.ipynb #e8266d8d
@@ -253,7 +253,7 @@ def bars(results: dict) -> list[dict]:
     embedded = list(TINY)
     asked = [("torch alone, × diffusers fp32", 1.6, ratio(plain, torch_)), ("OpenVINO bf16, full VAE, × diffusers fp32", 2.3, ratio(plain, full)), ("OpenVINO bf16, tiny VAE, × diffusers fp32", 4.0, ratio(plain, tiny)),
              ("OpenVINO bf16, full VAE, × openvino-genai, in turn", 1.0, results.get("pair", {}).get("ratio")), ("embedded model, OpenVINO bf16, × diffusers fp32", 2.5, ratio(embedded[0], embedded[3]))]
-    out = [{"bar": bar, "limit": f"≥ {limit:g}", "measured": round(x, 2), "met": x >= limit} for bar, limit, x in asked if x is not None]
+    out = [{"bar": bar, "limit": f"≥ {limit:g}", "measured": round(x, 3), "met": x >= limit} for bar, limit, x in asked if x is not None]
     start = results.get("cold", {}).get("cpu")
     return out + ([{"bar": "cold start from a saved IR, s", "limit": "≤ 6", "measured": round(start, 2), "met": start <= 6}] if start else [])
 
