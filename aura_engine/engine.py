@@ -397,8 +397,7 @@ def _save_memory(self, e: Entry | None) -> None:
     "Let the VAE work in slices and tiles, where it can, as long as picture `e` is here; None: as usual again."
     self.spared = e
     for name in ("slicing", "tiling"):
-        try: getattr(self.parts.vae, f"{'enable' if e else 'disable'}_{name}")()
-        except (AttributeError, NotImplementedError): pass
+        if hasattr(self.parts.vae, f"use_{name}"): getattr(self.parts.vae, f"{'enable' if e else 'disable'}_{name}")()
 
 Engine._trouble, Engine._save_memory = _trouble, _save_memory
 
