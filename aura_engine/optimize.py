@@ -21,10 +21,11 @@ from .types import ModelError
 log = logging.getLogger("aura_engine")
 
 # %% auto #0
-__all__ = ['log', 'PACKED', 'SMALL', 'TECHNIQUES', 'Packed', 'PackedConv2d', 'PackedLinear', 'pack', 'unpack', 'unet_inputs_of',
-           'Traced', 'example_inputs', 'projected', 'cache_folder', 'fingerprint', 'hushed', 'convert', 'Graphs',
-           'OpenVINOUNet', 'OpenVINODecode', 'size_of', 'bf16_gain', 'cpu_limit', 'CompiledUNet', 'seal', 'GraphedUNet',
-           'Technique', 'optimize', 'draw', 'waterfall', 'quantize', 'Heard']
+__all__ = ['log', 'PACKED', 'SUMS', 'SMALL', 'TECHNIQUES', 'Packed', 'PackedConv2d', 'PackedLinear', 'pack', 'unpack', 'summed',
+           'doubling', 'is_plain', 'double_once', 'unet_inputs_of', 'Traced', 'example_inputs', 'projected',
+           'cache_folder', 'fingerprint', 'hushed', 'convert', 'double_graph', 'Graphs', 'OpenVINOUNet',
+           'OpenVINODecode', 'size_of', 'bf16_gain', 'cpu_limit', 'CompiledUNet', 'seal', 'GraphedUNet', 'Technique',
+           'optimize', 'draw', 'waterfall', 'quantize', 'Heard']
 
 # %% ../nbs/05_optimize.ipynb #4e6774a5
 class Packed:
@@ -78,6 +79,42 @@ def unpack(model: nn.Module) -> None:
     "Undo `pack`."
     for m in model.modules():
         if isinstance(m, Packed): m.weight, setattr(m, "__class__", type(m).__mro__[2])      # noqa: B018
+
+# %% ../nbs/05_optimize.ipynb #54748b18
+SUMS = torch.tensor([[0., 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+
+def summed(weight: torch.Tensor) -> torch.Tensor:
+    "Weights [O, I, 3, 3] that follow a nearest doubling -> [O, I, 4, 4], to be used on the picture before it."
+    return torch.einsum("ki,lj,abij->abkl", SUMS.to(weight.device), SUMS.to(weight.device), weight.float()).to(weight.dtype)
+
+def doubling(conv: nn.Conv2d) -> nn.ConvTranspose2d:
+    "Nearest doubling and `conv` (3x3, padding 1) in one layer."
+    with torch.device("meta"): layer = nn.ConvTranspose2d(conv.in_channels, conv.out_channels, 4, stride=2, padding=1, bias=conv.bias is not None)
+    layer.weight = nn.Parameter(summed(conv.weight.detach()).transpose(0, 1).contiguous(memory_format=torch.channels_last), requires_grad=False)
+    layer.bias = conv.bias
+    return layer
+
+def is_plain(conv) -> bool:
+    "Whether this is a convolution of 3x3 that neither strides nor shrinks."
+    return isinstance(conv, nn.Conv2d) and (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode) == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros")
+
+# %% ../nbs/05_optimize.ipynb #9b872821
+def double_once(decoder: nn.Module) -> int:
+    "Replace all doublings of a VAE's decoder -> how many."
+    from diffusers.models.upsampling import Upsample2D
+    found = 0
+    for parent in list(decoder.modules()):
+        layers = list(parent.named_children())
+        for (name, layer), (after, conv) in zip(layers, layers[1:] + [("", None)]):
+            if isinstance(layer, Upsample2D) and layer.norm is None and layer.interpolate and is_plain(getattr(layer, "conv", None)): setattr(parent, name, doubling(layer.conv))
+            elif isinstance(parent, nn.Sequential) and isinstance(layer, nn.Upsample) and (layer.scale_factor, layer.mode) == (2, "nearest") and is_plain(conv):
+                setattr(parent, name, nn.Identity()); setattr(parent, after, doubling(conv))
+            else: continue
+            found += 1
+    return found
+
+def _double(parts: Components, settings: Settings) -> str:
+    return f"doubling and convolution in one ({double_once(parts.vae.decoder)} places of the decoder)"
 
 # %% ../nbs/05_optimize.ipynb #fba0cc43
 def unet_inputs_of(config) -> list[str]:
@@ -163,6 +200,28 @@ def _save(ov, model, file: Path, keep: int = 8) -> None:
     for old in sorted(file.parent.glob("*.xml"), key=lambda f: f.stat().st_mtime)[:-keep]:
         for f in (old, old.with_suffix(".bin")): f.unlink(missing_ok=True)
 
+# %% ../nbs/05_optimize.ipynb #25f200ee
+def double_graph(model) -> int:
+    "Replace every doubling followed by a 3x3 convolution in an OpenVINO model of static shapes -> how many."
+    from openvino import opset13 as op
+    nodes, found = [n for n in model.get_ordered_ops() if n.get_type_name() == "Convolution"], 0
+    for conv in nodes:
+        up, kernel, how = conv.input_value(0).get_node(), conv.input_value(1).get_node(), conv.get_attributes()
+        if up.get_type_name() != "Interpolate" or kernel.get_type_name() != "Constant" or list(kernel.shape[2:]) != [3, 3]: continue
+        if up.get_attributes()["mode"] != "nearest" or list(up.output(0).shape[2:]) != [2 * n for n in up.input_value(0).shape[2:]]: continue
+        if any(list(how[k]) != [1, 1] for k in ("strides", "dilations", "pads_begin", "pads_end")): continue
+        end, bias = conv, None
+        (after, *others) = [t.get_node() for t in conv.output(0).get_target_inputs()]
+        if not others and after.get_type_name() == "Add" and after.input_value(1).get_node().get_type_name() == "Constant": end, bias = after, after.input_value(1)
+        weight, four = summed(torch.from_numpy(kernel.data.copy())), []
+        for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)):                         # even or odd row, even or odd column
+            part = weight[:, :, [3 - a, 1 - a]][..., [3 - b, 1 - b]].contiguous().numpy()
+            y = op.convolution(up.input_value(0), op.constant(part), [1, 1], [1 - a, 1 - b], [a, b], [1, 1])
+            four.append(op.add(y, bias) if bias else y)
+        end.output(0).replace(op.depth_to_space(op.concat(four, 1), "blocks_first", 2).output(0))
+        found += 1
+    return found
+
 # %% ../nbs/05_optimize.ipynb #ec4aa187
 class Graphs:
     "An OpenVINO model, compiled for each set of input shapes it meets; at most `keep` compiled graphs are held."
@@ -182,6 +241,7 @@ class Graphs:
         import openvino as ov
         model = self.model.clone()
         model.reshape({n: ov.PartialShape(list(s)) for n, s in zip(self.names, shapes)})
+        double_graph(model)
         how = {"INFERENCE_PRECISION_HINT": "f32", "SNIPPETS_MODE": "DISABLE"} if self.precision == "fp32" else {"INFERENCE_PRECISION_HINT": "bf16"}
         how |= {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": self.threads, "ENABLE_CPU_PINNING": False}
         self.compiles += 1
@@ -448,6 +508,7 @@ TECHNIQUES = [
     Technique("bf16 weights", _can_bf16, _to_bf16, f"CPU with bf16, auto, over {SMALL // 10**6} M parameters", "pictures differ a little from fp32"),
     Technique("OpenVINO", _can_openvino, _use_openvino, "CPU, package installed", "a first conversion of seconds to a minute, then about a second for each new shape"),
     Technique("channels last", lambda parts, settings: parts.backend == "torch", _channels_last, "torch", "none"),
+    Technique("doublings", lambda parts, settings: parts.backend == "torch" and parts.device.type == "cpu", _double, "CPU, torch", "none: sums differ in the last bits"),
     Technique("VAE in bf16", _can_bf16_vae, _bf16_vae, "CUDA, SDXL in fp16", "rounding; no overflow"),
     Technique("offload", _can_offload, _offload, "CUDA, small card", "a transfer at each text and decode"),
     Technique("fused QKV", _can_fuse, _fuse_qkv, "CUDA", "no LoRA per request"),
