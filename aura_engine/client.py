@@ -54,11 +54,11 @@ def as_base64(picture) -> str:
 
 # %% ../nbs/12_client.ipynb #2c2e9fd5
 def generation(prompt: str, **options) -> GenerateRequest:
-    "The body of /generate. Options: aspect_ratio, temperature, resolution, negative_prompt, seed, n, steps, guidance_scale."
+    "The body of /generate. Options: aspect_ratio, temperature, resolution, negative_prompt, seed, n, steps, guidance_scale, lora, deadline_seconds."
     return checked(GenerateRequest, prompt=prompt, **options)
 
 def refinement(prompt: str, images, **options) -> RefineRequest:
-    "The body of /refine. `images`: one picture or a list; options: strength, steps, guidance_scale, temperature, seed, negative_prompt, lora."
+    "The body of /refine. `images`: one picture or a list; options: strength, steps, guidance_scale, temperature, seed, negative_prompt, lora, deadline_seconds."
     images = images if isinstance(images, (list, tuple)) else [images]
     return checked(RefineRequest, refine_prompt=prompt, images=[as_base64(p) for p in images], config=checked(RefineConfig, **options))
 
@@ -384,7 +384,7 @@ async def _collect(self, ask: Ask, on_event: Callable | None = None) -> Pictures
     return Pictures([e.image for e in done], [e.receipt for e in done], warnings, by.engine, by.url, round(time.monotonic() - began, 3))
 
 async def _generate(self, prompt: str, on_event: Callable | None = None, **options) -> Pictures:
-    "Pictures from a prompt. Options: aspect_ratio, temperature, resolution, negative_prompt, seed, n, steps, guidance_scale."
+    "Pictures from a prompt. Options: aspect_ratio, temperature, resolution, negative_prompt, seed, n, steps, guidance_scale, lora, deadline_seconds."
     return await self.collect(generation(prompt, **options), on_event)
 
 async def _refine(self, prompt: str, images, on_event: Callable | None = None, **options) -> Pictures:

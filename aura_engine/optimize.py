@@ -80,12 +80,16 @@ def unpack(model: nn.Module) -> None:
     for m in model.modules():
         if isinstance(m, Packed): m.weight, setattr(m, "__class__", type(m).__mro__[2])      # noqa: B018
 
+def _pack(parts: Components, settings: Settings) -> str:
+    return f"oneDNN-packed weights ({pack(parts.unet)} layers)"
+
 # %% ../nbs/05_optimize.ipynb #54748b18
 SUMS = torch.tensor([[0., 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
 
-def summed(weight: torch.Tensor) -> torch.Tensor:
-    "Weights [O, I, 3, 3] that follow a nearest doubling -> [O, I, 4, 4], to be used on the picture before it."
-    return torch.einsum("ki,lj,abij->abkl", SUMS.to(weight.device), SUMS.to(weight.device), weight.float()).to(weight.dtype)
+def summed(weight: torch.Tensor, rows=(0, 1, 2, 3), columns=(0, 1, 2, 3)) -> torch.Tensor:
+    "Weights [O, I, 3, 3] that follow a nearest doubling -> [O, I, rows, columns], to be used on the picture before it."
+    table = torch.kron(SUMS[list(rows)], SUMS[list(columns)]).T.to(weight.device)              # [9, rows * columns]
+    return (weight.float().reshape(-1, 9) @ table).view(*weight.shape[:2], len(rows), len(columns)).to(weight.dtype)
 
 def doubling(conv: nn.Conv2d) -> nn.ConvTranspose2d:
     "Nearest doubling and `conv` (3x3, padding 1) in one layer."
@@ -213,9 +217,9 @@ def double_graph(model) -> int:
         end, bias = conv, None
         (after, *others) = [t.get_node() for t in conv.output(0).get_target_inputs()]
         if not others and after.get_type_name() == "Add" and after.input_value(1).get_node().get_type_name() == "Constant": end, bias = after, after.input_value(1)
-        weight, four = summed(torch.from_numpy(kernel.data.copy())), []
+        weight, four = torch.from_numpy(kernel.data.copy()), []
         for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)):                         # even or odd row, even or odd column
-            part = weight[:, :, [3 - a, 1 - a]][..., [3 - b, 1 - b]].contiguous().numpy()
+            part = summed(weight, (3 - a, 1 - a), (3 - b, 1 - b)).numpy()
             y = op.convolution(up.input_value(0), op.constant(part), [1, 1], [1 - a, 1 - b], [a, b], [1, 1])
             four.append(op.add(y, bias) if bias else y)
         end.output(0).replace(op.depth_to_space(op.concat(four, 1), "blocks_first", 2).output(0))
@@ -499,9 +503,6 @@ def _can_pack(parts: Components, settings: Settings) -> bool:
 def _channels_last(parts: Components, settings: Settings) -> str:
     parts.unet.to(memory_format=torch.channels_last)
     return "channels-last weights"
-
-def _pack(parts: Components, settings: Settings) -> str:
-    return f"oneDNN-packed weights ({pack(parts.unet)} layers)"
 
 TECHNIQUES = [
     Technique("threads", _fewer_threads, _set_threads, "CPU", "none"),

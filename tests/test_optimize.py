@@ -86,6 +86,34 @@ def test_packed_calls_of_other_sizes_agree():
     same(picture(fast, rows=16), picture(fast))
 
 
+def test_a_doubling_and_its_convolution_are_one_layer(family):
+    """Both kinds of decoder, at a latent size that no halving divides; a layer that only looks like it is left alone."""
+    plain, fast = parts_of(family[1], plain=True), parts_of(family[1])
+    assert any(o.startswith("doubling") for o in fast.optimizations)
+    layers = [m for m in fast.vae.decoder.modules() if isinstance(m, torch.nn.ConvTranspose2d)]
+    z = torch.randn(2, plain.vae.config["latent_channels"], 7, 9)
+    with torch.inference_mode(): one, two = fast.vae.decode(z).sample, plain.vae.decode(z).sample
+    assert layers and one.shape == two.shape and (one - two).abs().max() < 1e-3 * two.abs().max()
+    others = torch.nn.Sequential(torch.nn.Upsample(scale_factor=2), torch.nn.Conv2d(4, 4, 3, stride=2, padding=1), torch.nn.Upsample(scale_factor=2), torch.nn.Conv2d(4, 4, 1),
+                                 torch.nn.Upsample(scale_factor=2, mode="bilinear"), torch.nn.Conv2d(4, 4, 3, padding=1), torch.nn.Upsample(scale_factor=3), torch.nn.Conv2d(4, 4, 3, padding=1))
+    assert opt.double_once(others) == 0
+
+
+@pytest.mark.parametrize("side", [(8, 8), (9, 7), (10, 6)])
+def test_openvino_graphs_double_only_what_is_doubled(openvino, small, side):
+    import openvino as ov
+    unet = load(load_settings(SD_MODEL_ID=small, SD_DEVICE="cpu")).unet
+    names = opt.unet_inputs_of(unet.config)
+    inputs = [torch.randn(1, *x.shape[1:]) if x.ndim < 4 else torch.randn(1, x.shape[1], *side) for x in opt.example_inputs(unet, names)]
+    results, graph = [], opt.convert(unet, names)
+    for changed in (False, True):
+        g = graph.clone()
+        g.reshape({n: ov.PartialShape(list(x.shape)) for n, x in zip(names, inputs)})
+        if changed: assert opt.double_graph(g) == int(not any(n % 2 for n in side))
+        results.append(ov.Core().compile_model(g, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "SNIPPETS_MODE": "DISABLE"})([x.numpy() for x in inputs])[0].copy())
+    assert np.abs(results[0] - results[1]).max() < 1e-4 * np.abs(results[0]).max()
+
+
 def test_compiling_on_a_cpu_is_declined_unless_forced():
     parts = parts_of("embedded", TORCH_COMPILE="1")
     assert any(o.startswith("declined: torch.compile") and "force" in o for o in parts.optimizations) and not isinstance(parts.unet, opt.CompiledUNet)
