@@ -439,6 +439,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'aura_engine.gpu_bench.matrix_rate': ('gpu.html#matrix_rate', 'aura_engine/gpu_bench.py'),
                                        'aura_engine.gpu_bench.picture_table': ('gpu.html#picture_table', 'aura_engine/gpu_bench.py'),
                                        'aura_engine.gpu_bench.pixels': ('gpu.html#pixels', 'aura_engine/gpu_bench.py'),
+                                       'aura_engine.gpu_bench.quantized': ('gpu.html#quantized', 'aura_engine/gpu_bench.py'),
                                        'aura_engine.gpu_bench.race': ('gpu.html#race', 'aura_engine/gpu_bench.py'),
                                        'aura_engine.gpu_bench.race_table': ('gpu.html#race_table', 'aura_engine/gpu_bench.py'),
                                        'aura_engine.gpu_bench.report': ('gpu.html#report', 'aura_engine/gpu_bench.py'),

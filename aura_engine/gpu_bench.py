@@ -17,12 +17,12 @@ from .types import Picture, Plan
 from .waterfall import SIZES, filled, random_model
 
 # %% auto #0
-__all__ = ['SDXL_UNET', 'REAL', 'TINY', 'SEARCH', 'STAGES', 'RESULTS', 'Size', 'settled', 'seconds_of', 'unet_call', 'flops_of',
-           'error_of', 'limits', 'variants', 'waterfall_of', 'unet', 'sdxl', 'decode_row', 'vae', 'compiled_of',
-           'compiled', 'compiled_sdxl', 'autotuned', 'save_model', 'requests', 'race', 'pixels', 'gaps', 'in_company',
-           'crowd', 'engine_report', 'engine', 'embedded', 'engine_compiled', 'Stage', 'run_stage', 'hardware', 'run',
-           'main', 'rows_of', 'matrix_rate', 'unet_table', 'picture_table', 'decode_table', 'race_table', 'bars',
-           'report']
+__all__ = ['SDXL_UNET', 'REAL', 'TINY', 'SEARCH', 'EIGHT_BITS', 'STAGES', 'RESULTS', 'Size', 'settled', 'seconds_of', 'unet_call',
+           'flops_of', 'error_of', 'limits', 'variants', 'waterfall_of', 'unet', 'sdxl', 'decode_row', 'vae',
+           'compiled_of', 'compiled', 'compiled_sdxl', 'autotuned', 'quantized', 'save_model', 'requests', 'race',
+           'pixels', 'gaps', 'in_company', 'crowd', 'engine_report', 'engine', 'embedded', 'engine_compiled', 'Stage',
+           'run_stage', 'hardware', 'run', 'main', 'rows_of', 'matrix_rate', 'unet_table', 'picture_table',
+           'decode_table', 'race_table', 'bars', 'report']
 
 # %% ../nbs/18_gpu.ipynb #4b147af1
 SDXL_UNET = dict(sample_size=128, block_out_channels=(320, 640, 1280), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -166,8 +166,8 @@ def vae(size: Size, tell: Callable) -> None:
 
 # %% ../nbs/18_gpu.ipynb #83cda062
 @torch.inference_mode()
-def compiled_of(config: dict, size: Size, tell: Callable, batches, **how) -> None:
-    "Seconds to compile, milliseconds with and without a CUDA graph, error, number of graphs."
+def compiled_of(config: dict, size: Size, tell: Callable, batches, change: Callable = lambda unet: None, of: str = "", **how) -> None:
+    "Seconds to compile, milliseconds with and without a CUDA graph, error, number of graphs; of a UNet to which `change` was done, called `of`."
     import diffusers
     from torch._dynamo.utils import counters
     counters.clear()
@@ -175,6 +175,7 @@ def compiled_of(config: dict, size: Size, tell: Callable, batches, **how) -> Non
     reference, flops = call_unet(unet, unet_call(config, 2, size, torch.float32)).float(), flops_of(lambda: call_unet(unet, unet_call(config, 1, size, torch.float32)))
     with quiet(): unet.to(size.dtype, memory_format=torch.channels_last)
     unet.fuse_qkv_projections()
+    change(unet)
     fast = CompiledUNet(unet, backend=size.compiler, **how)
     for b in batches:
         given, start = unet_call(config, b, size, size.dtype), time.perf_counter()
@@ -183,10 +184,10 @@ def compiled_of(config: dict, size: Size, tell: Callable, batches, **how) -> Non
         for name, call in (("torch.compile", fast), ("torch.compile + CUDA graph", GraphedUNet(fast)))[:1 + size.cuda]:
             seconds = seconds_of(lambda: call_unet(call, given), size)        # noqa: B023
             out = call_unet(call, given | unet_call(config, 2, size, size.dtype)) if b == 2 else call_unet(call, {k: torch.cat([v] * (b // 2 or 1))[:b] for k, v in unet_call(config, 2, size, size.dtype).items()})
-            tell({"variant": name + "".join(f", {v}" for v in how.values()), **row, "ms": round(1e3 * seconds, 3), "teraflops": round(b * flops / seconds / 1e12, 3), **error_of(out, reference.repeat(b // 2 or 1, 1, 1, 1)[:b])})
+            tell({"variant": of + name + "".join(f", {v}" for v in how.values()), **row, "ms": round(1e3 * seconds, 3), "teraflops": round(b * flops / seconds / 1e12, 3), **error_of(out, reference.repeat(b // 2 or 1, 1, 1, 1)[:b])})
     made, fast.sealed = counters["stats"]["unique_graphs"], True
     for b in (*batches, *(b + 1 for b in batches)): call_unet(fast, {k: v[:1].expand(b, *v.shape[1:]) for k, v in unet_call(config, 1, size, size.dtype, seed=5).items()})
-    tell({"variant": "graphs", "shapes": len(batches), "graphs": made, "recompiles": counters["stats"]["unique_graphs"] - made})
+    tell({"variant": of + "graphs", "shapes": len(batches), "graphs": made, "recompiles": counters["stats"]["unique_graphs"] - made})
 
 def compiled(size: Size, tell: Callable) -> None:
     "SD 1.5's UNet compiled, batch 8 and 1."
@@ -199,6 +200,17 @@ def compiled_sdxl(size: Size, tell: Callable) -> None:
 def autotuned(size: Size, tell: Callable) -> None:
     "SD 1.5's UNet with every kernel chosen by trying (minutes of compiling), batch 8."
     compiled_of(size.sd15, size, tell, (8,), **({"mode": "max-autotune-no-cudagraphs"} if size.compiler == "inductor" else {}))
+
+# %% ../nbs/18_gpu.ipynb #190ef77e
+EIGHT_BITS = {"int8": "Int8DynamicActivationInt8WeightConfig", "fp8": "Float8DynamicActivationFloat8WeightConfig"}
+
+def quantized(size: Size, tell: Callable) -> None:
+    "SD 1.5's UNet with linear layers in eight bits by torchao (`pip install torchao`), compiled, batch 8."
+    for kind, name in EIGHT_BITS.items():
+        try:
+            import torchao.quantization as ao
+            compiled_of(size.sd15, size, tell, (8,), lambda unet: ao.quantize_(unet, getattr(ao, name)()), f"{kind} + ")       # noqa: B023
+        except Exception as e: tell({"variant": kind, "why": f"{type(e).__name__}: {str(e)[:200]}"})
 
 # %% ../nbs/18_gpu.ipynb #00b6bd52
 def save_model(size: Size) -> Path:
@@ -302,7 +314,7 @@ class Stage:
     most: float
 
 STAGES = {"limits": Stage(limits, 3, 25), "unet": Stage(unet, 15, 60), "vae": Stage(vae, 5, 25), "engine": Stage(engine, 30, 90), "compiled": Stage(compiled, 45, 150), "sdxl": Stage(sdxl, 15, 45),
-          "embedded": Stage(embedded, 12, 45), "engine_compiled": Stage(engine_compiled, 40, 120), "compiled_sdxl": Stage(compiled_sdxl, 90, 240), "autotuned": Stage(autotuned, 150, 500)}
+          "embedded": Stage(embedded, 12, 45), "engine_compiled": Stage(engine_compiled, 40, 120), "compiled_sdxl": Stage(compiled_sdxl, 90, 240), "quantized": Stage(quantized, 90, 300), "autotuned": Stage(autotuned, 150, 500)}
 
 def _child(name: str, size: Size, pipe) -> None:
     "One stage in a process of its own: rows and the error, if there is one, go through the pipe."
@@ -396,7 +408,7 @@ def matrix_rate(results: dict) -> float | None:
     "Teraflops of the large product in the precision of the run."
     return next((r["teraflops"] for r in rows_of(results, "limits", "teraflops")), None)
 
-def unet_table(results: dict, stages=("unet", "compiled", "autotuned")) -> str:
+def unet_table(results: dict, stages=("unet", "compiled", "quantized", "autotuned")) -> str:
     "UNet calls as a markdown table, a variant a line."
     rate, rows = matrix_rate(results) or float("nan"), [r for s in stages for r in rows_of(results, s, "teraflops")]
     batches, by = sorted({r["batch"] for r in rows}), {(r["variant"], r["batch"]): r for r in rows}
