@@ -47,7 +47,7 @@ bench: $(VENV)/dev.stamp ## compare the engine with its baselines on this machin
 
 train: $(VENV)/dev.stamp ## train the embedded model again from its public art (hours; needs npm)
 	npm install --prefix $(NPM) --ignore-scripts --no-save --no-audit --no-fund \
-	  @iconify-json/noto@1.2.9 emojibase-data@17.0.0
+	  @iconify-json/fluent-emoji-flat@1.2.6 @lobehub/fluent-emoji-3d@1.1.0 emojibase-data@17.0.0
 	$(PY) -m aura_engine.train --npm $(NPM)/node_modules --out build/train
 
 pictures: $(VENV)/dev.stamp ## make the pictures of README and index again

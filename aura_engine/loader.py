@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 import torch
 from .config import Settings
-from .models import EMBEDDED, PICKLED, ROWS, SAMPLERS, SD15_ID, VAES, Row, check_source, detect, is_local, is_named, resolve_id, row_for
+from .models import INCLUDED, PICKLED, ROWS, SAMPLERS, SD15_ID, VAES, Row, check_source, detect, is_local, is_named, resolve_id, row_for
 from .types import AuraError, ModelError
 
 log = logging.getLogger("aura_engine.loader")
@@ -302,7 +302,7 @@ class Reader:
 
     def located(self, source: str, anchor: str, want: Callable[[list[str], Path], list[str]]) -> Path:
         "Folder (with what `want` picks) or .safetensors file of a source."
-        path = EMBEDDED if source == "embedded" else Path(source).expanduser()
+        path = INCLUDED.get(source) or Path(source).expanduser()
         if source.endswith(PICKLED): raise Unusable("pickled files can run code when they are read; only safetensors are taken")
         if is_local(source):
             if path.is_dir(): want([p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()], path)

@@ -13,9 +13,10 @@ from pathlib import Path
 from .types import FieldError, GenerateRequest, Invalid, MAX_SEED, Note, Picture, Plan, RefineRequest, shown
 
 # %% auto #0
-__all__ = ['SAMPLERS', 'SD', 'XL', 'SD15_ID', 'SDXL_ID', 'SSD_ID', 'ROWS', 'VAES', 'ALIASES', 'EMBEDDED', 'PICKLED', 'Sampler',
-           'Row', 'model_table', 'vae_table', 'resolve_id', 'is_local', 'check_source', 'is_named', 'row_for',
-           'with_lora', 'detect', 'size_for', 'fit_size', 'known_words', 'executed_steps', 'allowed_lora', 'plan']
+__all__ = ['SAMPLERS', 'SD', 'XL', 'SD15_ID', 'SDXL_ID', 'SSD_ID', 'ROWS', 'VAES', 'ALIASES', 'EMBEDDED', 'INCLUDED', 'PICKLED',
+           'Sampler', 'Row', 'model_table', 'vae_table', 'resolve_id', 'is_local', 'check_source', 'is_named',
+           'row_for', 'with_lora', 'detect', 'size_for', 'fit_size', 'known_words', 'executed_steps', 'allowed_lora',
+           'plan']
 
 # %% ../nbs/02_models.ipynb #d50d7ab4
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ SD15_ID, SDXL_ID, SSD_ID = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabi
 _sd15 = Row("sd15", SD, "dpm", (1, 20, 100), (1, 7.5, 20), 512, tiny_vae="madebyollin/taesd", ids=(SD15_ID,))
 _sdxl = Row("sdxl", XL, "dpm", (1, 25, 100), (1, 5.0, 15), 1024, tiny_vae="madebyollin/taesdxl", ids=(SDXL_ID,), note="the VAE overflows in fp16; decoded in fp32")
 _ssd = replace(_sdxl, name="ssd-1b", ids=(SSD_ID,), note="SDXL with half the UNet")
+_small = Row("embedded-base", SD, "ddim", (1, 25, 50), (1, 1.0, 4), 128, multiple=16, standard=1.0, token_limit=48, ids=("embedded-base",), note="the embedded model as a base, for many steps")
 
 # %% ../nbs/02_models.ipynb #ad548f78
 def _lcm(base: Row, lora: str, unet: dict) -> list[Row]:
@@ -95,7 +97,8 @@ def _lightning(base: Row) -> list[Row]:
 # %% ../nbs/02_models.ipynb #1b420512
 _turbo = dict(most=4, note="licence: not free for commercial use")
 ROWS = {r.name: r for r in (
-    Row("embedded", SD, "lcm", (1, 4, 50), (1, 1.0, 4), 128, multiple=16, standard=1.0, token_limit=24, ids=("embedded",), note="203 things on simple backgrounds; ships with the package"),
+    replace(_small, name="embedded", sampler="lcm", steps=(1, 4, 50), ids=("embedded",), note="1,172 things in two styles on simple backgrounds; ships with the package"),
+    _small, replace(_small, name="embedded-base-lcm-lora", sampler="lcm", steps=(1, 4, 12), guidance=(1, 1.0, 2.0), lora="embedded/lcm-lora", ids=(), note="to try a LoRA offline"),
     _sd15, *_lcm(_sd15, "latent-consistency/lcm-lora-sdv1-5", {"ids": ("SimianLuo/LCM_Dreamshaper_v7",)}), *_hyper(_sd15, "Hyper-SD15"),
     _steps(_sd15, "sd-turbo", 1, "euler", ids=("stabilityai/sd-turbo",), **_turbo),
     _sdxl, *_lcm(_sdxl, "latent-consistency/lcm-lora-sdxl", {"base": SDXL_ID, "unet": "latent-consistency/lcm-sdxl"}), *_lightning(_sdxl), *_hyper(_sdxl, "Hyper-SDXL"),
@@ -120,6 +123,7 @@ def vae_table() -> str:
 
 # %% ../nbs/02_models.ipynb #15ca36e9
 EMBEDDED = Path(__file__).parent / "assets" / "embedded" if "__file__" in globals() else Path("../aura_engine/assets/embedded")
+INCLUDED = {"embedded": EMBEDDED, "embedded-base": EMBEDDED, "embedded/lcm-lora": EMBEDDED / "lcm-lora"}      # what no Hub is asked for
 PICKLED = (".ckpt", ".pt", ".bin", ".pth", ".pkl")
 
 def resolve_id(model_id: str) -> tuple[str, str | None]:
@@ -130,16 +134,16 @@ def resolve_id(model_id: str) -> tuple[str, str | None]:
 def is_local(source: str) -> bool:
     "Whether a model, LoRA or VAE is meant as a path of this machine."
     path = Path(source).expanduser()
-    return source == "embedded" or path.is_absolute() or source.startswith((".", "~")) or path.exists() or source.endswith(".safetensors") and source.count("/") < 2
+    return source in INCLUDED or path.is_absolute() or source.startswith((".", "~")) or path.exists() or source.endswith(".safetensors") and source.count("/") < 2
 
 def check_source(model_id: str) -> None:
     "Refuse what cannot be a model, before anything is fetched: Invalid with the allowed forms."
-    path, word = Path(model_id).expanduser(), lambda p: p.strip(".") and p.replace("-", "").replace("_", "").replace(".", "").isalnum()
+    path, word = INCLUDED.get(model_id) or Path(model_id).expanduser(), lambda p: p.strip(".") and p.replace("-", "").replace("_", "").replace(".", "").isalnum()
     parts = model_id.split("/")
     found = (path / "model_index.json").is_file() or model_id.endswith(".safetensors") and path.is_file()
     on_hub = all(map(word, parts)) and (len(parts) == 2 or len(parts) > 2 and model_id.endswith(".safetensors"))
     pickled = model_id.endswith(PICKLED)
-    if model_id == "embedded" or (not pickled and (found if is_local(model_id) else on_hub)): return
+    if not pickled and (found if is_local(model_id) else on_hub): return
     why = "pickled checkpoints can run code when they are read" if pickled else "it is none of these"
     allowed = "a Hub id (owner/name), a file on the Hub (owner/name/file.safetensors), a diffusers folder, or a .safetensors file"
     raise Invalid(f"SD_MODEL_ID={shown(model_id)}: {why}; allowed: {allowed}.", (FieldError("SD_MODEL_ID", shown(model_id), allowed, why),))
@@ -160,9 +164,9 @@ def row_for(model_id: str, lora: str | None) -> Row | None:
 
 def with_lora(row: Row, lora: str) -> Row:
     "The row of a base with a LoRA: a published LoRA brings its own numbers, any other is taken for an LCM-LoRA. Invalid when it is made for another family."
-    if row.name not in ("sd15", "sdxl", "ssd-1b"): return row
+    if row.name not in ("sd15", "sdxl", "ssd-1b", "embedded-base"): return row
     known = [r for r in ROWS.values() if r.lora and is_named(lora, r.lora)]
-    method = _nearest([r for r in known if r.pipeline == row.pipeline]) or (None if known else ROWS[f"{row.name}-lcm-lora"])
+    method = _nearest([r for r in known if r.pipeline == row.pipeline]) or (None if known else ROWS.get(f"{row.name}-lcm-lora", row))
     if method: return replace(method, native=row.native, token_limit=row.token_limit, multiple=row.multiple)
     allowed = ", ".join(dict.fromkeys(r.lora for r in ROWS.values() if r.lora and r.name.startswith(row.name)))
     raise Invalid(f"SD_LCM_LORA_ID={shown(lora)}: it is made for another family than {row.name}.", (FieldError("SD_LCM_LORA_ID", shown(lora), allowed, "made for another family"),))
@@ -196,8 +200,8 @@ def known_words(folder: Path) -> frozenset[str]:
     return frozenset((folder / "words.txt").read_text().split()) if (folder / "words.txt").exists() else frozenset()
 
 def _strange_words(row: Row, prompt: str, notes: list[Note]) -> None:
-    known = known_words(EMBEDDED) if row.name == "embedded" else frozenset()
-    words = dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.casefold()) if known else ())
+    known = known_words(EMBEDDED) if row.name.startswith("embedded") else frozenset()
+    words = dict.fromkeys(re.findall(r"[^\W_]+", prompt.casefold()) if known else ())
     if strange := [w for w in words if not {w, w.removesuffix("s"), w.removesuffix("es")} & known]:
         near = dict.fromkeys(n for w in strange if len(w) > 3 for n in get_close_matches(w, sorted(known), 2, 0.7))
         notes.append(Note("prompt", shown(" ".join(strange), 60), "drawn as something near", "words the embedded model does not know" + (f"; it knows {', '.join(near)}" if near else "")))

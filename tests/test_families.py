@@ -74,7 +74,7 @@ def test_each_family_serves_and_mixes(family):
     name, folder, _ = family
     engine = Engine(load_settings(SD_MODEL_ID=str(folder), SD_DEVICE="cpu")).start()
     assert engine.wait_ready(120), engine.reason
-    ask = plan(GenerateRequest(prompt="a fox and an owl " * 60, seed=1, n=2, steps=2), engine.row)
+    ask = plan(GenerateRequest(prompt="a fox and an owl " * 100, seed=1, n=2, steps=2), engine.row)
     refine = plan(RefineRequest(refine_prompt="a fox", images=["x"], config=RefineConfig(seed=1, steps=2)), engine.row, [PHOTO])
     jobs = [engine.submit(ask), engine.submit(refine)]
     one, two = (j.result(120) for j in jobs)
@@ -134,7 +134,7 @@ def file_bytes(save, data, path):
 
 def settings_of(row):
     """What somebody sets to get this row."""
-    if row.lora: return {"SD_MODEL_ID": BASES[family_of(row)], "SD_LCM_LORA_ID": row.lora}
+    if row.lora: return {"SD_MODEL_ID": "embedded-base" if row.name.startswith("embedded") else BASES[family_of(row)], "SD_LCM_LORA_ID": row.lora}
     return {"SD_MODEL_ID": row.unet or row.ids[0]}
 
 

@@ -64,7 +64,7 @@ def test_packed_weights_draw_the_same_picture(family):
 
 def test_packed_weights_survive_what_is_done_to_models():
     fast, plain = parts_of("embedded").unet, parts_of("embedded", plain=True).unet
-    x = torch.randn(2, 8, 16, 16), torch.full((2,), 500.0), torch.randn(2, 24, plain.config.cross_attention_dim)
+    x = torch.randn(2, 12, 16, 16), torch.full((2,), 500.0), torch.randn(2, 48, plain.config.cross_attention_dim)
     with torch.inference_mode():
         want = plain(*x).sample
         for model in (fast, deepcopy(fast), fast.double().float()): assert torch.allclose(model(*x).sample, want, atol=1e-4)
