@@ -32,7 +32,7 @@ SIZES = {"sd15": dict(px=512, unet=dict(sample_size=64, cross_attention_dim=768)
                       text=dict(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)),
          "small": dict(px=64, unet=dict(sample_size=8, cross_attention_dim=32, layers_per_block=1, block_out_channels=(32, 64), norm_num_groups=8, attention_head_dim=8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D")),
                        vae=dict(block_out_channels=(8,) * 4, norm_num_groups=4, sample_size=64), tiny_vae=dict(encoder_block_out_channels=(8,) * 4, decoder_block_out_channels=(8,) * 4, num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4),
-                       text=dict(vocab_size=2048, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, projection_dim=32))}
+                       text=dict(vocab_size=8192, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, projection_dim=32))}
 
 def filled(cls, *args, device: str = "cpu", **config) -> torch.nn.Module:
     "A model of random fp32 weights, made on `device`: uniform, of variance 1/2 of what would keep the signal's; norms 1, biases 0."
