@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np, torch
+from . import optimize
 from .bench import Baseline, Stepwise, closed_loop, machine, median_seconds, summary
 from .loader import quiet
 from .optimize import CompiledUNet, GraphedUNet
@@ -20,8 +21,8 @@ from .waterfall import SIZES, filled, random_model
 __all__ = ['SDXL_UNET', 'REAL', 'TINY', 'SEARCH', 'EIGHT_BITS', 'STAGES', 'RESULTS', 'Size', 'settled', 'seconds_of', 'unet_call',
            'flops_of', 'error_of', 'limits', 'variants', 'waterfall_of', 'unet', 'sdxl', 'decode_row', 'vae',
            'compiled_of', 'compiled', 'compiled_sdxl', 'autotuned', 'quantized', 'save_model', 'requests', 'race',
-           'pixels', 'gaps', 'in_company', 'crowd', 'engine_report', 'engine', 'embedded', 'engine_compiled', 'Stage',
-           'run_stage', 'hardware', 'run', 'main', 'rows_of', 'matrix_rate', 'unet_table', 'picture_table',
+           'pixels', 'gaps', 'in_company', 'crowd', 'engine_report', 'engine', 'embedded', 'graphs', 'engine_compiled',
+           'Stage', 'run_stage', 'hardware', 'run', 'main', 'rows_of', 'matrix_rate', 'unet_table', 'picture_table',
            'decode_table', 'race_table', 'bars', 'report']
 
 # %% ../nbs/18_gpu.ipynb #4b147af1
@@ -293,6 +294,16 @@ def embedded(size: Size, tell: Callable) -> None:
     for clients in (1, size.clients): race(contenders, requests(2 * size.pictures, side, 4), clients, "4 steps", tell)
     ours.engine.close()
 
+def graphs(size: Size, tell: Callable) -> None:
+    "The engine with the embedded model, with CUDA graphs and without."
+    for name in ("CUDA graphs", "no CUDA graphs"):
+        if name.startswith("no"): optimize.TECHNIQUES[:] = [t for t in optimize.TECHNIQUES if t.name != "CUDA graphs"]      # in this process, which ends with the stage
+        ours = Stepwise(previews=False, SD_DEVICE=size.device, SD_PRECISION="auto")
+        tell({"what": name, **engine_report(ours.engine)})
+        if not name.startswith("no"): crowd(ours.engine, size, tell, ours.engine.row.native)
+        for clients, n in ((1, size.pictures * 3 // 8), (size.clients, size.pictures * 3 // 2)): race({name: (ours, n)}, requests(size.pictures * 3 // 2, ours.engine.row.native, 4), clients, "4 steps", tell)
+        ours.engine.close()
+
 def engine_compiled(size: Size, tell: Callable) -> None:
     "The engine with the embedded model and TORCH_COMPILE=1: what is compiled at the start, and that nothing is afterwards."
     from torch._dynamo.utils import counters
@@ -314,7 +325,7 @@ class Stage:
     most: float
 
 STAGES = {"limits": Stage(limits, 3, 25), "unet": Stage(unet, 15, 60), "vae": Stage(vae, 5, 25), "engine": Stage(engine, 30, 90), "compiled": Stage(compiled, 45, 150), "sdxl": Stage(sdxl, 15, 45),
-          "embedded": Stage(embedded, 12, 45), "engine_compiled": Stage(engine_compiled, 40, 120), "compiled_sdxl": Stage(compiled_sdxl, 90, 240), "quantized": Stage(quantized, 90, 300), "autotuned": Stage(autotuned, 150, 500)}
+          "embedded": Stage(embedded, 12, 75), "graphs": Stage(graphs, 10, 60), "engine_compiled": Stage(engine_compiled, 40, 120), "compiled_sdxl": Stage(compiled_sdxl, 90, 240), "quantized": Stage(quantized, 90, 300), "autotuned": Stage(autotuned, 150, 500)}
 
 def _child(name: str, size: Size, pipe) -> None:
     "One stage in a process of its own: rows and the error, if there is one, go through the pipe."
@@ -447,7 +458,7 @@ def bars(results: dict) -> list[dict]:
     full = {(r["contender"], r["load"]): r["throughput"] for r in rows_of(results, "engine", "contender") if r["clients"] > 1}
     times = {load: full["engine", load] / full["lock + pipeline", load] for load in ("4 steps", "1-8 steps") if ("engine", load) in full and ("lock + pipeline", load) in full}
     again = [r["recompiles"] for s in ("compiled", "engine_compiled") for r in rows_of(results, s, "recompiles")]
-    company = [r["max"] for s in ("engine", "embedded") for r in rows_of(results, s, "max") if "strangers" in r["what"]]
+    company = [r["max"] for s in ("engine", "embedded", "graphs") for r in rows_of(results, s, "max") if "strangers" in r["what"]]
     asked = [("UNet of SD 1.5, batch 8, of the matrix rate", ">=", 0.55, best and rate and best["teraflops"] / rate), *((f"throughput, many clients, {load}, × lock and pipeline", ">=", 3.0, x) for load, x in times.items()),
              ("recompiles after the warm-up", "<=", 0, sum(again) if again else None), ("difference that company makes at one batch size", "<=", 0, max(company) if company else None)]
     return [{"bar": name, "limit": f"{sign} {limit:g}", "measured": round(x, 3), "met": x >= limit if sign == ">=" else x <= limit} for name, sign, limit, x in asked if x is not None]
@@ -456,7 +467,7 @@ def report(results: dict) -> str:
     "The whole run as markdown: the machine, each stage's end, tables, bars."
     ends = "\n".join(["| stage | | seconds | when |", "| --- | --- | --- | --- |"] + [f"| {n} | {s['status']}{' (' + s['error']['class'] + ')' if 'error' in s else ''} | {s.get('seconds', '')} | {s.get('when', '')} |" for n, s in results["stages"].items()])
     marks = "\n".join(["| bar | asked | measured | met |", "| --- | --- | --- | --- |"] + [f"| {b['bar']} | {b['limit'].replace('>=', '≥').replace('<=', '≤')} | {b['measured']:g} | {'yes' if b['met'] else 'no'} |" for b in bars(results)])
-    return "\n\n".join([", ".join(f"{k} {v}" for k, v in results["machine"].items() if v), ends, unet_table(results), unet_table(results, ("sdxl", "compiled_sdxl")), decode_table(results), picture_table(results), race_table(results, "engine"), race_table(results, "embedded"), marks])
+    return "\n\n".join([", ".join(f"{k} {v}" for k, v in results["machine"].items() if v), ends, unet_table(results), unet_table(results, ("sdxl", "compiled_sdxl")), decode_table(results), picture_table(results), race_table(results, "engine"), race_table(results, "embedded"), race_table(results, "graphs"), marks])
 
 # %% ../nbs/18_gpu.ipynb #78cf9bcd
 #| eval: false

@@ -373,6 +373,7 @@ class CompiledUNet:
 
     @property
     def dtype(self) -> torch.dtype: return self.unet.dtype
+    def parameters(self): return self.unet.parameters()
 
     @torch.inference_mode()
     def __call__(self, sample, timestep, encoder_hidden_states, return_dict=False, **more):
@@ -477,7 +478,7 @@ def _forget(self) -> None:
 GraphedUNet._record, GraphedUNet.forget = _record, _forget
 
 def _can_graph(parts: Components, settings: Settings) -> bool | str:
-    if not settings.torch_compile or parts.device.type != "cuda" or parts.backend != "torch" or torch.version.hip: return False
+    if parts.device.type != "cuda" or parts.backend != "torch" or torch.version.hip: return False
     if settings.loras: return "SD_LORAS: each alias would be recorded for itself"
     return 4 * _bytes_of(parts) < torch.cuda.get_device_properties(parts.device).total_memory or "the recordings keep memory, of which this card has too little"
 
@@ -514,7 +515,7 @@ TECHNIQUES = [
     Technique("offload", _can_offload, _offload, "CUDA, small card", "a transfer at each text and decode"),
     Technique("fused QKV", _can_fuse, _fuse_qkv, "CUDA", "no LoRA per request"),
     Technique("torch.compile", _can_compile, _compile, "CUDA, TORCH_COMPILE=1", "tens of seconds for each shape, at start"),
-    Technique("CUDA graphs", _can_graph, _graph, "CUDA, TORCH_COMPILE=1", "memory; a fraction of a second for each new shape"),
+    Technique("CUDA graphs", _can_graph, _graph, "CUDA, memory of four models", "memory; a fraction of a second for each new shape"),
     Technique("packed weights", _can_pack, _pack, "CPU, torch", "none: one copy; sums differ in the last bits")]
 
 def optimize(parts: Components, settings: Settings) -> Components:

@@ -119,6 +119,7 @@ def test_compiling_on_a_cpu_is_declined_unless_forced():
     assert any(o.startswith("declined: torch.compile") and "force" in o for o in parts.optimizations) and not isinstance(parts.unet, opt.CompiledUNet)
     forced = parts_of("embedded", TORCH_COMPILE="force")
     assert isinstance(forced.unet, opt.CompiledUNet) and any("forced" in o for o in forced.optimizations)
+    assert opt._bytes_of(forced) == opt._bytes_of(parts) > 10 ** 7                             # what CUDA graphs ask of a compiled one
 
 
 def test_no_recompiles_after_the_warm_up(small):
