@@ -45,10 +45,10 @@ bench: $(VENV)/dev.stamp ## compare the engine with its baselines on this machin
 	$(PY) -m aura_engine.waterfall
 	$(PY) tools/nb.py run 14_bench 16_waterfall
 
-train: $(VENV)/dev.stamp ## train the embedded model again from its public art (hours; needs npm)
+train: $(VENV)/dev.stamp ## train the embedded model again from its public art (hours; needs npm; ARGS="--minutes ...")
 	npm install --prefix $(NPM) --ignore-scripts --no-save --no-audit --no-fund \
 	  @iconify-json/fluent-emoji-flat@1.2.6 @lobehub/fluent-emoji-3d@1.1.0 emojibase-data@17.0.0
-	$(PY) -m aura_engine.train --npm $(NPM)/node_modules --out build/train
+	$(PY) -m aura_engine.train --npm $(NPM)/node_modules --out build/train $(ARGS)
 
 pictures: $(VENV)/dev.stamp ## make the pictures of README and index again
 	AURA_PICTURES=1 $(PY) tools/nb.py run index

@@ -199,12 +199,29 @@ def known_words(folder: Path) -> frozenset[str]:
     "The words in `folder`/words.txt; empty for a model that has no such list."
     return frozenset((folder / "words.txt").read_text().split()) if (folder / "words.txt").exists() else frozenset()
 
-def _strange_words(row: Row, prompt: str, notes: list[Note]) -> None:
+def _slip(a: str, b: str) -> bool:
+    "Whether two words differ by one letter that was lost, added or replaced, or by two that changed places."
+    while a and b and a[0] == b[0]: a, b = a[1:], b[1:]
+    while a and b and a[-1] == b[-1]: a, b = a[:-1], b[:-1]
+    return max(len(a), len(b)) < 2 or len(a) == 2 and a == b[::-1]
+
+def _meant(word: str, known: frozenset[str]) -> str | None:
+    "The known word that `word` is a typing mistake of."
+    near = [k for k in known if abs(len(k) - len(word)) < 2 and (k[0] == word[0] or k[:2] == word[1::-1]) and _slip(word, k)] if len(word) > 4 else []
+    return next(iter(get_close_matches(word, sorted(near), 1, 0)), None)
+
+def _understood(row: Row, prompt: str, notes: list[Note]) -> str:
+    "`prompt` with the typing mistakes mended that this model would stumble over; what was mended and what stays unknown is noted."
     known = known_words(EMBEDDED) if row.name.startswith("embedded") else frozenset()
     words = dict.fromkeys(re.findall(r"[^\W_]+", prompt.casefold()) if known else ())
-    if strange := [w for w in words if not {w, w.removesuffix("s"), w.removesuffix("es")} & known]:
+    strange = [w for w in words if not {w, w.removesuffix("s"), w.removesuffix("es")} & known]
+    if mended := {w: m for w in strange if (m := _meant(w, known))}:
+        notes.append(Note("prompt", shown(" ".join(mended), 60), shown(" ".join(mended.values()), 60), "what the embedded model does not know is read as the nearest that it does"))
+        prompt = re.sub(r"[^\W_]+", lambda m: mended.get(m[0].casefold(), m[0]), prompt)
+    if strange := [w for w in strange if w not in mended]:
         near = dict.fromkeys(n for w in strange if len(w) > 3 for n in get_close_matches(w, sorted(known), 2, 0.7))
         notes.append(Note("prompt", shown(" ".join(strange), 60), "drawn as something near", "words the embedded model does not know" + (f"; it knows {', '.join(near)}" if near else "")))
+    return prompt
 
 # %% ../nbs/02_models.ipynb #1736e776
 def _within(name: str, given, bounds, why: str, notes: list[Note]):
@@ -253,12 +270,12 @@ def plan(request: GenerateRequest | RefineRequest, row: Row, images: Sequence = 
     guidance = _within("guidanceScale", r.guidance_scale, row.guidance, f"{row.name} works with guidance {row.guidance[0]:g} to {row.guidance[2]:g}", notes)
     if r.negative_prompt and not (row.cfg and guidance > 1):
         notes.append(Note("negativePrompt", shown(r.negative_prompt, 40), "ignored", "it acts only with guidance above 1"))
-    _strange_words(row, request.refine_prompt if refine else request.prompt, notes)
+    prompt = _understood(row, request.refine_prompt if refine else request.prompt, notes)
     seed = r.seed if r.seed is not None else secrets.randbelow(2**32)
     same = dict(negative_prompt=r.negative_prompt, guidance_scale=float(guidance), temperature=float(r.temperature), lora=allowed_lora(r.lora, row, "config.lora" if refine else "lora"))
     if not refine:
         size = _size(request, row, gpu, notes)
-        return Plan(tuple(Picture(request.prompt, *size, steps=steps, seed=(seed + i) % (MAX_SEED + 1), **same) for i in range(request.n)), tuple(notes), r.deadline_seconds)
+        return Plan(tuple(Picture(prompt, *size, steps=steps, seed=(seed + i) % (MAX_SEED + 1), **same) for i in range(request.n)), tuple(notes), r.deadline_seconds)
     run, strength = _refining(row, steps, r.strength, notes)
     sized = [(im, fit_size(row, im.width / im.height, min(max(math.sqrt(im.width * im.height), row.native * row.standard), row.native))) for im in images]
-    return Plan(tuple(Picture(request.refine_prompt, *size, steps=run, seed=(seed + i) % (MAX_SEED + 1), strength=strength, init=im, **same) for i, (im, size) in enumerate(sized)), tuple(notes), r.deadline_seconds)
+    return Plan(tuple(Picture(prompt, *size, steps=run, seed=(seed + i) % (MAX_SEED + 1), strength=strength, init=im, **same) for i, (im, size) in enumerate(sized)), tuple(notes), r.deadline_seconds)

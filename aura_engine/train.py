@@ -391,7 +391,8 @@ class Stage:
         self.matrices = [(p, torch.nn.Parameter(p.data.view(len(p), -1)), lr) for ps, lr in groups for p in ps if id(p) in thick]      # a kernel as a matrix, in the same memory
         self.opts = [torch.optim.AdamW([{"params": [p for p in ps if id(p) not in thick], "top": lr} for ps, lr in groups], lr=1e-3, betas=(.9, .98), weight_decay=weight_decay, fused=True)]
         if thick: self.opts.append(torch.optim.Muon([{"params": [m], "top": lr * muon} for _, m, lr in self.matrices], weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
-        self.average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(average))
+        decay = lambda: min(average, (4 + self.step) / (40 + self.step))      # young, it remembers a ninth of its life: not how it began
+        self.average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=lambda mean, now, _: torch._foreach_lerp_(mean, now, 1 - decay()))
         self.step, self.spent, self.log = 0, 0., []
         if self.path.exists(): self.load(torch.load(self.path, map_location=self.device, weights_only=True))
         self.saved = self.last = time.time()
@@ -470,7 +471,7 @@ def encode(art: Art, vae, scenes: torch.Tensor, size=(128, 128), what="encode", 
 
 def make_pool(art: Art, vae, crowd: int, path: Path) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
     "(scenes [N, 6], latents [N, 12, h, w], how many of them show one thing) of the square and of each other shape; kept in `path`."
-    if path.exists(): return torch.load(path, map_location=art.device, weights_only=True)
+    if path.exists(): return [(s, z.to(art.device), n) for s, z, n in torch.load(path, map_location="cpu", weights_only=True)]      # scenes stay: a worker cannot read a GPU's
     rng, single = seeded(2), every_single(len(art))
     scenes = torch.cat([single, crowds(len(art), crowd, rng)])
     pool = [(scenes, encode(art, vae, scenes, what="square"), len(single))]
