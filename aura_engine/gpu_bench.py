@@ -294,6 +294,7 @@ def embedded(size: Size, tell: Callable) -> None:
     for clients in (1, size.clients): race(contenders, requests(2 * size.pictures, side, 4), clients, "4 steps", tell)
     ours.engine.close()
 
+# %% ../nbs/18_gpu.ipynb #20668525
 def graphs(size: Size, tell: Callable) -> None:
     "The engine with the embedded model, with CUDA graphs and without."
     for name in ("CUDA graphs", "no CUDA graphs"):

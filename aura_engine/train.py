@@ -391,8 +391,7 @@ class Stage:
         self.matrices = [(p, torch.nn.Parameter(p.data.view(len(p), -1)), lr) for ps, lr in groups for p in ps if id(p) in thick]      # a kernel as a matrix, in the same memory
         self.opts = [torch.optim.AdamW([{"params": [p for p in ps if id(p) not in thick], "top": lr} for ps, lr in groups], lr=1e-3, betas=(.9, .98), weight_decay=weight_decay, fused=True)]
         if thick: self.opts.append(torch.optim.Muon([{"params": [m], "top": lr * muon} for _, m, lr in self.matrices], weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
-        decay = lambda: min(average, (4 + self.step) / (40 + self.step))      # young, it remembers a ninth of its life: not how it began
-        self.average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=lambda mean, now, _: torch._foreach_lerp_(mean, now, 1 - decay()))
+        self.average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=lambda mean, now, _: torch._foreach_lerp_(mean, now, 1 - min(average, (4 + self.step) / (40 + self.step))))
         self.step, self.spent, self.log = 0, 0., []
         if self.path.exists(): self.load(torch.load(self.path, map_location=self.device, weights_only=True))
         self.saved = self.last = time.time()
