@@ -579,8 +579,7 @@ def train_unet(tokenizer, art: Art, both, pool, out: Path, minutes: float, batch
         with torch.no_grad(), autocast(device):
             hidden = text(ids.to(device, non_blocking=True)).last_hidden_state
             sketch = uncells(head(hidden[:, -CELLS:])).float() if k == 0 else z
-        drawn = z + (1 - a).sqrt() * torch.rand_like(a) * (sketch - z)
-        x, aim = a.sqrt() * drawn + (1 - a).sqrt() * torch.randn_like(z), torch.where(a == 0, sketch, z)
+        x, aim = a.sqrt() * z + (1 - a).sqrt() * torch.randn_like(z), torch.where(a == 0, sketch, z)
         with autocast(device): v = (fast if k == 0 else unet)(x, t, hidden).sample.float()
         err = (v - (a.sqrt() * x - aim) / (1 - a).sqrt()).square().mean((1, 2, 3))               # the v whose picture is `aim`
         loss = (err * (1 - abar[t]).clamp(min=.4)).mean()
