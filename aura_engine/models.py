@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from .types import FieldError, GenerateRequest, Invalid, MAX_SEED, Note, Picture, Plan, RefineRequest, shown
+from .types import MAX_PROMPT, FieldError, GenerateRequest, Invalid, MAX_SEED, Note, Picture, Plan, RefineRequest, shown
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'SD', 'XL', 'SD15_ID', 'SDXL_ID', 'SSD_ID', 'ROWS', 'VAES', 'ALIASES', 'EMBEDDED', 'INCLUDED', 'PICKLED',
@@ -217,7 +217,7 @@ def _understood(row: Row, prompt: str, notes: list[Note]) -> str:
     strange = [w for w in words if not {w, w.removesuffix("s"), w.removesuffix("es")} & known]
     if mended := {w: m for w in strange if (m := _meant(w, known))}:
         notes.append(Note("prompt", shown(" ".join(mended), 60), shown(" ".join(mended.values()), 60), "what the embedded model does not know is read as the nearest that it does"))
-        prompt = re.sub(r"[^\W_]+", lambda m: mended.get(m[0].casefold(), m[0]), prompt)
+        prompt = re.sub(r"[^\W_]+", lambda m: mended.get(m[0].casefold(), m[0]), prompt)[:MAX_PROMPT]      # a receipt's prompt can be asked for again
     if strange := [w for w in strange if w not in mended]:
         near = dict.fromkeys(n for w in strange if len(w) > 3 for n in get_close_matches(w, sorted(known), 2, 0.7))
         notes.append(Note("prompt", shown(" ".join(strange), 60), "drawn as something near", "words the embedded model does not know" + (f"; it knows {', '.join(near)}" if near else "")))
