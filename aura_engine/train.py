@@ -17,15 +17,15 @@ from tqdm.auto import tqdm
 # %% auto #0
 __all__ = ['GROUPS', 'VARIANTS', 'UNWANTED', 'SYNONYMS', 'STYLES', 'SIDE', 'COLOURS', 'BACKDROPS', 'SMALL', 'ARRANGEMENTS',
            'LEADS', 'FILLERS', 'COMMON', 'TAILS', 'PLACES', 'LOOKS', 'BEFORE', 'NUMBERS', 'PAIRS', 'UNHEARD', 'AFRESH',
-           'TOKENS', 'WIDTH', 'CELLS', 'SHAPES', 'EARLY', 'GRID', 'LORA_LAYERS', 'FEW', 'EVERY_COLOUR', 'SLOTS',
-           'chosen', 'plain', 'synonyms', 'named', 'flat_art', 'solid_art', 'make_art', 'Art', 'backdrops', 'compose',
-           'held_out', 'kept_apart', 'every_single', 'crowds', 'fillers', 'plural', 'mistyped', 'subject', 'loose',
-           'sentence', 'strewn', 'caption', 'unheard', 'make_tokenizer', 'make_vae', 'make_text', 'make_unet',
-           'make_schedule', 'Stage', 'autocast', 'seeded', 'vae_loss', 'random_scenes', 'train_vae', 'encode',
-           'make_pool', 'Wordings', 'wordings', 'cells', 'uncells', 'train_text', 'adopt_text', 'timesteps',
-           'train_unet', 'train_lora', 'polish_decoder', 'known_words', 'pack', 'plot_losses', 'main', 'pooled', 'psnr',
-           'scenes_of', 'references', 'nearest', 'generate', 'share', 'wanted', 'each_backdrop', 'to_best', 'within',
-           'score', 'score_counts', 'score_pairs']
+           'TOKENS', 'WIDTH', 'CELLS', 'SHAPES', 'ALTERNATIVES', 'EARLY', 'GRID', 'GIVEN', 'DECIDED', 'LORA_LAYERS',
+           'FEW', 'EVERY_COLOUR', 'SLOTS', 'chosen', 'plain', 'synonyms', 'named', 'flat_art', 'solid_art', 'make_art',
+           'Art', 'backdrops', 'compose', 'held_out', 'kept_apart', 'every_single', 'crowds', 'fillers', 'plural',
+           'mistyped', 'subject', 'loose', 'sentence', 'strewn', 'caption', 'unheard', 'make_tokenizer', 'make_vae',
+           'make_text', 'make_unet', 'make_schedule', 'Stage', 'autocast', 'seeded', 'vae_loss', 'random_scenes',
+           'train_vae', 'encode', 'make_pool', 'Wordings', 'wordings', 'cells', 'uncells', 'train_text', 'adopt_text',
+           'timesteps', 'decided', 'train_unet', 'train_lora', 'polish_decoder', 'known_words', 'pack', 'plot_losses',
+           'main', 'pooled', 'psnr', 'scenes_of', 'references', 'nearest', 'generate', 'share', 'wanted',
+           'each_backdrop', 'to_best', 'within', 'score', 'score_counts', 'score_pairs']
 
 # %% ../nbs/90_train_emoji.ipynb #eab4e34b
 GROUPS = {0: None, 3: None, 4: None, 5: None, 6: None, 7: None,           # smileys, nature, food, travel, activities, objects
@@ -168,14 +168,15 @@ def every_single(things: int) -> torch.Tensor:
     return torch.tensor([(0, i, i, s, c, l) for i in range(things) for s in range(2) for c in range(len(COLOURS)) if c not in held_out(i) for l in range(BACKDROPS)])
 
 def crowds(things: int, n: int, rng: random.Random) -> torch.Tensor:
-    "`n` random scenes of counted things and of pairs that may be trained on: [n, 6]."
+    "`n` random scenes of counted things and of pairs that may be trained on: [n, 6]. Every third is there in six styles and backgrounds."
     out = []
     while len(out) < n:
-        k, a, b, c = rng.choices(range(1, 6), (.2, .17, .17, .33, .13))[0], rng.randrange(things), rng.randrange(things), rng.randrange(len(COLOURS))
+        k, a, b = rng.choices(range(1, 6), (.2, .17, .17, .33, .13))[0], rng.randrange(things), rng.randrange(things)
         if k < 4: b = a
-        elif a == b or kept_apart(a, b) or c in held_out(b): continue
-        if c not in held_out(a): out.append((k, a, b, rng.randrange(2), c, rng.randrange(BACKDROPS)))
-    return torch.tensor(out)
+        elif a == b or kept_apart(a, b): continue
+        free = [c for c in range(len(COLOURS)) if c not in held_out(a) | held_out(b)]
+        out += [(k, a, b, rng.randrange(2), rng.choice(free), rng.randrange(BACKDROPS)) for _ in range(rng.choice((1, 1, 6)))]
+    return torch.tensor(out[:n])
 
 # %% ../nbs/90_train_emoji.ipynb #0260d372
 LEADS = ["", "a picture of", "a drawing of", "an emoji of", "an image of", "an icon of", "draw", "draw me", "an illustration of", "show me", "please draw", "I want", "create", "generate",
@@ -282,10 +283,11 @@ def strewn(rng: random.Random, text: str, fillers: list[str]) -> str:
     return " ".join(words)
 
 # %% ../nbs/90_train_emoji.ipynb #ba7419dc
-def caption(rng: random.Random, names: list[list[str]], scene, fillers: list[str] = COMMON) -> str:
-    "One wording of a scene (six integers)."
+def caption(rng: random.Random, names: list[list[str]], scene, fillers: list[str] = COMMON, said=None) -> str:
+    "One wording of a scene (six integers). said: whether it names (colour, style); chance decides where it is not given."
     what = subject(rng, names, scene)
-    colour, look = list(COLOURS)[scene[4]] if rng.random() < .85 else "", STYLES[scene[3]] if rng.random() < .55 else ""
+    said = said or (rng.random() < .85, rng.random() < .55)
+    colour, look = list(COLOURS)[scene[4]] if said[0] else "", STYLES[scene[3]] if said[1] else ""
     if scene[0] < 4 and rng.random() < .3: fillers = [*rng.choices(fillers, k=6), "and"]        # "and" need not name a second thing
     if rng.random() < .3: text = loose(rng, what, colour, look, fillers)
     else:
@@ -377,7 +379,7 @@ def make_unet(channels: int = 12):
 def make_schedule():
     "The noise schedule of the embedded model, saved with it; samplers are built from its configuration."
     from diffusers import DDIMScheduler
-    return DDIMScheduler(num_train_timesteps=1000, beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", clip_sample=False,
+    return DDIMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", clip_sample=False,
                          prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", set_alpha_to_one=True, steps_offset=1)
 
 # %% ../nbs/90_train_emoji.ipynb #da5988f2
@@ -481,11 +483,33 @@ def make_pool(art: Art, vae, crowd: int, path: Path) -> list[tuple[torch.Tensor,
     return pool
 
 # %% ../nbs/90_train_emoji.ipynb #28f25964
+ALTERNATIVES = 16
+
 class Wordings(torch.utils.data.IterableDataset):
-    "Endless batches (shape k of the pool, rows [B], token ids [B, 48])."
-    def __init__(self, scenes: list[tuple[torch.Tensor, int]], names, tokenizer, batch: int, fillers, alone=.55, other=.12, empty=.08, seed=0):
+    """Endless batches: shape k of the pool, rows [B], rows to be given in their place [B], rows that the captions allow as well [B, ALTERNATIVES],
+    token ids [B, 48]. A share `swapped` of the square's rows is given as something else."""
+    def __init__(self, scenes: list[tuple[torch.Tensor, int]], names, tokenizer, batch: int, fillers, alone=.55, other=.12, empty=.08, swapped=0., seed=0):
         self.scenes, self.names, self.tokenizer, self.batch, self.fillers = scenes, names, tokenizer, batch, fillers
-        self.alone, self.other, self.empty, self.seed = alone, other, empty, seed
+        self.alone, self.other, self.empty, self.swapped, self.seed, self.like, self.kin = alone, other, empty, swapped, seed, {}, {}
+        for i, (k, a, b, s, c, l) in enumerate(scenes[0][0].tolist() if swapped else ()):
+            self.like.setdefault((k, s, c, l), []).append(i); self.kin.setdefault((k, a, b), []).append((i, s, c))
+    def instead(self, rng, row, scene, said) -> int:
+        "A row that agrees with `scene` in what the caption leaves open, the backdrop always, and hardly ever in the thing; `row` where there is none."
+        (k, _, _, s, c, l), free = scene, lambda is_said: is_said and rng.random() < .5
+        looks = rng.randrange(5) if rng.random() < .2 else k, rng.randrange(2) if free(said[1]) else s, rng.randrange(len(COLOURS)) if free(said[0]) else c, l
+        return rng.choice(self.like.get(looks, [row]))
+    def allowed(self, rng, row, scene, said) -> list[int]:
+        "ALTERNATIVES rows that the caption allows: the same things, and what it says of colour and style; anything of one thing for no caption at all (`said` None)."
+        k, a, b, s, c, _ = scene
+        alike = range(self.scenes[0][1]) if said is None else [i for i, style, colour in self.kin[k, a, b] if (style == s or not said[1]) and (colour == c or not said[0])]
+        return rng.choices(alike, k=ALTERNATIVES) if len(alike) > 2 else [row] * ALTERNATIVES
+    def example(self, rng, k, row, scene):
+        "(row given, rows allowed, caption) for one row."
+        swap, empty = k == 0 and rng.random() < self.swapped, rng.random() < self.empty
+        said = (rng.random() < .45, rng.random() < .35) if swap else None if empty else (rng.random() < .85, rng.random() < .55)
+        words = caption(rng, self.names, scene, self.fillers, said) if said else ""
+        more = self.swapped and k == 0
+        return self.instead(rng, row, scene, said) if swap else row, self.allowed(rng, row, scene, said) if more and not swap else [row] * ALTERNATIVES, words
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
         rng = random.Random(f"{self.seed} {info.id if info else 0}")
@@ -493,9 +517,11 @@ class Wordings(torch.utils.data.IterableDataset):
             k = rng.randrange(1, len(self.scenes)) if rng.random() < self.other else 0
             scenes, single = self.scenes[k]
             rows = [rng.randrange(single) if rng.random() < self.alone or single == len(scenes) else rng.randrange(single, len(scenes)) for _ in range(self.batch)]
-            words = ["" if rng.random() < self.empty else caption(rng, self.names, s, self.fillers) for s in scenes[rows].tolist()]
-            yield k, torch.tensor(rows), self.tokenizer(words, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
+            given, allowed, words = zip(*(self.example(rng, k, row, scene) for row, scene in zip(rows, scenes[rows].tolist())))
+            ids = self.tokenizer(list(words), padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
+            yield k, torch.tensor(rows), torch.tensor(given), torch.tensor(allowed), ids
 
+# %% ../nbs/90_train_emoji.ipynb #826f98ab
 def wordings(pool, art, tokenizer, batch: int, **how):
     "A loader of `Wordings`, as many workers as there are cores to spare."
     workers = min(max((os.cpu_count() or 1) - 2, 0), 14)
@@ -525,7 +551,7 @@ def train_text(tokenizer, art: Art, pool, out: Path, minutes: float, start: Path
     if start: adopt_text(both, start, words, latents)
     stage = Stage("text", both, out, minutes, [(both.parameters(), 1.5e-3 if start else 3e-3)], average=.98, muon=.5)
     for _ in stage:
-        _, rows, ids = next(words)
+        _, rows, *_, ids = next(words)
         with autocast(device): sketch = both["head"](both["text"](ids.to(device, non_blocking=True)).last_hidden_state[:, -CELLS:])
         loss = F.mse_loss(sketch.float(), cells(latents[rows.to(device, non_blocking=True)].float()))
         average = loss.detach() if average is None else .98 * average + .02 * loss.detach()
@@ -542,7 +568,7 @@ def adopt_text(both, folder: Path, words, latents, batches: int = 24):
     for name in missing:
         if re.search(r"(out_proj|fc2)\.", name): grown.get_parameter(name).zero_()
     normal = torch.zeros(WIDTH + 1, WIDTH + 1 + len(both["head"].bias), device=latents.device, dtype=torch.float64)
-    for _, rows, ids in (next(words) for _ in range(batches)):
+    for _, rows, *_, ids in (next(words) for _ in range(batches)):
         given = F.pad(grown(ids.to(latents.device)).last_hidden_state[:, -CELLS:].flatten(0, 1), (0, 1), value=1).double()
         normal += given.T @ torch.cat([given, cells(latents[rows.to(latents.device)]).flatten(0, 1).double()], 1)
     ridge = 1e-4 * normal.diagonal().mean() * torch.eye(WIDTH + 1, device=latents.device, dtype=torch.float64)
@@ -552,12 +578,25 @@ def adopt_text(both, folder: Path, words, latents, batches: int = 24):
 # %% ../nbs/90_train_emoji.ipynb #b4a440a2
 EARLY = .25                                                     # share of the stage that is spent on the sketch alone
 GRID = [999] * 6 + [879, 759, 759, 639, 499, 499, 379, 259, 259, 139]
+GIVEN = [799, 799, 759, 639, 599, 499, 399, 299]                # where refinements begin
+DECIDED = 850                                                   # from here up the noise decides
 
-def timesteps(n: int, device, grid: float = .6) -> torch.Tensor:
-    "[n] timesteps: a share `grid` from GRID, the others anywhere."
-    t = torch.randint(1000, (n,), device=device)
-    return torch.where(torch.rand(n, device=device) < grid, torch.tensor(GRID, device=device)[torch.randint(len(GRID), (n,), device=device)], t)
+def timesteps(n: int, device, swapped, grid: float = .6) -> torch.Tensor:
+    "[n] timesteps, a share `grid` of them from GRID, the others anywhere; where `swapped` [n] is true from GIVEN, the others within its bounds."
+    pick = lambda some: torch.tensor(some, device=device)[torch.randint(len(some), (n,), device=device)]
+    few, t, between = torch.rand(n, device=device) < grid, torch.randint(1000, (n,), device=device), torch.randint(GIVEN[-1], GIVEN[0] + 1, (n,), device=device)
+    return torch.where(swapped, torch.where(few, pick(GIVEN), between), torch.where(few, pick(GRID), t))
 
+def decided(latents, rows, given, allowed, noise, t):
+    """(rows, given, free [B]): where t is DECIDED or above and a caption leaves something open (`free`), both are that row among `allowed`
+    [B, ALTERNATIVES] whose `latents` lie most in the direction of the `noise`, seen from the middle of them all."""
+    free = (t >= DECIDED) & (allowed != allowed[:, :1]).any(1)
+    away = latents[allowed[free]].float().flatten(2)                                                    # [free, ALTERNATIVES, C * h * w]
+    away = F.normalize(away - away.mean(1, keepdim=True), dim=2)
+    best = allowed[free].gather(1, (away @ noise[free].flatten(1)[..., None]).argmax(1))[:, 0]
+    return rows.masked_scatter(free, best), given.masked_scatter(free, best), free
+
+# %% ../nbs/90_train_emoji.ipynb #75cdab33
 def train_unet(tokenizer, art: Art, both, pool, out: Path, minutes: float, batch: int | None = None, compiled: bool = False, start: Path | None = None):
     "Train the UNet on the text encoder's hidden states; it ends as the running average of its weights. `both`: the text encoder and its head."
     seeded(4)
@@ -569,17 +608,19 @@ def train_unet(tokenizer, art: Art, both, pool, out: Path, minutes: float, batch
     unet, text, head = unet.to(device).train(), both["text"].eval().requires_grad_(False), both["head"].eval().requires_grad_(False)
     if not big: unet.set_attn_processor(AttnProcessor())
     fast = torch.compile(unet, dynamic=False) if compiled else unet                # only for the square: a new shape would be compiled anew
-    abar, words = make_schedule().alphas_cumprod.to(device), wordings(pool, art, tokenizer, batch, seed=random.randrange(10 ** 9))
+    abar, words = make_schedule().alphas_cumprod.to(device), wordings(pool, art, tokenizer, batch, swapped=.35, seed=random.randrange(10 ** 9))
     stage, average = Stage("unet", unet, out, minutes, [(unet.parameters(), 1e-3 if start else 2e-3)], average=.99, muon=1.), None
     for _ in stage:
-        k, rows, ids = next(words)
-        z, t = pool[k][1][rows.to(device, non_blocking=True)].float(), timesteps(batch, device)
-        if not start and stage.spent < EARLY * 60 * minutes and k == 0: t.fill_(999)
-        a = abar[t].view(-1, 1, 1, 1)
+        k, rows, given, allowed, ids = (x if isinstance(x, int) else x.to(device, non_blocking=True) for x in next(words))
+        t, early = timesteps(batch, device, swapped=given != rows), not start and stage.spent < EARLY * 60 * minutes and k == 0
+        if early: t.fill_(999)
+        noise, a = torch.randn(batch, *pool[k][1].shape[1:], device=device), abar[t].view(-1, 1, 1, 1)
+        rows, given, free = (rows, given, t < 0) if early else decided(pool[k][1], rows, given, allowed, noise, t)
+        z, other = (pool[k][1][r].float() for r in (rows, given))
         with torch.no_grad(), autocast(device):
-            hidden = text(ids.to(device, non_blocking=True)).last_hidden_state
+            hidden = text(ids).last_hidden_state
             sketch = uncells(head(hidden[:, -CELLS:])).float() if k == 0 else z
-        x, aim = a.sqrt() * z + (1 - a).sqrt() * torch.randn_like(z), torch.where(a == 0, sketch, z)
+        x, aim = a.sqrt() * other + (1 - a).sqrt() * noise, torch.where(((t == 999) & ~free).view(-1, 1, 1, 1), sketch, z)
         with autocast(device): v = (fast if k == 0 else unet)(x, t, hidden).sample.float()
         err = (v - (a.sqrt() * x - aim) / (1 - a).sqrt()).square().mean((1, 2, 3))               # the v whose picture is `aim`
         loss = (err * (1 - abar[t]).clamp(min=.4)).mean()
@@ -599,19 +640,22 @@ def train_lora(tokenizer, art: Art, unet, text, pool, out: Path, minutes: float,
     batch = batch or (384 if device.type == "cuda" else 48)
     unet.requires_grad_(False).add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_LAYERS, init_lora_weights=True), adapter_name="lcm")
     mine = [p for p in unet.parameters() if p.requires_grad]
-    abar, words = make_schedule().alphas_cumprod.to(device), wordings(pool, art, tokenizer, batch, empty=.02, seed=random.randrange(10 ** 9))
-    noised = lambda z, t: abar[t].view(-1, 1, 1, 1).sqrt() * z + (1 - abar[t]).view(-1, 1, 1, 1).sqrt() * torch.randn_like(z)
+    abar, words = make_schedule().alphas_cumprod.to(device), wordings(pool, art, tokenizer, batch, empty=.02, swapped=.35, seed=random.randrange(10 ** 9))
+    noised = lambda z, t, noise: abar[t].view(-1, 1, 1, 1).sqrt() * z + (1 - abar[t]).view(-1, 1, 1, 1).sqrt() * noise
     def answer(x, t, hidden):
         with autocast(device): v = unet(x, t, hidden).sample.float()
         return abar[t].view(-1, 1, 1, 1).sqrt() * x - (1 - abar[t]).view(-1, 1, 1, 1).sqrt() * v
     stage, average = Stage("lora", unet, out, minutes, [(mine, 1e-3)], average=.98, warmup=30, weight_decay=0), None
     for _ in stage:
-        k, rows, ids = next(words)
-        z, (first, then) = pool[k][1][rows.to(device)].float(), FEW[torch.randint(len(FEW), (batch,))].T.to(device)
+        k, rows, given, allowed, ids = (x if isinstance(x, int) else x.to(device) for x in next(words))
+        (first, then), noise = FEW[torch.randint(len(FEW), (batch,))].T.to(device), torch.randn(batch, *pool[k][1].shape[1:], device=device)
+        rows, given, _ = decided(pool[k][1], rows, given, allowed, noise, first)
+        z, other, same = pool[k][1][rows].float(), pool[k][1][given].float(), (first == then).view(-1, 1, 1, 1)
         with torch.no_grad():
-            with autocast(device): hidden = text(ids.to(device)).last_hidden_state
-            own = torch.where((first == then).view(-1, 1, 1, 1), z, answer(noised(z, first), first, hidden))
-        gap = (answer(noised(own, then), then, hidden) - z).square().mean((1, 2, 3))
+            with autocast(device): hidden = text(ids).last_hidden_state
+            x = noised(other, first, noise)
+            x = torch.where(same, x, noised(answer(x, first, hidden), then, torch.randn_like(x)))
+        gap = (answer(x, then, hidden) - z).square().mean((1, 2, 3))
         average = gap.mean().detach() if average is None else .98 * average + .02 * gap.mean().detach()
         stage.learn(gap.mean(), average=average)
     return unet
