@@ -748,6 +748,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'aura_engine.train.psnr': ('train_emoji.html#psnr', 'aura_engine/train.py'),
                                    'aura_engine.train.random_scenes': ('train_emoji.html#random_scenes', 'aura_engine/train.py'),
                                    'aura_engine.train.references': ('train_emoji.html#references', 'aura_engine/train.py'),
+                                   'aura_engine.train.says': ('train_emoji.html#says', 'aura_engine/train.py'),
                                    'aura_engine.train.scenes_of': ('train_emoji.html#scenes_of', 'aura_engine/train.py'),
                                    'aura_engine.train.score': ('train_emoji.html#score', 'aura_engine/train.py'),
                                    'aura_engine.train.score_counts': ('train_emoji.html#score_counts', 'aura_engine/train.py'),

@@ -20,12 +20,12 @@ __all__ = ['GROUPS', 'VARIANTS', 'UNWANTED', 'SYNONYMS', 'STYLES', 'SIDE', 'COLO
            'TOKENS', 'WIDTH', 'CELLS', 'SHAPES', 'ALTERNATIVES', 'EARLY', 'GRID', 'GIVEN', 'DECIDED', 'LORA_LAYERS',
            'FEW', 'EVERY_COLOUR', 'SLOTS', 'chosen', 'plain', 'synonyms', 'named', 'flat_art', 'solid_art', 'make_art',
            'Art', 'backdrops', 'compose', 'held_out', 'kept_apart', 'every_single', 'crowds', 'fillers', 'plural',
-           'mistyped', 'subject', 'loose', 'sentence', 'strewn', 'caption', 'unheard', 'make_tokenizer', 'make_vae',
-           'make_text', 'make_unet', 'make_schedule', 'Stage', 'autocast', 'seeded', 'vae_loss', 'random_scenes',
-           'train_vae', 'encode', 'make_pool', 'Wordings', 'wordings', 'cells', 'uncells', 'train_text', 'adopt_text',
-           'timesteps', 'decided', 'train_unet', 'train_lora', 'polish_decoder', 'known_words', 'pack', 'plot_losses',
-           'main', 'pooled', 'psnr', 'scenes_of', 'references', 'nearest', 'generate', 'share', 'wanted',
-           'each_backdrop', 'to_best', 'within', 'score', 'score_counts', 'score_pairs']
+           'mistyped', 'subject', 'loose', 'sentence', 'strewn', 'says', 'caption', 'unheard', 'make_tokenizer',
+           'make_vae', 'make_text', 'make_unet', 'make_schedule', 'Stage', 'autocast', 'seeded', 'vae_loss',
+           'random_scenes', 'train_vae', 'encode', 'make_pool', 'Wordings', 'wordings', 'cells', 'uncells',
+           'train_text', 'adopt_text', 'timesteps', 'decided', 'train_unet', 'train_lora', 'polish_decoder',
+           'known_words', 'pack', 'plot_losses', 'main', 'pooled', 'psnr', 'scenes_of', 'references', 'nearest',
+           'generate', 'share', 'wanted', 'each_backdrop', 'to_best', 'within', 'score', 'score_counts', 'score_pairs']
 
 # %% ../nbs/90_train_emoji.ipynb #eab4e34b
 GROUPS = {0: None, 3: None, 4: None, 5: None, 6: None, 7: None,           # smileys, nature, food, travel, activities, objects
@@ -168,7 +168,7 @@ def every_single(things: int) -> torch.Tensor:
     return torch.tensor([(0, i, i, s, c, l) for i in range(things) for s in range(2) for c in range(len(COLOURS)) if c not in held_out(i) for l in range(BACKDROPS)])
 
 def crowds(things: int, n: int, rng: random.Random) -> torch.Tensor:
-    "`n` random scenes of counted things and of pairs that may be trained on: [n, 6]. Every third is there in six styles and backgrounds."
+    "`n` random scenes of counted things and of pairs that may be trained on: [n, 6]. Every third is there six times, in any styles and backgrounds."
     out = []
     while len(out) < n:
         k, a, b = rng.choices(range(1, 6), (.2, .17, .17, .33, .13))[0], rng.randrange(things), rng.randrange(things)
@@ -283,10 +283,12 @@ def strewn(rng: random.Random, text: str, fillers: list[str]) -> str:
     return " ".join(words)
 
 # %% ../nbs/90_train_emoji.ipynb #ba7419dc
+def says(rng: random.Random, colour=.85, style=.55): return rng.random() < colour, rng.random() < style
+
 def caption(rng: random.Random, names: list[list[str]], scene, fillers: list[str] = COMMON, said=None) -> str:
     "One wording of a scene (six integers). said: whether it names (colour, style); chance decides where it is not given."
     what = subject(rng, names, scene)
-    said = said or (rng.random() < .85, rng.random() < .55)
+    said = said or says(rng)
     colour, look = list(COLOURS)[scene[4]] if said[0] else "", STYLES[scene[3]] if said[1] else ""
     if scene[0] < 4 and rng.random() < .3: fillers = [*rng.choices(fillers, k=6), "and"]        # "and" need not name a second thing
     if rng.random() < .3: text = loose(rng, what, colour, look, fillers)
@@ -506,10 +508,10 @@ class Wordings(torch.utils.data.IterableDataset):
     def example(self, rng, k, row, scene):
         "(row given, rows allowed, caption) for one row."
         swap, empty = k == 0 and rng.random() < self.swapped, rng.random() < self.empty
-        said = (rng.random() < .45, rng.random() < .35) if swap else None if empty else (rng.random() < .85, rng.random() < .55)
+        said = says(rng, .45, .35) if swap else None if empty else says(rng)
         words = caption(rng, self.names, scene, self.fillers, said) if said else ""
-        more = self.swapped and k == 0
-        return self.instead(rng, row, scene, said) if swap else row, self.allowed(rng, row, scene, said) if more and not swap else [row] * ALTERNATIVES, words
+        if swap: return self.instead(rng, row, scene, said), [row] * ALTERNATIVES, words
+        return row, self.allowed(rng, row, scene, said) if self.swapped and k == 0 else [row] * ALTERNATIVES, words
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
         rng = random.Random(f"{self.seed} {info.id if info else 0}")
