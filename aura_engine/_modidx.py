@@ -519,6 +519,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'aura_engine.loader.pick_precision': ('loader.html#pick_precision', 'aura_engine/loader.py'),
                                     'aura_engine.loader.pipeline_files': ('loader.html#pipeline_files', 'aura_engine/loader.py'),
                                     'aura_engine.loader.quiet': ('loader.html#quiet', 'aura_engine/loader.py'),
+                                    'aura_engine.loader.reading': ('loader.html#reading', 'aura_engine/loader.py'),
                                     'aura_engine.loader.true_cause': ('loader.html#true_cause', 'aura_engine/loader.py'),
                                     'aura_engine.loader.weight_files': ('loader.html#weight_files', 'aura_engine/loader.py')},
             'aura_engine.models': { 'aura_engine.models.Row': ('models.html#row', 'aura_engine/models.py'),

@@ -4,7 +4,7 @@
 
 # %% ../nbs/04_loader.ipynb #b77fc85a
 from __future__ import annotations
-import hashlib, json, logging, re, time, warnings
+import hashlib, json, logging, re, threading, time, warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,9 +20,9 @@ from .types import AuraError, ModelError
 log = logging.getLogger("aura_engine.loader")
 
 # %% auto #0
-__all__ = ['log', 'DTYPES', 'PARTS', 'SERVED', 'pick_device', 'pick_precision', 'has_bf16', 'Components', 'Unusable', 'causes',
-           'true_cause', 'blame', 'Progress', 'passing', 'patiently', 'fetch', 'weight_files', 'pipeline_files',
-           'quiet', 'Reader', 'checkpoint_kind', 'Loras', 'adapter_name', 'load']
+__all__ = ['log', 'DTYPES', 'PARTS', 'SERVED', 'LOADING', 'pick_device', 'pick_precision', 'has_bf16', 'Components', 'Unusable',
+           'causes', 'true_cause', 'blame', 'Progress', 'passing', 'patiently', 'fetch', 'weight_files',
+           'pipeline_files', 'quiet', 'reading', 'Reader', 'checkpoint_kind', 'Loras', 'adapter_name', 'load']
 
 # %% ../nbs/04_loader.ipynb #0d7e3511
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -288,6 +288,13 @@ def quiet():
             m.set_verbosity(level)
             if bar: m.enable_progress_bar()
 
+LOADING = threading.RLock()                          # re-entrant: what reads a model reads its parts
+
+@contextmanager
+def reading():
+    "One thread of the process builds a model of diffusers, transformers or peft at a time, and quietly."
+    with LOADING, quiet(): yield
+
 # %% ../nbs/04_loader.ipynb #9d49f357
 @dataclass
 class Reader:
@@ -318,7 +325,7 @@ class Reader:
         folder = self.located(source, "config.json", lambda names, _: [n for n in names if n == "config.json"] + weight_files(names, "", self.half))
         cls = getattr(diffusers, json.loads((folder / "config.json").read_text())["_class_name"])
         names = weight_files([p.name for p in folder.iterdir()], "", self.half)
-        return cls.from_pretrained(folder, dtype=self.dtype, use_safetensors=True, local_files_only=True, variant="fp16" if ".fp16" in names[0] else None)
+        with reading(): return cls.from_pretrained(folder, dtype=self.dtype, use_safetensors=True, local_files_only=True, variant="fp16" if ".fp16" in names[0] else None)
 
 # %% ../nbs/04_loader.ipynb #4d3772cb
 def _read_folder(self, source: str, unet: str | None = None):
@@ -335,7 +342,7 @@ def _read_folder(self, source: str, unet: str | None = None):
     given = {k: None for k in ("safety_checker", "feature_extractor", "image_encoder") if k in index}
     if unet: given["unet"] = self.unet(unet, folder / "unet")
     variant = "fp16" if any(".fp16." in n or ".fp16-" in n for n in names) else None
-    return diffusers.DiffusionPipeline.from_pretrained(folder, dtype=self.dtype, use_safetensors=True, local_files_only=True, variant=variant, **given), folder
+    with reading(): return diffusers.DiffusionPipeline.from_pretrained(folder, dtype=self.dtype, use_safetensors=True, local_files_only=True, variant=variant, **given), folder
 
 def _unet(self, source: str, config: Path):
     "A distilled UNet: a model of its own, or a bare file of weights for the base's configuration."
@@ -343,7 +350,7 @@ def _unet(self, source: str, config: Path):
     from diffusers import UNet2DConditionModel
     from safetensors.torch import load_file
     file = self.located(source, "", lambda *_: [])
-    with torch.device("meta"): unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(config))
+    with reading(), torch.device("meta"): unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(config))
     unet.load_state_dict(load_file(file), assign=True)
     return unet.to(self.dtype)
 
@@ -361,7 +368,7 @@ def _read_single(self, source: str):
     cls = json.loads((beside / "model_index.json").read_text())["_class_name"]
     if cls not in SERVED: raise Unusable(f"it is a {cls}; this engine serves {', '.join(SERVED)}")
     self.progress.stage = "reading"
-    return getattr(diffusers, cls).from_single_file(str(file), config=str(beside), dtype=self.dtype, local_files_only=True), file
+    with reading(): return getattr(diffusers, cls).from_single_file(str(file), config=str(beside), dtype=self.dtype, local_files_only=True), file
 
 def checkpoint_kind(file: Path) -> str:
     "The Hub id whose configuration fits a single checkpoint, by the names and shapes in its header."
@@ -400,7 +407,7 @@ def _attach(self, pipe, source: str, row: Row | None, name: str) -> None:
     "Read a LoRA into a pipeline, beside the weights, as peft's adapter `name`. Unusable when it does not fit."
     file = self.lora_file(source, row)
     try:
-        pipe.load_lora_weights(str(file), adapter_name=name, use_safetensors=True)
+        with reading(): pipe.load_lora_weights(str(file), adapter_name=name, use_safetensors=True)
         if not any(name in there for there in pipe.get_list_adapters().values()): raise ValueError("no LoRA keys")
     except Exception as e:
         if "SafetensorError" in (type(c).__name__ for c in causes(e)): raise
@@ -409,7 +416,7 @@ def _attach(self, pipe, source: str, row: Row | None, name: str) -> None:
 def _fuse(self, pipe, source: str, row: Row | None) -> None:
     "Fuse a LoRA into a pipeline. Unusable when it does not fit."
     self.attach(pipe, source, row, "fused")
-    pipe.fuse_lora(); pipe.unload_lora_weights()
+    with reading(): pipe.fuse_lora(); pipe.unload_lora_weights()
 
 Reader.lora_file, Reader.only, Reader.attach, Reader.fuse = _lora_file, _only, _attach, _fuse
 
@@ -462,14 +469,13 @@ def load(settings: Settings, progress: Progress | None = None) -> Components:
     if moved: notes.append(moved)
     reader = Reader(DTYPES[precision], progress or Progress(), model, settings.revision)
     row, lora = row_for(model, settings.lcm_lora_id), settings.lcm_lora_id
-    with quiet():
-        with blame("SD_MODEL_ID", settings.model_id): pipe, where = _pipeline(reader, model, row)
-        if row is None: row = detect(type(pipe).__name__, pipe.unet.config, lora, pipe.tokenizer.model_max_length)
-        if lora:
-            with blame("SD_LCM_LORA_ID", lora): reader.fuse(pipe, lora, row)
-        loras, parts = reader.keep(pipe, settings.loras), _parts(pipe)
-        if settings.vae_id:
-            with blame("SD_VAE_ID", settings.vae_id): parts["vae"] = _vae(reader, settings.vae_id, row, notes)
+    with blame("SD_MODEL_ID", settings.model_id): pipe, where = _pipeline(reader, model, row)
+    if row is None: row = detect(type(pipe).__name__, pipe.unet.config, lora, pipe.tokenizer.model_max_length)
+    if lora:
+        with blame("SD_LCM_LORA_ID", lora): reader.fuse(pipe, lora, row)
+    loras, parts = reader.keep(pipe, settings.loras), _parts(pipe)
+    if settings.vae_id:
+        with blame("SD_VAE_ID", settings.vae_id): parts["vae"] = _vae(reader, settings.vae_id, row, notes)
     for m in (parts["unet"], parts["vae"], *parts["text_encoders"]): m.to(device).eval().requires_grad_(False)
     parts["vae"].to(memory_format=torch.channels_last)
     made = Components(replace(row, loras=tuple(settings.loras)) if settings.loras else row, settings.model_id, device=device, precision=precision, notes=notes, lora=lora, loras=loras, **parts)
