@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from .types import MAX_PROMPT, FieldError, GenerateRequest, Invalid, MAX_SEED, Note, Picture, Plan, RefineRequest, shown
+from .types import MAX_PROMPT, FieldError, GenerateRequest, Invalid, Limits, MAX_SEED, Note, Picture, Plan, RefineRequest, shown
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'SD', 'XL', 'SD15_ID', 'SDXL_ID', 'SSD_ID', 'ROWS', 'VAES', 'ALIASES', 'EMBEDDED', 'INCLUDED', 'PICKLED',
            'Sampler', 'Row', 'model_table', 'vae_table', 'resolve_id', 'is_local', 'check_source', 'is_named',
-           'row_for', 'with_lora', 'detect', 'size_for', 'fit_size', 'known_words', 'executed_steps', 'allowed_lora',
-           'plan']
+           'row_for', 'with_lora', 'detect', 'size_for', 'fit_size', 'limits_of', 'known_words', 'executed_steps',
+           'allowed_lora', 'plan']
 
 # %% ../nbs/02_models.ipynb #d50d7ab4
 @dataclass(frozen=True)
@@ -192,6 +192,12 @@ def fit_size(row: Row, aspect: float, side: float) -> tuple[int, int]:
     "(width, height) of `aspect` with the area of a square of `side`, rounded to the row's multiple."
     snap = lambda x: max(row.multiple, round(x / row.multiple) * row.multiple)
     return snap(side * math.sqrt(aspect)), snap(side / math.sqrt(aspect))
+
+# %% ../nbs/02_models.ipynb #41733c74
+def limits_of(row: Row, gpu: bool, mask: bool = False) -> Limits:
+    "What may be asked of `row` on this machine; without a GPU the largest picture is the `standard` one."
+    most = row.native if gpu else round(row.native * row.standard)
+    return Limits(row.steps, row.guidance, row.native, most, mask, row.loras)
 
 # %% ../nbs/02_models.ipynb #982df2ee
 @cache

@@ -4,35 +4,54 @@
 
 # %% ../nbs/01_types.ipynb #20869a1f
 from __future__ import annotations
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from enum import StrEnum
 from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, field_validator
 from pydantic.alias_generators import to_camel
 
 # %% auto #0
-__all__ = ['MAX_PROMPT', 'MAX_N', 'MAX_SEED', 'Prompt', 'VISIBLE', 'Seed', 'Steps', 'Count', 'Lora', 'Deadline', 'Event',
-           'FieldError', 'shown', 'AuraError', 'ModelError', 'Malformed', 'Invalid', 'Unauthorized', 'ForeignOrigin',
-           'NotFound', 'MethodNotAllowed', 'TooLarge', 'Unsupported', 'HeadersTooLarge', 'QueueFull', 'NotReady',
+__all__ = ['MAX_PROMPT', 'MAX_N', 'MAX_SEED', 'Prompt', 'VISIBLE', 'Seed', 'Steps', 'Count', 'Lora', 'Deadline', 'Event', 'Words',
+           'shown', 'FieldError', 'AuraError', 'ModelError', 'Malformed', 'Unauthorized', 'ForeignOrigin', 'NotFound',
+           'MethodNotAllowed', 'TooLarge', 'Unsupported', 'HeadersTooLarge', 'Invalid', 'QueueFull', 'NotReady',
            'OutOfMemory', 'ShuttingDown', 'DeadlineExceeded', 'Cancelled', 'Degenerate', 'EngineFailed', 'Unreachable',
            'Asleep', 'error_tree', 'clean_text', 'whole', 'GenerateRequest', 'RefineConfig', 'RefineRequest',
-           'field_errors', 'Note', 'Picture', 'Plan', 'Queued', 'Step', 'Preview', 'Image', 'Failed', 'Done', 'Receipt']
+           'field_errors', 'Note', 'Picture', 'Plan', 'Queued', 'Step', 'Preview', 'Image', 'Failed', 'Done', 'Receipt',
+           'JobStatus', 'EngineState', 'QueueLoad', 'Limits', 'Health']
 
 # %% ../nbs/01_types.ipynb #6fbf2da6
+class Words(str):
+    "Words about a value that cannot be shown itself, such as `12 bytes`: `shown` puts no quotes around them."
+
+def shown(value: Any, limit: int = 80) -> str:
+    "A value as it may be shown to a client: its repr, safe to encode, cut after `limit` characters."
+    if isinstance(value, Words): text = str(value)
+    else: text = repr(value[: limit + 2] if isinstance(value, (str, bytes, list, tuple)) else value)
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return text if len(text) <= limit else text[:limit] + "…"
+
+# %% ../nbs/01_types.ipynb #709101ba
 @dataclass(frozen=True)
 class FieldError:
-    "One wrong field: where it is, what was given (shortened), what is allowed, and a sentence."
+    "One wrong field: where it is, what was given (shortened), what is allowed, and a sentence that says all three."
     loc: str
     given: str
     allowed: str
     msg: str
 
-def shown(value: Any, limit: int = 80) -> str:
-    "A value as it may be shown to a client: its repr, safe to encode, cut after `limit` characters."
-    text = repr(value[: limit + 2] if isinstance(value, (str, bytes, list, tuple)) else value)
-    text = text.encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= limit else text[:limit] + "…"
+    @classmethod
+    def value(cls, field: str, *, given: Any, allowed: str, why: str | None = None) -> FieldError:
+        "The error of one wrong value. `given` is the value itself, or `Words` about it."
+        told = shown(given)
+        reason = f" ({why})" if why else ""
+        return cls(field, told, allowed, f"{field}: given {told}, allowed: {allowed}{reason}")
 
-# %% ../nbs/01_types.ipynb #709101ba
+    def under(self, prefix: str) -> FieldError:
+        "The same error where its field lies deeper in a body: `under('config.')` makes `steps` `config.steps`."
+        return replace(self, loc=prefix + self.loc, msg=prefix + self.msg if self.msg.startswith(self.loc) else self.msg)
+
+# %% ../nbs/01_types.ipynb #9311debe
 class AuraError(Exception):
     "Root of the tree. `detail` is for people, `code` for programs, `retry_after` in seconds where waiting helps."
     status, code, title = 500, "internal", "The engine failed"
@@ -47,7 +66,6 @@ class AuraError(Exception):
 
 class ModelError(AuraError): status, code, title = 503, "model", "The model could not be loaded"
 class Malformed(AuraError): status, code, title = 400, "malformed", "The request cannot be read"
-class Invalid(AuraError): status, code, title = 422, "invalid", "The request has a wrong value"
 class Unauthorized(AuraError): status, code, title = 401, "unauthorized", "An API key is needed"
 class ForeignOrigin(AuraError): status, code, title = 403, "foreign_origin", "This origin may not call the engine"
 class NotFound(AuraError): status, code, title = 404, "not_found", "There is nothing here"
@@ -55,6 +73,27 @@ class MethodNotAllowed(AuraError): status, code, title = 405, "method_not_allowe
 class TooLarge(AuraError): status, code, title = 413, "too_large", "The body is too large"
 class Unsupported(AuraError): status, code, title = 415, "unsupported", "The body is in a form that is not read here"
 class HeadersTooLarge(AuraError): status, code, title = 431, "headers_too_large", "The headers are too large"
+
+# %% ../nbs/01_types.ipynb #77136f41
+class Invalid(AuraError):
+    "A wrong value: 422. `errors` has one entry for each wrong field."
+    status, code, title = 422, "invalid", "The request has a wrong value"
+
+    @classmethod
+    def value(cls, field: str, *, given: Any, allowed: str, why: str | None = None) -> Invalid:
+        "One wrong value: 'field: given X, allowed: Y.' `given` is shortened and made safe to show."
+        return cls.of([FieldError.value(field, given=given, allowed=allowed, why=why)])
+
+    @classmethod
+    def of(cls, errors: Iterable[FieldError]) -> Invalid:
+        "Several wrong values; the text has the first three."
+        errors = tuple(errors)
+        return cls(" ".join(e.msg + "." for e in errors[:3]), errors)
+
+    def under(self, prefix: str, fields: Iterable[str]) -> Invalid:
+        "The same error with `prefix` before every one of `fields` (and what lies below them)."
+        names = set(fields)
+        return Invalid.of(e.under(prefix) if e.loc.split(".")[0] in names else e for e in self.errors)
 
 # %% ../nbs/01_types.ipynb #fe6cb449
 class QueueFull(AuraError): status, code, title = 429, "queue_full", "The engine has more work than it may promise"
@@ -191,6 +230,7 @@ class Picture:
     init: Any = field(default=None, repr=False, compare=False)
     scheduler: str | None = None                 # None: the family's own
     lora: str | None = None                      # alias from SD_LORAS
+    steps_asked: int | None = None               # of a refinement: before its strength shortened them
 
 @dataclass(frozen=True)
 class Plan:
@@ -202,9 +242,10 @@ class Plan:
 # %% ../nbs/01_types.ipynb #97ad18ba
 @dataclass(frozen=True)
 class Queued:
-    "Waiting: how many pictures are ahead and in how many seconds this request should be finished."
+    "Waiting: how many pictures are ahead, in how many seconds this request should be finished, and the seed of each picture, so that a cut stream can be asked for again."
     position: int
     eta_seconds: float
+    seeds: tuple[int, ...] = ()
 
 @dataclass(frozen=True)
 class Step:
@@ -264,6 +305,7 @@ class Receipt:
     init_sha256: str | None = None
     corrections: tuple[str, ...] = ()
     timings: dict[str, float] = field(default_factory=dict)
+    steps_asked: int | None = None
 
     def to_json(self) -> dict:
         "The receipt as JSON-able camelCase."
@@ -278,3 +320,105 @@ class Receipt:
         if wrong: raise Invalid("This is not a receipt of this engine.", (FieldError(f"receipt.{wrong[0]}", shown(data.get(wrong[0])), "the fields of a receipt", f"receipt.{wrong[0]} is missing or unknown"),))
         values = {names[k]: v for k, v in data.items()}
         return cls(**{**values, "corrections": tuple(values.get("corrections", ()))})
+
+# %% ../nbs/01_types.ipynb #b5e28a08
+class JobStatus(StrEnum):
+    "How far a job is. The last three are final."
+    queued = "queued"
+    running = "running"
+    succeeded = "succeeded"
+    failed = "failed"
+    cancelled = "cancelled"
+
+    @property
+    def over(self) -> bool:
+        "Whether nothing more will come."
+        return self not in (JobStatus.queued, JobStatus.running)
+
+class EngineState(StrEnum):
+    "What the engine is doing. Only `ready` takes work."
+    loading = "loading"
+    ready = "ready"
+    failed = "failed"
+    draining = "draining"
+
+# %% ../nbs/01_types.ipynb #6df33ddc
+@dataclass(frozen=True)
+class QueueLoad:
+    "Work that waits: `length` in pictures, `seconds` of predicted work."
+    length: int = 0
+    seconds: float = 0.0
+
+@dataclass(frozen=True)
+class Limits:
+    "What may be asked of the loaded model. `steps`, `guidance`: least, default, most. `native`, `most`: side in pixels of the square the model was made for, and of the largest it makes here."
+    steps: tuple[int, int, int]
+    guidance: tuple[float, float, float]
+    native: int
+    most: int
+    mask: bool = False
+    loras: tuple[str, ...] = ()
+
+# %% ../nbs/01_types.ipynb #782f56a1
+@dataclass(frozen=True)
+class Health:
+    "What the engine is, has and does. Sizes in pixels, `memory` in bytes, `uptime_seconds` and `queue.seconds` in seconds, `step_cost` in seconds by batch size."
+    status: EngineState
+    ready: bool
+    device: str | None
+    gpu: bool
+    gpu_name: str | None
+    model: str
+    revision: str | None
+    lora: str | None
+    loras: tuple[str, ...]
+    family: str | None
+    scheduler: str | None
+    precision: str
+    backend: str | None
+    optimizations: tuple[str, ...]
+    warnings: tuple[str, ...]
+    reason: str | None
+    loading: dict[str, Any] | None
+    queue: QueueLoad
+    step_cost: dict[str, float]
+    limits: Limits | None
+    version: str
+    build_id: str | None
+    uptime_seconds: float
+    memory: dict[str, int | None] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        "The body of /health: camelCase names, lists for tuples; `memory` only where it is known."
+        out = {to_camel(k): _listed(v) for k, v in asdict(self).items()}
+        if self.memory is None: out.pop("memory")
+        return out
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Health:
+        "Read a /health body of this or another version: unknown fields are left out, missing ones are empty. Invalid when it is no such body."
+        values: dict[str, Any] = {f.name: data.get(to_camel(f.name)) for f in fields(cls)}
+        if values["status"] not in list(EngineState):
+            raise Invalid.value("status", given=values["status"], allowed=", ".join(EngineState))
+        for name in ("loras", "optimizations", "warnings"): values[name] = tuple(values[name] or ())
+        for name in ("model", "precision", "version"): values[name] = str(values[name] or "")
+        values["status"] = EngineState(values["status"])
+        values["ready"] = values["status"] is EngineState.ready
+        values["gpu"] = bool(values["gpu"])
+        values["uptime_seconds"] = float(values["uptime_seconds"] or 0)
+        values["step_cost"] = dict(values["step_cost"] or {})
+        values["queue"] = _known(QueueLoad, values["queue"] or {})
+        values["limits"] = _known(Limits, values["limits"]) if values["limits"] else None
+        return cls(**values)
+
+# %% ../nbs/01_types.ipynb #14c7ac96
+def _listed(value: Any) -> Any:
+    "`value` as JSON has it: lists where Python has tuples, camelCase names of fields."
+    if isinstance(value, dict): return {to_camel(k): _listed(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+def _known(cls: type, data: Mapping[str, Any]) -> Any:
+    "A small dataclass from JSON; what it does not know is left out."
+    names = [f.name for f in fields(cls) if to_camel(f.name) in data]
+    given = {name: data[to_camel(name)] for name in names}
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})

@@ -35,6 +35,12 @@ def notebooks(names=(), root=ROOT, folder="nbs", ext=".ipynb"):
     return [files[s] for s in files if not names or any(s in stems for stems in found.values())]
 
 
+def room(stem):
+    """Where a notebook stands on the ladder: '03b_planning' -> (3, 'b'), above '03a_images' and below '04_loader'."""
+    number, letter = re.match(r"(\d+)([a-z]?)", stem).groups()
+    return int(number), letter
+
+
 def text_of(value):
     return value if isinstance(value, str) else "".join(value)
 
