@@ -463,6 +463,7 @@ Reader.keep = _keep
 def load(settings: Settings, progress: Progress | None = None) -> Components:
     "Read the model that `settings` name onto their device. ModelError with the true cause when that cannot be done."
     check_source(settings.model_id)
+    with LOADING: import diffusers                   # noqa: F401  it replaces itself in sys.modules, so its first import is one thread's
     model, moved = resolve_id(settings.model_id)
     device = pick_device(settings.device)
     precision, notes = pick_precision(settings.precision, device)
