@@ -24,8 +24,8 @@ from .types import (Asleep, AuraError, Done, Event, Failed, FieldError, Generate
 # %% auto #0
 __all__ = ['Ask', 'ROUTES', 'SUFFIXES', 'CLOUD_VARIABLE', 'LOCAL', 'MODES', 'COMES_BACK', 'HINTS', 'ADVICE', 'Replay', 'checked',
            'as_base64', 'generation', 'refinement', 'repetition', 'body_of', 'save_picture', 'Pictures', 'error_from',
-           'error_in', 'event_of', 'events_in', 'Door', 'Remote', 'engine_url', 'cloud_url', 'InProcess', 'Notice',
-           'AsyncAuraClient', 'in_words', 'AuraClient']
+           'error_in', 'event_of', 'events_in', 'Door', 'Remote', 'engine_url', 'cloud_url', 'offline_lease',
+           'InProcess', 'Notice', 'AsyncAuraClient', 'in_words', 'AuraClient']
 
 # %% ../nbs/12_client.ipynb #2b140a43
 @dataclass(frozen=True)
@@ -246,11 +246,22 @@ def cloud_url() -> str | None:
     return os.environ.get(CLOUD_VARIABLE) or (dotenv_values(file).get(CLOUD_VARIABLE) if file else None) or None
 
 # %% ../nbs/12_client.ipynb #1e1679c3
+def offline_lease():
+    "A share of this process's engine with the settings of the environment."
+    from aura_engine.config import load_settings
+    from aura_engine.engine import shared_engine                   # imports torch
+    return shared_engine(load_settings())
+
 class InProcess(Door):
-    "An `Engine` of this process."
+    "An `Engine` of this process; 'offline' takes a share of the one that the environment's settings describe."
     def __init__(self, name: str, engine):
         super().__init__(name, "this process")
-        self.engine = engine
+        self.lease = offline_lease() if engine == "offline" else None
+        self.engine = self.lease.engine if self.lease else engine
+
+    async def close(self) -> None:
+        "Give the share of the engine back."
+        if self.lease: await asyncio.to_thread(self.lease.close)
 
     async def events(self, ask: Ask) -> AsyncIterator[Event]:
         "Submit the question; the job is cancelled when the reader stops."
@@ -301,7 +312,7 @@ class AsyncAuraClient:
         key, cloud = api_key or os.environ.get("AURA_API_KEY"), (cloud or cloud_url()) if mode != "local" else None
         self.mode, self.patience, self.rest, self.last = mode, patience, rest, deque(maxlen=20)
         there = {"local": local if mode != "cloud" else None, "cloud": cloud}
-        self.doors = [Remote(n, x, key) if isinstance(x, str) else InProcess(n, x) for n, x in there.items() if x is not None]
+        self.doors = [Remote(n, x, key) if isinstance(x, str) and x != "offline" else InProcess(n, x) for n, x in there.items() if x is not None]
         if not self.doors: raise Unreachable(f"No {mode} engine is configured: give its address, or set {CLOUD_VARIABLE} in the environment or in .env.local.")
 
     async def close(self) -> None:
@@ -427,7 +438,7 @@ def in_words(value, between: str = "; ") -> str:
 class AuraClient:
     """Pictures from a local engine, a cloud engine, or whichever can.
 
-    `local`: address, or an Engine of this process. `cloud`: address of a Space (default: VITE_CLOUD_ENGINE_URL). `mode`: "auto", "local" or "cloud".
+    `local`: address, an Engine of this process, or "offline" for the one that all of this process share. `cloud`: address of a Space (default: VITE_CLOUD_ENGINE_URL). `mode`: "auto", "local" or "cloud".
     Takes what `AsyncAuraClient` takes; `aio` is that client, and lives in this one's background loop."""
     def __init__(self, local=LOCAL, cloud: str | None = None, mode: str = "auto", **options):
         self.loop = asyncio.new_event_loop()

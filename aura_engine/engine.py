@@ -4,7 +4,7 @@
 
 # %% ../nbs/08_engine.ipynb #b9f00f5d
 from __future__ import annotations
-import asyncio, ctypes, gc, hashlib, itertools, logging, math, os, platform, threading, time, uuid
+import asyncio, ctypes, gc, hashlib, itertools, logging, math, os, platform, re, threading, time, uuid
 from collections.abc import AsyncIterator, Iterator
 from importlib.metadata import version
 import numpy as np, torch
@@ -21,8 +21,9 @@ from .types import (AuraError, Cancelled, DeadlineExceeded, Degenerate, Done, En
 log = logging.getLogger("aura_engine")
 
 # %% auto #0
-__all__ = ['log', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'M_ARENA_MAX', 'Job', 'preview_matrix', 'preview_image', 'key_of',
-           'mallopt', 'keep_memory', 'one_heap', 'Engine']
+__all__ = ['log', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'M_ARENA_MAX', 'STARTING', 'Job', 'preview_matrix', 'preview_image',
+           'key_of', 'mallopt', 'keep_memory', 'one_heap', 'Engine', 'in_words_of', 'Lease', 'Engines', 'shared_engine',
+           'close_engines']
 
 # %% ../nbs/08_engine.ipynb #2a286a01
 class Job:
@@ -219,17 +220,31 @@ def _optimizations(self) -> list[str]:
 Engine.health, Engine.optimizations = _health, _optimizations
 
 # %% ../nbs/08_engine.ipynb #fe4ebf9f
+STARTING = threading.RLock()        # held while an engine of this process starts
+
+def in_words_of(error: BaseException) -> str:
+    "The last line of an exception, with paths cut to their last part: what a person needs to look for the cause."
+    lines = str(error).strip().splitlines() or [""]
+    said = re.sub(r"(?:[A-Za-z]:)?(?:[\\/][^\s\\/'\"]+)+[\\/]", "…/", re.sub(r"\bhf_\w+", "hf_…", lines[-1].strip()))[:300]
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
 def _run(self) -> None:
     "The engine thread."
     try:
-        self._prepare()
-        self.status = "ready"
+        if not STARTING.acquire(blocking=False):
+            self.progress.stage = "waiting for another model of this process"
+            STARTING.acquire()
+        try:
+            if not self._closed: self._prepare()
+        finally: STARTING.release()
+        with self._turn:
+            if not self._closed: self.status = "ready"
         self._settled.set()
         while not self._closed: self._one_turn()
     except AuraError as e: self._fail(e.detail)
-    except BaseException:                                    # also what libraries raise to end a program: nobody may be left waiting
+    except BaseException as e:                               # also what libraries raise to end a program: nobody may be left waiting
         log.exception("the engine thread stopped")
-        self._fail("The engine stopped working; its log has the reason.")
+        self._fail(f"The engine stopped working: {in_words_of(e)}")
     finally: self._settled.set()
 
 # %% ../nbs/08_engine.ipynb #7ade5f2a
@@ -413,6 +428,7 @@ def _close(self) -> None:
     "Stop the thread at the next step; whoever still waits is told."
     with self._turn:
         self._closed = True
+        if self.status != "failed": self.status = "draining"
         self._turn.notify_all()
     thread = getattr(self, "thread", None)
     for job in {e.extra["job"] for e in self.waiting + self.inbox}: self._end(job, ShuttingDown("The engine stopped before this was finished.", retry_after=10))
@@ -420,3 +436,56 @@ def _close(self) -> None:
     if thread and thread is not threading.current_thread() and self.parts: thread.join(timeout=30)      # a step may take longer than the manners allow
 
 Engine.drain, Engine.close = _drain, _close
+
+# %% ../nbs/08_engine.ipynb #768d79ce
+class Lease:
+    "A share of an `engine`. Close it when you are done (`with` does so); the last one out closes the engine."
+    def __init__(self, engine: Engine, owner: Engines):
+        self.engine, self._owner = engine, owner
+
+    def close(self) -> None:
+        "Give the share back; a second time does nothing."
+        self._owner.give_back(self)
+
+    def __enter__(self) -> Engine: return self.engine
+    def __exit__(self, *exc) -> None: self.close()
+
+# %% ../nbs/08_engine.ipynb #df1f3e2d
+class Engines:
+    "Engines that are shared: one for equal settings."
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._leases: list[Lease] = []
+
+    def lease(self, settings: Settings) -> Lease:
+        "A share of the engine with these settings, which starts if there is none; returns at once."
+        with self._lock:
+            there = [l.engine for l in self._leases if l.engine.settings == settings]
+            engine = next((e for e in there if e.status in ("loading", "ready")), None) or Engine(settings).start()
+            lease = Lease(engine, self)
+            self._leases.append(lease)
+        return lease
+
+    def give_back(self, lease: Lease) -> None:
+        "One share less; the engine is closed if it was the last."
+        with self._lock:
+            if lease not in self._leases: return
+            self._leases.remove(lease)
+            used = any(l.engine is lease.engine for l in self._leases)
+        if not used: lease.engine.close()
+
+    def close(self) -> None:
+        "Close all engines, whoever has a share of them."
+        with self._lock: leases, self._leases = self._leases, []
+        for engine in {l.engine for l in leases}: engine.close()
+
+# %% ../nbs/08_engine.ipynb #88ea0f32
+_engines = Engines()
+
+def shared_engine(settings: Settings) -> Lease:
+    "A share of this process's engine with these settings (see `Engines.lease`)."
+    return _engines.lease(settings)
+
+def close_engines() -> None:
+    "Close every shared engine of this process."
+    _engines.close()

@@ -4,7 +4,7 @@
 
 # %% ../nbs/13_widgets.ipynb #ab5e7128
 from __future__ import annotations
-import asyncio, html, re, time
+import asyncio, html, re, threading, time
 from collections.abc import Sequence
 from concurrent.futures import CancelledError
 from contextlib import aclosing
@@ -16,18 +16,27 @@ from .client import AuraClient, Ask, Notice, Pictures, Replay, generation, in_wo
 from .images import Grid, encode, grid, to_base64
 from .types import AuraError, Done, FieldError, Image, Invalid, Preview, Queued, Receipt, Step, shown
 
+_offline: list[AuraClient] = []       # one for each engine that cells of this process share
+_looking = threading.Lock()
+
+def offline_client() -> AuraClient:
+    "The client of this process's shared engine: the same one for every cell, as long as its engine works."
+    with _looking:
+        new = AuraClient("offline", mode="local")
+        same = [c for c in _offline if c.aio.doors[0].engine is new.aio.doors[0].engine and not c.loop.is_closed()]
+        if same: new.close()
+        else: _offline[:] = [*(c for c in _offline if not c.loop.is_closed()), new]
+        return same[0] if same else new
+
 def client_of(source=None) -> AuraClient:
-    "A client as it is; an Engine or an address gets one of its own; 'offline' loads the model into this process; None is the client's usual choice."
+    "A client as it is; an Engine or an address gets one of its own; 'offline' shares one engine of this process; None is the client's usual choice."
     if isinstance(source, AuraClient): return source
-    if source == "offline":
-        from aura_engine.config import load_settings
-        from aura_engine.engine import Engine                      # imports torch
-        source = Engine(load_settings()).start()
+    if source == "offline": return offline_client()
     return AuraClient() if source is None else AuraClient(source, mode="local")
 
 # %% auto #0
-__all__ = ['ASPECTS', 'VARIED', 'client_of', 'Gallery', 'tile', 'controls', 'Made', 'receipt_html', 'Studio', 'status_html',
-           'EngineStatus', 'Compare']
+__all__ = ['ASPECTS', 'VARIED', 'offline_client', 'client_of', 'Gallery', 'tile', 'controls', 'Made', 'receipt_html', 'Studio',
+           'status_html', 'EngineStatus', 'Compare']
 
 # %% ../nbs/13_widgets.ipynb #90561add
 class Gallery(anywidget.AnyWidget):

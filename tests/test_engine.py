@@ -358,3 +358,78 @@ def test_images_come_in_the_log_of_the_job(engine):
     list(job.events(60))
     assert sorted(e.index for e in job.log if isinstance(e, Image)) == [0, 1] and job.status == "succeeded"
     assert list(job.events()) == list(job.events())          # any number of readers, from the first event
+
+
+@pytest.fixture
+def no_engines(monkeypatch):
+    """The environment of a notebook, no engine shared yet -> the list of loads that will have been made."""
+    import aura_engine.engine as room
+    from aura_engine import widgets
+    for name, value in {"SD_MODEL_ID": "embedded", "SD_DEVICE": "cpu", "SD_BACKEND": "torch"}.items(): monkeypatch.setenv(name, value)
+    loads, load = [], room.load
+    monkeypatch.setattr(room, "load", lambda *args: (loads.append(args[0]), load(*args))[1])
+    yield loads
+    for client in widgets._offline: client.close()
+    widgets._offline.clear()
+    room.close_engines()
+
+
+def three_cells():
+    """What somebody who opens JupyterLab runs first."""
+    from aura_engine.widgets import Compare, EngineStatus, Studio
+    return [lambda: Studio("offline"), lambda: EngineStatus("offline"), lambda: Compare("offline", "a red apple", ("steps", [1, 2]), ("seed", [7]))]
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["in a row", "at once"])
+def test_three_cells_share_one_engine(no_engines, photo, together):
+    from concurrent.futures import ThreadPoolExecutor
+    with ThreadPoolExecutor(3) as pool: widgets = list(pool.map(lambda f: f(), three_cells())) if together else [f() for f in three_cells()]
+    studio, status, compare = widgets
+    compare.wait(300)
+    engines = {w.client.aio.doors[0].engine for w in widgets}
+    assert len(engines) == 1 and len(no_engines) == 1
+    assert pixels(studio.client.generate("a red apple", seed=7, steps=4, temperature=APPLE.temperature).images[0]).shape == (128, 128, 3)
+    shared, = engines
+    assert picture(shared, APPLE).tobytes() == photo.tobytes() and len(no_engines) == 1
+    status.stop()
+
+
+def test_a_cell_run_ten_times_costs_no_thread(no_engines):
+    for cell in three_cells()[:2]: cell()
+    before, threads = len(no_engines), threading.active_count()
+    for _ in range(10):
+        for cell in three_cells()[:2]: cell()
+    wait_for(lambda: threading.active_count() <= threads)
+    assert len(no_engines) <= 1 and before <= 1
+
+
+def test_engines_that_start_at_once_have_the_same_weights(no_engines, photo):
+    """Loads that overlap in a process may come out with wrong weights and no word: they do not overlap."""
+    from concurrent.futures import ThreadPoolExecutor
+    from aura_engine.engine import shared_engine
+    settings = [load_settings(AURA_MAX_QUEUE_SECONDS=str(100 + i)) for i in range(3)]
+    with ThreadPoolExecutor(6) as pool: leases = list(pool.map(shared_engine, settings * 2))
+    assert all(lease.engine.wait_ready(300) for lease in leases)
+    assert len({lease.engine for lease in leases}) == len(no_engines) == 3
+    for lease in leases[:3]: assert picture(lease.engine, APPLE).tobytes() == photo.tobytes()
+    for lease in leases[:3]: lease.close()
+    assert all(lease.engine.ready for lease in leases[3:])
+    for lease in leases[3:]: lease.close(); lease.close()
+    assert not any(lease.engine.ready or lease.engine.thread.is_alive() for lease in leases)
+
+
+def test_a_failed_shared_engine_says_why_and_is_replaced(no_engines, monkeypatch):
+    import aura_engine.engine as room
+    from aura_engine.widgets import Studio
+    def broken(*args): raise RuntimeError("first line\nno room at /data/someone/models/thing.bin for hf_abcdef")
+    with monkeypatch.context() as m:
+        m.setattr(room, "load", broken)
+        lease = room.shared_engine(load_settings())
+        assert not lease.engine.wait_ready(60)
+        said = lease.engine.health()["reason"]
+    assert "RuntimeError: no room at …/thing.bin for hf_…" in said and "someone" not in said and "abcdef" not in said
+    studio = Studio("offline")
+    engine = studio.client.aio.doors[0].engine
+    assert engine is not lease.engine and engine.wait_ready(300)
+    lease.close()
+    assert engine.ready
