@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-slow lab bench train pictures clean
+.PHONY: help serve check test test-slow lab site bench train pictures clean
 
 PYTHON ?= python3
 PORT ?= 7860
@@ -31,6 +31,10 @@ serve: $(VENV)/serve.stamp ## start the engine
 	@echo "open http://127.0.0.1:$(PORT)"
 	PORT=$(PORT) exec $(PY) app.py
 
+check: $(VENV)/dev.stamp ## ruff and the type checker (basic) on the package and its tools
+	$(PY) -m ruff check .
+	$(PY) -m basedpyright --level error
+
 test: $(VENV)/dev.stamp ## every test but the slow ones
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests -m "not slow" -ra -n auto --maxprocesses 4 --dist worksteal
 
@@ -39,6 +43,12 @@ test-slow: $(VENV)/dev.stamp ## the slow tests; prints what was skipped and why
 
 lab: $(VENV)/dev.stamp ## the notebooks in JupyterLab
 	$(PY) -m jupyterlab nbs/index.ipynb
+
+site: $(VENV)/serve.stamp ## the notebooks and the interface as a web site, into site/
+	$(PY) -m pip install -q -e '.[site]'
+	$(PY) tools/pages.py
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+	@echo "look at it: $(PY) -m http.server -d site --bind 127.0.0.1 8000"
 
 bench: $(VENV)/dev.stamp ## compare the engine with its baselines on this machine (half an hour), figures into nbs/bench/
 	$(PY) -m aura_engine.bench
@@ -56,5 +66,5 @@ pictures: $(VENV)/dev.stamp ## make the pictures of README and index again
 	$(PY) tools/nb.py readme
 
 clean: ## remove what make and the tests made, the environment included
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

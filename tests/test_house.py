@@ -200,15 +200,10 @@ def tool(name):
     return path or pytest.skip(f"{name} is not installed")
 
 
-def ruff(*args):
-    done = subprocess.run([tool("ruff"), "check", "--no-cache", "--output-format=concise", *args], cwd=ROOT, capture_output=True, text=True)
+def test_ruff():
+    """Code and notebooks, by ruff.toml."""
+    done = subprocess.run([tool("ruff"), "check", "--no-cache", "--output-format=concise"], cwd=ROOT, capture_output=True, text=True)
     holds((done.stdout + done.stderr).splitlines() if done.returncode else [])
-
-
-def test_ruff_notebooks(): ruff("--select=F,E9,B", "--ignore=B905", "nbs")
-
-
-def test_ruff_code(): ruff("--select=F,E9,B", "--ignore=B905", "--exclude=*.ipynb,.venv,build", ".")
 
 
 # the image

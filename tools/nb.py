@@ -47,7 +47,8 @@ def text_of(value):
 
 def directives(cell):
     """{'export': '', 'eval': 'false'} and the like, from the leading `#|` lines of a code cell."""
-    head = re.match(r"(?:\s*#\|.*\n?)*", text_of(cell["source"]) if cell["cell_type"] == "code" else "")[0]
+    source = text_of(cell["source"]) if cell["cell_type"] == "code" else ""
+    head = "".join(re.findall(r"\A(?:\s*#\|.*\n?)*", source)[:1])
     return {m[1]: m[2].strip() for m in re.finditer(r"#\|\s*([\w-]+):?(.*)", head)}
 
 
@@ -142,7 +143,7 @@ def run(names, root=ROOT, timeout=None, flags=""):
     nb, shell = json.loads(path.read_text(encoding="utf-8")), CaptureShell(path, mpl_format="png", timeout=timeout)
     for i, cell in enumerate(nb["cells"]):
         if not runs(cell, set(settings(root)["tst_flags"].split()) - set(flags.split())): continue
-        cell["outputs"] = list(shell.run(text_of(cell["source"])))
+        cell["outputs"] = list(shell.run(text_of(cell["source"])))      # pyright: ignore[reportAttributeAccessIssue]  execnb adds it
         if shell.exc: sys.exit(f"{path.name}, cell {i}:\n\n{text_of(cell['source'])}\n\n{''.join(format_exc(shell.exc))}")
     save(path, nb)
     print(f"ran {path.name}", file=sys.stderr)
@@ -166,6 +167,18 @@ def readme_text(root=ROOT):
     return "\n\n".join(parts) + "\n"
 
 
+def figures(names, check=False):
+    """What a reader meets, in numbers, by module; `check` lists what is beyond its bounds and fails on it."""
+    import figures as f
+    rooms = {p.stem for p in notebooks(names)} if names else None
+    paths = f.modules(ROOT, settings()["lib_path"])
+    if rooms: paths = [p for p in paths if f.notebook_of(p) in rooms]
+    print(f.show(paths))
+    wrong = f.problems(paths)
+    print("\n".join(wrong), file=sys.stderr)
+    if check and wrong: sys.exit(1)
+
+
 def check(names):
     """The house rules on everything, or on the named notebooks only; the exit status is pytest's."""
     only = ["-k", " or ".join(p.stem for p in notebooks(names))] if names else []
@@ -175,10 +188,11 @@ def check(names):
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = ap.add_subparsers(dest="cmd", required=True)
-    for f in (pull, push, run, check):
+    for f in (pull, push, run, figures, check):
         p = sub.add_parser(f.__name__, help=f.__doc__)
         p.add_argument("names", nargs="*", help="e.g. 02_models; none means all")
         if f is push: p.add_argument("--force", action="store_true", help="overwrite what was edited since the pull")
+        if f is figures: p.add_argument("--check", action="store_true", help="fail when something is beyond its bounds")
         if f is run: p.add_argument("--timeout", type=int, help="seconds a cell"), p.add_argument("--flags", default="", help="run cells of these flags too, e.g. slow")
         p.set_defaults(go=lambda a, f=f: f(**{k: v for k, v in vars(a).items() if k not in ("cmd", "go")}))
     for cmd, name, text in (("readme", "README.md", readme_text), ("requirements", "requirements.txt", requirements_text)):

@@ -1,0 +1,190 @@
+"""What a reader meets in the package, in numbers: widths, syntax nodes, definitions a cell, comments, complexity.
+
+`python tools/nb.py figures` prints them; tests/test_house.py holds the package to the bounds below. The numbers serve one
+aim: a person reads a cell, understands it, and goes on. `ALLOWED` names the cells where a figure and that aim disagree.
+"""
+import ast, io, re, tokenize
+from dataclasses import dataclass, field
+from pathlib import Path
+
+MOST_WIDE = 120                 # characters a line, no exception
+MOST_NODES = 250                # syntax nodes of an exported cell that defines something
+BOUNDS = {                      # of the whole package: figure -> (least, most)
+    "width p95": (0, 105),
+    "nodes a line p95": (0, 18),
+    "nodes a cell p50": (0, 80),
+    "definitions a cell p50": (0, 1),
+    "definitions a cell p90": (0, 2),
+    "attached methods": (0, 0),
+    "tuples of 3+ per 100 lines": (0, 0.3),
+    "comprehensions per 100 lines": (0, 9),
+    "comments per 100 lines": (4, 10),
+    "functions over 40 lines": (0, 0),
+    "complexity D or worse": (0, 0),
+}
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.IfExp)
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+@dataclass
+class Cell:
+    """One exported cell of a module: the notebook's id and its code."""
+    module: str
+    id: str
+    code: str
+
+    @property
+    def tree(self) -> ast.Module: return ast.parse(self.code)
+
+    @property
+    def definitions(self) -> list[ast.stmt]:
+        return [n for n in self.tree.body if isinstance(n, (*FUNCTIONS, ast.ClassDef))]
+
+    @property
+    def nodes(self) -> int: return sum(1 for _ in ast.walk(self.tree))
+
+    @property
+    def name(self) -> str:
+        """`module.first_definition`, which is how `ALLOWED` and messages name a cell."""
+        return f"{self.module}.{getattr(self.definitions[0], 'name', '')}" if self.definitions else f"{self.module}#{self.id}"
+
+
+@dataclass
+class Figures:
+    """The raw counts of one module, or of several added up."""
+    cells: list[Cell] = field(default_factory=list)
+
+    @property
+    def lines(self) -> list[str]:
+        return [ln for c in self.cells for ln in c.code.splitlines() if ln.strip()]
+
+    @property
+    def trees(self) -> list[ast.Module]: return [c.tree for c in self.cells]
+
+    def table(self) -> dict[str, float]:
+        """Figure -> value, in the order of `BOUNDS` and a few more for people."""
+        widths = [len(ln) for ln in self.lines]
+        defining = [c for c in self.cells if c.definitions]
+        per_100 = 100 / max(len(widths), 1)
+        return {
+            "lines": len(widths),
+            "width p50": percentile(widths, 50),
+            "width p95": percentile(widths, 95),
+            "width max": max(widths, default=0),
+            "nodes a line p95": percentile([n for t in self.trees for n in nodes_by_line(t).values()], 95),
+            "nodes a cell p50": percentile([c.nodes for c in defining], 50),
+            "nodes a cell max": max((c.nodes for c in defining), default=0),
+            "definitions a cell p50": percentile([len(c.definitions) for c in defining], 50),
+            "definitions a cell p90": percentile([len(c.definitions) for c in defining], 90),
+            "attached methods": sum(map(attached, self.trees)),
+            "tuples of 3+ per 100 lines": round(sum(map(wide_tuples, self.trees)) * per_100, 2),
+            "comprehensions per 100 lines": round(sum(map(comprehensions, self.trees)) * per_100, 1),
+            "comments per 100 lines": round(sum(comments(c.code) for c in self.cells) * per_100, 1),
+            "functions over 40 lines": sum(map(long_functions, self.trees)),
+            "complexity D or worse": sum(map(tangled, (c.code for c in self.cells))),
+        }
+
+
+def percentile(values: list[int], p: int) -> int:
+    """The nearest-rank percentile; 0 of nothing."""
+    ranked = sorted(values)
+    return ranked[min(len(ranked) - 1, len(ranked) * p // 100)] if ranked else 0
+
+
+def nodes_by_line(tree: ast.AST) -> dict[int, int]:
+    """Line -> syntax nodes that begin on it."""
+    out: dict[int, int] = {}
+    for n in ast.walk(tree):
+        if line := getattr(n, "lineno", 0): out[line] = out.get(line, 0) + 1
+    return out
+
+
+def attached(tree: ast.AST) -> int:
+    """Statements that hang something onto a class from outside: `Engine.run = …`, `setattr(Engine, …)`."""
+    found = 0
+    for n in ast.walk(tree):
+        if isinstance(n, ast.Assign):
+            flat = [e for t in n.targets for e in (t.elts if isinstance(t, ast.Tuple) else [t])]
+            found += any(isinstance(e, ast.Attribute) and is_class_name(e.value) for e in flat)
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == "setattr":
+            found += bool(n.args) and is_class_name(n.args[0])
+    return found
+
+
+def is_class_name(n: ast.expr) -> bool: return isinstance(n, ast.Name) and n.id[:1].isupper() and not n.id.isupper()
+
+
+def wide_tuples(tree: ast.AST) -> int:
+    """Assignments to three or more names at once."""
+    targets = [t for n in ast.walk(tree) if isinstance(n, ast.Assign) for t in n.targets]
+    return sum(isinstance(t, ast.Tuple) and len(t.elts) > 2 for t in targets)
+
+
+def comprehensions(tree: ast.AST) -> int: return sum(isinstance(n, COMPREHENSIONS) for n in ast.walk(tree))
+
+
+def comments(code: str) -> int:
+    """Comments, by tokens: a `#` inside a string is none."""
+    return sum(t.type == tokenize.COMMENT for t in tokenize.generate_tokens(io.StringIO(code).readline))
+
+
+def long_functions(tree: ast.AST) -> int:
+    functions = [n for n in ast.walk(tree) if isinstance(n, FUNCTIONS)]
+    return sum((f.end_lineno or 0) - f.lineno >= 40 for f in functions)
+
+
+def tangled(code: str) -> int:
+    """Functions of radon's rank D or worse (cyclomatic complexity above 20)."""
+    from radon.complexity import cc_visit
+    return sum(b.complexity > 20 for b in cc_visit(code) if not hasattr(b, "methods"))
+
+
+def cells_of(module: Path) -> list[Cell]:
+    """The exported cells of a generated module, without nbdev's `__all__`."""
+    parts = re.split(r"^# %% (.*)$", module.read_text(encoding="utf-8"), flags=re.M)
+    heads, bodies = parts[1::2], parts[2::2]
+    exported = zip(heads, bodies, strict=True)
+    return [Cell(module.stem, head.split("#")[-1].strip(), body.strip()) for head, body in exported if not head.startswith("auto")]
+
+
+def modules(root: Path, lib: str) -> list[Path]:
+    """The modules that notebooks export."""
+    return sorted(p for p in (root / lib).glob("*.py") if not p.name.startswith("_"))
+
+
+def notebook_of(module: Path) -> str:
+    """The stem of the notebook that exports a module, from nbdev's header."""
+    found = re.search(r"File to edit: .*?([^/]+)\.ipynb", module.read_text(encoding="utf-8"))
+    return found[1] if found else ""
+
+
+def problems(paths: list[Path]) -> list[str]:
+    """Where the package is beyond its bounds, in words."""
+    out = []
+    everything = Figures([c for p in paths for c in cells_of(p)])
+    for c in everything.cells:
+        for i, line in enumerate(c.code.splitlines(), 1):
+            if len(line) > MOST_WIDE: out.append(f"{c.name}, line {i}: {len(line)} characters, allowed {MOST_WIDE}")
+        most = ALLOWED.get(c.name, MOST_NODES)
+        if c.definitions and c.nodes > most: out.append(f"{c.name}: {c.nodes} syntax nodes in one cell, allowed {most}")
+        if attached(c.tree): out.append(f"{c.name}: hangs a method onto a class from outside")
+    table = everything.table()
+    scope = "the package" if len(paths) > 1 else paths[0].stem
+    for name, (least, most) in BOUNDS.items():
+        if not least <= table[name] <= most: out.append(f"{scope}: {name} is {table[name]}, allowed {least} to {most}")
+    return out
+
+
+def show(paths: list[Path]) -> str:
+    """A table: one row a module, the whole package last."""
+    rows = [(p.stem, Figures(cells_of(p)).table()) for p in paths]
+    rows.append(("all", Figures([c for p in paths for c in cells_of(p)]).table()))
+    names = list(rows[0][1])
+    head = "| module | " + " | ".join(names) + " |"
+    rule = "| --- " * (len(names) + 1) + "|"
+    body = ["| " + " | ".join([stem, *(f"{table[n]:g}" for n in names)]) + " |" for stem, table in rows]
+    return "\n".join([head, rule, *body])
+
+
+# Cells in which one idea needs more nodes than the bound: the name, and how many it may have.
+ALLOWED: dict[str, int] = {}

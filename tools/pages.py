@@ -1,0 +1,56 @@
+"""The site: notebooks with their outputs, the public interface from its docstrings, search, dark mode; no request leaves it.
+
+`make site` runs this file, which lays the sources of the pages into build/pages, and then mkdocs, which writes site/.
+"""
+import json, re, shutil
+from pathlib import Path
+
+import nb
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ROOT / "build/pages"
+DIRECTIVE = re.compile(r"^\s*#\|.*\n?", re.M)
+NOTEBOOK_LINK = re.compile(r"(\]\((?!\w+:)[^)\s]+)\.ipynb\b")        # a link to a notebook becomes one to its page
+UPWARD_LINK = re.compile(r"\]\(\.\./([A-Z]+)\.md\)")                 # from nbs/ to CHANGELOG.md and its like
+
+
+def page_of(path: Path) -> dict:
+    """A notebook as a reader of the site meets it: no hidden cells, no `#|` directives, links to pages."""
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    shown = []
+    for cell in notebook["cells"]:
+        if {"hide", "default_exp"} & set(nb.directives(cell)): continue
+        text = nb.text_of(cell["source"])
+        if cell["cell_type"] == "markdown":
+            text = UPWARD_LINK.sub(lambda m: f"]({m[1].lower()}.html)", NOTEBOOK_LINK.sub(r"\1.html", text))
+        else:
+            text = DIRECTIVE.sub("", text).strip("\n")
+        shown.append({**cell, "source": text.splitlines(keepends=True)})
+    return {**notebook, "cells": shown}
+
+
+def interface_page() -> str:
+    """One section for each public name: its signature and docstring, read from the source without importing it."""
+    PUBLIC = {"AuraClient": "client", "load_settings": "config"}
+    head = ["# The interface", "",
+            "`import aura_engine as ae` gives the names on this page. The changelog speaks of these only.",
+            "Everything else may change between two versions.", ""]
+    for name, module in PUBLIC.items():
+        head += [f"::: aura_engine.{module}.{name}", ""]
+    return "\n".join(head)
+
+
+def lay_out() -> None:
+    """Write build/pages afresh."""
+    shutil.rmtree(PAGES, ignore_errors=True)
+    shutil.copytree(ROOT / "nbs/images", PAGES / "images")
+    for path in nb.notebooks():
+        (PAGES / path.name).write_text(json.dumps(page_of(path), ensure_ascii=False), encoding="utf-8")
+    for name in ("CHANGELOG", "CONTRIBUTING"):
+        text = (ROOT / f"{name}.md").read_text(encoding="utf-8")
+        text = re.sub(r"\]\(nbs/([^)]+\.ipynb)\)", r"](\1)", text)
+        (PAGES / f"{name.lower()}.md").write_text(text, encoding="utf-8")
+    (PAGES / "interface.md").write_text(interface_page(), encoding="utf-8")
+
+
+if __name__ == "__main__": lay_out()
