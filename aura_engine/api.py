@@ -21,13 +21,14 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from fastapi_offline import FastAPIOffline
 
 # %% auto #0
-__all__ = ['log', 'MAX_BODY', 'REASONS', 'KINDS', 'AnyJob', 'PAGE', 'PAGE_POLICY', 'PICTURES', 'MAKING', 'routes', 'EXPOSED',
-           'as_error', 'Metrics', 'memory', 'Stopwatch', 'Api', 'prepare', 'follow', 'Made', 'make', 'wanted',
-           'heartbeat', 'frame', 'preview_jpeg', 'event_data', 'stream', 'event_stream', 'request_id', 'respond',
-           'generate', 'refine', 'Kept', 'Jobs', 'GenerateJob', 'RefineJob', 'keep', 'create_job', 'read_job',
-           'cancel_job', 'Replayed', 'ReplayRequest', 'picture_of', 'differences', 'replay', 'health', 'ready',
-           'metrics', 'page', 'Answer', 'Problem', 'JobState', 'Route', 'Stamp', 'Guard', 'answer_error', 'check_key',
-           'create_app']
+__all__ = ['log', 'MAX_BODY', 'REASONS', 'KINDS', 'UNBUFFERED', 'AnyJob', 'SMALL_EXAMPLES', 'EXAMPLES', 'PAGE', 'PAGE_POLICY',
+           'PICTURES', 'MAKING', 'routes', 'EXPOSED', 'as_error', 'Metrics', 'memory', 'Stopwatch', 'Api', 'prepare',
+           'follow', 'Made', 'make', 'wanted', 'heartbeat', 'frame', 'preview_jpeg', 'event_data', 'stream',
+           'event_stream', 'request_id', 'respond', 'generate', 'refine', 'Replayed', 'ReplayRequest', 'picture_of',
+           'differences', 'replay', 'KeptEvent', 'Kept', 'job_status', 'job_progress', 'job_result', 'job_state',
+           'job_address', 'Jobs', 'GenerateJob', 'RefineJob', 'ReplayJob', 'begin_job', 'keep', 'create_job',
+           'read_job', 'job_events', 'cancel_job', 'health', 'limits_of', 'examples', 'ready', 'metrics', 'page',
+           'Answer', 'Problem', 'JobState', 'Route', 'Stamp', 'Guard', 'answer_error', 'check_key', 'create_app']
 
 # %% ../nbs/09_api.ipynb #4b6c9695
 from PIL import Image as Pillow
@@ -202,7 +203,7 @@ def wanted(accept: str) -> str:
     return min(ranked)[2] if ranked else "json"
 
 # %% ../nbs/09_api.ipynb #f139f029
-async def heartbeat(source: AsyncIterator[bytes], seconds: float = 10, left: Callable = lambda: None) -> AsyncIterator[bytes]:
+async def heartbeat(source: AsyncIterator[bytes], seconds: float = 10, left: Callable | None = None) -> AsyncIterator[bytes]:
     "The items of `source`, and an SSE comment whenever nothing came for `seconds`. `left()` is called when the reader leaves before the end."
     queue, end = asyncio.Queue(4), object()
     async def pump():
@@ -222,9 +223,9 @@ async def heartbeat(source: AsyncIterator[bytes], seconds: float = 10, left: Cal
         task.cancel()
         if left: left()
 
-def frame(name: str | None, data: dict) -> bytes:
-    "One server-sent event with JSON data."
-    return format_sse_event(event=name, data_str=_json(data))
+def frame(name: str | None, data: dict, id: int | None = None) -> bytes:
+    "One server-sent event with JSON data, and its number where it has one."
+    return format_sse_event(event=name, data_str=_json(data), id=None if id is None else str(id))
 
 def _json(data: Any) -> str: return JSONResponse(data).body.decode()
 
@@ -237,9 +238,11 @@ def preview_jpeg(pixels, side: int = 512) -> bytes:
     im.resize((round(im.width * scale), round(im.height * scale)), Pillow.BICUBIC).save(out, "JPEG", quality=70)
     return out.getvalue()
 
-async def event_data(api: Api, event: Event, format: str, request_id: str = "") -> tuple[str, dict]:
+async def event_data(api: Api, job, event: Event, format: str, request_id: str = "") -> tuple[str, dict]:
     "An event as (name, JSON data): queued, step, preview, image, failed, done."
-    if isinstance(event, Queued): return "queued", {"position": event.position, "etaSeconds": event.eta_seconds}
+    if isinstance(event, Queued):
+        seeds = [p.seed for p in job.plan.pictures]
+        return "queued", {"position": event.position, "etaSeconds": event.eta_seconds, "seeds": seeds}
     if isinstance(event, Step): return "step", {"index": event.index, "step": event.step, "steps": event.steps}
     if isinstance(event, Preview): return "preview", {"index": event.index, "image": to_base64(await api.aside(preview_jpeg, event.image))}
     if isinstance(event, Image):
@@ -254,7 +257,7 @@ async def stream(api: Api, job, format: str, request: Request) -> AsyncIterator[
         async with aclosing(follow(api, job)) as events:
             async for e in events:
                 if isinstance(e, Failed): api.metrics.failed(e.error)
-                yield frame(*await event_data(api, e, format, request_id(request)))
+                yield frame(*await event_data(api, job, e, format, request_id(request)))
     except Exception:
         log.exception("a stream broke", extra={"requestId": request_id(request)})
         yield frame("failed", {"problem": as_error(RuntimeError()).problem(request_id(request))})
@@ -263,7 +266,9 @@ async def stream(api: Api, job, format: str, request: Request) -> AsyncIterator[
 def event_stream(api: Api, source: AsyncIterator[bytes], job) -> Response:
     "An answer that sends `source`, with a heartbeat; when the connection ends before it, the job is cancelled, and counted so."
     beats = heartbeat(source, left=lambda: api.metrics.failed(Cancelled()))
-    return EventSourceResponse(beats, headers={"cache-control": "no-cache", "x-accel-buffering": "no"}, background=BackgroundTask(job.cancel))
+    return EventSourceResponse(beats, headers=UNBUFFERED, background=BackgroundTask(job.cancel))
+
+UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 # %% ../nbs/09_api.ipynb #f596e024
 def request_id(request: Request) -> str:
@@ -292,113 +297,6 @@ async def generate(request: Request, body: GenerateRequest) -> Response:
 async def refine(request: Request, body: RefineRequest) -> Response:
     "Pictures from pictures: one for each given, guided by `refinePrompt`."
     return await respond(request, body)
-
-# %% ../nbs/09_api.ipynb #364069dd
-@dataclass
-class Kept:
-    "A job in the store: what the engine is asked, how far it is, how it ended."
-    job: Any
-    task: Any = None
-    progress: dict[int, tuple[int, int]] = field(default_factory=dict)
-    made: Made | None = None
-    error: AuraError | None = None
-    ended: float | None = None
-    deleted: bool = False
-
-    @property
-    def size(self) -> int: return sum(map(len, self.made.files)) if self.made and not self.deleted else 0
-    @property
-    def status(self) -> str:
-        if self.deleted and not self.made: return "cancelled"                # also while its last step still runs
-        if self.ended is None: return "running" if self.progress else "queued"
-        return "succeeded" if self.made else "cancelled" if self.error.code == "cancelled" else "failed"
-
-    def json(self, request_id: str = "") -> dict:
-        "What GET /jobs/{id} answers."
-        first = next((e for e in self.job.log if isinstance(e, Queued)), Queued(0, 0.0))
-        out = {"id": self.job.id, "status": self.status, "statusUrl": f"/jobs/{self.job.id}"}
-        if self.ended is None: out |= {"position": first.position, "etaSeconds": first.eta_seconds}
-        out["progress"] = [{"index": i, "step": s, "steps": n} for i, (s, n) in sorted(self.progress.items())]
-        if self.made and not self.deleted: out["result"] = self.made.json()
-        if self.error: out["problem"] = self.error.problem(request_id)
-        return out
-
-# %% ../nbs/09_api.ipynb #c27df1d0
-class Jobs:
-    "Jobs by id: kept `seconds` after their end, at most `most` of them and `bytes` of pictures. Only the event loop touches it."
-    def __init__(self, seconds: float = 600, most: int = 256, bytes: int = 256 * 2**20):
-        self.seconds, self.most, self.bytes, self.kept = seconds, most, bytes, {}
-
-    def sweep(self, room: int = 0) -> None:
-        "Forget what is too old, and of the ended jobs the oldest while there are too many; leave `room` for new ones."
-        now = time.monotonic()
-        ended = sorted((k for k in self.kept.values() if k.ended), key=lambda k: k.ended)
-        while ended and (now - ended[0].ended > self.seconds or len(self.kept) + room > self.most or sum(k.size for k in ended) > self.bytes):
-            del self.kept[ended.pop(0).job.id]
-
-    def open(self) -> None:
-        "Refuse with QueueFull when there is no room for one more."
-        self.sweep(1)
-        if len(self.kept) >= self.most: raise QueueFull(f"{self.most} jobs are running; wait for one of them.", retry_after=5)
-
-    def get(self, id: str) -> Kept:
-        "The job of an id; NotFound when it is unknown or forgotten."
-        self.sweep()
-        if id not in self.kept: raise NotFound(f"No job {shown(id, 40)}: it never was, or it ended more than {self.seconds / 60:g} minutes ago.")
-        return self.kept[id]
-
-# %% ../nbs/09_api.ipynb #809bf228
-class GenerateJob(_Request):
-    "A generation as a job."
-    route: Literal["generate"]
-    request: GenerateRequest
-
-class RefineJob(_Request):
-    "A refinement as a job."
-    route: Literal["refine"]
-    request: RefineRequest
-
-AnyJob = Annotated[GenerateJob | RefineJob, Field(discriminator="route")]
-
-async def keep(api: Api, kept: Kept, format: str) -> None:
-    "Follow a job to its end and keep the outcome."
-    done = {}
-    try:
-        async with aclosing(follow(api, kept.job)) as events:
-            async for e in events:
-                if isinstance(e, Failed): raise e.error
-                if isinstance(e, Step): kept.progress[e.index] = e.step, e.steps
-                if isinstance(e, Image): done[e.index] = await api.aside(as_file, e.image, format, e.receipt)
-        if not kept.deleted: kept.made = Made(format, *(list(x) for x in zip(*(done[i] for i in sorted(done)), strict=True)), list(kept.job.warnings))
-    except Exception as exc:
-        kept.error = as_error(exc)
-        api.metrics.failed(kept.error)
-        if not isinstance(exc, AuraError): log.exception("a job broke")
-    kept.ended = time.monotonic()
-
-# %% ../nbs/09_api.ipynb #fc610b24
-async def create_job(request: Request, body: AnyJob) -> Response:
-    "Start a job and answer at once: 202 with the address to ask for it."
-    api, ask = request.app.state.api, body.request
-    api.jobs.open()
-    kept = Kept(await api.submit(ask))
-    api.jobs.kept[kept.job.id] = kept
-    kept.task = asyncio.create_task(keep(api, kept, ask.format if body.route == "generate" else ask.config.format))
-    return JSONResponse({k: kept.json()[k] for k in ("id", "status", "statusUrl")}, 202, {"location": f"/jobs/{kept.job.id}"})
-
-async def read_job(request: Request, id: str) -> Response:
-    "How far a job is; with its `result` when it has succeeded, with its `problem` when it has failed. 410 once it was deleted."
-    kept = request.app.state.api.jobs.get(id)
-    return JSONResponse(kept.json(request_id(request)), 410 if kept.deleted else 200, {"cache-control": "no-store"})
-
-async def cancel_job(request: Request, id: str) -> Response:
-    "Cancel a job and let go of its pictures. `status` in the answer tells how it ended: one that had succeeded has."
-    kept = request.app.state.api.jobs.get(id)
-    kept.job.cancel()
-    if kept.task and kept.ended is None: await asyncio.wait({kept.task}, timeout=2)
-    kept.deleted = True
-    if kept.made: kept.made.files.clear()
-    return JSONResponse({k: kept.json()[k] for k in ("id", "status", "statusUrl")})
 
 # %% ../nbs/09_api.ipynb #250ae5f0
 class Replayed(BaseModel):
@@ -488,13 +386,240 @@ async def replay(request: Request, body: ReplayRequest) -> Response:
     made.warnings += differences(old, made.receipts[0])
     return JSONResponse(made.json())
 
+# %% ../nbs/09_api.ipynb #feeb24d2
+@dataclass
+class KeptEvent:
+    "An event of a kept job as its clients get it: name and JSON data. `data` is None once nobody needs it any more."
+    name: str
+    data: dict | None
+
+    @property
+    def size(self) -> int:
+        "Bytes that its picture holds."
+        return len((self.data or {}).get("image", ""))
+
+# %% ../nbs/09_api.ipynb #d53ad7ec
+class Kept:
+    "A job in the store: its events from the first, how far it is, how it ended. `job` is the engine's, None once that has ended."
+    def __init__(self, job, format: str = "png"):
+        self.id, self.format = job.id, format
+        self.job = job
+        self.task: asyncio.Task | None = None
+        self.events: list[KeptEvent] = []
+        self.error: AuraError | None = None
+        self.ended: float | None = None                       # time.monotonic() of its end
+        self.deleted = False
+        self._news = asyncio.Event()
+
+    def tell(self, name: str, data: dict) -> None:
+        "Keep an event and wake whoever waits for it."
+        if name in ("preview", "image"): self._overtake(data["index"])
+        self.events.append(KeptEvent(name, data))
+        self._wake()
+
+    def _overtake(self, index: int) -> None:
+        for event in self.events:
+            if event.name == "preview" and event.data and event.data["index"] == index: event.data = None
+
+    def _wake(self) -> None:
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+    def end(self, error: AuraError | None = None) -> None:
+        "The engine has finished with it."
+        self.error, self.ended = error, time.monotonic()
+        self.job = None                                       # its log holds every picture once more
+        self._wake()
+
+    def forget(self) -> None:
+        "Let go of the pictures."
+        self.deleted = True
+        for event in self.events:
+            if event.name in ("preview", "image"): event.data = None
+
+    async def read(self, after: int = 0) -> AsyncIterator[bytes]:
+        "Its events with numbers above `after` as frames; waits for each, and ends with the job."
+        while True:
+            news = self._news
+            while after < len(self.events):
+                after += 1
+                event = self.events[after - 1]
+                if event.data is not None: yield frame(event.name, event.data, after)
+            if self.ended is not None: return
+            await news.wait()
+
+# %% ../nbs/09_api.ipynb #937d9c31
+def job_status(kept: Kept) -> str:
+    "queued, running, succeeded, failed or cancelled."
+    done = any(e.name == "done" for e in kept.events) and kept.error is None
+    if done: return "succeeded"
+    if kept.deleted: return "cancelled"                       # also while its last step still runs
+    if kept.error is not None: return "cancelled" if kept.error.code == "cancelled" else "failed"
+    return "running" if any(e.name == "step" for e in kept.events) else "queued"
+
+def job_progress(kept: Kept) -> list[dict]:
+    "The last step of each picture."
+    last = {e.data["index"]: e.data for e in kept.events if e.name == "step"}
+    return [last[i] for i in sorted(last)]
+
+def job_result(kept: Kept) -> dict:
+    "The pictures of a job that succeeded, as its route answers."
+    images = sorted((e.data for e in kept.events if e.name == "image"), key=lambda d: d["index"])
+    warnings = next(e.data["warnings"] for e in kept.events if e.name == "done")
+    return {"images": [d["image"] for d in images], "receipts": [d["receipt"] for d in images], "warnings": warnings}
+
+def job_state(kept: Kept, request_id: str = "") -> dict:
+    "What GET /jobs/{id} answers."
+    status = job_status(kept)
+    out = job_address(kept)
+    first = next((e.data for e in kept.events if e.name == "queued"), {"position": 0, "etaSeconds": 0.0})
+    if kept.ended is None: out |= {"position": first["position"], "etaSeconds": first["etaSeconds"]}
+    out["progress"] = job_progress(kept)
+    if status == "succeeded" and not kept.deleted: out["result"] = job_result(kept)
+    if kept.error: out["problem"] = kept.error.problem(request_id)
+    return out
+
+def job_address(kept: Kept) -> dict:
+    "The part of a job's state that never grows."
+    return {"id": kept.id, "status": job_status(kept), "statusUrl": f"/jobs/{kept.id}"}
+
+# %% ../nbs/09_api.ipynb #d5be2426
+class Jobs:
+    "Jobs by id: kept `seconds` after their end, at most `most` of them and `bytes` of pictures. Only the event loop touches it."
+    def __init__(self, seconds: float = 600, most: int = 256, bytes: int = 256 * 2**20):
+        self.seconds, self.most, self.bytes = seconds, most, bytes
+        self.kept: dict[str, Kept] = {}
+
+    def sweep(self, room: int = 0) -> None:
+        "Forget what is too old, and of the ended jobs the oldest while there are too many; leave `room` for new ones."
+        oldest = time.monotonic() - self.seconds
+        ended = sorted((k for k in self.kept.values() if k.ended), key=lambda k: k.ended)
+        while ended and (ended[0].ended < oldest or self._crowded(room)): del self.kept[ended.pop(0).id]
+
+    def _crowded(self, room: int) -> bool:
+        held = sum(e.size for k in self.kept.values() for e in k.events)
+        return len(self.kept) + room > self.most or held > self.bytes
+
+    def open(self) -> None:
+        "Refuse with QueueFull when there is no room for one more."
+        self.sweep(1)
+        if len(self.kept) >= self.most: raise QueueFull(f"{self.most} jobs are running; wait for one of them.", retry_after=5)
+
+    def get(self, id: str) -> Kept:
+        "The job of an id; NotFound when it is unknown or forgotten."
+        self.sweep()
+        if id not in self.kept: raise NotFound(f"No job {shown(id, 40)}: it never was, or it ended more than {self.seconds / 60:g} minutes ago.")
+        return self.kept[id]
+
+# %% ../nbs/09_api.ipynb #ada5e47b
+class GenerateJob(_Request):
+    "A generation as a job; `previews`: its events show how it comes along."
+    route: Literal["generate"]
+    request: GenerateRequest
+    previews: bool = False
+
+class RefineJob(_Request):
+    "A refinement as a job."
+    route: Literal["refine"]
+    request: RefineRequest
+    previews: bool = False
+
+class ReplayJob(_Request):
+    "A replay as a job."
+    route: Literal["replay"]
+    request: ReplayRequest
+    previews: bool = False
+
+AnyJob = Annotated[GenerateJob | RefineJob | ReplayJob, Field(discriminator="route")]
+
+# %% ../nbs/09_api.ipynb #3a6088c7
+async def begin_job(api: Api, body: GenerateJob | RefineJob | ReplayJob) -> tuple[Kept, Receipt | None]:
+    "Hand a job to the engine -> (what is kept of it, the receipt that it replays)."
+    ask = body.request
+    if isinstance(ask, RefineRequest): return Kept(await api.submit(ask, body.previews), ask.config.format), None
+    if isinstance(ask, GenerateRequest): return Kept(await api.submit(ask, body.previews), ask.format), None
+    old, picture = await api.aside(picture_of, ask, api.row())
+    return Kept(api.engine.submit(Plan((picture,)), previews=body.previews), ask.format), old
+
+async def keep(api: Api, kept: Kept, old: Receipt | None = None) -> None:
+    "Follow a job to its end and keep what it tells; `old`: the receipt it replays."
+    error, differs = None, []
+    try:
+        async with aclosing(follow(api, kept.job)) as events:
+            async for e in events:
+                if isinstance(e, Failed): kept.error = error = e.error
+                if isinstance(e, Image) and old is not None: differs = differences(old, e.receipt)
+                name, data = await event_data(api, kept.job, e, kept.format)
+                if kept.deleted and name in ("preview", "image"): continue
+                if name == "done": data = {"warnings": [*data["warnings"], *differs]}
+                kept.tell(name, data)
+    except Exception as exc:
+        error = as_error(exc)
+        log.exception("a job broke")
+        kept.tell("failed", {"problem": error.problem()})
+        kept.tell("done", {"warnings": []})
+    if error: api.metrics.failed(error)
+    kept.end(error)
+
+# %% ../nbs/09_api.ipynb #66cdb80d
+async def create_job(request: Request, body: AnyJob) -> Response:
+    "Start a job and answer at once: 202 with the address to ask for it."
+    api = request.app.state.api
+    api.jobs.open()
+    kept, old = await begin_job(api, body)
+    api.jobs.kept[kept.id] = kept
+    kept.task = asyncio.create_task(keep(api, kept, old))
+    return JSONResponse(job_address(kept), 202, {"location": f"/jobs/{kept.id}"})
+
+async def read_job(request: Request, id: str) -> Response:
+    "How far a job is; with its `result` when it has succeeded, with its `problem` when it has failed. 410 once it was deleted."
+    kept = request.app.state.api.jobs.get(id)
+    return JSONResponse(job_state(kept, request_id(request)), 410 if kept.deleted else 200, {"cache-control": "no-store"})
+
+async def job_events(request: Request, id: str) -> Response:
+    "A job's events from the first, or after `Last-Event-ID`. 204 when it has ended and there is nothing more; 410 once it was deleted."
+    kept = request.app.state.api.jobs.get(id)
+    if kept.deleted: return JSONResponse(job_state(kept, request_id(request)), 410)
+    last = request.headers.get("last-event-id", "")
+    after = int(last) if re.fullmatch(r"\d{1,9}", last) else 0
+    if kept.ended is not None and after >= len(kept.events): return Response(status_code=204)      # EventSource then asks no more
+    return EventSourceResponse(heartbeat(kept.read(after)), headers=UNBUFFERED)
+
+async def cancel_job(request: Request, id: str) -> Response:
+    "Cancel a job and free its pictures. `status` in the answer tells how it ended: one that had succeeded has."
+    kept = request.app.state.api.jobs.get(id)
+    if kept.job is not None: kept.job.cancel()
+    if kept.task and kept.ended is None: await asyncio.wait({kept.task}, timeout=2)
+    kept.forget()
+    return JSONResponse(job_address(kept))
+
 # %% ../nbs/09_api.ipynb #6d002436
+SMALL_EXAMPLES = ("a red apple", "an owl", "a fox", "a rocket on a black background", "a green apple", "a sailboat", "a cupcake",
+                  "two cats", "a blue bird", "a mushroom", "a hot air balloon", "a penguin", "a cactus", "a snowman", "a pineapple", "a turtle")
+EXAMPLES = ("an owl reading by candlelight, oil painting", "a lighthouse on a cliff in a storm", "a red fox in fresh snow, soft morning light",
+            "a rocket over a desert at dusk, long exposure", "a bowl of ramen on a wooden table, top view", "an old sailboat in a quiet harbour, watercolour",
+            "a city street in the rain at night, neon reflections", "a hot air balloon above green hills", "a portrait of an astronaut, studio light",
+            "a cosy library with a cat on the windowsill", "a mountain lake at sunrise, mist on the water", "a paper cut-out of a forest with deer")
 PAGE = Path(__file__).parent / "assets" / "page" / "index.html" if "__file__" in globals() else Path("../aura_engine/assets/page/index.html")
 PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:; connect-src 'self' http: https:; base-uri 'none'; form-action 'none'"
 
 async def health(request: Request) -> Response:
     "What the engine is, has and does; always 200."
-    return JSONResponse(request.app.state.api.engine.health() | {"memory": memory()}, headers={"cache-control": "no-store"})
+    engine = request.app.state.api.engine
+    about = engine.health() | {"limits": limits_of(engine), "memory": memory()}
+    return JSONResponse(about, headers={"cache-control": "no-store"})
+
+def limits_of(engine) -> dict | None:
+    "What a form may ask this model for: (least, default, most) of steps and guidance, its own size and its largest, its LoRAs."
+    if (row := engine.row) is None: return None
+    most = row.native if engine.gpu else round(row.native * row.standard)
+    return {"steps": list(row.steps), "guidance": list(row.guidance), "native": row.native, "most": most, "mask": False, "loras": list(row.loras)}
+
+async def examples(request: Request) -> Response:
+    "Prompts that the loaded model can draw."
+    row = request.app.state.api.engine.row
+    prompts = SMALL_EXAMPLES if row and row.name.startswith("embedded") else EXAMPLES
+    return JSONResponse({"examples": list(prompts)}, headers={"cache-control": "no-cache"})
 
 async def ready(request: Request) -> Response:
     "200 when pictures can be made, 503 with Retry-After until then."
@@ -566,8 +691,10 @@ routes = (
     Route("POST", "/replay", replay, True, Answer, MAKING),
     Route("POST", "/jobs", create_job, True, JobState, MAKING, status=202),
     Route("GET", "/jobs/{id}", read_job, True, JobState, (401, 404), alike=(410,)),
+    Route("GET", "/jobs/{id}/events", job_events, True, None, (401, 404), media=("text/event-stream",), alike=(204, 410)),
     Route("DELETE", "/jobs/{id}", cancel_job, True, JobState, (401, 403, 404)),
     Route("GET", "/health", health, ok=dict[str, Any]),
+    Route("GET", "/examples", examples, ok=dict[str, list[str]]),
     Route("GET", "/ready", ready, ok=dict[str, bool], errors=(503,)),
     Route("GET", "/metrics", metrics, media=("text/plain",)),
     Route("GET", "/", page, media=("text/html",)),

@@ -44,7 +44,7 @@ def test_a_stream_tells_everything_in_order(web):
     seen = events(web, "/generate", body)
     names = [n for n, _ in seen]
     assert names[0] == "queued" and names[-1] == "done" and names.count("step") == names.count("preview") == 8 and names.count("image") == 2
-    assert set(seen[0][1]) == {"position", "etaSeconds"} and set(seen[-1][1]) == {"warnings"}
+    assert set(seen[0][1]) == {"position", "etaSeconds", "seeds"} and seen[0][1]["seeds"] == [3, 4] and set(seen[-1][1]) == {"warnings"}
     for i in range(2): assert [e["step"] for n, e in seen if n == "step" and e["index"] == i] == [1, 2, 3, 4]
     made = {e["index"]: e for n, e in seen if n == "image"}
     lone = web.post("/generate", json=body).json()
@@ -118,6 +118,66 @@ def test_a_job_is_cancelled(web):
     r = web.get(url)
     state = r.json()
     assert r.status_code == 410 and web.delete(url).status_code == 200 and state["status"] == "cancelled" and state["problem"]["type"] == "urn:aura:cancelled" and "result" not in state
+
+
+def job_events(web, url, last=None, most=None):
+    """[(number, name, data), …] of a job's stream; at most `most`, then the connection is closed."""
+    seen, headers = [], {"Last-Event-ID": str(last)} if last is not None else {}
+    with web.stream("GET", url + "/events", headers=headers) as r:
+        if r.status_code != 200: return r.status_code
+        fields = {}
+        for line in r.iter_lines():
+            key, _, value = line.partition(": ")
+            if key: fields[key] = value
+            if not line and "event" in fields: seen.append((int(fields["id"]), fields["event"], json.loads(fields["data"])))
+            if not line: fields = {}
+            if most and len(seen) == most: break
+    return seen
+
+
+def test_a_jobs_events_from_the_first_and_again_after_a_cut(web):
+    body = {"prompt": "an owl", "seed": 3, "steps": 6}
+    url = web.post("/jobs", json={"route": "generate", "request": body, "previews": True}).json()["statusUrl"]
+    first = job_events(web, url, most=4)                                     # then the reader leaves, which cancels nothing
+    rest = job_events(web, url, last=first[-1][0])
+    names = [n for _, n, _ in first + rest]
+    numbers = [i for i, _, _ in first + rest]
+    assert names[0] == "queued" and first[0][2]["seeds"] == [3] and names[-2:] == ["image", "done"] and names.count("step") == 6
+    assert numbers == sorted(set(numbers)) and "preview" in names
+    again = job_events(web, url)                                             # whoever comes late gets everything but the previews
+    assert [n for _, n, _ in again] == ["queued", *["step"] * 6, "image", "done"]
+    assert again[-2][2]["image"] == web.get(url).json()["result"]["images"][0]
+    assert job_events(web, url, last=again[-1][0]) == 204
+    web.delete(url)
+    assert job_events(web, url) == 410 and web.get("/jobs/none/events").status_code == 404
+
+
+def test_a_replay_and_a_refinement_as_jobs(web):
+    made = web.post("/generate", json={"prompt": "a rocket", "steps": 2, "seed": 8}).json()
+    asks = {"replay": {"receipt": {**made["receipts"][0], "device": "cuda"}}, "refine": {"refinePrompt": "a fox", "images": made["images"], "config": {"steps": 1}}}
+    for route, request in asks.items():
+        url = web.post("/jobs", json={"route": route, "request": request}).json()["statusUrl"]
+        seen = job_events(web, url)
+        result = web.get(url).json()["result"]
+        assert [n for _, n, _ in seen][-2:] == ["image", "done"] and "preview" not in [n for _, n, _ in seen]
+        assert result["images"] == [seen[-2][2]["image"]] and result["warnings"] == seen[-1][2]["warnings"]
+        if route == "replay":
+            assert np.abs(pixels(result["images"][0]) - pixels(made["images"][0])).max() <= 1 and result["warnings"][0].startswith("device")
+
+
+def test_a_deleted_job_holds_nothing(web):
+    url = web.post("/jobs", json={"route": "generate", "request": LONG, "previews": True}).json()["statusUrl"]
+    while not web.get(url).json()["progress"]: time.sleep(0.02)
+    web.delete(url)
+    idle(web)
+    assert web.get(url).status_code == 410 and "result" not in web.get(url).json()
+
+
+def test_examples_and_limits(web):
+    prompts = web.get("/examples").json()["examples"]
+    assert len(prompts) >= 10 and web.post("/generate", json={"prompt": prompts[0], "steps": 1}).json()["warnings"] == []
+    limits = web.get("/health").json()["limits"]
+    assert limits["steps"] == [1, 4, 50] and limits["native"] == limits["most"] == 128 and limits["mask"] is False and limits["loras"] == []
 
 
 def test_wrong_jobs(web):
