@@ -158,7 +158,9 @@ def readme_text(root=ROOT):
             src = re.sub(r"""(\]\(|src=["'])(?!\w+:|[#/.])""", r"\1nbs/", src)
             parts.append(re.sub(r"""(\]\(|src=["'])\.\./""", r"\1", src))
         if c["cell_type"] == "code" and not {"hide", "default_exp"} & set(directives(c)):
-            parts.append("```python\n" + re.sub(r"^#\|.*\n", "", src, flags=re.M) + "\n```")
+            # A cell whose point is its result (a table of ours) shows only that, as Quarto's `echo: false` would.
+            if directives(c).get("echo") != "false":
+                parts.append("```python\n" + re.sub(r"^#\|.*\n", "", src, flags=re.M) + "\n```")
             for o in c["outputs"]:
                 data = {k: text_of(v).rstrip() for k, v in o.get("data", {"text/plain": o.get("text", "")}).items()}
                 if "text/markdown" in data: parts.append(data["text/markdown"])

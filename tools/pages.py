@@ -25,6 +25,7 @@ def page_of(path: Path) -> dict:
             text = UPWARD_LINK.sub(lambda m: f"]({m[1].lower()}.html)", NOTEBOOK_LINK.sub(r"\1.html", text))
         else:
             text = DIRECTIVE.sub("", text).strip("\n")
+            if nb.directives(cell).get("echo") == "false": cell["metadata"] = {"tags": ["hide-input"]}
         shown.append({**cell, "source": text.splitlines(keepends=True)})
     return {**notebook, "cells": shown}
 
