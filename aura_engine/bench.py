@@ -15,7 +15,7 @@ from .config import load_settings
 from .engine import Engine
 from .loader import Components, quiet
 from .models import EMBEDDED, ROWS, SAMPLERS, executed_steps
-from .trajectory import TextCache, Trajectory, call_unet, unet_inputs
+from .trajectory import TextCache, Trajectory
 from .types import Picture, Plan, Preview
 
 # %% auto #0
@@ -170,11 +170,11 @@ def summary(taken: list[Taken], seconds: float) -> dict:
 def overhead(engine: Engine, picture: Picture, repeats: int = 40, core: int | None = None) -> dict:
     "Milliseconds a picture takes through the engine, and as bare UNet and VAE calls; interleaved, medians."
     parts, t = engine.parts, Trajectory(engine.parts, picture, TextCache(engine.parts))
-    inputs = unet_inputs(t)
+    inputs = t.unet_input()
     @torch.inference_mode()
     def bare():
         start = time.perf_counter()
-        for _ in range(picture.steps): call_unet(parts.unet, inputs)
+        for _ in range(picture.steps): inputs.call(parts.unet)
         parts.vae.decode(t.latents)
         return time.perf_counter() - start
     with ThreadPoolExecutor(1, initializer=pin, initargs=(core,)) as pool:

@@ -14,7 +14,8 @@ from .config import Settings, unknown_settings
 from .loader import Components, Progress, load
 from .models import SAMPLERS, Row, check_source
 from .optimize import cache_folder, optimize, seal
-from .trajectory import Noise, TextCache, Trajectory, advance, call_unet, decode_batch, decode_latents, encode_picture, unet_inputs
+from .trajectory import Noise, TextCache, Trajectory, advance, decode_batch, decode_latents, encode_picture
+from .unet_input import UNetInput
 from .types import (AuraError, Cancelled, DeadlineExceeded, Degenerate, Done, EngineFailed, Event, Failed, FieldError, Image, Invalid, NotReady, OutOfMemory,
                                Picture, Plan, Preview, QueueFull, Queued, Receipt, ShuttingDown, Step)
 
@@ -256,7 +257,7 @@ def _prepare(self) -> None:
     self.texts, row = TextCache(parts), parts.row
     test = Picture("a red apple", row.native, row.native, steps=row.steps[1] if row.steps[0] == row.steps[2] else min(2, row.steps[1]), guidance_scale=row.guidance[1], seed=1)
     t = Trajectory(parts, test, self.texts)
-    inputs = {k: v[:1] for k, v in unet_inputs(t).items()}
+    inputs = t.unet_input().first()
     while not t.done: advance([t], parts.unet)
     (image, _), decode = _timed(decode_latents, parts, t.latents)
     self.matrix = preview_matrix(parts, t.latents, 4 if decode < 1 else 1)
@@ -272,13 +273,13 @@ def _timed(f, *args) -> tuple:
     start = time.perf_counter()
     return f(*args), time.perf_counter() - start
 
-def _curves(self, parts: Components, inputs: dict, latents: torch.Tensor, decode: float) -> tuple[dict[int, float], dict[int, float]]:
+def _curves(self, parts: Components, inputs: UNetInput, latents: torch.Tensor, decode: float) -> tuple[dict[int, float], dict[int, float]]:
     "The curves of a step and of a decode; `decode`: seconds that one just took."
     def step(rows):
-        call_unet(parts.unet, {k: v.expand(rows, *v.shape[1:]) for k, v in inputs.items()})
+        inputs.pad(rows).call(parts.unet)
         if parts.device.type == "cuda": torch.cuda.synchronize(parts.device)
     def several(rows): decode_batch(parts, latents.expand(rows, -1, -1, -1))
-    of = (self.settings.model_id, parts.revision, parts.lora, parts.device, parts.precision, parts.backend, parts.optimizations, tuple(inputs["sample"].shape), torch.__version__, torch.get_num_threads(), self.settings.max_batch)
+    of = (self.settings.model_id, parts.revision, parts.lora, parts.device, parts.precision, parts.backend, parts.optimizations, tuple(inputs.sample.shape), torch.__version__, torch.get_num_threads(), self.settings.max_batch)
     name = "|".join(map(str, of))
     file, most = cache_folder() / "step_cost.json", self.settings.max_batch
     with torch.inference_mode():

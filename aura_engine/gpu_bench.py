@@ -13,7 +13,8 @@ from . import optimize
 from .bench import Baseline, Stepwise, closed_loop, machine, median_seconds, summary
 from .loader import quiet
 from .optimize import CompiledUNet, GraphedUNet
-from .trajectory import TextCache, Trajectory, advance, call_unet, decode_batch
+from .trajectory import TextCache, Trajectory, advance, decode_batch
+from .unet_input import UNetInput
 from .types import Picture, Plan
 from .waterfall import SIZES, filled, random_model
 
@@ -64,14 +65,15 @@ def seconds_of(call: Callable, size: Size, warmups: int = 3) -> float:
     "Median seconds of a call and the wait for it."
     return median_seconds(lambda: (call(), settled(size)), size.repeats, warmups)
 
-def unet_call(config: dict, batch: int, size: Size, dtype: torch.dtype, seed: int = 0) -> dict:
-    "Random inputs of a UNet, for `call_unet`: the same numbers in every dtype."
+def unet_call(config: dict, batch: int, size: Size, dtype: torch.dtype, seed: int = 0) -> UNetInput:
+    "Random inputs of a UNet: the same numbers in every dtype."
     g, (side, width) = torch.Generator().manual_seed(seed), (config["sample_size"], config["cross_attention_dim"])
     draw = lambda *shape: torch.randn(*shape, generator=g).to(size.device, dtype)
-    given = dict(sample=draw(batch, 4, side, side), timestep=torch.full((batch,), 499.0, device=size.device), encoder_hidden_states=draw(batch, 77, width))
-    if "addition_embed_type" not in config: return given
+    sample, time, text = draw(batch, 4, side, side), torch.full((batch,), 499.0, device=size.device), draw(batch, 77, width)
+    if "addition_embed_type" not in config: return UNetInput(sample, time, text)
     pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-    return given | dict(text_embeds=draw(batch, pooled), time_ids=torch.full((batch, 6), 1024.0, device=size.device, dtype=dtype))
+    sizes = torch.full((batch, 6), 1024.0, device=size.device, dtype=dtype)
+    return UNetInput(sample, time, text, draw(batch, pooled), sizes)
 
 def flops_of(call: Callable) -> int:
     "Floating point operations of convolutions, matrix products and attention in a call."
@@ -99,27 +101,27 @@ def limits(size: Size, tell: Callable) -> None:
 SEARCH = "+ cuDNN search (fp16)"
 
 def variants(config: dict, size: Size):
-    "Yields (name, call of one dict of inputs, dtype): the same UNet, one technique more each time."
+    "Yields (name, call of one input, dtype): the same UNet, one technique more each time."
     import diffusers
     make = lambda: filled(diffusers.UNet2DConditionModel, device=size.device, **config)
     unet = make()
-    yield "fp32, as loaded", lambda given: call_unet(unet, given), torch.float32
+    yield "fp32, as loaded", lambda given: given.call(unet), torch.float32
     with quiet(): unet.to(size.dtype)
-    yield size.precision, lambda given: call_unet(unet, given), size.dtype
+    yield size.precision, lambda given: given.call(unet), size.dtype
     unet.to(memory_format=torch.channels_last)
-    yield "+ channels last", lambda given: call_unet(unet, given), size.dtype
+    yield "+ channels last", lambda given: given.call(unet), size.dtype
     unet.fuse_qkv_projections()
-    yield "+ fused QKV", lambda given: call_unet(unet, given), size.dtype
+    yield "+ fused QKV", lambda given: given.call(unet), size.dtype
     if not size.cuda: return
     graphed = GraphedUNet(unet)
-    yield "+ CUDA graph", lambda given: call_unet(graphed, given), size.dtype
+    yield "+ CUDA graph", lambda given: given.call(graphed), size.dtype
     graphed, unet = None, make().to(torch.float16, memory_format=torch.channels_last)
     unet.fuse_qkv_projections()
     graphed = GraphedUNet(unet)
-    yield "the same in fp16", lambda given: call_unet(graphed, given), torch.float16
+    yield "the same in fp16", lambda given: given.call(graphed), torch.float16
     torch.backends.cudnn.benchmark = True
     graphed.forget()
-    yield SEARCH, lambda given: call_unet(graphed, given), torch.float16
+    yield SEARCH, lambda given: given.call(graphed), torch.float16
 
 # %% ../nbs/18_gpu.ipynb #ac9d489a
 @torch.inference_mode()
@@ -173,21 +175,21 @@ def compiled_of(config: dict, size: Size, tell: Callable, batches, change: Calla
     from torch._dynamo.utils import counters
     counters.clear()
     unet = filled(diffusers.UNet2DConditionModel, device=size.device, **config)
-    reference, flops = call_unet(unet, unet_call(config, 2, size, torch.float32)).float(), flops_of(lambda: call_unet(unet, unet_call(config, 1, size, torch.float32)))
+    reference, flops = unet_call(config, 2, size, torch.float32).call(unet).float(), flops_of(lambda: unet_call(config, 1, size, torch.float32).call(unet))
     with quiet(): unet.to(size.dtype, memory_format=torch.channels_last)
     unet.fuse_qkv_projections()
     change(unet)
     fast = CompiledUNet(unet, backend=size.compiler, **how)
     for b in batches:
         given, start = unet_call(config, b, size, size.dtype), time.perf_counter()
-        call_unet(fast, given); settled(size)
+        given.call(fast); settled(size)
         row = {"batch": b, "compile_s": round(time.perf_counter() - start, 1)}
         for name, call in (("torch.compile", fast), ("torch.compile + CUDA graph", GraphedUNet(fast)))[:1 + size.cuda]:
-            seconds = seconds_of(lambda: call_unet(call, given), size)        # noqa: B023
-            out = call_unet(call, given | unet_call(config, 2, size, size.dtype)) if b == 2 else call_unet(call, {k: torch.cat([v] * (b // 2 or 1))[:b] for k, v in unet_call(config, 2, size, size.dtype).items()})
+            seconds = seconds_of(lambda: given.call(call), size)        # noqa: B023
+            out = UNetInput.cat([unet_call(config, 2, size, size.dtype)] * (b // 2 or 1)).change(lambda v: v[:b]).call(call)        # noqa: B023
             tell({"variant": of + name + "".join(f", {v}" for v in how.values()), **row, "ms": round(1e3 * seconds, 3), "teraflops": round(b * flops / seconds / 1e12, 3), **error_of(out, reference.repeat(b // 2 or 1, 1, 1, 1)[:b])})
     made, fast.sealed = counters["stats"]["unique_graphs"], True
-    for b in (*batches, *(b + 1 for b in batches)): call_unet(fast, {k: v[:1].expand(b, *v.shape[1:]) for k, v in unet_call(config, 1, size, size.dtype, seed=5).items()})
+    for b in (*batches, *(b + 1 for b in batches)): unet_call(config, 1, size, size.dtype, seed=5).pad(b).call(fast)
     tell({"variant": of + "graphs", "shapes": len(batches), "graphs": made, "recompiles": counters["stats"]["unique_graphs"] - made})
 
 def compiled(size: Size, tell: Callable) -> None:

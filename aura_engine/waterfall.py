@@ -179,7 +179,7 @@ def cold(folder: Path, px: int, cache: Path) -> dict:
     parts = optimize(load(settings), settings)
     t = Trajectory(parts, Picture(PROMPT, px, px, steps=STEPS, guidance_scale=1.0, seed=1, scheduler="lcm"), TextCache(parts))
     rows = t.latents.shape
-    parts.unet.graphs.prepare(tuple(rows), (1, parts.unet.config["block_out_channels"][0]), tuple(t.embeds.shape))
+    parts.unet.graphs.prepare(tuple(rows), (1, parts.unet.config["block_out_channels"][0]), tuple(t.conditions.text.shape))
     parts.vae.decode.graphs.prepare(tuple(rows))
     ready, cpu = time.perf_counter(), time.process_time() - used
     while not t.done: advance([t], parts.unet)

@@ -96,7 +96,7 @@ def test_texts_are_encoded_once_where_the_lora_leaves_them_alone(family):
     parts = load(settings(base, loras))
     texts, calls = TextCache(parts), []
     parts.text_encoders[0].register_forward_hook(lambda *_: calls.append(1))
-    one = {a: texts(*texts.keys(replace(FOX, lora=a))[-1]).embeds for a in (None, "ink", "clay", None, "ink")}
+    one = {a: texts(texts.keys(replace(FOX, lora=a))[-1]).embeds for a in (None, "ink", "clay", None, "ink")}
     assert len(calls) == 2 and torch.equal(one[None], one["ink"]) and (one[None] - one["clay"]).abs().max() > 1e-2
 
 
