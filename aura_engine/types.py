@@ -208,12 +208,12 @@ def field_errors(err: ValidationError | list, skip: int = 0) -> tuple[FieldError
 # %% ../nbs/01_types.ipynb #25729e3e
 @dataclass(frozen=True)
 class Note:
-    "A correction: which field, what was given, what is used, and why."
+    "A correction: which field, what was given, what is used, and a sentence that tells people so."
     field: str
     given: Any
     used: Any
-    reason: str
-    def __str__(self): return f"{self.field}: {self.given} -> {self.used} ({self.reason})"
+    text: str
+    def __str__(self) -> str: return self.text
 
 @dataclass(frozen=True)
 class Picture:
