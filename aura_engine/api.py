@@ -34,6 +34,7 @@ __all__ = ['log', 'MAX_BODY', 'REASONS', 'KINDS', 'UNBUFFERED', 'AnyJob', 'SMALL
 from PIL import Image as Pillow
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from pydantic import BaseModel, Field, model_validator
+from pydantic.alias_generators import to_camel
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -41,9 +42,10 @@ from starlette.middleware.cors import CORSMiddleware
 from . import __version__
 from .config import normalise_origin
 from .images import MIME, as_file, decode, from_base64, receipt_of, to_base64
-from .models import SAMPLERS, Row, allowed_lora, plan
+from .models import SAMPLERS, Row
+from .planning import allowed_lora, plan
 from .types import (MAX_SEED, AuraError, Cancelled, Event, Failed, FieldError, ForeignOrigin, GenerateRequest, Image, Invalid, Malformed,
-    MethodNotAllowed, NotFound, NotReady, Picture, Plan, Preview, Prompt, Queued, QueueFull, Receipt, RefineRequest, ShuttingDown, Step, TooLarge,
+    MethodNotAllowed, NotFound, NotReady, Picture, Plan, Preview, Prompt, Queued, QueueFull, Receipt, RefineConfig, RefineRequest, ShuttingDown, Step, TooLarge,
     Unauthorized, Unsupported, _Request, field_errors, shown)
 
 log = logging.getLogger("aura_engine.api")
@@ -140,7 +142,8 @@ class Api:
     async def submit(self, ask: GenerateRequest | RefineRequest, previews: bool = False):
         "A checked request -> the engine's Job. Raises Invalid, NotReady, QueueFull."
         row = self.row()
-        todo = await self.aside(prepare, ask, row, self.engine.gpu) if isinstance(ask, RefineRequest) else plan(ask, row, gpu=self.engine.gpu)
+        try: todo = await self.aside(prepare, ask, row, self.engine.gpu) if isinstance(ask, RefineRequest) else plan(ask, row, gpu=self.engine.gpu)
+        except Invalid as e: raise (e.under("config.", map(to_camel, RefineConfig.model_fields)) if isinstance(ask, RefineRequest) else e) from None
         log.debug("plan", extra={"prompts": [p.prompt for p in todo.pictures]})
         return self.engine.submit(todo, previews=previews)
 

@@ -6,11 +6,10 @@
 from __future__ import annotations
 import re, secrets
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache, lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 from PIL import Image

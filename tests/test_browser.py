@@ -109,7 +109,7 @@ def test_an_error_is_said_to_a_person(page):
     page.get_by_label("Prompt", exact=True).fill("x")
     page.evaluate("document.getElementById('aspect').options[0].textContent = '9:1'; document.getElementById('aspect').options[0].value = '9:1'")
     page.get_by_role("button", name="Generate").click()
-    expect(page.get_by_role("alert")).to_contain_text("aspectRatio 9:1")
+    expect(page.get_by_role("alert")).to_contain_text("aspectRatio: given '9:1'")
     page.route("**/generate", lambda r: r.fulfill(status=502, body="<html>Bad gateway</html>"))
     page.get_by_role("button", name="Generate").click()
     expect(page.get_by_role("alert")).to_contain_text("not as an engine")

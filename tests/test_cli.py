@@ -40,7 +40,7 @@ def test_pictures_from_words_pictures_and_receipts(aura, server, tmp_path):
 
 def test_what_was_done_differently_is_said(aura, server):
     status, out, err = aura("generate", "a fox", "--resolution", "high", "--negative", "blur", "--local", server.url)
-    assert status == 0 and "no GPU" in err and "negativePrompt" in err and out.startswith("a-fox-")
+    assert status == 0 and "no GPU" in err and "negative prompt" in err and out.startswith("a-fox-")
 
 
 @pytest.mark.parametrize("argv, said", [

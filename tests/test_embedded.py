@@ -9,7 +9,8 @@ from PIL import Image
 from aura_engine.config import load_settings
 from aura_engine.engine import Engine
 from aura_engine.loader import load
-from aura_engine.models import EMBEDDED, ROWS, known_words, plan
+from aura_engine.models import EMBEDDED, ROWS
+from aura_engine.planning import known_words, plan
 from aura_engine.train import COLOURS, generate, held_out
 from aura_engine.types import GenerateRequest, RefineConfig, RefineRequest
 

@@ -16,7 +16,8 @@ from conftest import clean_env
 from aura_engine.config import load_settings
 from aura_engine.engine import Engine
 from aura_engine.loader import load
-from aura_engine.models import ROWS, SAMPLERS, SD15_ID, SDXL_ID, SSD_ID, XL, executed_steps, plan
+from aura_engine.models import ROWS, SAMPLERS, SD15_ID, SDXL_ID, SSD_ID, XL, executed_steps
+from aura_engine.planning import plan
 from aura_engine.trajectory import TextCache, Trajectory, advance, decode_latents
 from aura_engine.types import GenerateRequest, ModelError, Picture, Plan, RefineConfig, RefineRequest
 
@@ -175,10 +176,10 @@ def test_every_row_generates_and_refines(published, name):
     assert [a["status"] for a in out["answers"]] == [200] * 3 and all(c > 50 for a in out["answers"] for c in a["colours"])
     assert plain["receipts"][0]["steps"] == row.steps[1] and plain["receipts"][0]["guidanceScale"] == row.guidance[1] and not plain["warnings"]
     assert pushed["receipts"][0]["steps"] == min(13, row.steps[2]) and pushed["receipts"][0]["guidanceScale"] == min(25, row.guidance[2])
-    fields = {w.split(":")[0] for w in pushed["warnings"]}
-    assert "guidanceScale" in fields and ("steps" in fields) == (row.steps[2] < 13) and ("negativePrompt" in fields) == (not row.cfg)
+    said = {w.split()[0] for w in pushed["warnings"]}
+    assert "Guidance" in said and ("Steps" in said) == (row.steps[2] < 13) and ("The" in said) == (not row.cfg)       # the negative prompt
     run, strength = refined["receipts"][0]["steps"], refined["receipts"][0]["strength"]
-    if row.fixed: assert run == 1 and strength == 1 / row.steps[0] and any(w.startswith("strength: 0.05 ->") for w in refined["warnings"])
+    if row.fixed: assert run == 1 and strength == 1 / row.steps[0] and any(w.startswith("Strength 0.05 became") for w in refined["warnings"])
     else: assert run >= 1 and strength == 0.05
 
 

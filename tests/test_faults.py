@@ -29,7 +29,8 @@ from aura_engine.compat import routes as compat_routes, shapes
 from aura_engine.config import load_settings
 from aura_engine.engine import Engine
 from aura_engine.images import decode
-from aura_engine.models import EMBEDDED, plan
+from aura_engine.models import EMBEDDED
+from aura_engine.planning import plan
 from aura_engine.types import GenerateRequest
 
 ELSEWHERE = {60: "test_contract.py::test_to_the_last_bit_at_one_batch_size"}

@@ -21,7 +21,8 @@ from aura_engine.client import AuraClient
 from aura_engine.config import SettingsError, load_settings
 from aura_engine.engine import Engine
 from aura_engine.loader import load, quiet
-from aura_engine.models import SAMPLERS, plan
+from aura_engine.models import SAMPLERS
+from aura_engine.planning import plan
 from aura_engine.trajectory import TextCache, Trajectory, advance
 from aura_engine.types import GenerateRequest, Invalid, Picture, Plan, RefineConfig, RefineRequest
 from aura_engine.widgets import Compare
@@ -161,7 +162,7 @@ def test_an_unknown_alias_is_refused_with_those_there_are(family):
     row = load(settings(*family)).row
     assert plan(GenerateRequest(prompt="x", lora="clay", n=2), row).pictures[1].lora == "clay" and plan(GenerateRequest(prompt="x"), row).pictures[0].lora is None
     refining = RefineRequest(refine_prompt="x", images=["x"], config=RefineConfig(lora="oil"))
-    for ask, loc in ((GenerateRequest(prompt="x", lora="oil"), "lora"), (refining, "config.lora")):
+    for ask, loc in ((GenerateRequest(prompt="x", lora="oil"), "lora"), (refining, "lora")):
         with pytest.raises(Invalid) as e: plan(ask, row, [PHOTO])
         assert (e.value.errors[0].loc, e.value.errors[0].given, e.value.errors[0].allowed) == (loc, "'oil'", "ink, clay")
 
