@@ -147,9 +147,7 @@ def replay(image: Annotated[Path, typer.Argument(help="A PNG that an engine made
 def health(local: Local = LOCAL, cloud: Cloud = None, mode: Mode = "auto", origin: Annotated[str | None, typer.Option(help="A web page's origin: may it call the engine?")] = None, as_json: AsJson = False) -> None:
     "How the engines are, and what to do when something is wrong."
     with connected(local, cloud, mode, False, as_json) as client:
-        said = client.health()
-        for door in client.aio.doors if origin else ():
-            if "version" in said[door.name]: said[door.name]["originAllowed"] = client.wait(door.allows(origin))
+        said = {name: report.to_json() for name, report in client.health(origin).items()}
     typer.echo(json.dumps(said)) if as_json else Console().print(health_table(said))
     if not any(h.get("ready") for h in said.values()): raise typer.Exit(1)
 

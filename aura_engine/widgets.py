@@ -257,10 +257,11 @@ class EngineStatus(W.VBox):
 # %% ../nbs/13_widgets.ipynb #cd328faf
 async def _look(self) -> dict[str, dict]:
     "Ask every engine once and show the answers."
-    said = await self.client.aio.health()
-    for door in self.client.aio.doors if self.origin else ():
-        if hasattr(door, "allows") and "version" in said[door.name] and not await door.allows(self.origin):
-            said[door.name]["advice"].append(f"Pages of {self.origin} may not call it; add that origin to its ALLOW_ORIGINS.")
+    reports = await self.client.aio.health(self.origin)
+    said = {name: report.to_json() for name, report in reports.items()}
+    for account in said.values():
+        if account.get("originAllowed") is False:
+            account["advice"].append(f"Pages of {self.origin} may not call it; add that origin to its ALLOW_ORIGINS.")
     first = next((d.name for d in self.client.aio.doors if said[d.name].get("ready") and not d.resting), None)
     plan = f"mode {self.client.aio.mode}: " + (f"the {first} engine is asked first" if first else "no engine is ready")
     self.said, self.panel.value = said, status_html(said, self.client.aio.last, plan)

@@ -84,13 +84,14 @@ def test_works_where_a_loop_is_running(client):
 
 def test_a_proxy_in_the_environment_is_not_for_this_machine(monkeypatch, server):
     monkeypatch.setenv("HTTP_PROXY", dead())
-    with AuraClient(server.url, mode="local") as c: assert c.health()["local"]["ready"]
+    with AuraClient(server.url, mode="local") as c: assert c.health()["local"].ready
 
 
-@pytest.mark.parametrize("options, word", [({"n": 9}, "n: given 9"), ({"aspect_ratio": "9:1"}, "aspectRatio: given '9:1'"), ({"colour": "red"}, "colour"), ({"seed": 2**60}, "seed")])
+@pytest.mark.parametrize("options, word", [({"n": 9}, "n: given 9"), ({"aspect_ratio": "9:1"}, "aspectRatio: given '9:1'"), ({"temperature": 9}, "temperature: given 9"), ({"seed": 2**60}, "seed")])
 def test_wrong_values_are_refused_in_the_servers_words(client, options, word):
     with pytest.raises(Invalid, match=word) as e: client.generate("x", **options)
     assert e.value.errors
+    with pytest.raises(TypeError, match="colour"): client.generate("x", colour="red")      # a slip of the caller's, as anywhere in Python
 
 
 def test_leaving_a_stream_cancels(client, server):
@@ -152,7 +153,7 @@ def test_auto_goes_on_when_the_local_engine_dies_in_the_middle(make_server, serv
         if isinstance(e, Step) and local.process.poll() is None: local.process.kill(); local.process.wait()
     with AuraClient(local.url, mode="local") as c:
         end = time.monotonic() + 60
-        while c.health()["local"]["status"] == "unreachable": assert time.monotonic() < end; time.sleep(0.1)
+        while c.health()["local"].status == "unreachable": assert time.monotonic() < end; time.sleep(0.1)
         assert c.generate("a fox", steps=1).engine == "local"
     with AuraClient(local.url, server.url) as c: made = c.generate("a fox", steps=20, seed=5, on_event=kill)
     assert made.engine == "cloud" and asked(events) == ["local", "cloud"] and made.receipts[0].seed == 5
@@ -221,10 +222,10 @@ def test_an_engine_that_will_never_be_ready_is_not_waited_for():
 def test_health_and_advice(server):
     with AuraClient(dead(), server.url) as c:
         said = c.health()
-        assert said["cloud"]["ready"] and said["cloud"]["advice"] == [] and said["local"]["status"] == "unreachable" and "aura serve" in said["local"]["advice"][0]
+        assert said["cloud"].ready and said["cloud"].advice == [] and said["local"].status == "unreachable" and "aura serve" in said["local"].advice[0]
         cloud = c.aio.doors[1]
         assert c.wait(cloud.allows("http://localhost:5173")) and not c.wait(cloud.allows("https://evil.example"))
-    with Edge(page(503, "sleeping")) as space, AuraClient(mode="cloud", cloud=space.url) as c: assert c.health()["cloud"]["status"] == "asleep"
+    with Edge(page(503, "sleeping")) as space, AuraClient(mode="cloud", cloud=space.url) as c: assert c.health()["cloud"].status == "asleep"
 
 
 def test_the_clouds_address(monkeypatch, tmp_path):

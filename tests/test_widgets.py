@@ -79,7 +79,7 @@ def test_cancel(studio):
         press(studio, "Cancel")
         studio.wait(20)
         assert "Cancelled." in studio.line.value and states(studio)["Generate"] and not states(studio)["Cancel"]
-    until(lambda: studio.client.health()["local"]["queue"]["length"] == 0, 5)
+    until(lambda: studio.client.health()["local"].health.queue.length == 0, 5)
 
 
 def test_errors_are_said_and_work_goes_on(studio):
