@@ -16,6 +16,7 @@ RUN pip install --no-cache-dir -r requirements.txt $EXTRA_PACKAGES
 # The app runs as uid 1000 and may write only under its home.
 USER 1000
 ENV HOME=/home/user \
+    HOST=0.0.0.0 \
     PORT=7860 \
     PYTHONUNBUFFERED=1 \
     XDG_CACHE_HOME=/home/user/.cache \

@@ -1,4 +1,4 @@
-"""python scripts/hf_space_deploy.py --space-id you/aura --origins "http://localhost:5173" (see nbs/15_deploy.ipynb)"""
+"""python scripts/hf_space_deploy.py --space-id you/aura --origins "http://localhost:5173" (see nbs/15e_deploy.ipynb)"""
 import os, sys
 from pathlib import Path
 

@@ -5,7 +5,7 @@ runs on while the new one is queued, built and started, and the reported commit 
 commit (a file that contains FAIL_BUILD, FAIL_RUN, FAIL_SMOKE or FAIL_ORIGIN), by `answers` put in front of an endpoint, or by the
 fields of `Hub`. A `builder` may really build and serve a commit; without one a stub with the engine's manners answers.
 """
-import asyncio, base64, hashlib, io, json, re, secrets, threading, time
+import asyncio, base64, hashlib, io, json, os, re, secrets, threading, time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -112,6 +112,13 @@ class Hub:
             thread.join(5)
         self.pool.shutdown(cancel_futures=True)
         for run in self.runs: self._stop(run)
+
+    def enter_environment(self):
+        """For a notebook: the client of this process speaks with this Hub. The environment as it was, to be put back at the end."""
+        before = dict(os.environ)
+        os.environ |= {"HF_ENDPOINT": self.url, "HF_TOKEN": self.token, "HF_HUB_DISABLE_XET": "1"}
+        os.environ.pop("HF_HUB_OFFLINE", None)
+        return before
 
     def _serve(self, app):
         server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=1))

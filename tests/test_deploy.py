@@ -12,7 +12,7 @@ from dotenv import dotenv_values
 from hypothesis import given, settings, strategies as st
 
 import nb
-from aura_engine import deploy
+from aura_engine import bundle, deploy, deploy_plan, hub as room_hub
 from conftest import ROOT, clean_env
 from hub import READS, TOKEN, Hub
 
@@ -50,7 +50,7 @@ def _forked(env, tree, log, args):
     os.environ.clear(); os.environ.update(env); os.chdir(tree)
     huggingface_hub.constants.HF_HUB_DISABLE_XET = True
     sys.stdout = sys.stderr = open(log, "w", buffering=1)
-    sys.exit(deploy.command(["--space-id", SPACE, "--poll", "0.05", *args]))
+    sys.exit(deploy.deploy_command(["--space-id", SPACE, "--poll", "0.05", *args]))
 
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -84,7 +84,7 @@ def call(hub, tree, *args, code=0, **env):
     out = io.StringIO()
     with patch.dict(os.environ, environment(hub, tree, env), clear=True), patch.object(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True), \
          contextlib.chdir(tree), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        status = deploy.command(["--space-id", SPACE, "--poll", "0.05", *args])
+        status = deploy.deploy_command(["--space-id", SPACE, "--poll", "0.05", *args])
     huggingface_hub.set_client_factory(huggingface_hub.utils._http.default_client_factory)
     assert status == code, out.getvalue()
     return out.getvalue()
@@ -92,10 +92,10 @@ def call(hub, tree, *args, code=0, **env):
 
 def running(hub, tree, files=None, **state):
     """A Space that has been running the tree as it is now (or `files`), put there without the deployer."""
-    o = deploy.Options(SPACE, ("http://localhost:5173",))
-    ours = deploy.stamp(deploy.upload_set(tree))
+    o = deploy.DeployOptions(SPACE, ("http://localhost:5173",))
+    ours = bundle.stamp(bundle.upload_set(tree))
     state.setdefault("variables", {"ALLOW_ORIGINS": {"key": "ALLOW_ORIGINS", "value": "http://localhost:5173"}})
-    return hub.space(SPACE, files or {**ours, "README.md": deploy.space_readme(SPACE, o.variables())}, **state)
+    return hub.space(SPACE, files or {**ours, "README.md": deploy_plan.space_readme(SPACE, o.variables())}, **state)
 
 
 def edit(tree, text="", name="app.py"):
@@ -188,8 +188,8 @@ def test_a_variable_that_becomes_a_secret_is_not_shown(hub, tree):
 
 
 def test_what_is_unexpected_is_blacked_out_too(hub, tree):
-    with patch.object(deploy, "make_plan", lambda *_: 1 / len(hub.token[99:])): assert "ZeroDivisionError" in call(hub, tree, code=1)
-    with patch.object(deploy, "make_plan", side_effect=RuntimeError(f"Illegal header value b'Bearer {TOKEN}'")): assert TOKEN not in call(hub, tree, code=1)
+    with patch.object(deploy, "plan_deployment", lambda *_: 1 / len(hub.token[99:])): assert "ZeroDivisionError" in call(hub, tree, code=1)
+    with patch.object(deploy, "plan_deployment", side_effect=RuntimeError(f"Illegal header value b'Bearer {TOKEN}'")): assert TOKEN not in call(hub, tree, code=1)
     assert "--env-file" in call(hub, tree, "--env-file", "nowhere/.env.local", code=3)
 
 
@@ -278,7 +278,7 @@ def test_wrong_and_missing_token(hub, tree):
 def test_preflight_offline(tree, name, text, says):
     (tree / name).unlink(missing_ok=True)
     if text is not None: (tree / name).write_text(text)
-    with pytest.raises(deploy.DeployError, match=says) as e: deploy.prepare(deploy.Options(SPACE, source=tree), lambda *_: None)
+    with pytest.raises(deploy.DeployError, match=says) as e: deploy.Deployment(deploy.DeployOptions(SPACE, source=tree), lambda *_: None).check()
     assert e.value.code == 3
 
 
@@ -286,23 +286,23 @@ def test_a_package_that_is_not_its_notebooks(tree):
     cells = [{"cell_type": "code", "source": ["#| default_exp server"]}, {"cell_type": "code", "source": ["#| export\n", "from aura_engine import extra\n", "import fastapi"]}]
     (tree / "nbs").mkdir()
     (tree / "nbs/11_server.ipynb").write_text(json.dumps({"cells": cells}))
-    assert deploy.stale_modules(tree) == ["11_server.ipynb"]
+    assert bundle.stale_modules(tree) == ["11_server.ipynb"]
     (tree / "aura_engine/server.py").write_text("# made\nfrom . import extra\nimport fastapi\n")
-    assert deploy.stale_modules(tree) == []
+    assert bundle.stale_modules(tree) == []
 
 
 def test_files_that_must_stay_at_home_do(tree):
     for name in (".env", ".env.local", "aura_engine/.env", "aura_engine/assets/.env.local", "notes.txt", "aura_engine/__pycache__/x.py", "tests/secret.py"):
         (tree / name).parent.mkdir(exist_ok=True)
         (tree / name).write_text("SECRET=1")
-    assert set(deploy.upload_set(tree)) == set(FILES) | {"Dockerfile"}
+    assert set(bundle.upload_set(tree)) == set(FILES) | {"Dockerfile"}
 
 
 @pytest.mark.parametrize("args", [["--space-id", "aura"], ["--origins", "my.site"], ["--origins", "*"], ["--var", "A"], ["--model", "model.ckpt"], ["--secret", "NOT_SET"], ["--spaceid", "x"],
                                   ["--preset", "t9"], ["--origins", ""], ["--secret", "HOME", "--var", "HOME=1"]], ids=" ".join)
 def test_usage(args, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", open(os.devnull))
-    assert deploy.command(["--space-id", SPACE, *args]) == 2
+    assert deploy.deploy_command(["--space-id", SPACE, *args]) == 2
     assert capsys.readouterr().err
 
 
@@ -396,7 +396,7 @@ def test_cut_off_before_it_went_back(hub, tree, word, code):
     time.sleep(0.5)
     out = call(hub, tree, "--origins", "https://new.site", "--timeout", "2", code=code)
     assert "nothing to change" in out and space.tree == good and space.variables["ALLOW_ORIGINS"]["value"] == "http://localhost:5173"
-    assert "nothing to change" not in call(hub, tree, "--dry-run") and "attempt" not in deploy.kept(deploy.Options(SPACE, source=tree))
+    assert "nothing to change" not in call(hub, tree, "--dry-run") and "journal" not in deploy.DeployRecord(deploy.DeployOptions(SPACE, source=tree)).read()
 
 
 def test_two_plans_are_undone_as_one(hub, tree):
@@ -427,7 +427,7 @@ def test_killed_anywhere_then_run_again(tree, new):
     """The process is killed at each request that matters, once before the Hub acts on it and once after; the next run arrives."""
     (tree / ".env.local").write_text("MINE=1\n")
     edit(tree, "old")
-    old = deploy.stamp(deploy.upload_set(tree))
+    old = bundle.stamp(bundle.upload_set(tree))
     edit(tree, "new")
     (tree / "aura_engine/assets/embedded/model.safetensors").write_text("better weights")
     survived, at = False, 0
@@ -476,7 +476,7 @@ def test_no_secret_in_any_output(hub, tree):
     for text in outputs: assert not re.search(r"pl4nted|hf_loopback|cGw0bnRlZ", text)
     files = [p for p in tree.rglob("*") if p.is_file()]
     assert not [p for p in files if TOKEN.encode() in p.read_bytes() or planted.encode() in p.read_bytes()]
-    assert planted not in repr(deploy.Options(SPACE, secret={"PLANTED": planted}))
+    assert planted not in repr(deploy.DeployOptions(SPACE, secret={"PLANTED": planted}))
 
 
 def test_a_secret_of_the_machine_is_not_uploaded(hub, tree):
@@ -527,25 +527,25 @@ def test_the_env_file_keeps_mode_bytes_and_itself(tmp_path, monkeypatch):
 # rules that need no process
 
 def test_plan_is_pure_and_says_what_a_gpu_costs(tree):
-    o = deploy.Options(SPACE, preset="lightning", source=tree)
-    found = deploy.Found({"name": "ada", "isPro": True}, {"cpu-basic": 0, "l4x1": 0.8})
-    plan = deploy.make_plan(found, deploy.upload_set(tree), o)
-    assert plan == deploy.make_plan(found, deploy.upload_set(tree), o) and "l4x1 costs $0.80 an hour" in "".join(plan.notes)
-    on_cpu = deploy.make_plan(replace(found, head="x"), deploy.upload_set(tree), replace(o, hardware="cpu-basic"))
-    assert plan.hardware == "l4x1" and deploy.hardware_for(replace(found, head="x", hardware="a100-large", prices={"l4x1": 0.8, "a100-large": 2.5}), o) is None
-    assert "has no GPU" in "".join(on_cpu.notes) and "removed from the Hub" in str(deploy.make_plan(found, deploy.upload_set(tree), replace(o, model="runwayml/stable-diffusion-v1-5")))
+    o = deploy.DeployOptions(SPACE, preset="lightning", source=tree)
+    found = room_hub.SpaceState({"name": "ada", "isPro": True}, {"cpu-basic": 0, "l4x1": 0.8})
+    plan = deploy_plan.plan_deployment(found, bundle.upload_set(tree), o)
+    assert plan == deploy_plan.plan_deployment(found, bundle.upload_set(tree), o) and "l4x1 costs $0.80 an hour" in "".join(plan.notes)
+    on_cpu = deploy_plan.plan_deployment(replace(found, head="x"), bundle.upload_set(tree), replace(o, hardware="cpu-basic"))
+    assert plan.hardware == "l4x1" and deploy_plan.hardware_for(replace(found, head="x", hardware="a100-large", prices={"l4x1": 0.8, "a100-large": 2.5}), o) is None
+    assert "has no GPU" in "".join(on_cpu.notes) and "removed from the Hub" in str(deploy_plan.plan_deployment(found, bundle.upload_set(tree), replace(o, model="runwayml/stable-diffusion-v1-5")))
 
 
 def test_openvino_is_the_extra_of_the_package(tree):
     """However it is asked for, the image gets the extra, and the plan says what each start then costs."""
-    found = deploy.Found({"name": "ada", "isPro": True}, {"cpu-basic": 0})
-    assert deploy.OPENVINO == nb.settings()["openvino_requirements"].strip()
-    for o in (deploy.Options(SPACE, preset="cpu-sd15"), deploy.Options(SPACE, var={"SD_BACKEND": "openvino"})):
-        plan = deploy.make_plan(found, deploy.upload_set(tree), o)
-        assert plan.variables["EXTRA_PACKAGES"] == deploy.OPENVINO and "every start downloads" in "".join(plan.notes)
+    found = room_hub.SpaceState({"name": "ada", "isPro": True}, {"cpu-basic": 0})
+    assert deploy_plan.OPENVINO == nb.settings()["openvino_requirements"].strip()
+    for o in (deploy.DeployOptions(SPACE, preset="cpu-sd15"), deploy.DeployOptions(SPACE, var={"SD_BACKEND": "openvino"})):
+        plan = deploy_plan.plan_deployment(found, bundle.upload_set(tree), o)
+        assert plan.variables["EXTRA_PACKAGES"] == deploy_plan.OPENVINO and "every start downloads" in "".join(plan.notes)
         assert b'startup_duration_timeout: "1h"' in plan.files["README.md"]
     running = replace(found, head="x", variables=plan.variables)
-    assert {"SD_BACKEND", "EXTRA_PACKAGES"} == {c.name for c in deploy.make_plan(running, deploy.upload_set(tree), deploy.Options(SPACE, preset="cpu")).changes if c.verb == "delete"}
+    assert {"SD_BACKEND", "EXTRA_PACKAGES"} == {c.name for c in deploy_plan.plan_deployment(running, bundle.upload_set(tree), deploy.DeployOptions(SPACE, preset="cpu")).changes if c.verb == "delete"}
 
 
 ALONE = """
@@ -563,19 +563,19 @@ runpy.run_path(f"{root}/scripts/hf_space_deploy.py", run_name="__main__")
 def test_it_runs_where_only_its_own_packages_are():
     """The script names what it needs, and does with that; where torch is not installed, the check of requirements.txt gives way."""
     needs = re.search(r'NEEDS = "(.*)"', (ROOT / "scripts/hf_space_deploy.py").read_text())[1].replace(" ", "\n")
-    have, known = deploy.installed_by(needs)
-    allowed = [m for m, d in metadata.packages_distributions().items() if have & {deploy._plain(x) for x in d}]
+    have, known = bundle.installed_by(needs)
+    allowed = [m for m, d in metadata.packages_distributions().items() if have & {bundle.plain_name(x) for x in d}]
     alone = lambda *names: subprocess.run([sys.executable, "-c", ALONE, ROOT, *names], cwd=ROOT, env=clean_env(), capture_output=True, text=True)
     assert known and "torch" not in allowed and "usage: hf_space_deploy.py" in alone(*allowed).stdout
     bare = alone()
     assert bare.returncode == 1 and "Traceback" not in bare.stderr and all(n in bare.stderr for n in needs.split())
-    files = deploy.upload_set(ROOT)
+    files = bundle.upload_set(ROOT)
     bad = {**files, "requirements.txt": b"fastapi\n"}
-    assert deploy.faults(bad, ROOT / "tests") and not deploy.faults({**bad, "requirements.txt": b"package-of-tomorrow\n"}, ROOT / "tests")
+    assert bundle.faults(bad, ROOT / "tests") and not bundle.faults({**bad, "requirements.txt": b"package-of-tomorrow\n"}, ROOT / "tests")
 
 
 def test_the_build_id_names_the_content(tree):
-    a = deploy.upload_set(tree)
+    a = bundle.upload_set(tree)
     edit(tree)
-    b = deploy.upload_set(tree)
-    assert deploy.build_id(a) != deploy.build_id(b) and deploy.build_id(a) == deploy.build_id(dict(reversed(a.items())))
+    b = bundle.upload_set(tree)
+    assert bundle.build_id(a) != bundle.build_id(b) and bundle.build_id(a) == bundle.build_id(dict(reversed(a.items())))

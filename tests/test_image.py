@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from aura_engine import deploy
+from aura_engine import bundle
 from conftest import ROOT, free_port, repo_files, start
 from hub import Hub
 from test_deploy import SPACE, run
@@ -103,15 +103,15 @@ def unpack(files, folder):
 def image(base, tmp_path_factory):
     """The image of what would be uploaded, and the seconds that a rebuild takes after a change of code alone."""
     tmp, lines = tmp_path_factory.mktemp("image"), []
-    files = deploy.upload_set(ROOT)
-    folder = unpack(deploy.stamp(files), tmp / "source")
+    files = bundle.upload_set(ROOT)
+    folder = unpack(bundle.stamp(files), tmp / "source")
     mounts = pip_mounts(tmp)
     try: build(folder, "localhost/aura", mounts, lines.append)
     except RuntimeError: pytest.fail("".join(lines)[-4000:], pytrace=False)
     (folder / "app.py").write_text((folder / "app.py").read_text() + "\n# changed\n")
     begin = time.monotonic()
     build(folder, "localhost/aura-changed", mounts)
-    return {"name": "localhost/aura", "mounts": mounts, "again": time.monotonic() - begin, "id": deploy.build_id(files)}
+    return {"name": "localhost/aura", "mounts": mounts, "again": time.monotonic() - begin, "id": bundle.build_id(files)}
 
 
 def container(image, name, *options, command=(), alone=True, memory="4g"):
