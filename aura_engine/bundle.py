@@ -90,7 +90,9 @@ def modules_named(node: ast.AST) -> list[str]:
 # %% ../nbs/15a_bundle.ipynb #2e06d005
 def packages_of(tree: ast.Module) -> list[str]:
     "Packages from elsewhere that a module imports at its top, sorted."
-    names = {name.split(".")[0] for statement in tree.body for name in modules_named(statement)}
+    names = set()
+    for statement in tree.body: names.update(name.split(".")[0] for name in modules_named(statement))
+    # What Python itself brings, and what is ours, is not asked for.
     return sorted(names - sys.stdlib_module_names - {"aura_engine"})
 
 # %% ../nbs/15a_bundle.ipynb #71bd7e15
@@ -129,6 +131,7 @@ def installed_by(requirements: str) -> tuple[set[str], bool]:
         if name in out: continue
         out.add(name)
         with contextlib.suppress(metadata.PackageNotFoundError):
+            # An extra is not installed unless its name is asked for.
             needs = metadata.requires(name) or ()
             todo += [plain_name(need) for need in needs if "extra ==" not in need]
             known.add(name)
@@ -141,6 +144,7 @@ def _as_exported(code: str) -> str:
 
 
 def _code_cells(notebook: Path) -> list[str]:
+    # A notebook is JSON: nbdev and nbformat need not be installed here.
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
@@ -183,6 +187,7 @@ def _docker_faults(files: Mapping[str, bytes]) -> Iterator[str]:
         *sources, _ = [word for word in words.split() if not word.startswith("-")]
         for name in sources:
             folder = name.rstrip("/") + "/"
+            # A whole folder may be copied.
             if not any(path == name or path.startswith(folder) for path in files):
                 yield f"Dockerfile copies {name}, which is not uploaded"
 

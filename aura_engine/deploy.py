@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['set_one', 'commit_files', 'apply_plan', 'set_line', 'replace_file', 'write_env', 'DeployJournal', 'journal_of',
-           'DeployReceipt', 'DeployRecord', 'restore_settings', 'restore_files', 'roll_back', 'print_step',
-           'deploy_cleaner', 'Deployment', 'deploy_space', 'DeployWatch', 'SpacePanel', 'live_health', 'space_status',
+__all__ = ['ADDRESS', 'PICTURE', 'set_one', 'commit_files', 'apply_plan', 'set_line', 'replace_file', 'write_env',
+           'DeployJournal', 'journal_of', 'DeployReceipt', 'DeployRecord', 'cut_off', 'restore_settings',
+           'restore_files', 'roll_back', 'print_step', 'deploy_cleaner', 'checked_files', 'smoke_questions',
+           'DeploySteps', 'Deployment', 'deploy_space', 'DeployWatch', 'SpacePanel', 'live_health', 'space_status',
            'hardware_panel', 'json_steps', 'deploy_command', 'main']
 
 # %% ../nbs/15e_deploy.ipynb #d2d92913
@@ -21,10 +22,11 @@ import httpx
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 from .config import parse_origins
 from .bundle import EXITS, ROLLED_BACK, DeployError, build_id, faults, upload_set
-from .hub import Cleaner, SpaceHub, SpaceState, find_token, git_oid, log_lines, look_at, redactor, stored_token
+from .hub import (Cleaner, SpaceHub, SpaceState, creation_settings, find_token, git_oid, log_lines, look_at,
+                             redactor, stored_token)
 from .deploy_plan import (DeployOptions, DeployPlan, SpaceChange, objections, parse_deploy, plan_deployment,
                                      slow_start)
-from .proof import CommitWait, Say, SmokeResult, SmokeTest, smoke_test
+from .proof import Say, SmokeResult, SmokeTest, smoke_test, wait_for_commit
 
 # %% ../nbs/15e_deploy.ipynb #583accf3
 def set_one(hub: SpaceHub, change: SpaceChange, o: DeployOptions) -> None:
@@ -40,7 +42,7 @@ def set_one(hub: SpaceHub, change: SpaceChange, o: DeployOptions) -> None:
 
 # %% ../nbs/15e_deploy.ipynb #f216132d
 def commit_files(hub: SpaceHub, plan: DeployPlan, parent: str) -> str:
-    "Upload and delete the plan's files in one commit on top of `parent`; its oid, which is `parent` without such files."
+    "The plan's files in one commit on top of `parent`; its oid. Without files to change it is `parent`."
     uploads = plan.file_names("upload")
     deletions = plan.file_names("delete")
     if not (uploads or deletions): return parent
@@ -56,7 +58,9 @@ def apply_plan(hub: SpaceHub, plan: DeployPlan, o: DeployOptions) -> str:
     "Carry out the plan; the commit that the Space must run then."
     head = plan.state.head
     if head is None:
-        hub.create(o.visibility, plan.hardware, o.sleep_time, plan.variables, o.secret)
+        settings = creation_settings(hub.id, plan.variables, o.secret)
+        machine = {"space_hardware": plan.hardware, "space_sleep_time": o.sleep_time}
+        hub.create(visibility=o.visibility, **machine, **settings)
         head = hub.info().sha
     else:
         for change in plan.changes:
@@ -92,6 +96,9 @@ def replace_file(path: Path, new: bytes) -> None:
         raise
 
 # %% ../nbs/15e_deploy.ipynb #1b829bd3
+ADDRESS = "VITE_CLOUD_ENGINE_URL"
+
+
 def write_env(path: str | Path, name: str, value: str) -> bool:
     "Put `name=value` into the file, atomically; False when it was there already."
     path = Path(path).resolve()
@@ -130,16 +137,16 @@ def _lost(plan: DeployPlan) -> list[str]:
 
 def journal_of(plan: DeployPlan, good: str | None, cut: DeployJournal | None = None) -> DeployJournal:
     "How to undo the plan and return to commit `good`, and also what a run that was `cut` off had done already."
-    lost = [*(cut.lost if cut else ()), *_lost(plan)]
-    variables = dict(cut.variables) if cut else {}
+    old = cut or DeployJournal(plan.state.head, "", good)
+    lost = tuple(dict.fromkeys([*old.lost, *_lost(plan)]))
+    variables = dict(old.variables)
     for change in plan.changes:
         # A variable that took a secret's place stays: the secret's value is lost.
         if change.what == "variable" and f"secret {change.name}" not in lost:
             variables.setdefault(change.name, plan.state.variables.get(change.name))
     new = [c.name for c in plan.changes if c.what == "secret" and c.verb == "set" and not c.now]
-    return DeployJournal(
-        head=plan.state.head, dockerfile=git_oid(plan.files["Dockerfile"]), previous=cut.previous if cut else good,
-        variables=variables, secrets=(*(cut.secrets if cut else ()), *new), lost=tuple(dict.fromkeys(lost)))
+    return DeployJournal(plan.state.head, git_oid(plan.files["Dockerfile"]), old.previous, variables,
+                         (*old.secrets, *new), lost)
 
 # %% ../nbs/15e_deploy.ipynb #088b880e
 @dataclass(frozen=True)
@@ -157,11 +164,13 @@ class DeployReceipt:
 
     def to_json(self) -> dict[str, Any]:
         "As JSON, without the picture."
-        return {name: value for name, value in asdict(self).items() if name != "image" and value not in ("", {}, None)}
+        known = {name: value for name, value in asdict(self).items() if value not in ("", {}, None)}
+        known.pop("image", None)
+        return known
 
 # %% ../nbs/15e_deploy.ipynb #03657678
 class DeployRecord:
-    "The file about one Space: the last receipt, and a journal that was not proven. A folder without write access is fine."
+    "The file about one Space: the last receipt, and a journal that was not proven."
     def __init__(self, o: DeployOptions):
         self.path = Path(o.source, "build", "deploy", o.space_id.replace("/", "--") + ".json")
 
@@ -174,23 +183,18 @@ class DeployRecord:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             replace_file(self.path.resolve(), (json.dumps(known, indent=1) + "\n").encode())
 
-    @property
-    def journal(self) -> DeployJournal | None:
-        try: return DeployJournal(**self.read()["journal"])
-        except (LookupError, TypeError): return None
-
     def begin(self, journal: DeployJournal) -> None: self.write(self.read() | {"journal": asdict(journal)})
 
     def undone(self) -> None: self.write({name: value for name, value in self.read().items() if name != "journal"})
 
-    def proven(self, receipt: DeployReceipt) -> None: self.write(receipt.to_json())
-
-    def cut_off(self, state: SpaceState) -> DeployJournal | None:
-        "The journal of a run that did not come to an end, if the Space is as that run found it or left it."
-        journal = self.journal
-        if journal is None or not state.head: return None
-        ours = journal.head == state.head or journal.dockerfile == state.tree.get("Dockerfile")
-        return journal if ours else None
+# %% ../nbs/15e_deploy.ipynb #e798f528
+def cut_off(record: DeployRecord, state: SpaceState) -> DeployJournal | None:
+    "The journal of a run that did not come to an end, if it is about the Space as it is now."
+    try: journal = DeployJournal(**record.read()["journal"])
+    except (LookupError, TypeError): return None
+    if not state.head: return None
+    ours = journal.head == state.head or journal.dockerfile == state.tree.get("Dockerfile")
+    return journal if ours else None
 
 # %% ../nbs/15e_deploy.ipynb #8d3111da
 def restore_settings(hub: SpaceHub, journal: DeployJournal) -> None:
@@ -226,7 +230,7 @@ def roll_back(hub: SpaceHub, good: str, journal: DeployJournal | None, o: Deploy
     if journal: restore_settings(hub, journal)
     oid = restore_files(hub, good)
     if journal and journal.lost: say("rollback", f"stays as it is now: {', '.join(journal.lost)}")
-    CommitWait(hub, oid, "settings" if oid == head else "commit", say).until_running(o.timeout or 1800)
+    wait_for_commit(hub, oid, "settings" if oid == head else "commit", o.timeout or 1800, say)
     info = hub.info()
     asked = SmokeTest(info.host, None, full=False, token=hub.token if info.private else None, poll=o.poll)
     smoke_test(asked, say, o.timeout or 300)
@@ -242,20 +246,83 @@ def deploy_cleaner(o: DeployOptions | None = None) -> Cleaner:
     return redactor(stored_token(), *(o.secret.values() if o else ()))
 
 # %% ../nbs/15e_deploy.ipynb #8604c336
-class Deployment:
-    "One deployment: `run` it, or take its steps one by one. Each step raises DeployError."
-    files: dict[str, bytes]
-    hub: SpaceHub
-    plan: DeployPlan
-    journal: DeployJournal | None = None        # how to undo what was begun; None: nothing was
-    receipt: DeployReceipt
+def checked_files(o: DeployOptions, say: Say) -> dict[str, bytes]:
+    "The files to upload. DeployError 'preflight' with everything that is wrong here."
+    files = upload_set(o.source)
+    wrong = faults(files, o.source)
+    if wrong: raise DeployError("preflight", "not fit to be uploaded:\n" + "\n".join(wrong))
+    megabytes = sum(map(len, files.values())) / 1e6
+    say("check", f"{len(files)} files, {megabytes:.1f} MB, build {build_id(files)}")
+    folder = Path(o.env_file).resolve().parent
+    if o.env_file and not os.access(folder, os.W_OK):
+        raise DeployError("preflight", f"--env-file: {folder.name or folder} cannot be written to")
+    return files
 
-    def __init__(self, o: DeployOptions, say: Say = print_step):
+# %% ../nbs/15e_deploy.ipynb #6c087979
+def smoke_questions(hub: SpaceHub, o: DeployOptions, plan: DeployPlan,
+                    age: Callable[[], float] | None) -> SmokeTest:
+    "The smoke test for this deployment. `age`: seconds since its settings changed; None: no matter."
+    info = hub.info()
+    origins = o.origins or ()
+    with contextlib.suppress(ValueError): origins = parse_origins(plan.variables.get("ALLOW_ORIGINS"))
+    return SmokeTest(
+        host=info.host, build=plan.build, full=o.smoke == "full", origins=origins, age=age, poll=o.poll,
+        key=o.secret.get("AURA_API_KEY"), token=hub.token if info.private else None)
+
+# %% ../nbs/15e_deploy.ipynb #24983167
+class DeploySteps:
+    "A deployment up to its commit. Each step raises DeployError."
+    hub: SpaceHub
+    files: dict[str, bytes]
+    plan: DeployPlan
+    receipt: DeployReceipt
+    journal: DeployJournal | None = None        # how to undo what was begun; None: nothing was
+    start: float                                # monotonic seconds
+    planned: float
+
+    def __init__(self, o: DeployOptions, say: Say):
         self.o = o
         self.say = say
-        self.start = time.monotonic()
         self.record = DeployRecord(o)
 
+    def check(self) -> None:
+        self.start = time.monotonic()
+        self.files = checked_files(self.o, self.say)
+        self.hub = SpaceHub(self.o.space_id, find_token(), self.o.poll, deploy_cleaner(self.o))
+
+    def make_plan(self) -> None:
+        state = look_at(self.hub)
+        if no := objections(state, self.o): raise DeployError("preflight", "\n".join(no))
+        self.plan = plan_deployment(state, self.files, self.o)
+        self.planned = time.monotonic()
+        self.say("plan", str(self.plan), plan=self.plan)
+        self.know_the_way_back(state)
+        previous = self.journal.previous if self.journal else state.running
+        self.receipt = DeployReceipt(self.o.space_id, self.plan.build, len(self.plan.changes), previous, state.head)
+
+    def know_the_way_back(self, state: SpaceState) -> None:
+        good = (state.running or self.record.read().get("oid")) if state.head else None
+        cut = cut_off(self.record, state)
+        # A second plan of the same run: what the first one did is to be undone, too.
+        if cut is None and self.journal: cut = replace(self.journal, previous=good)
+        self.journal = journal_of(self.plan, good, cut) if self.plan.changes else cut
+
+    def apply(self) -> None:
+        "Carry out the plan. When somebody else was faster, plan once more."
+        try: self.apply_once()
+        except DeployError as e:
+            if e.kind != "conflict": raise
+            self.say("plan", f"{e}; planning once more")
+            self.make_plan()
+            self.apply_once()
+
+    def apply_once(self) -> None:
+        if self.plan.changes and self.journal: self.record.begin(self.journal)
+        self.receipt = replace(self.receipt, oid=apply_plan(self.hub, self.plan, self.o))
+
+# %% ../nbs/15e_deploy.ipynb #104a2df0
+class Deployment(DeploySteps):
+    "One deployment: `run` it, or take its steps one by one. Each step raises DeployError."
     def run(self) -> DeployReceipt:
         self.check()
         self.make_plan()
@@ -271,52 +338,9 @@ class Deployment:
         self.remember()
         return self.receipt
 
-    def check(self) -> None:
-        "Everything that can be checked without the Hub."
-        self.files = upload_set(self.o.source)
-        if wrong := faults(self.files, self.o.source):
-            raise DeployError("preflight", "not fit to be uploaded:\n" + "\n".join(wrong))
-        megabytes = sum(map(len, self.files.values())) / 1e6
-        self.say("check", f"{len(self.files)} files, {megabytes:.1f} MB, build {build_id(self.files)}")
-        folder = Path(self.o.env_file).resolve().parent
-        if self.o.env_file and not os.access(folder, os.W_OK):
-            raise DeployError("preflight", f"--env-file: {folder.name or folder} cannot be written to")
-        self.hub = SpaceHub(self.o.space_id, find_token(), self.o.poll, deploy_cleaner(self.o))
-
-    def make_plan(self) -> None:
-        "Look at the Space, and plan against what it has now."
-        state = look_at(self.hub)
-        if no := objections(state, self.o): raise DeployError("preflight", "\n".join(no))
-        self.plan = plan_deployment(state, self.files, self.o)
-        self.planned = time.monotonic()
-        self.say("plan", str(self.plan), plan=self.plan)
-        self._remember_the_way_back(state)
-        previous = self.journal.previous if self.journal else state.running
-        self.receipt = DeployReceipt(self.o.space_id, self.plan.build, len(self.plan.changes), previous, state.head)
-
-    def _remember_the_way_back(self, state: SpaceState) -> None:
-        good = (state.running or self.record.read().get("oid")) if state.head else None
-        cut = self.record.cut_off(state)
-        # A second plan of the same run: what the first one did is to be undone, too.
-        if cut is None and self.journal: cut = replace(self.journal, previous=good)
-        self.journal = journal_of(self.plan, good, cut) if self.plan.changes else cut
-
-    def apply(self) -> None:
-        "Carry out the plan. When somebody else was faster, plan once more."
-        try: self._apply()
-        except DeployError as e:
-            if e.kind != "conflict": raise
-            self.say("plan", f"{e}; planning once more")
-            self.make_plan()
-            self._apply()
-
-    def _apply(self) -> None:
-        if self.plan.changes and self.journal: self.record.begin(self.journal)
-        self.receipt = replace(self.receipt, oid=apply_plan(self.hub, self.plan, self.o))
-
-    # What the Space restarts for: a commit, settings alone, or nothing.
     @property
     def written(self) -> str:
+        "What the Space restarts for: a 'commit', 'settings' alone, or ''."
         if self.receipt.oid != self.plan.state.head: return "commit"
         return "settings" if self.journal and self.journal.settings else ""
 
@@ -324,26 +348,17 @@ class Deployment:
     def seconds(self) -> float: return self.o.timeout or slow_start(self.plan.variables)
 
     def wait(self) -> None:
-        "Until the Space runs our commit."
         ago = 0.0
         if self.journal and not self.plan.changes: ago = time.time() - self.journal.time
-        CommitWait(self.hub, self.receipt.oid or "", self.written, self.say, ago).until_running(self.seconds)
+        wait_for_commit(self.hub, self.receipt.oid or "", self.written, self.seconds, self.say, ago)
 
     def prove(self) -> None:
-        "Ask the live Space."
-        info = self.hub.info()
-        result = SmokeResult({})
-        if self.o.smoke != "none": result = smoke_test(self._questions(info), self.say, self.seconds)
-        self.receipt = replace(self.receipt, host=info.host, health=result.health, image=result.image)
-
-    def _questions(self, info: Any) -> SmokeTest:
-        origins = self.o.origins or ()
-        with contextlib.suppress(ValueError): origins = parse_origins(self.plan.variables.get("ALLOW_ORIGINS"))
         settings_alone = self.written == "settings" and self.plan.changes
-        return SmokeTest(
-            host=info.host, build=self.plan.build, full=self.o.smoke == "full", origins=origins,
-            key=self.o.secret.get("AURA_API_KEY"), token=self.hub.token if info.private else None, poll=self.o.poll,
-            age=(lambda: time.monotonic() - self.planned) if settings_alone else None)
+        age = (lambda: time.monotonic() - self.planned) if settings_alone else None
+        asked = smoke_questions(self.hub, self.o, self.plan, age)
+        result = SmokeResult({})
+        if self.o.smoke != "none": result = smoke_test(asked, self.say, self.seconds)
+        self.receipt = replace(self.receipt, host=asked.host, health=result.health, image=result.image)
 
     def goes_back(self, e: DeployError) -> bool:
         "Is there a version before this one to go back to, and does the failure call for it?"
@@ -365,10 +380,10 @@ class Deployment:
     def remember(self) -> None:
         "Record the proven address and the receipt."
         self.receipt = replace(self.receipt, seconds=round(time.monotonic() - self.start, 1))
-        name, host = "VITE_CLOUD_ENGINE_URL", self.receipt.host
-        if self.o.env_file and write_env(self.o.env_file, name, host):
-            self.say("record", f"{Path(self.o.env_file).name}: {name}={host}")
-        self.record.proven(self.receipt)
+        host = self.receipt.host
+        if self.o.env_file and write_env(self.o.env_file, ADDRESS, host):
+            self.say("record", f"{Path(self.o.env_file).name}: {ADDRESS}={host}")
+        self.record.write(self.receipt.to_json())
         up_to_date = "" if self.receipt.changes else ", up to date"
         self.say("done", f"{host} runs {(self.receipt.oid or '')[:12]}{up_to_date}")
 
@@ -384,6 +399,9 @@ def deploy_space(o: DeployOptions, say: Say = print_step) -> DeployReceipt:
         raise
 
 # %% ../nbs/15e_deploy.ipynb #8a4fffe8
+PICTURE = '<img width="160" src="data:image/png;base64,{}">'
+
+
 class DeployWatch:
     "A listener that draws itself with ipywidgets: steps done, the last log lines, the picture."
     steps = ("check", "plan", "wait", "smoke", "record", "done")
@@ -402,8 +420,8 @@ class DeployWatch:
         if step in ("failed", "rollback"): self.bar.bar_style = "danger"
         self.bar.description = step
         self.lines = [*self.lines, *text.splitlines()][-self.most:]
-        self.text.value = f"<pre>{html.escape(chr(10).join(self.lines))}</pre>"
-        if image := data.get("image"): self.picture.value = f'<img width="160" src="data:image/png;base64,{image}">'
+        self.text.value = "<pre>" + html.escape("\n".join(self.lines)) + "</pre>"
+        if "image" in data and data["image"]: self.picture.value = PICTURE.format(data["image"])
 
     def _ipython_display_(self) -> None:
         from IPython.display import display

@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 
 # %% auto #0
 __all__ = ['OPENVINO', 'PRESETS', 'DEPLOY_FLAGS', 'DEPLOY_EPILOG', 'CONVERTS', 'Preset', 'preset_table', 'DeployOptions',
-           'DeployParser', 'project_folder', 'parse_deploy', 'hardware_for', 'objections', 'slow_start', 'space_readme',
-           'SpaceChange', 'DeployPlan', 'plan_deployment']
+           'check_options', 'DeployParser', 'project_folder', 'parse_deploy', 'hardware_for', 'objections',
+           'slow_start', 'space_readme', 'SpaceChange', 'DeployPlan', 'plan_rows', 'aligned', 'plan_deployment']
 
 # %% ../nbs/15c_deploy_plan.ipynb #d950f918
 from .config import parse_origins
@@ -85,13 +85,7 @@ class DeployOptions:
     yes: bool = False                                           # agree to hardware that costs money
     poll: float = 5.0                                           # seconds between two looks at the Space
 
-    def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", self.space_id):
-            raise DeployError("usage", f"--space-id {self.space_id!r}: write owner/name")
-        both = sorted(set(self.variables()) & set(self.secret))
-        if both:
-            names = ", ".join(both)
-            raise DeployError("usage", f"{names} is given as a variable and as a secret; a Space refuses to start with that")
+    def __post_init__(self) -> None: check_options(self)
 
     def variables(self) -> dict[str, str]:
         "The variables that this deployment wants on the Space."
@@ -102,12 +96,23 @@ class DeployOptions:
         if out.get("SD_BACKEND") == "openvino": out.setdefault("EXTRA_PACKAGES", OPENVINO)
         return out
 
+# %% ../nbs/15c_deploy_plan.ipynb #c6774799
+def check_options(o: DeployOptions) -> None:
+    "DeployError 'usage' for options that cannot be meant."
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", o.space_id):
+        raise DeployError("usage", f"--space-id {o.space_id!r}: write owner/name")
+    both = ", ".join(sorted(set(o.variables()) & set(o.secret)))
+    if both:
+        text = f"{both} is given as a variable and as a secret; a Space refuses to start with that"
+        raise DeployError("usage", text)
+
 # %% ../nbs/15c_deploy_plan.ipynb #fcd1a7b9
 _flag: dict[str, Any] = {"action": "store_true"}
 _many: dict[str, Any] = {"action": "append", "default": []}
 _WHAT = [
     ("--space-id", "the Space; it is made if there is none", {"required": True, "metavar": "OWNER/NAME"}),
-    ("--origins", "web origins that may call the engine, comma-separated (default: the Space's own)", {"metavar": "URLS"}),
+    ("--origins", "web origins that may call the engine, comma-separated (default: the Space's own)",
+     {"metavar": "URLS"}),
     ("--any-origin", "allow --origins '*'", _flag),
     ("--preset", "variables and hardware that belong together: " + ", ".join(PRESETS),
      {"choices": list(PRESETS), "metavar": "NAME"}),
@@ -127,7 +132,8 @@ _HOW = [
     ("--detailed-exitcode", "with --dry-run: exit status 10 when something would change", _flag),
     ("--yes", "agree to hardware that costs money", _flag),
     ("--no-wait", "end after the commit", _flag),
-    ("--timeout", "for build and start together (default: 1800, a large model 3600)", {"type": float, "metavar": "SECONDS"}),
+    ("--timeout", "for build and start together (default: 1800, a large model 3600)",
+     {"type": float, "metavar": "SECONDS"}),
     ("--poll", "between two looks at the Space (default: 5)", {"type": float, "default": 5.0, "metavar": "SECONDS"}),
     ("--smoke", "what the live Space is asked: full (default: a picture too), health, none",
      {"choices": ["full", "health", "none"], "default": "full", "metavar": "HOW"}),
@@ -177,7 +183,8 @@ def _origins(a: argparse.Namespace) -> tuple[str, ...] | None:
     except ValueError as e: raise DeployError("usage", f"--origins: {e}") from None
     if not origins: raise DeployError("usage", "--origins is empty; leave it out to keep the Space's own")
     if "*" in origins and not a.any_origin:
-        raise DeployError("usage", "--origins '*' lets every web page use your engine; say --any-origin if that is meant")
+        text = "--origins '*' lets every web page use your engine; say --any-origin if that is meant"
+        raise DeployError("usage", text)
     return origins
 
 
@@ -341,31 +348,37 @@ class DeployPlan:
         "The files to 'upload' or to 'delete'."
         return [c.name for c in self.changes if c.what == "file" and c.verb == verb]
 
-    def rows(self) -> list[tuple[str, ...]]:
-        "The plan as a table of (do, what, name, now, then); files are counted."
-        out = [(c.verb, c.what, c.name, c.now, c.then) for c in self.changes if c.what != "file"]
-        for verb in ("upload", "delete"):
-            names = self.file_names(verb)
-            some = ", ".join(names[:4]) + (" …" if len(names) > 4 else "")
-            if names: out.append((verb, "files", some, "", f"{len(names)} in one commit"))
-        return out
-
     def _repr_markdown_(self) -> str:
         head = [("do", "what", "name", "now", "then"), ("---",) * 5]
-        rows = ["| " + " | ".join(row) + " |" for row in [*head, *self.rows()]]
+        rows = ["| " + " | ".join(row) + " |" for row in [*head, *plan_rows(self)]]
         table = "\n".join(rows) if self.changes else "Up to date: nothing to change."
         return "\n\n".join([table, *self.notes])
 
     def __str__(self) -> str:
-        rows = [("do", "what", "name", "now", "then"), *self.rows()]
-        widths = [max(len(cell) for cell in column) for column in zip(*rows)]
-        lines = ["nothing to change"]
-        if self.changes: lines = [_aligned(row, widths) for row in rows]
+        lines = aligned([("do", "what", "name", "now", "then"), *plan_rows(self)])
+        if not self.changes: lines = ["nothing to change"]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
+# %% ../nbs/15c_deploy_plan.ipynb #c2eb47a3
+def plan_rows(plan: DeployPlan) -> list[tuple[str, ...]]:
+    "The plan as a table of (do, what, name, now, then)."
+    out = [(c.verb, c.what, c.name, c.now, c.then) for c in plan.changes if c.what != "file"]
+    for verb in ("upload", "delete"):
+        names = plan.file_names(verb)
+        some = ", ".join(names[:4])
+        if len(names) > 4: some += " …"
+        if names: out.append((verb, "files", some, "", f"{len(names)} in one commit"))
+    return out
 
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
-    return "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    "Rows as lines of text, their columns aligned."
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 # %% ../nbs/15c_deploy_plan.ipynb #208fdfc6
 def _stale_names(state: SpaceState, o: DeployOptions) -> set[str]:
@@ -408,8 +421,9 @@ def _file_changes(state: SpaceState, files: Mapping[str, bytes]) -> Iterator[Spa
         if path.startswith("aura_engine/") and path not in files: yield SpaceChange("delete", "file", path)
 
 # %% ../nbs/15c_deploy_plan.ipynb #922339ad
-CONVERTS = ("OpenVINO's graphs are made by the engine's start, and a Space's disk is emptied when it stops: every start "
-            "downloads the model (gigabytes) and converts it (up to minutes, and several times the model's memory)")
+CONVERTS = ("OpenVINO's graphs are made by the engine's start, and a Space's disk is emptied when it stops: "
+            "every start downloads the model (gigabytes) and converts it "
+            "(up to minutes, and several times the model's memory)")
 
 
 def _money_notes(state: SpaceState, o: DeployOptions, after: Mapping[str, str]) -> Iterator[str]:

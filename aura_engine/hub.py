@@ -5,19 +5,19 @@
 # %% ../nbs/15b_hub.ipynb #16cc07c7
 from __future__ import annotations
 import base64, contextlib, hashlib, json, os, re, threading, time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
 # %% auto #0
-__all__ = ['Cleaner', 'HUB_WORDS', 'T', 'redactor', 'stored_token', 'find_token', 'PatientHub', 'SpaceReads', 'secret_mark',
-           'SpaceHub', 'SpaceState', 'look_at', 'git_oid', 'same_file', 'LogFollower', 'log_lines']
+__all__ = ['Cleaner', 'HUB_WORDS', 'redactor', 'stored_token', 'find_token', 'hub_refusal', 'PatientHub', 'SpaceReads',
+           'secret_mark', 'creation_settings', 'SpaceHub', 'SpaceState', 'look_at', 'git_oid', 'same_file',
+           'log_events', 'LogFollower', 'log_lines']
 
 # %% ../nbs/15b_hub.ipynb #f8f5a898
 import httpx, httpx2
-from huggingface_hub import (CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi, get_token,
-                             set_client_factory)
+from huggingface_hub import HfApi, SpaceHardware, get_token, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import disable_progress_bars
 from .bundle import DeployError
@@ -63,7 +63,17 @@ def find_token() -> str:
     raise DeployError("preflight", HUB_WORDS[401].replace("is not accepted", "is missing"))
 
 # %% ../nbs/15b_hub.ipynb #61b5f9f2
-T = TypeVar("T")
+def hub_refusal(e: HfHubHTTPError, clean: Cleaner) -> str:
+    "The words for a Hub that is busy. DeployError for a refusal that will not change."
+    status = e.response.status_code
+    text = HUB_WORDS.get(status) or f"status {status}"
+    said = clean(e.server_message or "")[:300]
+    if said: text += f" (the Hub says: {said})"
+    if status == 429 or status >= 500: return text
+    raise DeployError("conflict" if status in (409, 412) else "preflight", text, status) from None
+
+# %% ../nbs/15b_hub.ipynb #c666c4b5
+_T = TypeVar("_T")
 
 
 class PatientHub:
@@ -79,28 +89,20 @@ class PatientHub:
         set_client_factory(lambda: httpx2.Client(follow_redirects=True, timeout=limit))
         disable_progress_bars()
 
-    def ask(self, call: Callable[[HfApi], T]) -> T:
+    def ask(self, call: Callable[[HfApi], _T]) -> _T:
         "call(api), again while the Hub is busy. DeployError 'network' when it stays busy."
-        for pause in (1, 2, 4, None):
+        text = ""
+        for pause in (1, 2, 4, 0):
             after = ""
             try: return call(self.api)
             except HfHubHTTPError as e:
-                text = self._refusal(e)
+                text = hub_refusal(e, self.clean)
                 after = e.response.headers.get("retry-after", "")
             except (httpx2.HTTPError, OSError) as e: text = f"no answer from {self.endpoint} ({type(e).__name__})"
             except ValueError as e: raise DeployError("preflight", self.clean(str(e))[:300]) from None
-            if pause is None: break
-            time.sleep(min(float(after), 60) if after.isdigit() else pause * self.poll)
-        raise DeployError("network", text + "; what was done so far stays, and the same command carries on from there")
-
-    def _refusal(self, e: HfHubHTTPError) -> str:
-        "The words for a busy Hub. DeployError for a refusal that will not change."
-        status = e.response.status_code
-        text = HUB_WORDS.get(status) or f"status {status}"
-        said = self.clean(e.server_message or "")[:300]
-        if said: text += f" (the Hub says: {said})"
-        if status == 429 or status >= 500: return text
-        raise DeployError("conflict" if status in (409, 412) else "preflight", text, status) from None
+            if pause: time.sleep(min(float(after), 60) if after.isdigit() else pause * self.poll)
+        text += "; what was done so far stays, and the same command carries on from there"
+        raise DeployError("network", text)
 
 # %% ../nbs/15b_hub.ipynb #a9dbe4b9
 class SpaceReads(PatientHub):
@@ -145,20 +147,23 @@ def secret_mark(space_id: str, name: str, value: str) -> str:
     return "aura_engine " + hashlib.scrypt(value.encode(), salt=salt, n=2**14, r=8, p=1, dklen=8).hex()
 
 # %% ../nbs/15b_hub.ipynb #ed40a0bb
+def creation_settings(space_id: str, variables: Mapping[str, str], secrets: Mapping[str, str]) -> dict[str, Any]:
+    "Variables and secrets as the Hub takes them for a new Space."
+    pairs = [{"key": name, "value": value} for name, value in variables.items()]
+    hidden = []
+    for name, value in secrets.items():
+        hidden.append({"key": name, "value": value, "description": secret_mark(space_id, name, value)})
+    return {"space_variables": pairs or None, "space_secrets": hidden or None}
+
+# %% ../nbs/15b_hub.ipynb #77daa986
 class SpaceHub(SpaceReads):
     "The Hub, for one Space and one token: what can be asked, and what can be changed."
-    def create(self, visibility: str, hardware: str | None, sleep_time: int | None,
-               variables: Mapping[str, str], secrets: Mapping[str, str]) -> None:
-        "Make the Space with all its settings in one call, so that it restarts for none of them."
-        pairs = [{"key": name, "value": value} for name, value in variables.items()]
-        hidden = []
-        for name, value in secrets.items():
-            hidden.append({"key": name, "value": value, "description": secret_mark(self.id, name, value)})
-        more: dict[str, Any] = {"visibility": visibility, "space_hardware": hardware, "space_sleep_time": sleep_time}
-        more |= {"space_variables": pairs or None, "space_secrets": hidden or None}
-        self.ask(lambda api: api.create_repo(self.id, repo_type="space", space_sdk="docker", **more))
+    def create(self, **settings: Any) -> None:
+        "Make the Space with all its `creation_settings` in one call, so that it restarts for none of them."
+        self.ask(lambda api: api.create_repo(self.id, repo_type="space", space_sdk="docker", **settings))
 
-    def set_variable(self, name: str, value: str) -> None: self.ask(lambda api: api.add_space_variable(self.id, name, value))
+    def set_variable(self, name: str, value: str) -> None:
+        self.ask(lambda api: api.add_space_variable(self.id, name, value))
 
     def delete_variable(self, name: str) -> None: self.ask(lambda api: api.delete_space_variable(self.id, name))
 
@@ -168,7 +173,10 @@ class SpaceHub(SpaceReads):
 
     def delete_secret(self, name: str) -> None: self.ask(lambda api: api.delete_space_secret(self.id, name))
 
-    def set_hardware(self, name: str) -> None: self.ask(lambda api: api.request_space_hardware(self.id, name))
+    def set_hardware(self, name: str) -> None:
+        # The client's type lists the hardware of its release; the Hub's own list counts.
+        hardware = cast(SpaceHardware, name)
+        self.ask(lambda api: api.request_space_hardware(self.id, hardware))
 
     def set_sleep_time(self, seconds: int) -> None: self.ask(lambda api: api.set_space_sleep_time(self.id, seconds))
 
@@ -229,7 +237,8 @@ def same_file(data: bytes, oid: str | None) -> bool:
     return oid in (hashlib.sha256(data).hexdigest(), git_oid(data))
 
 # %% ../nbs/15b_hub.ipynb #e5c5fb12
-_PAINT = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")     # colours, and what moves a terminal's cursor
+# Colours, and what moves a terminal's cursor.
+_PAINT = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
 _BAD = re.compile(r"error|exception|traceback|failed|killed|no space|cannot", re.I)
 
 
@@ -241,6 +250,15 @@ def _event(line: str) -> tuple[str, str] | None:
         return event["timestamp"], event["data"]
     except (ValueError, LookupError): return None
 
+
+def log_events(hub: SpaceHub, kind: str) -> Iterator[tuple[str, str]]:
+    "(time, text) of each line of the 'build' or 'run' log, from its beginning, for as long as the Hub sends."
+    url = f"{hub.endpoint}/api/spaces/{hub.id}/logs/{kind}"
+    headers = {"Authorization": f"Bearer {hub.token}"}
+    with httpx.stream("GET", url, headers=headers, timeout=httpx.Timeout(10, read=30)) as r:
+        lines = r.iter_lines() if r.status_code == 200 else ()
+        yield from filter(None, map(_event, lines))
+
 # %% ../nbs/15b_hub.ipynb #0f3a2a0e
 class LogFollower(threading.Thread):
     "Follows the 'build' or 'run' log of a Space, hands each line to `say(kind, line)` and keeps it in `lines`."
@@ -251,29 +269,20 @@ class LogFollower(threading.Thread):
         self.say = say
         self.lines: list[str] = []
         self.done = threading.Event()           # set it to stop the thread
-        self._events: list[tuple[str, str]] = []
+        self.said: list[tuple[str, str]] = []   # events
 
     def run(self) -> None:
         while not self.done.is_set():
-            with contextlib.suppress(httpx.HTTPError): self._read()
+            with contextlib.suppress(httpx.HTTPError): self._read(set(self.said))
             self.done.wait(min(1.0, self.hub.poll))
 
-    def _read(self) -> None:
-        known = set(self._events)
-        url = f"{self.hub.endpoint}/api/spaces/{self.hub.id}/logs/{self.kind}"
-        headers = {"Authorization": f"Bearer {self.hub.token}"}
-        with httpx.stream("GET", url, headers=headers, timeout=httpx.Timeout(10, read=30)) as r:
-            if r.status_code != 200: return
-            for line in r.iter_lines():
-                if self.done.is_set(): return
-                event = _event(line)
-                if event is None: continue
-                self._events.append(event)
-                if event not in known: self._take(event[1])
-
-    def _take(self, text: str) -> None:
-        self.lines.append(self.hub.clean(_PAINT.sub("", text).rstrip("\n")))
-        self.say(self.kind, self.lines[-1])
+    def _read(self, before: set[tuple[str, str]]) -> None:
+        for event in log_events(self.hub, self.kind):
+            if self.done.is_set(): return
+            self.said.append(event)
+            if event in before: continue
+            self.lines.append(self.hub.clean(_PAINT.sub("", event[1]).rstrip("\n")))
+            self.say(self.kind, self.lines[-1])
 
     def causes(self, seconds: float = 2) -> list[str]:
         "The lines that look like the reason of a failure, else the last ones. Waits so long for one to come."

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 # %% auto #0
-__all__ = ['Say', 'DEAD', 'LOOKS', 'A', 'FLAT', 'QUICK', 'StageSeen', 'CommitWait', 'NotYet', 'ask_until', 'app_answer',
-           'check_health', 'check_page', 'check_stranger', 'check_picture', 'SmokeTest', 'SmokeResult', 'smoke_test']
+__all__ = ['Say', 'DEAD', 'LOOKS', 'FLAT', 'QUICK', 'StageSeen', 'StageWatch', 'FollowedLogs', 'wait_for_commit', 'NotYet',
+           'ask_until', 'app_answer', 'check_health', 'check_page', 'check_stranger', 'check_picture', 'SmokeTest',
+           'SmokeResult', 'smoke_test', 'ask_for_picture']
 
 # %% ../nbs/15d_proof.ipynb #2ab25802
-import httpx
+import httpx, numpy as np
 from .images import decode, from_base64
 from .types import AuraError
 from .bundle import DeployError
@@ -37,11 +38,11 @@ DEAD = {
 # %% ../nbs/15d_proof.ipynb #6b56509c
 @dataclass(frozen=True)
 class StageSeen:
-    "One look at the Space: its stage, the commit that the Hub reports, its words, and when we asked (monotonic seconds)."
+    "One look at the Space."
     stage: str
-    sha: str | None
-    message: str
-    asked: float
+    sha: str | None         # the commit that the Hub reports
+    message: str            # the Hub's words about an error
+    sure: bool              # the Space has moved since our change, or had the time to
 
     @property
     def log(self) -> str | None:
@@ -50,85 +51,102 @@ class StageSeen:
         if self.stage.endswith(("APP_STARTING", "RUNTIME_ERROR")): return "run"
         return None
 
+    def ours(self, oid: str) -> bool:
+        "Is this about commit `oid`? Sometimes the Hub reports no commit."
+        return self.sha == oid or (self.sha is None and self.sure)
+
+    def arrived(self, oid: str, by_commit: bool) -> bool:
+        "Does `oid` run? `by_commit`: it is a new commit, whose number is proof enough."
+        return self.stage in ("RUNNING", "SLEEPING") and self.ours(oid) and (by_commit or self.sure)
+
+    def dead(self, oid: str, by_commit: bool) -> bool:
+        "Has `oid` failed for good?"
+        if self.stage not in DEAD: return False
+        return self.sure or (by_commit and self.ours(oid) and self.stage != "NO_APP_FILE")
+
 # %% ../nbs/15d_proof.ipynb #ae5ae03d
 LOOKS = 12      # after so many looks without a move, a change of settings is believed to be over
 
 
-class CommitWait:
-    """Waits until the commit `oid` runs.
-
-    `written` says what was changed: 'commit', 'settings' or ''; `ago` is how many seconds before now."""
-    def __init__(self, hub: SpaceHub, oid: str, written: str, say: Say, ago: float = 0.0):
+class StageWatch:
+    "Looks at the Space, and says each new stage. `changed`: is there a change to wait for, made `ago` seconds ago?"
+    def __init__(self, hub: SpaceHub, changed: bool, say: Say, ago: float = 0.0):
         self.hub = hub
-        self.oid = oid
-        self.written = written
         self.say = say
-        self.start = time.monotonic()
-        self.settled = self.start - ago + LOOKS * hub.poll
-        self.moved = not written
+        self.settled = time.monotonic() - ago + LOOKS * hub.poll
+        self.moved = not changed
         self.stage: str | None = None
-        self.followers: dict[str, LogFollower] = {}
 
-    def until_running(self, seconds: float) -> None:
-        "Return when it runs. DeployError 'build' or 'runtime' when it will not, 'timeout' after `seconds`."
-        try:
-            while not self._arrived(seen := self._look()):
-                self._follow(seen)
-                if self._dead(seen): raise DeployError(DEAD[seen.stage], self._obituary(seen))
-                left = self.start + seconds - time.monotonic()
-                if left < 0: raise DeployError("timeout", self._late(seen, seconds))
-                time.sleep(min(self.hub.poll, left + 0.05))
-        finally:
-            for follower in self.followers.values(): follower.done.set()
-
-    def _look(self) -> StageSeen:
+    def look(self) -> StageSeen:
         asked = time.monotonic()
         raw = self.hub.runtime().raw
-        seen = StageSeen(str(raw["stage"]), raw.get("sha"), raw.get("errorMessage") or "", asked)
-        if seen.stage != self.stage: self.say("wait", seen.stage, sha=seen.sha)
-        self.stage = seen.stage
-        self.moved = self.moved or seen.stage.endswith(("BUILDING", "APP_STARTING"))
-        return seen
+        stage = str(raw["stage"])
+        if stage != self.stage: self.say("wait", stage, sha=raw.get("sha"))
+        self.stage = stage
+        self.moved = self.moved or stage.endswith(("BUILDING", "APP_STARTING"))
+        return StageSeen(stage, raw.get("sha"), raw.get("errorMessage") or "", self.moved or asked > self.settled)
 
-    def _sure(self, seen: StageSeen) -> bool: return self.moved or seen.asked > self.settled
+# %% ../nbs/15d_proof.ipynb #db59b718
+class FollowedLogs:
+    "The logs of a Space that were worth following so far."
+    def __init__(self, hub: SpaceHub, say: Say):
+        self.hub = hub
+        self.say = say
+        self.followers: dict[str, LogFollower] = {}
 
-    def _ours(self, seen: StageSeen) -> bool:
-        return seen.sha == self.oid or (seen.sha is None and self._sure(seen))
-
-    def _arrived(self, seen: StageSeen) -> bool:
-        if seen.stage not in ("RUNNING", "SLEEPING") or not self._ours(seen): return False
-        return self.written == "commit" or self._sure(seen)
-
-    def _dead(self, seen: StageSeen) -> bool:
-        if seen.stage not in DEAD: return False
-        if self._sure(seen): return True
-        return self.written == "commit" and self._ours(seen) and seen.stage != "NO_APP_FILE"
-
-    def _follow(self, seen: StageSeen) -> None:
+    def follow(self, seen: StageSeen) -> None:
         if seen.log is None or seen.log in self.followers: return
         self.followers[seen.log] = LogFollower(self.hub, seen.log, self.say)
         self.followers[seen.log].start()
 
-    def _obituary(self, seen: StageSeen) -> str:
+    def obituary(self, seen: StageSeen) -> str:
+        "What is known about the end in a stage: the Hub's words, and lines of its log."
         causes = self.followers[seen.log].causes() if seen.log else []
         return "\n".join([f"the Space ended in {seen.stage}", *filter(None, [seen.message]), *causes])
 
-    def _late(self, seen: StageSeen, seconds: float) -> str:
-        text = f"still {seen.stage} after {seconds:.0f} s; the Hub goes on, and the same command waits again."
-        build = self.followers.get("build")
-        queued = "BUILDING" in seen.stage and build is not None and len(build.lines) < 2
-        return text + (" No build log yet: it may be queued." if queued else "")
+    def queued(self, seen: StageSeen) -> bool:
+        "Is it building, and has the build not said anything yet?"
+        return "BUILDING" in seen.stage and len(self.followers["build"].lines) < 2
+
+    def stop(self) -> None:
+        for follower in self.followers.values(): follower.done.set()
+
+# %% ../nbs/15d_proof.ipynb #86ebd87c
+def wait_for_commit(hub: SpaceHub, oid: str, written: str, seconds: float, say: Say, ago: float = 0.0) -> None:
+    """Return when the Space runs commit `oid`.
+
+    `written`, so many seconds `ago`: 'commit', 'settings' or ''.
+    DeployError 'build' or 'runtime' when it will not run, 'timeout' after `seconds`."""
+    watch = StageWatch(hub, bool(written), say, ago)
+    logs = FollowedLogs(hub, say)
+    by_commit = written == "commit"
+    end = time.monotonic() + seconds
+    try:
+        while not (seen := watch.look()).arrived(oid, by_commit):
+            logs.follow(seen)
+            if seen.dead(oid, by_commit): raise DeployError(DEAD[seen.stage], logs.obituary(seen))
+            left = end - time.monotonic()
+            if left < 0: raise DeployError("timeout", _late(seen, seconds, logs.queued(seen)))
+            time.sleep(min(hub.poll, left + 0.05))
+    finally: logs.stop()
+
+
+def _late(seen: StageSeen, seconds: float, queued: bool) -> str:
+    text = f"still {seen.stage} after {seconds:.0f} s; the Hub goes on, and the same command waits again."
+    return text + (" No build log yet: it may be queued." if queued else "")
 
 # %% ../nbs/15d_proof.ipynb #440bacc0
-A = TypeVar("A")
+_A = TypeVar("_A")
 
 
 class NotYet(Exception):
     "What the live Space still lacks."
 
 
-def ask_until(deadline: float, poll: float, check: Callable[[], A]) -> A:
-    "check(), again while it raises NotYet. DeployError 'smoke' with the last reason at `deadline` (monotonic seconds)."
+def ask_until(deadline: float, poll: float, check: Callable[[], _A]) -> _A:
+    """check(), again while it raises NotYet.
+
+    DeployError 'smoke' with the last reason at `deadline` (monotonic seconds)."""
     while True:
         try: return check()
         except NotYet as e: why = str(e)
@@ -147,10 +165,12 @@ def app_answer(r: httpx.Response) -> httpx.Response:
 def check_health(web: httpx.Client, build: str | None, age: Callable[[], float] | None) -> dict[str, Any]:
     "What /health says, when it is of the right build and ready. `age`: seconds since the change; None: any process."
     h = app_answer(web.get("/health")).json()
-    if h.get("status") == "failed": raise DeployError("smoke", f"the engine could not load its model: {h.get('reason')}")
+    if h.get("status") == "failed":
+        raise DeployError("smoke", f"the engine could not load its model: {h.get('reason')}")
     if build and h.get("buildId") != build: raise NotYet(f"/health is of build {h.get('buildId')}, not {build}")
     # Half a second: the clock of the Space starts a little before its process does.
-    if age and h.get("uptimeSeconds", 0) > age() + 0.5: raise NotYet("the process from before the change still answers")
+    if age and h.get("uptimeSeconds", 0) > age() + 0.5:
+        raise NotYet("the process from before the change still answers")
     if not h.get("ready"): raise NotYet(f"the engine is {h.get('status')}")
     return h
 
@@ -178,13 +198,15 @@ def check_picture(web: httpx.Client, origin: str | None, key: str | None) -> str
     if key: headers["Authorization"] = f"Bearer {key}"
     r = app_answer(web.post("/generate", json={"prompt": "a red apple", "steps": 1}, headers=headers, timeout=180))
     if r.status_code == 401 and not key: return None
-    if r.status_code != 200: raise NotYet(f"/generate answers {r.status_code} to {origin or 'no origin'}: {r.text[:200]}")
+    if r.status_code != 200:
+        raise NotYet(f"/generate answers {r.status_code} to {origin or 'no origin'}: {r.text[:200]}")
     try:
         text = r.json()["images"][0]
         picture = decode(from_base64(text))
-    except (AuraError, ValueError, LookupError): raise NotYet("/generate answers without a readable picture") from None
-    spans = [high - low for low, high in picture.getextrema()]
-    if max(spans) < FLAT: raise NotYet("the picture is of one colour")
+    except (AuraError, ValueError, LookupError):
+        raise NotYet("/generate answers without a readable picture") from None
+    spread = np.ptp(np.asarray(picture), axis=(0, 1))       # of each channel
+    if spread.max() < FLAT: raise NotYet("the picture is of one colour")
     return text
 
 # %% ../nbs/15d_proof.ipynb #c4a833f5
@@ -215,21 +237,24 @@ def smoke_test(asked: SmokeTest, say: Say, seconds: float) -> SmokeResult:
     "Ask the live Space, up to `seconds` until it is ready. DeployError 'smoke' with the reason."
     headers = {"Authorization": f"Bearer {asked.token}"} if asked.token else {}
     with httpx.Client(base_url=asked.host, timeout=30, follow_redirects=True, headers=headers) as web:
-        def ask(check: Callable[[], A], limit: float = QUICK) -> A:
-            return ask_until(time.monotonic() + min(limit, seconds), asked.poll, check)
-
-        health = ask(lambda: check_health(web, asked.build, asked.age), seconds)
-        ask(lambda: check_page(web))
-        say("smoke", f"/ and /health answer: {health['model']} on {health['device']}, build {health.get('buildId')}")
+        start = time.monotonic()
+        health = ask_until(start + seconds, asked.poll, lambda: check_health(web, asked.build, asked.age))
+        quick = min(QUICK, seconds)
+        ask_until(time.monotonic() + quick, asked.poll, lambda: check_page(web))
+        runs = f"{health['model']} on {health['device']}, build {health.get('buildId')}"
+        say("smoke", f"/ and /health answer: {runs}")
         if not asked.full: return SmokeResult(health)
-        if "*" not in asked.origins: ask(lambda: check_stranger(web))
-        image = None
-        # The header has room for one token: a private Space with a key cannot be given both.
-        if not (asked.token and asked.key):
-            image = ask(lambda: check_picture(web, next(iter(asked.origins), None), asked.key))
-        say("smoke", _verdict(image), image=image)
+        image = ask_for_picture(web, asked, quick)
+        verdict = "a picture came, and a stranger was refused"
+        if not image: verdict = "it wants its key; no picture was asked for"
+        say("smoke", verdict, image=image)
         return SmokeResult(health, image)
 
-
-def _verdict(image: str | None) -> str:
-    return "a picture came, and a stranger was refused" if image else "it wants its key; no picture was asked for"
+# %% ../nbs/15d_proof.ipynb #e8c1d5ae
+def ask_for_picture(web: httpx.Client, asked: SmokeTest, seconds: float) -> str | None:
+    "Is a stranger refused, and does a picture come? The picture as base64, or None when it could not be asked for."
+    if "*" not in asked.origins:
+        ask_until(time.monotonic() + seconds, asked.poll, lambda: check_stranger(web))
+    if asked.token and asked.key: return None
+    origin = next(iter(asked.origins), None)
+    return ask_until(time.monotonic() + seconds, asked.poll, lambda: check_picture(web, origin, asked.key))
