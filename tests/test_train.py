@@ -1,36 +1,32 @@
 """The recipe of the embedded model, start to end, on three drawn shapes: seconds instead of hours, the same code."""
-import io
 import shutil
 
 import pytest
 import torch
-from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 from aura_engine import train
+from aura_engine.art import make_shapes
 from aura_engine.config import load_settings
 from aura_engine.loader import load
+from aura_engine.nets import TOKENS
+from aura_engine.score import draw_prompts
 
-NAMES = [["disc", "coin"], ["tile"], ["wedge", "cone"]]
-
-
-def shape(name, light):
-    im, file = Image.new("RGBA", (train.SIDE, train.SIDE)), io.BytesIO()
-    pen = ImageDraw.Draw(im)
-    {"disc": pen.ellipse, "tile": pen.rectangle, "wedge": lambda box, fill: pen.polygon([(8, 88), (88, 88), (48, 8)], fill=fill)}[name]((8, 8, 88, 88), fill=(40, 70, 120, 255))
-    if light: pen.ellipse((34, 40, 54, 60), fill=(230, 240, 255, 255))
-    im.save(file, "PNG")
-    return file.getvalue()
+PARTS = {
+    "vae": "vae/diffusion_pytorch_model.safetensors",
+    "text": "text_encoder/model.safetensors",
+    "unet": "unet/diffusion_pytorch_model.safetensors",
+}
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     out = tmp_path_factory.mktemp("train")
-    torch.save({"names": NAMES, "words": ["forest", "river"], "png": [[shape(v[0], False), shape(v[0], True)] for v in NAMES]}, out / "art.pt")
+    make_shapes(out / "art.pt")
     how = ["--out", str(out), "--crowd", "40", "--device", "cpu", "--pack", str(out / "model")]
     with pytest.raises(SystemExit): train.main(["--minutes", "1"])                 # five stages, five lengths
     train.main([*how, "--minutes", ".3", ".1", ".2", ".1", ".05"])
-    first = {k: torch.load(out / f"{k}.pt", weights_only=True)["step"] for k in ("vae", "text", "unet", "lora", "decoder")}
+    first = {k: torch.load(out / f"{k}.pt", weights_only=True)["step"] for k in train.STAGE_NAMES}
     train.main([*how, "--minutes", ".3", ".1", ".3", ".1", ".05"])                 # the UNet goes on, the others are finished
     return out, first
 
@@ -47,11 +43,15 @@ def test_every_stage_goes_on_where_it_stopped(made):
 def test_a_packed_model_can_be_gone_on_from(made, tmp_path):
     old, new = made[0] / "model", tmp_path / "model"
     shutil.copy(made[0] / "art.pt", tmp_path)
-    train.main(["--start", str(old), "--out", str(tmp_path), "--crowd", "40", "--device", "cpu", "--pack", str(new), "--minutes", "0", ".05", ".05", "0", "0"])
-    same = {part: all(torch.equal(v, load_file(new / f)[k]) for k, v in load_file(old / f).items())
-            for part, f in (("vae", "vae/diffusion_pytorch_model.safetensors"), ("text", "text_encoder/model.safetensors"), ("unet", "unet/diffusion_pytorch_model.safetensors"))}
-    assert same == {"vae": True, "text": False, "unet": False}                     # no minutes, nothing changed
-    assert (new / "tokenizer" / "tokenizer.json").read_bytes() == (old / "tokenizer" / "tokenizer.json").read_bytes()
+    train.main(["--start", str(old), "--out", str(tmp_path), "--crowd", "40", "--device", "cpu", "--pack", str(new),
+                "--minutes", "0", ".05", ".05", "0", "0"])
+    def same(file):
+        a, b = load_file(old / file), load_file(new / file)
+        return all(torch.equal(v, b[k]) for k, v in a.items())
+    unchanged = {part: same(file) for part, file in PARTS.items()}
+    assert unchanged == {"vae": True, "text": False, "unet": False}                # no minutes, nothing changed
+    token_files = [folder / "tokenizer" / "tokenizer.json" for folder in (old, new)]
+    assert token_files[0].read_bytes() == token_files[1].read_bytes()
 
 
 @pytest.mark.slow
@@ -60,6 +60,6 @@ def test_what_is_packed_is_loaded_by_the_engine_with_and_without_the_lora(made):
     assert {"coin", "cone", "two", "blue"} <= set((folder / "words.txt").read_text().split())
     base = load(load_settings(SD_MODEL_ID=str(folder), SD_DEVICE="cpu"))
     fused = load(load_settings(SD_MODEL_ID=str(folder), SD_LCM_LORA_ID=str(folder / "lcm-lora"), SD_DEVICE="cpu"))
-    assert fused.row.sampler == "lcm" and base.row.token_limit == train.TOKENS
-    plain, few = (train.generate(p, ["a disc on a blue background"], steps=4) for p in (base, fused))
+    assert fused.row.sampler == "lcm" and base.row.token_limit == TOKENS
+    plain, few = (draw_prompts(p, ["a disc on a blue background"]) for p in (base, fused))
     assert plain.shape == (1, 3, 128, 128) and not torch.equal(plain, few)
