@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['ENDS', 'SAVE_EVERY', 'CANVASES', 'ALTERNATIVES', 'EARLY', 'NOISIEST', 'FEW_STEPS', 'GIVEN', 'DECIDED', 'LORA_LAYERS',
            'LEAPS', 'NO_CHECKER', 'STAGE_NAMES', 'is_large_matrix', 'matrix_of', 'Optimisers', 'averaged', 'Progress',
-           'Learner', 'Stage', 'autocast', 'seeded', 'Smooth', 'picture_loss', 'latent_loss', 'autoencoder_batch',
+           'Learner', 'Smooth', 'Stage', 'autocast', 'seeded', 'picture_loss', 'latent_loss', 'autoencoder_batch',
            'train_vae', 'Pooled', 'encode_scenes', 'make_pool', 'Relatives', 'instead', 'allowed_rows', 'Mix',
-           'Example', 'Speaker', 'Batch', 'some_rows', 'Wordings', 'word_loader', 'Sketcher', 'train_text',
-           'fresh_seed', 'a_second', 'adopt_text', 'with_one', 'fit_head', 'any_of', 'timesteps', 'Decision', 'decided',
+           'Example', 'Speaker', 'Batch', 'some_rows', 'token_ids', 'Wordings', 'word_loader', 'Sketcher', 'train_text',
+           'fresh_seed', 'adopt_text', 'normal_equations', 'fit_head', 'any_of', 'timesteps', 'Decision', 'decided',
            'Diffusion', 'Question', 'text_states', 'text_sketch', 'Teacher', 'velocity_loss', 'new_unet', 'train_unet',
            'Pupil', 'train_lora', 'polish_decoder', 'without_lora', 'save_lora', 'pack', 'plot_losses', 'Minutes',
-           'arguments', 'main']
+           'arguments', 'ready_art', 'main']
 
 # %% ../nbs/90d_stages.ipynb #2566872b
 ENDS = re.compile("embedding|conv_in|conv_out|head|lora")
@@ -130,6 +130,17 @@ class Learner:
         for optimiser, its in zip(self.optimisers.each, state["opts"]): optimiser.load_state_dict(its)
         self.progress = Progress(state["step"], state["spent"], state["log"])
 
+# %% ../nbs/90d_stages.ipynb #67104067
+class Smooth:
+    "A mean that follows: each call moves it a fiftieth of the way to `value`, the first one all of it."
+    def __init__(self) -> None:
+        self.mean: torch.Tensor | None = None
+
+    def __call__(self, value: torch.Tensor) -> torch.Tensor:
+        value = value.detach()
+        self.mean = value if self.mean is None else .98 * self.mean + .02 * value
+        return self.mean
+
 # %% ../nbs/90d_stages.ipynb #0a351394
 class Stage:
     """A resumable run of `model` for `minutes`: `for _ in stage: stage.learn(loss)`.
@@ -142,7 +153,7 @@ class Stage:
         self.warmup = warmup
         self.learner = Learner(model, params or model.parameters(), lr, average, **optimiser)
         if self.path.exists(): self.learner.load(self.path)
-        self.progress = self.learner.progress
+        self.progress, self.smooth = self.learner.progress, Smooth()
         self.saved = self.last = time.time()
         begun = round(min(self.progress.spent, self.seconds))
         self.bar = tqdm(total=round(self.seconds), initial=begun, desc=name, unit="s", mininterval=5)
@@ -165,7 +176,10 @@ class Stage:
     def learn(self, loss: torch.Tensor, **shown: float | torch.Tensor) -> None:
         "One optimiser step. `shown` goes to the bar and into the log."
         self.learner.update(loss)
-        if self.progress.step % 50 == 0: self.show(loss.item(), shown)      # it waits for the device
+        mean = self.smooth(loss)
+        if self.progress.step % 50 == 0:                                    # .item() waits for the device
+            rate = self.progress.step / max(self.progress.spent, 1)
+            self.show(loss.item(), {**shown, "average": mean, "a_second": rate})
         self.tick()
 
     def show(self, loss: float, shown: dict[str, Any]) -> None:
@@ -195,17 +209,6 @@ def seeded(seed: int) -> random.Random:
     "Seed torch, and a generator for everything else."
     torch.manual_seed(seed)
     return random.Random(seed)
-
-# %% ../nbs/90d_stages.ipynb #67104067
-class Smooth:
-    "A mean that follows: each call moves it a fiftieth of the way to `value`, the first one all of it."
-    def __init__(self) -> None:
-        self.mean: torch.Tensor | None = None
-
-    def __call__(self, value: torch.Tensor) -> torch.Tensor:
-        value = value.detach()
-        self.mean = value if self.mean is None else .98 * self.mean + .02 * value
-        return self.mean
 
 # %% ../nbs/90d_stages.ipynb #f8f21d18
 def picture_loss(made: torch.Tensor, true: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -351,10 +354,9 @@ class Speaker:
         said = None if rng.random() < self.mix.empty else says(rng)
         if swap: said = says(rng, colour=.45, style=.35)
         words = caption(rng, self.names, scene, self.fillers, said) if said else ""
-        given, allowed = row, [row] * ALTERNATIVES
-        if self.relatives and swap and said: given = instead(self.relatives, rng, row, said)
-        elif self.relatives and canvas == 0: allowed = allowed_rows(self.relatives, rng, row, said)
-        return Example(given, allowed, words)
+        if not self.relatives or canvas > 0: return Example(row, [row] * ALTERNATIVES, words)
+        if swap and said: return Example(instead(self.relatives, rng, row, said), [row] * ALTERNATIVES, words)
+        return Example(row, allowed_rows(self.relatives, rng, row, said), words)
 
 # %% ../nbs/90d_stages.ipynb #9609e274
 class Batch(NamedTuple):
@@ -378,6 +380,12 @@ def some_rows(rng: random.Random, pooled: Pooled, n: int, alone: float) -> list[
         rows.append(rng.randrange(pooled.singles) if single else rng.randrange(pooled.singles, scenes))
     return rows
 
+# %% ../nbs/90d_stages.ipynb #f75b7417
+def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
+    "[B, TOKENS], padded or cut."
+    how: Any = dict(padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
+    return tokenizer(texts, **how)["input_ids"]
+
 # %% ../nbs/90d_stages.ipynb #48fff3c0
 class Wordings(torch.utils.data.IterableDataset[Batch]):
     "Endless batches of `batch` rows of `pool` (its latents are not looked at)."
@@ -390,10 +398,10 @@ class Wordings(torch.utils.data.IterableDataset[Batch]):
         rows = some_rows(rng, self.pool[canvas], self.batch, self.speaker.mix.alone)
         scenes = [Scene(*row) for row in self.pool[canvas].scenes[rows].tolist()]
         examples = [self.speaker.example(rng, canvas, row, scene) for row, scene in zip(rows, scenes)]
-        given, allowed, words = zip(*examples)
-        how: Any = dict(padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
-        ids = self.tokenizer(list(words), **how)["input_ids"]
-        return Batch(canvas, torch.tensor(rows), torch.tensor(given), torch.tensor(allowed), ids)
+        given = torch.tensor([e.given for e in examples])
+        allowed = torch.tensor([e.allowed for e in examples])
+        ids = token_ids(self.tokenizer, [e.words for e in examples])
+        return Batch(canvas, torch.tensor(rows), given, allowed, ids)
 
     def __iter__(self) -> Iterator[Batch]:
         worker, mix = torch.utils.data.get_worker_info(), self.speaker.mix
@@ -430,7 +438,7 @@ def train_text(tokenizer: CLIPTokenizer, art: Art, pool: list[Pooled], out: Path
                start: Path | None = None) -> Sketcher:
     "Teach the text encoder's last places the pool's latents, from nothing or from the model `start`."
     seeded(3)
-    latents, smooth = pool[0].latents, Smooth()
+    latents = pool[0].latents
     device, batch = latents.device, 1024 if latents.is_cuda else 144
     model = Sketcher(tokenizer, latents.shape[1]).to(device)
     words = word_loader(pool[:1], art, tokenizer, batch, Mix(other=0, empty=.02, seed=fresh_seed()))
@@ -440,18 +448,13 @@ def train_text(tokenizer: CLIPTokenizer, art: Art, pool: list[Pooled], out: Path
         b = next(words).to(device)
         with autocast(device): sketch = model(b.ids)
         loss = F.mse_loss(sketch.float(), cells(latents[b.rows].float()))
-        stage.learn(loss, average=smooth(loss), rate=a_second(stage, batch))
+        stage.learn(loss)
     return model
 
 # %% ../nbs/90d_stages.ipynb #ec4e7665
 def fresh_seed() -> int:
     "Another number every time."
     return random.randrange(10 ** 9)
-
-# %% ../nbs/90d_stages.ipynb #1a068873
-def a_second(stage: Stage, batch: int) -> float:
-    "Pictures a second of a stage so far."
-    return stage.progress.step * batch / max(stage.progress.spent, 1)
 
 # %% ../nbs/90d_stages.ipynb #53dda4ea
 @torch.no_grad()
@@ -466,22 +469,23 @@ def adopt_text(model: Sketcher, folder: Path, words: Iterator[Batch], latents: t
     fit_head(model, [next(words) for _ in range(batches)], latents)
 
 # %% ../nbs/90d_stages.ipynb #c1180fe0
-def with_one(hidden: torch.Tensor) -> torch.Tensor:
-    "[..., n] -> [..., n + 1] in fp64, a 1 at the end."
-    return F.pad(hidden, (0, 1), value=1).double()
+def normal_equations(model: Sketcher, batches: list[Batch], latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    "What least squares needs: inputs times inputs, inputs times cells."
+    square, mixed = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for b in batches:
+        hidden = model.text(b.ids.to(latents.device)).last_hidden_state[:, -CELLS:]
+        given = F.pad(hidden.flatten(0, 1), (0, 1), value=1).double()          # [B * CELLS, WIDTH + 1]
+        aims = cells(latents[b.rows.to(latents.device)]).flatten(0, 1).double()
+        square = square.to(given) + given.T @ given
+        mixed = mixed.to(given) + given.T @ aims
+    return square, mixed
 
+# %% ../nbs/90d_stages.ipynb #2611e331
 @torch.no_grad()
 def fit_head(model: Sketcher, batches: list[Batch], latents: torch.Tensor) -> None:
     "Fit the linear layer to the text encoder as it is, by ridge regression."
-    device = latents.device
-    square = torch.zeros(WIDTH + 1, WIDTH + 1, device=device, dtype=torch.float64)
-    mixed = torch.zeros(WIDTH + 1, len(model.head.bias), device=device, dtype=torch.float64)
-    for b in batches:
-        hidden = model.text(b.ids.to(device)).last_hidden_state[:, -CELLS:]
-        given = with_one(hidden.flatten(0, 1))
-        square += given.T @ given
-        mixed += given.T @ cells(latents[b.rows.to(device)]).flatten(0, 1).double()
-    ridge = 1e-4 * square.diagonal().mean() * torch.eye(WIDTH + 1, device=device, dtype=torch.float64)
+    square, mixed = normal_equations(model, batches, latents)
+    ridge = 1e-4 * square.diagonal().mean() * torch.eye(len(square)).to(square)
     fit = torch.linalg.solve(square + ridge, mixed).float()                   # [WIDTH + 1, 16 * channels]
     model.head.weight.copy_(fit[:-1].T)
     model.head.bias.copy_(fit[-1])
@@ -615,7 +619,7 @@ def train_unet(tokenizer: CLIPTokenizer, art: Art, sketcher: Sketcher, pool: lis
                minutes: float, compiled: bool = False, start: Path | None = None) -> UNet2DConditionModel:
     "Train the UNet on the text encoder's hidden states; it ends as the running average of its weights."
     seeded(4)
-    latents, teacher, smooth = pool[0].latents, Teacher(sketcher, pool), Smooth()
+    latents, teacher = pool[0].latents, Teacher(sketcher, pool)
     batch = 768 if latents.is_cuda else 48
     unet = new_unet(latents.shape[1], latents.device, start)
     fast = torch.compile(unet, dynamic=False) if compiled else unet
@@ -626,7 +630,7 @@ def train_unet(tokenizer: CLIPTokenizer, art: Art, sketcher: Sketcher, pool: lis
         early = not start and stage.share < EARLY and b.canvas == 0
         question = teacher.question(b, early)
         loss = velocity_loss(fast if b.canvas == 0 else unet, question, teacher.diffusion)
-        stage.learn(loss, average=smooth(loss), rate=a_second(stage, batch))
+        stage.learn(loss)
     return unet
 
 # %% ../nbs/90d_stages.ipynb #be30ea20
@@ -673,11 +677,11 @@ def train_lora(tokenizer: CLIPTokenizer, art: Art, unet: UNet2DConditionModel, s
     mine = [p for p in unet.parameters() if p.requires_grad]
     words = word_loader(pool, art, tokenizer, batch, Mix(empty=.02, swapped=.35, seed=fresh_seed()))
     stage = Stage("lora", unet, out, minutes, lr=1e-3, params=mine, average=.98, warmup=30, weight_decay=0)
-    pupil, smooth = Pupil(unet, Teacher(sketcher, pool)), Smooth()
+    pupil = Pupil(unet, Teacher(sketcher, pool))
     for _ in stage:
         q = pupil.question(next(words).to(device))
         gap = (pupil.answer(q.x, q.t, q.hidden) - q.aim).square().mean()
-        stage.learn(gap, average=smooth(gap))
+        stage.learn(gap)
     return unet
 
 # %% ../nbs/90d_stages.ipynb #51b7faa8
@@ -773,15 +777,19 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pack", type=Path, default=Path("build/train/model"), help="the diffusers folder is written here")
     return ap.parse_args(argv)
 
+# %% ../nbs/90d_stages.ipynb #81999fcf
+def ready_art(npm: Path, out: Path, device: str) -> Art:
+    "The art in the folder `out`, drawn from the packages where it is missing."
+    if not (out / "art.pt").exists(): make_art(npm, out / "art.pt")
+    return Art(out / "art.pt", device)
+
 # %% ../nbs/90d_stages.ipynb #eb1fe930
 def main(argv: list[str] | None = None) -> None:
     "The stages one after the other; run again to go on where it stopped."
     a = arguments(argv)
-    out, minutes = a.out, Minutes(*a.minutes)
+    out, minutes, art = a.out, Minutes(*a.minutes), ready_art(a.npm, a.out, a.device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    if not (out / "art.pt").exists(): make_art(a.npm, out / "art.pt")
     if a.start: shutil.copytree(a.start / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
-    art = Art(out / "art.pt", a.device)
     tokenizer = make_tokenizer(art.names, art.words, out / "tokenizer")
     vae = train_vae(art, out, minutes.vae, a.start)
     pool = make_pool(art, vae, a.crowd, out / "pool.pt")

@@ -6,12 +6,13 @@ import pytest
 import torch
 from PIL import Image
 
+from aura_engine.art import COLOURS, held_out
 from aura_engine.config import load_settings
 from aura_engine.engine import Engine
 from aura_engine.loader import load
 from aura_engine.models import EMBEDDED, ROWS
 from aura_engine.planning import known_words, plan
-from aura_engine.train import COLOURS, generate, held_out
+from aura_engine.score import How, draw_prompts
 from aura_engine.types import GenerateRequest, RefineConfig, RefineRequest
 
 THINGS = json.loads((EMBEDDED / "concepts.json").read_text())
@@ -97,7 +98,7 @@ def test_the_base_takes_its_lora_as_any_base_does():
     assert fused.row.sampler == "lcm" and fused.row.steps[1] == 4 and fused.lora == "embedded/lcm-lora"
     assert not torch.equal(base.unet.mid_block.resnets[0].conv1.weight, fused.unet.mid_block.resnets[0].conv1.weight)
     for parts, steps in ((base, 25), (fused, 4)):
-        (picture,) = generate(parts, ["a fox on a blue background"], steps=steps)
+        (picture,) = draw_prompts(parts, ["a fox on a blue background"], How(steps))
         assert coloured(((picture + 1) * 127.5).permute(1, 2, 0).numpy()) == "blue"
 
 
