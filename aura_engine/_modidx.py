@@ -88,6 +88,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'aura_engine.api.memory': ('api.html#memory', 'aura_engine/api.py'),
                                  'aura_engine.api.metrics': ('api.html#metrics', 'aura_engine/api.py'),
                                  'aura_engine.api.page': ('api.html#page', 'aura_engine/api.py'),
+                                 'aura_engine.api.page_file': ('api.html#page_file', 'aura_engine/api.py'),
                                  'aura_engine.api.picture_of': ('api.html#picture_of', 'aura_engine/api.py'),
                                  'aura_engine.api.prepare': ('api.html#prepare', 'aura_engine/api.py'),
                                  'aura_engine.api.preview_jpeg': ('api.html#preview_jpeg', 'aura_engine/api.py'),

@@ -21,14 +21,15 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from fastapi_offline import FastAPIOffline
 
 # %% auto #0
-__all__ = ['log', 'MAX_BODY', 'REASONS', 'KINDS', 'UNBUFFERED', 'AnyJob', 'SMALL_EXAMPLES', 'EXAMPLES', 'PAGE', 'PAGE_POLICY',
-           'PICTURES', 'MAKING', 'routes', 'EXPOSED', 'as_error', 'Metrics', 'memory', 'Stopwatch', 'Api', 'prepare',
-           'follow', 'Made', 'make', 'wanted', 'heartbeat', 'frame', 'preview_jpeg', 'event_data', 'stream',
-           'event_stream', 'request_id', 'respond', 'generate', 'refine', 'Replayed', 'ReplayRequest', 'picture_of',
-           'differences', 'replay', 'KeptEvent', 'Kept', 'job_status', 'job_progress', 'job_result', 'job_state',
-           'job_address', 'Jobs', 'GenerateJob', 'RefineJob', 'ReplayJob', 'begin_job', 'keep', 'create_job',
-           'read_job', 'job_events', 'cancel_job', 'health', 'limits_of', 'examples', 'ready', 'metrics', 'page',
-           'Answer', 'Problem', 'JobState', 'Route', 'Stamp', 'Guard', 'answer_error', 'check_key', 'create_app']
+__all__ = ['log', 'MAX_BODY', 'REASONS', 'KINDS', 'UNBUFFERED', 'AnyJob', 'SMALL_EXAMPLES', 'EXAMPLES', 'STUDIO', 'STUDIO_FILES',
+           'PAGE_POLICY', 'PICTURES', 'MAKING', 'routes', 'EXPOSED', 'as_error', 'Metrics', 'memory', 'Stopwatch',
+           'Api', 'prepare', 'follow', 'Made', 'make', 'wanted', 'heartbeat', 'frame', 'preview_jpeg', 'event_data',
+           'stream', 'event_stream', 'request_id', 'respond', 'generate', 'refine', 'Replayed', 'ReplayRequest',
+           'picture_of', 'differences', 'replay', 'KeptEvent', 'Kept', 'job_status', 'job_progress', 'job_result',
+           'job_state', 'job_address', 'Jobs', 'GenerateJob', 'RefineJob', 'ReplayJob', 'begin_job', 'keep',
+           'create_job', 'read_job', 'job_events', 'cancel_job', 'health', 'limits_of', 'examples', 'ready', 'metrics',
+           'page', 'page_file', 'Answer', 'Problem', 'JobState', 'Route', 'Stamp', 'Guard', 'answer_error', 'check_key',
+           'create_app']
 
 # %% ../nbs/09_api.ipynb #4b6c9695
 from PIL import Image as Pillow
@@ -603,8 +604,12 @@ EXAMPLES = ("an owl reading by candlelight, oil painting", "a lighthouse on a cl
             "a rocket over a desert at dusk, long exposure", "a bowl of ramen on a wooden table, top view", "an old sailboat in a quiet harbour, watercolour",
             "a city street in the rain at night, neon reflections", "a hot air balloon above green hills", "a portrait of an astronaut, studio light",
             "a cosy library with a cat on the windowsill", "a mountain lake at sunrise, mist on the water", "a paper cut-out of a forest with deer")
-PAGE = Path(__file__).parent / "assets" / "page" / "index.html" if "__file__" in globals() else Path("../aura_engine/assets/page/index.html")
-PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:; connect-src 'self' http: https:; base-uri 'none'; form-action 'none'"
+STUDIO = Path(__file__).parent / "assets/studio" if "__file__" in globals() else Path("../aura_engine/assets/studio")
+STUDIO_FILES = {"page.js": "text/javascript", "studio.js": "text/javascript", "studio.css": "text/css"}
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "connect-src 'self' http: https:; base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'"
+)
 
 async def health(request: Request) -> Response:
     "What the engine is, has and does; always 200."
@@ -635,7 +640,15 @@ async def metrics(request: Request) -> Response:
 
 async def page(request: Request) -> Response:
     "The page for people."
-    return Response(PAGE.read_bytes(), media_type="text/html; charset=utf-8", headers={"cache-control": "no-cache", "content-security-policy": PAGE_POLICY})
+    headers = {"cache-control": "no-cache", "content-security-policy": PAGE_POLICY}
+    return Response((STUDIO / "index.html").read_bytes(), media_type="text/html; charset=utf-8", headers=headers)
+
+async def page_file(request: Request, name: str) -> Response:
+    "A script or style sheet of the page; there are three."
+    if name not in STUDIO_FILES:
+        raise NotFound(f"The page has no file {shown(name, 40)}.")
+    kind = f"{STUDIO_FILES[name]}; charset=utf-8"
+    return Response((STUDIO / name).read_bytes(), media_type=kind, headers={"cache-control": "no-cache"})
 
 # %% ../nbs/09_api.ipynb #ca58f016
 class Answer(BaseModel):
@@ -702,6 +715,7 @@ routes = (
     Route("GET", "/metrics", metrics, media=("text/plain",)),
     Route("GET", "/", page, media=("text/html",)),
     Route("HEAD", "/", page, media=("text/html",)),
+    Route("GET", "/studio/{name}", page_file, media=tuple(dict.fromkeys(STUDIO_FILES.values())), errors=(404,)),
 )
 
 # %% ../nbs/09_api.ipynb #58097824

@@ -11,7 +11,7 @@ export const TEXTS = {
   negativeOff: "acts with guidance above 1", lora: "Style (LoRA)", none: "none", size: "Size", standard: "standard",
   high: "large", own: "Back to the model's own", someSteps: "{n} steps", again: "Again", start: "Start from it",
   compare: "Compare", save: "Save", star: "Keep", remove: "Delete", pictures: "Pictures", clear: "Clear all",
-  receipt: "Receipt", use: "Use these settings", useSeed: "Use this seed", copy: "Copy", link: "link", curl: "curl",
+  stage: "Picture", receipt: "Receipt", use: "Use these settings", useSeed: "Use this seed", copy: "Copy", link: "link", curl: "curl",
   python: "Python", json: "JSON", copied: "Copied.", copyThis: "Copy this:", time: "time", seconds: "{n} s",
   sampler: "sampler", model: "model", notes: "notes", empty: "Describe something and press Generate.",
   emptyHint: "Each picture keeps its receipt: how it was made, ready to be used again.", yours: "your picture",
@@ -48,15 +48,16 @@ export const TEXTS = {
 };
 
 let texts = TEXTS;
-const number = (n, digits = 2) => new Intl.NumberFormat(undefined, { maximumFractionDigits: digits, useGrouping: false }).format(n);
+const number = (n, maximumFractionDigits = 2) => (
+  new Intl.NumberFormat(undefined, { maximumFractionDigits, useGrouping: false }).format(n));
 const t = (key, slots = {}) => (texts[key] ?? key).replace(/\{(\w+)\}/g, (_, name) => {
   const value = slots[name] ?? "";
   return typeof value === "number" ? number(value) : value;
 });
 
 // ---------------------------------------------------------------- helpers
-const newId = () => [...crypto.getRandomValues(new Uint8Array(12))].map((b) => b.toString(16).padStart(2, "0")).join("");
 const newSeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
+const newId = () => `${Date.now().toString(36)}-${newSeed().toString(36)}`;
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 const whole = (seconds) => Math.max(1, Math.ceil(seconds));
 const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
@@ -120,15 +121,14 @@ export function requestOf(form, limits, start) {
 const promptOf = ({ body }) => body.prompt ?? body.refinePrompt ?? body.receipt.prompt;
 const countOf = ({ route, body, images }) => (route === "refine" ? images.length : body.n ?? 1);
 const ratio = (aspect) => { const [w, h] = aspect.split(":"); return w / h; };
-const ratioOf = ({ body, ratio: r = 1 }) => (body.receipt ? body.receipt.width / body.receipt.height : body.aspectRatio ? ratio(body.aspectRatio) : r);
+const shapeOf = ({ body: { aspectRatio, receipt }, ratio: own = 1 }) => (
+  receipt ? receipt.width / receipt.height : aspectRatio ? ratio(aspectRatio) : own);
 
 /** The shape that was asked for: sizes are rounded, so the nearest usual shape, or else the exact one. */
 function aspectOf({ width, height }) {
   const off = (aspect) => Math.abs(Math.log(ratio(aspect) * height / width));
-  const nearest = ASPECTS.reduce((best, aspect) => (off(aspect) < off(best) ? aspect : best));
-  const divisor = (a, b) => (b ? divisor(b, a % b) : a);
-  const common = divisor(width, height);
-  return off(nearest) < 0.09 ? nearest : `${width / common}:${height / common}`;
+  const nearest = ASPECTS.toSorted((a, b) => off(a) - off(b))[0];
+  return off(nearest) < 0.09 ? nearest : `${width}:${height}`;
 }
 
 /** A receipt as a form: asked for again, it makes the same picture. */
@@ -252,7 +252,7 @@ export class HttpEngine {
     const options = { method, headers, body: body && JSON.stringify(body), signal, cache: "no-store" };
     const answer = await fetch(this.address + path, options).catch((error) => {
       if (signal?.aborted) throw error;
-      throw new Trouble("unreachable", t(this.address ? "cloudNotReached" : "notReached", { origin: location.origin }));
+      throw new Trouble("unreachable", t(this.address ? "cloudNotReached" : "notReached", location));
     });
     if (answer.ok) return answer;
     const { status } = answer;
@@ -260,27 +260,28 @@ export class HttpEngine {
     const problem = await answer.json().catch(() => null);
     if (status === 401) throw new Trouble("unauthorized", t(this.key ? "keyWrong" : "keyMissing"), { status });
     if (problem?.detail) throw Trouble.from({ status, ...problem }, retryAfter);
-    throw new Trouble(status > 501 ? "asleep" : "stranger", t("notOurs", { status: String(status) }), { status, retryAfter });
+    throw new Trouble(status > 501 ? "asleep" : "stranger", t("notOurs", { status }), { status, retryAfter });
   }
 
   async health(signal) { return (await this.call("/health", { signal })).json(); }
   async examples() { return (await (await this.call("/examples")).json()).examples; }
   cancel(job) { return this.call(`/jobs/${job}`, { method: "DELETE" }).catch(() => {}); }
 
-  async* generate({ route, body, images }, { signal } = {}) {
-    const sent = new Map();
-    for (const blob of new Set(images)) sent.set(blob, await toBase64(blob));
-    const request = images.length ? { ...body, images: images.map((blob) => sent.get(blob)) } : body;
-    let job;
-    try { job = await (await this.call("/jobs", { body: { route, request, previews: true } })).json(); } catch (trouble) {
-      // An engine of an older version: its events come on the POST itself, which ends when the page goes.
+  async* generate({ route, body, images }, { signal }) {
+    const sent = await Promise.all(images.map(toBase64));
+    const request = images.length ? { ...body, images: sent } : body;
+    const asked = await this.call("/jobs", { body: { route, request, previews: true } }).catch((trouble) => {
       if (!trouble.fields.some(({ loc }) => loc === "previews")) throw trouble;
+    });
+    if (!asked) {
+      // An engine of an older version: its events come on the POST itself, which ends when the page goes.
       const answer = await this.call(`/${route}`, { body: request, signal, accept: "text/event-stream" });
       for await (const event of eventsIn(answer.body)) yield newsFrom(event);
       return;
     }
-    yield { type: "job", job: job.id, engine: this.name };
-    yield* this.resume(job.id, { signal });
+    const { id } = await asked.json();
+    yield { type: "job", job: id, engine: this.name };
+    yield* this.resume(id, { signal });
   }
 
   /** All events of a job from its first one. A connection that breaks is made again and goes on where it was. */
@@ -312,7 +313,11 @@ export class Engines {
   store = new BrowserStore();
   constructor(local = new HttpEngine()) { this.local = local; }
 
-  get order() { return this.mode === "auto" ? [this.local, this.cloud].filter((e) => e === this.local || e.address) : [this[this.mode]]; }
+  get order() {
+    if (this.mode !== "auto") return [this[this.mode]];
+    return this.cloud.address ? [this.local, this.cloud] : [this.local];
+  }
+
   get address() { return this.order[0].address || location.href.split(/[?#]/)[0].replace(/\/$/, ""); }
   set key(value) { for (const engine of this.order) engine.key = value; }
 
@@ -401,9 +406,9 @@ export class WidgetEngine {
     let wake;
     const put = (item) => { heard.push(item); wake?.(); };
     const busy = setTimeout(() => put({ type: "waits", say: "waitKernel" }), 1500);
-    const stopped = () => put({ error: signal.reason });
-    signal?.addEventListener("abort", stopped, { once: true });
-    this.talks.set(id, (event, [bytes] = []) => put({ ...event, blob: bytes && new Blob([bytes], { type: event.mime }) }));
+    signal?.addEventListener("abort", () => put({ error: signal.reason }));
+    this.talks.set(id, (event, [bytes] = []) => (
+      put({ ...event, blob: bytes && new Blob([bytes], { type: event.mime }) })));
     this.model.send({ id, ...message }, undefined, buffers);
     try {
       for (;;) {
@@ -419,7 +424,6 @@ export class WidgetEngine {
       }
     } finally {
       clearTimeout(busy);
-      signal?.removeEventListener("abort", stopped);
       this.talks.delete(id);
     }
   }
@@ -437,7 +441,8 @@ export class WidgetEngine {
     yield { type: "job", job: id };
     const sent = [...new Set(images)];
     const buffers = await Promise.all(sent.map((blob) => blob.arrayBuffer()));
-    yield* this.talk({ id, type: "ask", route, body, images: images.map((blob) => sent.indexOf(blob)) }, { buffers, signal });
+    const message = { id, type: "ask", route, body, images: images.map((blob) => sent.indexOf(blob)) };
+    yield* this.talk(message, { buffers, signal });
   }
 
   resume(job, { signal }) { return this.talk({ type: "resume", job }, { signal }); }
@@ -445,16 +450,20 @@ export class WidgetEngine {
 }
 
 // ---------------------------------------------------------------- what is kept
-const pictureFrom = ({ picture: id, blob, receipt, at = Date.now(), seconds, star = false }) => ({ id, blob, receipt, at, seconds, star });
+const working = ({ timings = {} }) => sum(Object.entries(timings).map(([stage, s]) => (stage === "queue" ? 0 : s)));
+const pictureFrom = ({ picture: id, blob, receipt, at = Date.now(), seconds = working(receipt), star = false }) => (
+  { id, blob, receipt, at, seconds, star });
 
-/** The page: pictures and jobs in IndexedDB, the form in localStorage; failing that, memory. Nothing leaves the browser. */
+/** The page: pictures and jobs in IndexedDB, the form in localStorage, failing that memory. Nothing leaves the browser. */
 class BrowserStore {
   most = { pictures: 200, bytes: 200e6 };
 
   open() {
     return this.db ??= new Promise((resolve) => {
       const asked = indexedDB.open("aura-studio", 1);
-      asked.onupgradeneeded = () => ["pictures", "jobs", "start"].forEach((name) => asked.result.createObjectStore(name, { keyPath: "id" }));
+      asked.onupgradeneeded = () => {
+        for (const name of ["pictures", "jobs", "start"]) asked.result.createObjectStore(name, { keyPath: "id" });
+      };
       asked.onsuccess = () => resolve(asked.result);
       asked.onerror = () => resolve(null);
     }).catch(() => null);
@@ -473,7 +482,9 @@ class BrowserStore {
   put({ url, ...picture }) { return this.ask("pictures", (s) => s.put(picture)); }
   remove(id) { return this.ask("pictures", (s) => s.delete(id)); }
   jobs() { return this.ask("jobs", (s) => s.getAll()); }
-  keepJob({ id, job, engine, request, start, at }) { return this.ask("jobs", (s) => s.put({ id, job, engine, request, start, at })); }
+  keepJob({ id, job, engine, request, start, at }) {
+    return this.ask("jobs", (s) => s.put({ id, job, engine, request, start, at }));
+  }
   dropJob(id) { return this.ask("jobs", (s) => s.delete(id)); }
   form() { return remembered.get("form"); }
   keepForm(form) { remembered.set("form", form); }
@@ -502,22 +513,19 @@ class KernelStore {
 
 // ---------------------------------------------------------------- the state
 const AXES = ["steps", "seed", "guidance", "temperature", "strength", "words"];
-const working = ({ timings = {} }) => sum(Object.entries(timings).map(([stage, seconds]) => (stage === "queue" ? 0 : seconds)));
 const free = (url) => url && setTimeout(() => URL.revokeObjectURL(url), 1000);
 
 /** Everything the views show. Says `change` once a turn, and `choice` when another picture is chosen. */
 export class Studio extends EventTarget {
   pictures = []; runs = []; chosen = null; spread = null; comparing = null; form = { ...FORM }; start = null;
-  health = null; limits = limitsOf(null); examples = []; note = null; trouble = null; offer = null; open = false; panel = false;
-  #due = false;
+  health = {}; limits = limitsOf(); examples = []; note = null; trouble = null; wrong = []; offer = null;
 
   constructor(engine) { super(); Object.assign(this, { engine, store: engine.store }); }
 
+  /** Have the views drawn again; `focus` names the field that shall have the focus then. */
   touch(focus) {
     this.focus = focus ?? this.focus;
-    if (this.#due) return;
-    this.#due = true;
-    queueMicrotask(() => { this.#due = false; this.dispatchEvent(new Event("change")); });
+    this.due ??= Promise.resolve().then(() => { this.due = null; this.dispatchEvent(new Event("change")); });
   }
 
   /** Take up what was there: the form, the pictures, the work under way. Then follow the engine's health. */
@@ -526,7 +534,7 @@ export class Studio extends EventTarget {
     this.#watch();
     const [pictures, jobs, start] = await Promise.all([this.store.list(), this.store.jobs(), this.store.start()]);
     this.pictures.push(...pictures.filter(({ id }) => !this.find(id)));
-    this.chosen ??= this.pictures[0]?.id ?? null;
+    this.chosen ??= this.pictures[0]?.id;
     if (start) this.setStart(start);
     for (const job of jobs) this.pickUp(job);
     if (jobs.length) this.say(t("resumed"));
@@ -534,43 +542,42 @@ export class Studio extends EventTarget {
   }
 
   async #watch() {
-    for (;; await sleep(this.health?.ready ? 4 : 1)) if (!document.hidden) await this.look();
+    for (;; await sleep(this.health.ready ? 4 : 1)) if (!document.hidden) await this.look();
   }
 
   async look() {
-    const { ready, model } = this.health ?? {};
-    this.health = await this.engine.health();
-    if (this.health.limits || this.health.model) this.limits = limitsOf(this.health);
-    if (this.health.ready && this.trouble?.code === "failed") this.fail(null);
-    if (this.health.status === "failed" && !this.trouble) this.fail(new Trouble("failed", t("modelFailed", { why: this.health.reason })));
+    const before = this.health;
+    const { status, ready, reason, model } = this.health = await this.engine.health();
+    if (model) this.limits = limitsOf(this.health);
+    if (ready && this.trouble?.code === "failed") this.fail(null);
+    if (status === "failed" && !this.trouble) this.fail(new Trouble("failed", t("modelFailed", { why: reason })));
     this.touch();
-    if (!this.health.ready || (ready && model === this.health.model)) return;
-    this.examples = await Promise.resolve(this.engine.examples()).catch(() => []);
+    if (!ready || (before.ready && model === before.model)) return;
+    this.examples = await this.engine.examples().catch(() => []);
     this.touch();
   }
 
   // ---- words for people
   say(text, undo) {
-    this.note = text ? { text, undo } : null;
+    this.note = text && { text, undo };
     clearTimeout(this.noteEnds);
     if (text) this.noteEnds = setTimeout(() => this.say(""), 6000);
     this.touch();
   }
 
   fail(trouble, again) {
-    this.trouble = !trouble || trouble instanceof Trouble ? trouble : new Trouble("broken", t("broken", { why: trouble.message }));
-    if (!trouble) return this.touch();
-    this.trouble.again = again;
-    this.wrong = trouble.fields?.map(({ loc }) => last(loc.replaceAll(".", "/"))).map((name) => FIELDS[name] ?? name) ?? [];
+    const known = !trouble || trouble instanceof Trouble;
+    this.trouble = known ? trouble : new Trouble("broken", t("broken", { why: trouble.message }));
+    this.wrong = (trouble?.fields ?? []).map(({ loc }) => loc.split(".").pop()).map((name) => FIELDS[name] ?? name);
     this.open ||= this.wrong.some((name) => name !== "prompt");
-    return this.touch(this.wrong[0]);
+    if (trouble) this.trouble.again = again;
+    this.touch(this.wrong[0]);
   }
 
   // ---- the form
   set(values) {
-    Object.assign(this.form, values);
-    this.store.keepForm(this.form);
-    if (this.trouble?.fields.length) this.trouble = null;
+    this.store.keepForm(Object.assign(this.form, values));
+    if (this.wrong.length) this.fail(null);
     this.touch();
   }
 
@@ -586,10 +593,8 @@ export class Studio extends EventTarget {
     try {
       const receipt = await receiptIn(file);
       this.setStart({ ...await shrunk(file, 2 * this.limits.native), name: file.name });
-      const run = () => this.recall({ receipt });
-      if (receipt) this.offer = { say: t("offer"), act: t("use"), run };
+      if (receipt) this.offer = { say: t("offer"), act: t("use"), run: () => this.recall({ receipt }) };
     } catch (trouble) { this.fail(trouble); }
-    this.touch();
   }
 
   // ---- making pictures
@@ -602,99 +607,100 @@ export class Studio extends EventTarget {
   }
 
   run(request, start) {
-    const run = this.#add({ id: newId(), request: { ...request, ratio: start?.ratio }, start, at: Date.now() });
+    const run = this.#make({ request: { ...request, ratio: start?.ratio }, start });
+    this.runs.unshift(run);
     this.endCompare();
     this.choose(run.id);
-    return this.#follow(run, patiently(this.engine, run.request, { signal: run.stop.signal }));
+    return this.#follow(run);
   }
 
   /** Work that was under way when the page went, or that Python began. */
-  pickUp({ job, id = job, ...more }) {
-    if (this.runs.some((run) => run.job === job)) return;
-    const run = this.#add({ at: Date.now(), ...more, id, job });
-    this.choose(id);
-    this.#follow(run, this.engine.resume(job, { engine: run.engine, signal: run.stop.signal }));
+  pickUp(job) {
+    if (this.runs.some((run) => run.job === job.job)) return;
+    const run = this.#make(job);
+    this.runs.unshift(run);
+    this.choose(run.id);
+    this.#follow(run, this.engine.resume(run.job, { engine: run.engine, signal: run.stop.signal }));
   }
 
-  #add(run) {
-    Object.assign(run, { n: countOf(run.request), steps: {}, previews: {}, made: [], said: { say: "asking" }, stop: new AbortController() });
-    this.runs.unshift(run);
+  #make(given) {
+    const stop = new AbortController();
+    const run = { id: newId(), at: Date.now(), n: countOf(given.request), steps: {}, previews: {}, made: [], ...given, stop,
+      said: { say: "asking" } };
+    const cancel = () => run.job && this.engine.cancel(run.job, run.engine);
+    stop.signal.addEventListener("abort", cancel);
     return run;
   }
 
-  async #follow(run, events) {
+  async #follow(run, events = patiently(this.engine, run.request, run.stop)) {
     try {
       for await (const event of events) this.#hear(run, event);
     } catch (trouble) {
+      const forgotten = trouble.code === "not_found";
       if (run.stop.signal.aborted) this.say(t("stopped"));
-      else if (trouble.code !== "not_found") this.fail(trouble, () => this.run(run.request, run.start));
-      else if (!run.made.length && run.request.images.every(Boolean)) {
-        // A restarted engine has forgotten the job. The seed was drawn here: asked again, it makes the same picture.
-        return this.#follow(run, patiently(this.engine, run.request, { signal: run.stop.signal }));
-      }
+      // A restarted engine has forgotten the job. The seed was drawn here: asked again, it makes the same picture.
+      else if (forgotten && !run.made.length && run.request.images.every(Boolean)) return this.#follow(run);
+      else if (run.aside) run.trouble = trouble.message;
+      else if (!forgotten) this.fail(trouble, () => this.run(run.request, run.start));
     }
-    return this.#end(run);
+    this.runs = this.runs.filter((other) => other !== run);
+    Object.values(run.previews).forEach(free);
+    this.store.dropJob(run.id);
+    const [first, second] = run.made;
+    if (this.chosen === run.id) {
+      this.choose(first?.id ?? this.pictures[0]?.id);
+      if (second) this.spread = run.made;
+    }
+    this.finished = first && t("done");
+    this.touch();
+    return run.made;
   }
 
   #hear(run, { type, ...event }) {
-    const { index, blob } = event;
+    const { index, blob, step, steps } = event;
     if (type === "waits") run.said = { ...event, until: event.seconds && Date.now() + 1000 * event.seconds };
-    if (type === "job") this.store.keepJob(Object.assign(run, event));
+    if (type === "job") {
+      Object.assign(run, event);
+      if (!run.aside) this.store.keepJob(run);
+      if (run.stop.signal.aborted) this.engine.cancel(run.job, run.engine);
+    }
     if (type === "queued") run.said = { ...event, say: event.position ? "queued" : "soon", n: whole(event.etaSeconds) };
     if (type === "step") {
-      run.steps[index] = event.step / event.steps;
-      run.said = { ...event, say: event.step < event.steps ? "step" : "finishing" };
+      run.steps[index] = step / steps;
+      run.said = { say: step < steps ? "step" : "finishing", step, steps };
     }
-    if (type === "preview") { free(run.previews[index]); run.previews[index] = URL.createObjectURL(blob); }
+    if (type === "preview") {
+      free(run.previews[index]);
+      run.previews[index] = URL.createObjectURL(blob);
+    }
     if (type === "image") {
-      const picture = this.#picture({ picture: `${run.job ?? run.id}-${index}`, ...event }, run.start?.blob);
-      if (!this.find(picture.id)) this.add(picture);
-      run.made[index] = picture.id;
+      const made = pictureFrom({ picture: `${run.job ?? run.id}-${index}`, ...event });
+      run.made[index] = this.find(made.id) ?? Object.assign(made, { start: run.start?.blob });
+      if (!run.aside) this.add(run.made[index]);
     }
-    if (type === "done" && event.warnings?.length) this.say(event.warnings.join(" "));
+    if (type === "done" && event.warnings?.length && !run.aside) this.say(event.warnings.join(" "));
     this.touch();
   }
 
-  #picture(event, start) { return { seconds: working(event.receipt), ...pictureFrom({ ...event }), seconds: event.seconds ?? working(event.receipt), start }; }
-
   add(picture) {
+    if (this.find(picture.id)) return;
     this.pictures.unshift(picture);
     this.store.put(picture);
-    const { most } = this.store;
-    const over = () => this.pictures.length > most.pictures || sum(this.pictures.map(({ blob }) => blob.size)) > most.bytes;
-    for (let old; most && over() && (old = this.pictures.findLast((p) => !p.star && p !== picture));) {
+    const { pictures, bytes } = this.store.most ?? {};
+    const over = () => this.pictures.length > pictures || sum(this.pictures.map(({ blob }) => blob.size)) > bytes;
+    while (over()) {
+      const old = this.pictures.findLast((p) => !p.star && p !== picture);
+      if (!old) break;
       this.#forget(old);
       this.say(t("full"));
     }
-    this.touch();
-  }
-
-  #end(run) {
-    this.runs = this.runs.filter((other) => other !== run);
-    this.store.dropJob(run.id);
-    Object.values(run.previews).forEach(free);
-    const made = run.made.filter((id) => this.find(id));
-    if (this.chosen === run.id) {
-      this.choose(made[0] ?? this.pictures[0]?.id ?? null);
-      if (made.length > 1) this.spread = made;
-    }
-    this.finished = made.length && t("done");
-    this.touch();
-    return made.map((id) => this.find(id));
-  }
-
-  stop(run = this.running) {
-    if (!run) return;
-    run.stop.abort(new DOMException("stopped", "AbortError"));
-    if (run.job) this.engine.cancel(run.job, run.engine);
   }
 
   // ---- the choice, and what is done with it
   find(id) { return this.pictures.find((picture) => picture.id === id); }
   url(picture) { return (picture.url ??= URL.createObjectURL(picture.blob)); }
   get picture() { return this.find(this.chosen); }
-  get run_() { return this.runs.find(({ id }) => id === this.chosen); }
-  get running() { return this.run_ ?? this.runs[0]; }
+  get running() { return this.runs.find(({ id }) => id === this.chosen); }
   get items() { return [...this.runs, ...this.pictures]; }
 
   choose(id) {
@@ -706,29 +712,30 @@ export class Studio extends EventTarget {
   move(by) {
     const { items } = this;
     const at = items.findIndex(({ id }) => id === this.chosen);
-    const next = items[clamp(at + by, 0, items.length - 1)];
-    if (next) this.choose(next.id);
+    if (items.length) this.choose(items[clamp(at + by, 0, items.length - 1)].id);
   }
 
-  again() {
-    const { receipt, start } = this.picture;
+  stop(run = this.running ?? this.runs[0]) { run?.stop.abort(); }
+
+  again({ receipt, start } = this.picture) {
     if (receipt.strength && !start) return this.fail(new Trouble("lost", t("lost")));
     const from = start && { blob: start };
     return this.run(requestOf({ ...formOf(receipt, this.limits), seed: null }, this.limits, from), from);
   }
 
   recall({ receipt, start } = this.picture) {
-    this.setStart(start ? { blob: start } : null);
+    this.setStart(start && { blob: start });
     this.open = true;
     this.set(formOf(receipt, this.limits));
   }
 
-  startFrom({ blob, receipt } = this.picture) {
-    this.setStart({ blob, name: receipt.prompt, ratio: receipt.width / receipt.height });
+  startFrom({ blob, receipt: { prompt, width, height } } = this.picture) {
+    this.setStart({ blob, name: prompt, ratio: width / height });
   }
 
-  save({ receipt, ...picture } = this.picture) {
-    Object.assign(document.createElement("a"), { href: this.url(picture), download: fileName(receipt) }).click();
+  save(picture = this.picture) {
+    const link = document.createElement("a");
+    Object.assign(link, { href: this.url(picture), download: fileName(picture.receipt) }).click();
   }
 
   keep(picture = this.picture) {
@@ -746,7 +753,7 @@ export class Studio extends EventTarget {
     const before = this.pictures;
     const at = before.indexOf(gone[0]);
     gone.forEach((picture) => this.#forget(picture));
-    if (!this.find(this.chosen)) this.choose((this.pictures[at] ?? this.pictures[at - 1])?.id ?? null);
+    if (!this.find(this.chosen)) this.choose((this.pictures[at] ?? this.pictures[at - 1])?.id);
     this.say(t(gone.length > 1 ? "cleared" : "removed"), () => {
       this.pictures = [...this.pictures.filter((p) => !before.includes(p)), ...before];
       gone.forEach((picture) => this.store.put(picture));
@@ -757,19 +764,18 @@ export class Studio extends EventTarget {
 
   // ---- compare: one or two settings, varied around the chosen picture
   compare(picture = this.picture) {
-    const form = picture ? formOf(picture.receipt, this.limits) : { ...this.form, seed: this.form.seed ?? newSeed() };
+    const form = picture ? formOf(picture.receipt, this.limits) : { ...this.form, n: 1, seed: this.form.seed ?? newSeed() };
     if (!form.prompt.trim()) return this.fail(Trouble.of("prompt", "noPrompt"));
     const start = picture ? picture.start && { blob: picture.start } : this.start;
-    const text = Object.fromEntries(AXES.map((axis) => [axis, this.#usual(axis, form)]));
-    this.comparing = { form: { ...form, n: 1 }, start, text, x: "steps", y: "temperature", xs: [], ys: [], cells: [], stop: new AbortController() };
-    const axes = this.axes;
-    if (!axes.includes("steps")) this.comparing.x = "seed";
+    this.comparing = { form, start, x: "steps", y: "temperature", xs: [], ys: [], cells: [] };
+    this.comparing.text = Object.fromEntries(AXES.map((axis) => [axis, this.#usual(axis, form)]));
+    if (!this.axes.includes("steps")) this.comparing.x = "seed";
     return this.touch();
   }
 
   get axes() {
-    const fixed = ([low, , high]) => low === high;
-    return AXES.filter((axis) => !(axis in this.limits && fixed(this.limits[axis])) && (axis !== "strength" || this.comparing.start));
+    const varies = ([low, , high] = [0, , 1]) => low < high;
+    return AXES.filter((axis) => varies(this.limits[axis]) && (axis !== "strength" || this.comparing.start));
   }
 
   range(axis) {
@@ -779,97 +785,94 @@ export class Studio extends EventTarget {
 
   #usual(axis, { prompt, seed }) {
     const [low, high] = this.range(axis);
-    if (axis === "words") return `${prompt} | `;
-    if (axis === "seed") return [0, 1, 2, 3].map((i) => seed + i).join(", ");
-    if (axis === "steps") return [1, 2, 4, 8].filter((k) => k >= low && k <= high).join(", ");
-    if (axis === "guidance") return [0, 1, 2, 3].map((i) => number(low + (i * (Math.min(high, low + 9) - low)) / 3, 1)).join(", ");
-    return { temperature: "0, 0.5, 1, 1.5", strength: "0.2, 0.4, 0.6, 0.8" }[axis];
+    const third = (Math.min(high, low + 9) - low) / 3;
+    return {
+      words: `${prompt} | `, temperature: "0, 0.5, 1, 1.5", strength: "0.2, 0.4, 0.6, 0.8",
+      seed: [0, 1, 2, 3].map((i) => seed + i).join(", "),
+      steps: [1, 2, 4, 8].filter((k) => k >= low && k <= high).join(", "),
+      guidance: [0, 1, 2, 3].map((i) => Math.round(10 * (low + i * third)) / 10).join(", "),
+    }[axis];
   }
 
   /** The values of an axis as they were written; null when one of them is not allowed. */
   values(axis) {
     if (!axis) return [null];
-    const parts = this.comparing.text[axis].split(axis === "words" ? "|" : /[,;\s]+/).map((part) => part.trim()).filter(Boolean);
-    if (!parts.length || parts.length > 8) return null;
-    if (axis === "words") return parts;
+    const parts = this.comparing.text[axis].split(axis === "words" ? "|" : /[,;\s]+/).map((part) => part.trim());
+    const given = parts.filter(Boolean);
+    if (!given.length || given.length > 8) return null;
+    if (axis === "words") return given;
     const [low, high] = this.range(axis);
     const integer = axis === "steps" || axis === "seed";
-    const allowed = (v) => v >= low && v <= high && (!integer || Number.isInteger(v));
-    return parts.map(Number).every(allowed) ? parts.map(Number) : null;
+    const allowed = (v) => v >= low && v <= high && !(integer && v % 1);
+    return given.map(Number).every(allowed) ? given.map(Number) : null;
   }
 
-  async fill(comparing = this.comparing) {
-    const [xs, ys] = [this.values(comparing.x), this.values(comparing.y)];
-    const axis = xs ? comparing.y : comparing.x;
-    const axisName = t(axis || "none");
-    if (!xs || !ys) return this.fail(Trouble.of(axis, "axisWrong", { axis: axisName, allowed: this.range(axis).join("–") }));
+  /** Make the pictures of the table, four at a time. */
+  async fill(c = this.comparing) {
+    const [xs, ys] = [this.values(c.x), this.values(c.y)];
+    const wrong = xs ? c.y : c.x;
+    const allowed = () => this.range(wrong).join("–");
+    if (!xs || !ys) return this.fail(Trouble.of(wrong, "axisWrong", { axis: t(wrong), allowed: wrong === "words" ? "" : allowed() }));
     this.fail(null);
-    comparing.stop.abort();
-    Object.assign(comparing, { xs, ys, stop: new AbortController(), cells: ys.flatMap((y) => xs.map((x) => ({ x, y }))) });
-    const { signal } = comparing.stop;
-    const todo = [...comparing.cells];
-    const work = async () => { for (let cell; !signal.aborted && (cell = todo.shift());) await this.#cell(comparing, cell, signal); };
-    return Promise.all([1, 2, 3, 4].map(work));
-  }
-
-  async #cell({ form, start, x, y }, cell, signal) {
-    const varied = { ...form, [x]: cell.x, [y]: cell.y };
-    if (varied.words) varied.prompt = varied.words;
-    let job;
-    signal.addEventListener("abort", () => job && this.engine.cancel(job.job, job.engine), { once: true });
-    try {
-      for await (const event of patiently(this.engine, requestOf(varied, this.limits, start), { signal })) {
-        if (event.type === "job") job = event;
-        if (event.type === "preview") { free(cell.preview); cell.preview = URL.createObjectURL(event.blob); }
-        if (event.type === "image") cell.picture = this.#picture({ picture: `${job?.job ?? newId()}-0`, ...event }, start?.blob);
-        this.touch();
-      }
-      job = null;
-    } catch (trouble) { cell.trouble = signal.aborted ? "" : trouble.message; }
+    c.cells.forEach(({ run }) => run.stop.abort());
+    const cell = (x, y) => {
+      const form = { ...c.form, [c.x]: x, [c.y]: y };
+      const request = requestOf({ ...form, prompt: form.words ?? form.prompt }, this.limits, c.start);
+      return { x, y, run: this.#make({ request, start: c.start, aside: true }) };
+    };
+    Object.assign(c, { xs, ys, cells: ys.flatMap((y) => xs.map((x) => cell(x, y))) });
     this.touch();
+    const todo = [...c.cells];
+    const work = async () => { while (todo.length && this.comparing === c) await this.#follow(todo.shift().run); };
+    return Promise.all([work(), work(), work(), work()]);
   }
 
   /** A tile becomes the choice, and with that part of the history. */
-  pick({ picture }) {
-    if (!this.find(picture.id)) this.add(picture);
+  pick(picture) {
+    this.add(picture);
     this.choose(picture.id);
   }
 
   endCompare() {
-    this.comparing?.stop.abort(new DOMException("stopped", "AbortError"));
+    const { cells = [] } = this.comparing ?? {};
     this.comparing = null;
+    cells.forEach(({ run }) => run.made.length || run.stop.abort());
     this.touch();
   }
 }
 
-// ---------------------------------------------------------------- drawing: a view is described anew, the DOM made to look like it
+// ---------------------------------------------------------------- drawing: a view is described, the DOM made to look like it
 const SVG = ["svg", "path", "circle", "rect", "text"];
-const h = (tag, props, ...kids) => ({ tag, props, kids: kids.flat(9).filter((kid) => kid || kid === 0) });
+const h = (tag, props, ...kids) => ({ tag, props: props ?? {}, kids: kids.flat(9).filter((kid) => kid || kid === 0) });
 
-function setProp(el, name, value) {
-  if (name === "key") return;
-  if (name.startsWith("on")) el[name] = value;
-  else if (name.startsWith("--")) el.style.setProperty(name, value);
-  else if (value === undefined || value === null || (value === false && !name.startsWith("aria"))) el.removeAttribute(name);
-  else if (el.getAttribute(name) !== String(value)) el.setAttribute(name, value === true && !name.startsWith("aria") ? "" : value);
+function create(kid) {
+  if (!kid.tag) return document.createTextNode("");
+  if (SVG.includes(kid.tag)) return document.createElementNS("http://www.w3.org/2000/svg", kid.tag);
+  return document.createElement(kid.tag);
 }
 
-/** Make the children of `parent` look like `kids`. Nodes of the same kind and key stay: so do focus and scroll. */
+function setProp(el, name, value) {
+  const plain = name.startsWith("aria") ? String(value ?? "") : { true: "", false: null }[value] ?? value;
+  if (name.startsWith("on")) el[name] = value;
+  else if (name.startsWith("--")) el.style.setProperty(name, value);
+  else if (plain === null || plain === undefined || value === false && !name.startsWith("aria")) el.removeAttribute(name);
+  else if (el.getAttribute(name) !== String(plain)) el.setAttribute(name, plain);
+}
+
+/** Make the children of `parent` look like `kids`. Nodes of one kind and key stay, and with them focus and scroll. */
 function patch(parent, kids) {
   const old = [...parent.childNodes];
   const nodes = kids.map((kid) => {
-    const what = kid.tag ? `${kid.tag} ${kid.props?.key ?? ""}` : "text";
+    const what = `${kid.tag} ${kid.props?.key}`;
     const at = old.findIndex((node) => node.what === what);
-    if (at >= 0) return old.splice(at, 1)[0];
-    const made = !kid.tag ? document.createTextNode("") : SVG.includes(kid.tag) ? document.createElementNS("http://www.w3.org/2000/svg", kid.tag) : document.createElement(kid.tag);
-    return Object.assign(made, { what });
+    return at < 0 ? Object.assign(create(kid), { what }) : old.splice(at, 1)[0];
   });
   old.forEach((node) => node.remove());
   nodes.forEach((node, i) => {
     const { tag, props, kids: inner } = kids[i];
     if (parent.childNodes[i] !== node) parent.insertBefore(node, parent.childNodes[i] ?? null);
-    if (!tag) { if (node.data !== String(kids[i])) node.data = kids[i]; return; }
-    const { value, checked, ...rest } = props ?? {};
+    if (!tag) { node.data = kids[i]; return; }
+    const { key, value, checked, ...rest } = props;
     for (const name of Object.keys(rest)) setProp(node, name, rest[name]);
     patch(node, inner);
     if (value !== undefined && node.value !== String(value)) node.value = value;
@@ -878,283 +881,389 @@ function patch(parent, kids) {
 }
 
 const ICONS = {
-  picture: "M3 4h14v12H3zM3 13l4-4 4 4 2-2 4 3M12.5 7.5h.01", dice: "M3.5 3.5h13v13h-13zM7 7h.01M13 13h.01M7 13h.01M13 7h.01",
-  up: "M10 16V4M5 9l5-5 5 5", sliders: "M3 6h14M3 14h14M7 3.5v5M13 11.500v5", down: "M6 8l4 4 4-4", x: "M5 5l10 10M15 5L5 15",
-  again: "M16 10a6 6 0 1 1-2-4.500M16 2v4h-4", back: "M16 10H4M9 5l-5 5 5 5", grid: "M3 3h6v6H3zM11 3h6v6h-6zM3 11h6v6H3zM11 11h6v6h-6z",
-  save: "M10 3v10M5.500 8.500L10 13l4.500-4.500M3 17h14", bin: "M4 5.500h12M8 5V3h4v2M5.500 5.500l.7 11.500h7.600l.7-11.500M8.500 9v5M11.500 9v5",
-  star: "M10 2.800l2.200 4.700 5 .6-3.700 3.500 1 5-4.500-2.500-4.500 2.500 1-5L2.800 8.100l5-.6z",
+  picture: "M3 4h14v12H3zM3 13l4-4 4 4 2-2 4 3M12.5 7.5h.01", x: "M5 5l10 10M15 5L5 15", down: "M6 8l4 4 4-4",
+  dice: "M3.5 3.5h13v13h-13zM7 7h.01M13 13h.01M7 13h.01M13 7h.01", up: "M10 16V4M5 9l5-5 5 5",
+  sliders: "M3 6h14M3 14h14M7 3.5v5M13 11.5v5", again: "M16 10a6 6 0 1 1-2-4.5M16 2v4h-4", back: "M16 10H4M9 5l-5 5 5 5",
+  grid: "M3 3h6v6H3zM11 3h6v6h-6zM3 11h6v6H3zM11 11h6v6h-6z", save: "M10 3v10M5.5 8.5L10 13l4.5-4.5M3 17h14",
+  bin: "M4 5.5h12M8 5V3h4v2M5.5 5.5l.7 11.5h7.6l.7-11.5M8.5 9v5M11.5 9v5",
+  star: "M10 2.8l2.2 4.7 5 .6-3.7 3.5 1 5-4.5-2.5-4.5 2.5 1-5L2.8 8.1l5-.6z",
 };
-const icon = (name) => h("svg", { viewBox: "0 0 20 20", class: "icon", "aria-hidden": true }, h("path", { d: ICONS[name] }));
-const button = (text, onclick, sign, props) => h("button", { type: "button", onclick, ...props }, sign && icon(sign), h("span", {}, text));
-const small = (text, onclick, sign, props) => h("button", { type: "button", onclick, title: text, "aria-label": text, ...props, class: `quiet ${props?.class ?? ""}` }, icon(sign));
-const card = (name, label, props, ...kids) => h("section", { key: name, class: `card ${name}`, "aria-label": label, ...props }, ...kids);
-const field = (text, control, props) => h("label", { class: "field", key: text, ...props }, h("span", { class: "label" }, text), control);
+const SPACE = h("span", { class: "grow" });
+const dim = (...kids) => h("span", { class: "dim" }, ...kids);
+const drawn = (side, ...kids) => h("svg", { viewBox: `0 0 ${side} ${side}`, class: "icon", "aria-hidden": true }, ...kids);
+const icon = (name) => drawn(20, h("path", { d: ICONS[name] }));
+const button = (text, onclick, sign, props) => (
+  h("button", { type: "button", onclick, ...props }, sign && icon(sign), text !== "" && h("span", {}, text)));
+const small = (text, onclick, sign, { class: more = "", ...props } = {}) => (
+  button("", onclick, sign, { title: text, "aria-label": text, ...props, class: `quiet ${more}` }));
+const card = (name, label, props, ...kids) => (
+  h("section", { key: name, class: `card ${name}`, "aria-label": label, ...props }, ...kids));
+const field = (text, control, hidden) => h("label", { class: "field", key: text, hidden }, dim(text), control);
+const input = (s, name, props) => (
+  h("input", { name, value: s.form[name], oninput: (e) => s.set({ [name]: e.target.value }), ...props }));
+const done = (run) => (e) => { e.preventDefault(); run(); };
 
-function radios(label, value, options, onpick, props) {
-  const tiles = options.map(([is, text, sign]) => h("label", { class: "option" },
-    h("input", { type: "radio", name: label, checked: is === value, onchange: () => onpick(is) }), sign, h("span", {}, text)));
-  return h("fieldset", { key: label, ...props }, h("legend", {}, label), h("div", { class: "options" }, tiles));
+function radios(label, value, options, onpick, hidden) {
+  const tile = ([is, text, sign]) => h("label", { class: "option" },
+    h("input", { type: "radio", name: label, checked: is === value, onchange: () => onpick(is) }), sign, h("span", {}, text));
+  return h("fieldset", { key: label, hidden }, h("legend", {}, label), h("div", { class: "options" }, options.map(tile)));
 }
 
-function slider(s, name, step, [low, usual, high], shown = true) {
-  const value = clamp(s.form[name] ?? usual ?? low, low, high);
-  const set = (to) => s.set({ [name]: to });
-  return h("div", { class: "field", key: name, hidden: low === high || !shown },
-    h("div", { class: "label" }, h("span", {}, t(name)), small(t("own"), () => set(FORM[name]), "x", { class: "own", hidden: s.form[name] === FORM[name] }),
-      h("output", {}, s.form[name] ?? usual === null ? "auto" : number(value))),
-    h("input", { type: "range", name, min: low, max: high, step, "aria-label": t(name), "--at": `${(100 * (value - low)) / (high - low || 1)}%`, value, oninput: (e) => set(Number(e.target.value)) }));
+function slider(s, name, step, [low, usual, high], hidden = low === high) {
+  const own = s.form[name] ?? usual;
+  const value = clamp(own ?? low, low, high);
+  const at = `${(100 * (value - low)) / (high - low || 1)}%`;
+  const changed = s.form[name] !== FORM[name];
+  return h("div", { class: "field", key: name, hidden },
+    h("div", { class: "label" }, h("span", {}, t(name)), SPACE,
+      small(t("own"), () => s.set({ [name]: FORM[name] }), "x", { class: "own", hidden: !changed }),
+      h("span", { class: "value" }, own === null ? "auto" : number(value))),
+    input(s, name, { type: "range", min: low, max: high, step, "aria-label": t(name), "--at": at, value,
+      oninput: (e) => s.set({ [name]: Number(e.target.value) }) }));
 }
 
 function shapeIcon(aspect) {
   const r = ratio(aspect);
-  const [width, height] = r > 1 ? [14, 14 / r] : [14 * r, 14];
-  return h("svg", { viewBox: "0 0 18 18", class: "icon", "aria-hidden": true }, h("rect", { x: 9 - width / 2, y: 9 - height / 2, width, height, rx: 1.5 }));
+  const [width, height] = [14 * Math.min(r, 1), 14 / Math.max(r, 1)];
+  return drawn(18, h("rect", { x: 9 - width / 2, y: 9 - height / 2, width, height, rx: 1.5 }));
 }
 
 // ---------------------------------------------------------------- the view, part by part
-const progressOf = ({ stage, file, bytesDone, bytesTotal }) => [file ? t("fetching", { file: last(file) }) : stage,
-  bytesTotal && t("bytes", { done: bytesDone / 1e9, total: bytesTotal / 1e9 })].filter(Boolean).join(" · ");
-const sentence = ({ say, loading, until, ...said }) => t(say, { ...said, n: until ? whole((until - Date.now()) / 1000) : said.n }) + (loading ? ` ${progressOf(loading)}` : "");
-const shareOf = ({ steps, n, made, said }) => (said.loading?.bytesTotal ? said.loading.bytesDone / said.loading.bytesTotal
-  : sum([...Array(n).keys()].map((i) => (made[i] ? 1 : 0.95 * (steps[i] ?? 0)))) / n);
+const progressOf = ({ stage, file, bytesDone, bytesTotal }) => (file ? t("fetching", { file: last(file) }) : stage)
+  + (bytesTotal ? ` · ${t("bytes", { done: bytesDone / 1e9, total: bytesTotal / 1e9 })}` : "");
+const sentence = ({ say, loading, until, ...said }) => t(say, until ? { n: whole((until - Date.now()) / 1000) } : said)
+  + (loading ? ` ${progressOf(loading)}` : "");
+const shareOf = ({ steps, n, made, said: { loading } }) => {
+  if (loading?.bytesTotal) return loading.bytesDone / loading.bytesTotal;
+  return sum([...Array(n).keys()].map((i) => (made[i] ? 1 : 0.95 * (steps[i] ?? 0)))) / n;
+};
 const inWork = (queue) => (queue?.length ? ` · ${t("work", { n: queue.length })}` : "");
 const runName = ({ request }) => t("making", { prompt: promptOf(request) });
+const dot = h("i", { class: "dot" });
 
 function headView(s) {
-  const { status = "connecting", loading, queue, model, gpuName, device } = s.health ?? {};
+  const { status = "connecting", loading, queue, model, gpuName, device } = s.health;
   const more = status === "loading" && loading ? ` · ${progressOf(loading)}` : inWork(queue);
+  const fold = () => { s.panel = !s.panel; s.touch(); };
   return h("div", { class: "head" }, h("span", { class: "mark" }), h("h1", {}, "Aura"),
-    h("span", { class: "dim which" }, model && t("on", { model: last(model), device: gpuName ?? device ?? "…" })), h("span", { class: "grow" }),
-    h("button", { type: "button", class: "quiet state", "data-state": status, "aria-expanded": s.panel, onclick: () => { s.panel = !s.panel; s.touch(); } }, h("i", { class: "dot" }), h("span", {}, t(status) + more)));
+    h("span", { class: "dim which" }, model && t("on", { model: last(model), device: gpuName ?? device ?? "…" })), SPACE,
+    h("button", { type: "button", class: "quiet state", "data-state": status, "aria-expanded": Boolean(s.panel),
+      onclick: fold }, dot, h("span", {}, t(status) + more)));
 }
 
 function alertView(s) {
   const { trouble } = s;
-  if (!trouble) return [];
-  const key = (e) => { s.engine.key = e.target.closest(".row").querySelector("input").value.trim(); s.fail(null); trouble.again?.(); };
-  const answer = trouble.status === 401
-    ? [h("input", { type: "password", "aria-label": t("key"), placeholder: t("key"), onkeydown: (e) => { if (e.key === "Enter") { e.preventDefault(); key(e); } } }), button(t("useKey"), key)]
-    : trouble.again && button(t("retry"), () => { s.fail(null); trouble.again(); }, "again");
-  return [h("p", {}, trouble.message), h("div", { class: "row" }, answer, h("span", { class: "grow" }), small(t("close"), () => { s.fail(null); s.touch("prompt"); }, "x"))];
+  const again = () => { s.fail(null); trouble.again(); };
+  const useKey = (e) => { s.engine.key = e.target.closest(".row").querySelector("input").value.trim(); again(); };
+  const enter = (e) => { if (e.key === "Enter") done(() => useKey(e))(e); };
+  return h("div", { class: "alert", role: "alert", hidden: !trouble }, trouble && [h("p", {}, trouble.message),
+    h("div", { class: "row" },
+      trouble.status === 401 ? [h("input", { type: "password", "aria-label": t("key"), placeholder: t("key"), onkeydown: enter }),
+        button(t("useKey"), useKey)] : trouble.again && button(t("retry"), again, "again"),
+      SPACE, small(t("close"), () => { s.fail(null); s.touch("prompt"); }, "x"))]);
 }
 
 function composerView(s) {
-  const { form, limits, start, examples, offer } = s;
-  const wrong = (name) => (s.trouble && s.wrong?.includes(name) ? true : null);
-  const label = t(start ? "become" : "prompt");
-  const take = (e) => { if (e.target.files[0]) s.take(e.target.files[0]); e.target.value = ""; };
-  const words = [!start && form.aspect, limits.steps[1] && t("someSteps", { n: within(limits.steps, form.steps) })].filter(Boolean).join(" · ");
-  const seed = (e) => { const text = e.target.value.trim(); s.set({ seed: text === "" ? null : /^\d+$/.test(text) ? Number(text) : NaN }); };
+  const { form, limits, start, offer } = s;
+  const wrong = (name) => s.wrong.includes(name);
+  const steps = limits.steps[1] && t("someSteps", { n: within(limits.steps, form.steps) });
+  const end = (run) => () => { s.offer = null; run?.(); s.touch("prompt"); };
+  const file = ({ target }) => { if (target.files[0]) s.take(target.files[0]); target.value = ""; };
+  return h("form", { key: "composer", class: `card composer ${s.open ? "open" : ""}`, novalidate: true,
+    onsubmit: done(() => s.generate()) },
+  h("label", { class: "label", for: "prompt" }, t(start ? "become" : "prompt")),
+  h("div", { class: "box" },
+    h("textarea", { id: "prompt", name: "prompt", rows: 2, maxlength: 2000, placeholder: t("example"), value: form.prompt,
+      "aria-invalid": wrong("prompt"), oninput: (e) => s.set({ prompt: e.target.value }) }),
+    start && h("div", { class: "start" }, h("img", { alt: "", src: start.url }),
+      h("span", { class: "grow" }, start.name || t("yours")), small(t("takeOff"), () => s.setStart(null), "x")),
+    h("div", { class: "row" },
+      h("label", { class: "button quiet", title: t("addPicture") }, icon("picture"), h("input", { type: "file", class: "hidden",
+        accept: "image/png,image/jpeg,image/webp", "aria-label": t("addPicture"), onchange: file })),
+      h("button", { key: "fold", type: "button", class: "quiet fold", title: t("settings"), "aria-expanded": Boolean(s.open),
+        onclick: () => { s.open = !s.open; s.touch(); } }, icon("sliders"),
+      h("span", {}, [!start && form.aspect, steps].filter(Boolean).join(" · ")), icon("down")), SPACE,
+      h("button", { key: "go", class: "main go", title: "Ctrl+Enter", "aria-keyshortcuts": "Control+Enter",
+        disabled: ["failed", "ended"].includes(s.health.status) }, icon("up"), h("span", {}, t("generate"))))),
+  alertView(s),
+  offer && h("div", { class: "offer", key: "offer" }, h("span", { class: "grow" }, offer.say),
+    button(offer.act, end(offer.run)), small(t("close"), end(), "x")),
+  chipsView(s), settingsView(s));
+}
+
+function chipsView(s) {
+  const { examples } = s;
+  const surprise = () => { s.set({ prompt: examples[newSeed() % examples.length] }); s.generate(); };
+  const chip = (prompt) => button(prompt, () => { s.set({ prompt }); s.touch("prompt"); }, "", { class: "chip" });
+  return h("div", { class: "chips", key: "chips", hidden: !examples.length },
+    button(t("surprise"), surprise, "dice", { class: "chip first" }), examples.slice(0, 4).map(chip));
+}
+
+function settingsView(s) {
+  const { form, limits, start } = s;
   const acts = withoutActs(form, limits);
-  return h("form", { key: "composer", class: `card composer ${s.open ? "open" : ""}`, novalidate: true, onsubmit: (e) => { e.preventDefault(); s.generate(); } },
-    h("label", { class: "label", for: "prompt" }, label),
-    h("div", { class: "box" },
-      h("textarea", { id: "prompt", name: "prompt", rows: 2, maxlength: 2000, placeholder: t("example"), "aria-invalid": wrong("prompt"), value: form.prompt, oninput: (e) => s.set({ prompt: e.target.value }) }),
-      start && h("div", { class: "start" }, h("img", { alt: "", src: start.url }), h("span", { class: "grow" }, start.name || t("yours")), small(t("takeOff"), () => s.setStart(null), "x")),
-      h("div", { class: "row" },
-        h("label", { class: "button quiet", title: t("addPicture") }, icon("picture"), h("input", { type: "file", class: "hidden", accept: "image/png,image/jpeg,image/webp", "aria-label": t("addPicture"), onchange: take })),
-        h("button", { key: "fold", type: "button", class: "quiet fold", title: t("settings"), "aria-expanded": s.open, onclick: () => { s.open = !s.open; s.touch(); } }, icon("sliders"), h("span", {}, words), icon("down")),
-        h("span", { class: "grow" }),
-        h("button", { key: "go", class: "main go", title: "Ctrl+Enter", "aria-keyshortcuts": "Control+Enter", disabled: ["failed", "ended"].includes(s.health?.status) }, icon("up"), h("span", {}, t("generate"))))),
-    h("div", { class: "alert", role: "alert", hidden: !s.trouble }, alertView(s)),
-    offer && h("div", { class: "offer", key: "offer" }, h("span", { class: "grow" }, offer.say),
-      button(offer.act, () => { s.offer = null; offer.run(); s.touch("prompt"); }), small(t("close"), () => { s.offer = null; s.touch("prompt"); }, "x")),
-    h("div", { class: "chips", key: "chips", hidden: !examples.length },
-      button(t("surprise"), () => { s.set({ prompt: examples[newSeed() % examples.length] }); s.generate(); }, "dice", { class: "chip first" }),
-      examples.slice(0, 4).map((prompt) => button(prompt, () => { s.set({ prompt }); s.touch("prompt"); }, "", { class: "chip" }))),
-    h("div", { class: "settings", key: "settings" },
-      radios(t("shape"), form.aspect, [...new Set([...ASPECTS, form.aspect])].map((a) => [a, a, shapeIcon(a)]), (aspect) => s.set({ aspect }), { hidden: Boolean(start) }),
-      radios(t("size"), form.high, [[false, t("standard")], [true, t("high")]], (high) => s.set({ high }), { hidden: !limits.gpu || Boolean(start) }),
-      h("div", { class: "pair" }, radios(t("count"), form.n, [1, 2, 3, 4].map((n) => [n, n]), (n) => s.set({ n })),
-        h("div", { class: "seed" }, field(t("seed"), h("input", { name: "seed", inputmode: "numeric", autocomplete: "off", placeholder: t("random"), "aria-invalid": wrong("seed"), value: Number.isNaN(form.seed) ? undefined : form.seed ?? "", oninput: seed })),
-          small(t("dice"), () => s.set({ seed: newSeed() }), "dice"))),
-      slider(s, "strength", 0.05, [0.05, FORM.strength, 1], Boolean(start)), slider(s, "steps", 1, limits.steps), slider(s, "guidance", 0.1, limits.guidance),
-      slider(s, "temperature", 0.05, [0, FORM.temperature, 2]),
-      field(t("negative"), h("input", { name: "negative", maxlength: 2000, disabled: !acts, placeholder: acts ? "" : t("negativeOff"), value: form.negative, oninput: (e) => s.set({ negative: e.target.value }) }), { hidden: limits.guidance[2] <= 1 }),
-      field(t("lora"), h("select", { name: "lora", value: form.lora ?? "", onchange: (e) => s.set({ lora: e.target.value || null }) }, ["", ...limits.loras].map((name) => h("option", { value: name }, name || t("none")))), { hidden: !limits.loras.length })));
+  const shapes = [...new Set([...ASPECTS, form.aspect])].map((aspect) => [aspect, aspect, shapeIcon(aspect)]);
+
+  const onSeed = ({ target }) => {
+    const text = target.value.trim();
+    s.set({ seed: text ? (/^\d+$/.test(text) ? Number(text) : NaN) : null });
+  };
+  return h("div", { class: "settings", key: "settings" },
+    radios(t("shape"), form.aspect, shapes, (aspect) => s.set({ aspect }), Boolean(start)),
+    radios(t("size"), form.high, [[false, t("standard")], [true, t("high")]], (high) => s.set({ high }), !limits.gpu || Boolean(start)),
+    h("div", { class: "pair" }, radios(t("count"), form.n, [1, 2, 3, 4].map((n) => [n, n]), (n) => s.set({ n })),
+      h("div", { class: "seed" },
+        field(t("seed"), input(s, "seed", { inputmode: "numeric", autocomplete: "off", placeholder: t("random"),
+          "aria-invalid": s.wrong.includes("seed"), value: Number.isNaN(form.seed) ? undefined : form.seed ?? "", oninput: onSeed })),
+        small(t("dice"), () => s.set({ seed: newSeed() }), "dice"))),
+    slider(s, "strength", 0.05, [0.05, FORM.strength, 1], !start), slider(s, "steps", 1, limits.steps),
+    slider(s, "guidance", 0.1, limits.guidance), slider(s, "temperature", 0.05, [0, FORM.temperature, 2]),
+    field(t("negative"), input(s, "negative", { maxlength: 2000, disabled: !acts, placeholder: acts ? "" : t("negativeOff") }),
+      limits.guidance[2] <= 1),
+    field(t("lora"), h("select", { name: "lora", value: form.lora ?? "", onchange: (e) => s.set({ lora: e.target.value || null }) },
+      ["", ...limits.loras].map((name) => h("option", { value: name }, name || t("none")))), !limits.loras.length));
 }
 
 function stageView(s) {
-  const { picture, run_: run } = s;
-  const made = (one) => ({ src: s.url(one), alt: one.receipt.prompt, id: one.id });
+  const { picture, running: run } = s;
+  const made = (one) => ({ src: s.url(one), alt: one.receipt.prompt, class: "", id: one.id });
   const preview = (i) => ({ src: run.previews[i], alt: runName(run), class: run.previews[i] ? "preview" : "blank" });
-  const shown = run ? [...Array(run.n).keys()].map((i) => (run.made[i] && s.find(run.made[i]) ? made(s.find(run.made[i])) : preview(i)))
-    : (s.spread ?? [s.chosen]).map((id) => s.find(id)).filter(Boolean).map(made);
-  const many = shown.length > 1;
-  const tile = ({ id, ...props }) => (many ? h("button", { type: "button", disabled: !id, "aria-pressed": id === s.chosen, onclick: () => s.choose(id) }, h("img", props)) : h("img", props));
-  const act = (key, name, sign, run_, props) => button(t(name), run_, sign, { title: `${t(name)} (${key})`, "aria-keyshortcuts": key, ...props });
-  const share = run && Math.round(100 * shareOf(run));
-  const light = shown.find(({ src }) => src)?.src;
-  return card("stage", t("pictures"), { hidden: Boolean(s.comparing) },
-    light && h("img", { key: "glow", class: "glow", alt: "", src: light }),
-    !shown.length && h("div", { class: "empty", key: "empty" }, h("span", { class: "mark" }), h("p", {}, t("empty")), h("p", { class: "dim" }, t("emptyHint"))),
-    h("div", { key: "frame", class: `frame ${many ? "many" : ""}`, hidden: !shown.length, "--ratio": run ? ratioOf(run.request) : picture ? picture.receipt.width / picture.receipt.height : 1 }, shown.map(tile)),
-    run && h("div", { class: "actions meter", key: "meter" },
-      h("div", { class: "bar", role: "progressbar", "aria-label": runName(run), "aria-valuemin": 0, "aria-valuemax": 100, "aria-valuenow": share, "aria-valuetext": sentence(run.said), "--at": `${Math.max(3, share)}%` }),
-      h("span", { class: "said" }, sentence(run.said)), act("Escape", "stop", "x", () => s.stop(run))),
-    picture && h("div", { class: "actions", key: "actions" }, act("V", "again", "again", () => s.again(), { class: "main" }), act("E", "start", "back", () => s.startFrom()),
-      act("C", "compare", "grid", () => s.compare()), act("S", "save", "save", () => s.save()),
-      small(t("star"), () => s.keep(), "star", { class: picture.star ? "on" : "", "aria-pressed": Boolean(picture.star), "aria-keyshortcuts": "F" }),
-      small(t("remove"), () => s.remove(picture), "bin", { "aria-keyshortcuts": "Delete" })));
+  const ids = [...Array(run?.n ?? 0).keys()];
+  const shown = run ? ids.map((i) => (run.made[i] ? made(run.made[i]) : preview(i))) : (s.spread ?? [picture]).filter(Boolean).map(made);
+  const tile = ({ id, ...props }) => (shown.length < 2 ? h("img", props)
+    : h("button", { type: "button", disabled: !id, "aria-pressed": id === s.chosen, onclick: () => s.choose(id) }, h("img", props)));
+  const light = shown.find(({ src }) => src);
+  const shape = run ? shapeOf(run.request) : picture ? picture.receipt.width / picture.receipt.height : 1;
+  return card("stage", t("stage"), { hidden: Boolean(s.comparing) },
+    light && h("img", { key: "glow", class: "glow", alt: "", src: light.src }),
+    !light && !run && h("div", { class: "empty", key: "empty" }, h("span", { class: "mark" }), h("p", {}, t("empty")), h("p", { class: "dim" }, t("emptyHint"))),
+    h("div", { key: "frame", class: `frame ${shown.length > 1 ? "many" : ""}`, hidden: !shown.length, "--ratio": shape }, shown.map(tile)),
+    run ? meterView(s, run) : picture && actionsView(s, picture));
+}
+
+const action = (key, name, sign, run, props) => button(t(name), run, sign, { title: `${t(name)} (${key})`, "aria-keyshortcuts": key, ...props });
+
+function meterView(s, run) {
+  const share = Math.round(100 * shareOf(run));
+  const said = sentence(run.said);
+  return h("div", { class: "actions meter", key: "meter" },
+    h("div", { class: "bar", role: "progressbar", "aria-label": runName(run), "aria-valuemin": 0, "aria-valuemax": 100,
+      "aria-valuenow": share, "aria-valuetext": said, "--at": `${Math.max(3, share)}%` }),
+    h("span", { class: "said" }, said), action("Escape", "stop", "x", () => s.stop(run)));
+}
+
+function actionsView(s, picture) {
+  const star = Boolean(picture.star);
+  return h("div", { class: "actions", key: "actions" }, action("V", "again", "again", () => s.again(), { class: "main" }),
+    action("E", "start", "back", () => s.startFrom()), action("C", "compare", "grid", () => s.compare()),
+    action("S", "save", "save", () => s.save()),
+    small(t("star"), () => s.keep(), "star", { class: star ? "on" : "", "aria-pressed": star, "aria-keyshortcuts": "F" }),
+    small(t("remove"), () => s.remove(picture), "bin", { "aria-keyshortcuts": "Delete" }));
 }
 
 function compareView(s) {
   const c = s.comparing;
   if (!c) return null;
-  const axis = (which, other, names) => [
-    h("select", { key: which, "aria-label": `${t("vary")} (${which})`, value: c[which], onchange: (e) => { c[which] = e.target.value; s.touch(); } }, names.filter((name) => name !== c[other] || !name).map((name) => h("option", { value: name }, t(name || "none")))),
-    c[which] && h("span", { class: "dim" }, t("over")),
-    c[which] && h("input", { key: `${which} values`, name: c[which], "aria-label": `${t("over")} (${which})`, placeholder: c[which] === "words" ? t("wordsHint") : "", "aria-invalid": !s.values(c[which]), value: c.text[c[which]], oninput: (e) => { c.text[c[which]] = e.target.value; s.touch(); } })];
   const title = (name, value) => (name === "words" ? value : name && `${t(name).toLowerCase()} ${number(value)}`);
-  const cell = (one) => h("td", {}, h("button", { type: "button", class: "cell", disabled: !one.picture, "aria-label": [title(c.x, one.x), title(c.y, one.y)].filter(Boolean).join(", "), "aria-pressed": Boolean(one.picture && one.picture.id === s.chosen), onclick: () => s.pick(one) },
-    (one.picture || one.preview) && h("img", { alt: "", src: one.picture ? s.url(one.picture) : one.preview, class: one.picture ? "" : "preview" }), one.trouble));
-  const made = c.cells.filter((one) => one.picture).length;
+  const axis = (which, other, names) => {
+    const name = c[which];
+    const options = names.filter((option) => !option || option !== c[other]).map((option) => h("option", { value: option }, t(option || "none")));
+    return [h("select", { key: which, "aria-label": `${t("vary")} (${which})`, value: name, onchange: (e) => { c[which] = e.target.value; s.touch(); } }, options),
+      name && [dim(t("over")), h("input", { key: name, name, "aria-label": `${t("over")} (${which})`, "aria-invalid": !s.values(name),
+        value: c.text[name], oninput: (e) => { c.text[name] = e.target.value; s.touch(); } })]];
+  };
+  const cell = ({ x, y, run }) => {
+    const [picture] = run.made;
+    const src = picture ? s.url(picture) : run.previews[0];
+    return h("td", {}, h("button", { type: "button", class: "cell", disabled: !picture, "aria-pressed": picture?.id === s.chosen && Boolean(picture),
+      "aria-label": [title(c.x, x), title(c.y, y)].filter(Boolean).join(", "), onclick: () => s.pick(picture) },
+    src && h("img", { alt: "", src, class: picture ? "" : "preview" }), run.trouble));
+  };
+  const of = c.cells.length;
+  const rows = c.ys.map((y, i) => h("tr", {}, h("th", { scope: "row" }, title(c.y, y)), c.cells.slice(i * c.xs.length, (i + 1) * c.xs.length).map(cell)));
   const n = (s.values(c.x)?.length ?? 0) * (s.values(c.y)?.length ?? 0);
   return card("compare", t("compare"), {},
-    h("form", { class: "row axes", novalidate: true, onsubmit: (e) => { e.preventDefault(); s.fill(); } }, h("span", { class: "dim" }, t("vary")), axis("x", "y", s.axes),
-      h("span", { class: "dim" }, t("and")), axis("y", "x", ["", ...s.axes]), h("button", { class: "main" }, t("make", { n })), small(t("close"), () => s.endCompare(), "x")),
-    h("div", { class: "scroll" }, h("table", {}, h("caption", {}, t("grid", c.form), c.cells.length > 0 && ` · ${t("made", { n: made, of: c.cells.length })}`),
-      h("thead", {}, h("tr", {}, c.xs.length > 0 && h("td", {}), c.xs.map((value) => h("th", { scope: "col" }, title(c.x, value))))),
-      h("tbody", {}, c.ys.map((y, i) => h("tr", {}, h("th", { scope: "row" }, title(c.y, y)), c.cells.slice(i * c.xs.length, (i + 1) * c.xs.length).map(cell)))))));
+    h("form", { class: "row axes", novalidate: true, onsubmit: done(() => s.fill()) }, dim(t("vary")), axis("x", "y", s.axes), dim(t("and")),
+      axis("y", "x", ["", ...s.axes]), h("button", { class: "main" }, t("make", { n })), small(t("close"), () => s.endCompare(), "x")),
+    h("div", { class: "scroll", tabindex: 0 }, h("table", {},
+      h("caption", {}, t("grid", c.form), of > 0 && ` · ${t("made", { n: c.cells.filter(({ run }) => run.made.length).length, of })}`),
+      of > 0 && h("thead", {}, h("tr", {}, h("td"), c.xs.map((x) => h("th", { scope: "col" }, title(c.x, x))))), h("tbody", {}, rows))));
 }
 
 function historyView(s) {
   const { items } = s;
-  const none = !items.some(({ id }) => id === s.chosen);
+  const none = !s.running && !s.picture;
   const option = (item, i) => {
-    const src = item.request ? Object.values(item.previews)[0] : s.url(item);
-    const name = item.request ? runName(item) : item.receipt.prompt;
-    const chosen = item.id === s.chosen;
-    return h("li", { key: item.id, role: "option", title: name, "aria-label": name, "aria-selected": chosen, tabindex: chosen || (none && !i) ? 0 : -1, onclick: (e) => { s.choose(item.id); e.currentTarget.focus(); } },
-      src && h("img", { alt: "", src }),
-      item.request && h("svg", { viewBox: "0 0 36 36", class: "ring", "aria-hidden": true }, h("circle", { cx: 18, cy: 18, r: 14 }), h("circle", { cx: 18, cy: 18, r: 14, class: "done", pathLength: 100, "stroke-dasharray": `${100 * shareOf(item)} 100` })),
-      item.star && icon("star"));
+    const { id, request, previews, star } = item;
+    const src = request ? Object.values(previews)[0] : s.url(item);
+    const name = request ? runName(item) : item.receipt.prompt;
+    const ring = { cx: 18, cy: 18, r: 14 };
+    return h("li", { key: id, role: "option", title: name, "aria-label": name, "aria-selected": id === s.chosen,
+      tabindex: id === s.chosen || (none && !i) ? 0 : -1, onclick: () => { s.choose(id); s.touch("chosen"); } },
+    src && h("img", { alt: "", src }), star && icon("star"),
+    request && h("svg", { viewBox: "0 0 36 36", class: "ring", "aria-hidden": true }, h("circle", ring),
+      h("circle", { ...ring, class: "done", pathLength: 100, "stroke-dasharray": `${100 * shareOf(item)} 100` })));
   };
   return card("history", t("pictures"), { hidden: !items.length },
-    h("div", { class: "row" }, h("h2", {}, t("pictures")), h("span", { class: "dim" }, s.pictures.length), h("span", { class: "grow" }), s.pictures.length > 1 && button(t("clear"), () => s.remove(...s.pictures), "", { class: "quiet" })),
+    h("div", { class: "row" }, h("h2", {}, t("pictures")), dim(s.pictures.length), SPACE,
+      s.pictures.length > 1 && button(t("clear"), () => s.remove(...s.pictures), "", { class: "link" })),
     h("ul", { role: "listbox", "aria-label": t("pictures"), class: "tiles" }, items.map(option)));
 }
 
+const factList = (facts) => h("dl", {}, Object.entries(facts).filter(([, value]) => value || value === 0).map(([key, value]) => (
+  h("div", { key, class: `fact-${key}` }, h("dt", {}, t(key).toLowerCase()), h("dd", {}, value)))));
+
 function receiptView(s) {
-  const picture = s.picture ?? s.shown;
-  s.shown = picture;
+  const picture = s.shown = s.picture ?? s.shown;
   if (!picture) return null;
   const { receipt: r, seconds } = picture;
+  const { address } = s.engine;
   const copy = async (kind) => {
-    const text = copyAs(kind, r, s.limits, s.engine.address);
-    try { await navigator.clipboard.writeText(text); s.copied = ""; s.say(t("copied")); } catch { s.copied = text; s.touch("copied"); }
+    const text = copyAs(kind, r, s.limits, address);
+    try { await navigator.clipboard.writeText(text); } catch { s.copied = text; return s.touch("copied"); }
+    s.copied = "";
+    return s.say(t("copied"));
   };
-  const facts = { seed: h("button", { type: "button", class: "link", title: t("useSeed"), onclick: () => s.set({ seed: r.seed }) }, String(r.seed)), size: `${r.width} × ${r.height}`,
-    steps: r.stepsAsked > r.steps ? `${r.steps} / ${r.stepsAsked}` : r.steps, guidance: number(r.guidanceScale), temperature: number(r.temperature), strength: r.strength && number(r.strength),
-    negative: r.negativePrompt, lora: r.loraAlias, sampler: r.scheduler, model: last(r.model), time: seconds && t("seconds", { n: number(seconds, 1) }), notes: r.corrections?.join("; ") };
-  const kinds = ["link", "curl", "python", "json"].filter((kind) => (s.engine.address || !["link", "curl"].includes(kind)) && !(kind === "link" && r.strength));
-  return card("receipt", t("receipt"), { class: `card receipt ${s.picture ? "" : "old"}` }, h("h2", {}, t("receipt")), h("p", {}, r.prompt), factList(facts),
-    h("div", { class: "row" }, button(t("use"), () => s.recall(picture), "", { title: `${t("use")} (R)`, "aria-keyshortcuts": "R" }), h("span", { class: "dim" }, t("copy")), kinds.map((kind) => button(t(kind), () => copy(kind), "", { class: "link" }))),
+  const facts = { seed: button(r.seed, () => s.set({ seed: r.seed }), "", { class: "link", title: t("useSeed") }),
+    size: `${r.width} × ${r.height}`, steps: r.stepsAsked > r.steps ? `${r.steps} / ${r.stepsAsked}` : r.steps,
+    guidance: number(r.guidanceScale), temperature: number(r.temperature), strength: r.strength && number(r.strength),
+    negative: r.negativePrompt, lora: r.loraAlias, sampler: r.scheduler, model: last(r.model),
+    time: seconds && t("seconds", { n: number(seconds, 1) }), notes: r.corrections?.join("; ") };
+  const kinds = [address && !r.strength && "link", address && "curl", "python", "json"].filter(Boolean);
+  return card("receipt", t("receipt"), { class: `card receipt ${s.picture ? "" : "old"}` },
+    h("h2", {}, t("receipt")), h("p", {}, r.prompt), factList(facts),
+    h("div", { class: "row" }, action("R", "use", "", () => s.recall(picture)), dim(t("copy")),
+      kinds.map((kind) => button(t(kind), () => copy(kind), "", { class: "link" }))),
     s.copied && h("textarea", { name: "copied", key: "copied", readonly: true, rows: 4, "aria-label": t("copyThis"), value: s.copied, onfocus: (e) => e.target.select() }));
 }
 
-const factList = (facts) => h("dl", {}, Object.entries(facts).filter(([, value]) => value || value === 0).map(([key, value]) => h("div", { key, class: `fact-${key}` }, h("dt", {}, t(key).toLowerCase()), h("dd", {}, value))));
-
 function engineFacts({ status, queue, memory, ...e }) {
   const gib = (bytes) => number(bytes / 2 ** 30, 1);
-  const list = (values, between = ", ") => values?.join(between);
-  return { status: t(status) + inWork(queue), reason: e.reason, advice: list(e.advice, " "), url: e.url, model: e.model, device: e.gpuName ?? e.device, loras: list(e.loras), scheduler: e.scheduler, precision: e.precision,
-    queue: queue && t("queueIs", queue), memory: memory && [t("gib", { n: gib(memory.rss) }), memory.gpu && t("gpuGib", { n: gib(memory.gpu) })].filter(Boolean).join(", "), version: e.version, optimizations: list(e.optimizations), warnings: list(e.warnings, "; ") };
+  return { status: t(status) + inWork(queue), reason: e.reason, advice: e.advice?.join(" "), url: e.url, model: e.model,
+    device: e.gpuName ?? e.device, loras: e.loras?.join(", "), scheduler: e.scheduler, precision: e.precision, queue: queue && t("queueIs", queue),
+    memory: memory && t("gib", { n: gib(memory.rss) }) + (memory.gpu ? `, ${t("gpuGib", { n: gib(memory.gpu) })}` : ""), version: e.version,
+    optimizations: e.optimizations?.join(", "), warnings: e.warnings?.join("; ") };
 }
 
 /** Milliseconds of one step by how many pictures share it: bars that hardly grow mean that batching pays. */
 function stepChart(costs = {}) {
-  const rows = Object.entries(costs).map(([n, seconds], i) => ({ n, ms: Math.round(1000 * seconds), x: 40 * i, high: (44 * seconds) / Math.max(...Object.values(costs)) }));
-  if (!rows.length) return null;
-  return h("figure", {}, h("figcaption", { class: "dim" }, t("stepCost")), h("svg", { viewBox: `0 0 ${40 * rows.length} 76`, role: "img", "aria-label": rows.map(({ n, ms }) => `${n}: ${ms}`).join(", ") },
-    rows.map(({ n, ms, x, high }) => [h("rect", { x: x + 6, y: 62 - high, width: 28, height: high, rx: 3 }), h("text", { x: x + 20, y: 74 }, n), h("text", { x: x + 20, y: 58 - high }, ms)])));
+  const rows = Object.entries(costs).map(([n, seconds], i) => (
+    { n, ms: Math.round(1000 * seconds), x: 40 * i, height: (44 * seconds) / Math.max(...Object.values(costs)) }));
+  const bar = ({ n, ms, x, height }) => [h("rect", { x: x + 6, y: 62 - height, width: 28, height, rx: 3 }),
+    h("text", { x: x + 20, y: 74 }, n), h("text", { x: x + 20, y: 58 - height }, ms)];
+  const words = rows.map(({ n, ms }) => `${n}: ${ms}`).join(", ");
+  return rows.length > 0 && h("figure", {}, h("figcaption", { class: "dim" }, t("stepCost")),
+    h("svg", { viewBox: `0 0 ${40 * rows.length} 76`, role: "img", "aria-label": words }, rows.map(bar)));
 }
 
 function engineView(s, always) {
   if (!always && !s.panel) return null;
   const { mode, cloud, seen } = s.engine;
   const use = (what) => { s.engine.use(what); s.look(); };
-  const one = ([name, health]) => h("div", { key: name }, h("h3", { "data-state": health.status }, h("i", { class: "dot" }), t(name)), factList(engineFacts(health)), stepChart(health.stepCost));
-  return card("engine", t("engine"), {}, mode && radios(t("which"), mode, ["local", "cloud", "auto"].map((name) => [name, t(name)]), (to) => use({ mode: to })),
-    cloud && field(t("address"), h("input", { type: "url", placeholder: "https://name-engine.hf.space", value: cloud.address, onchange: (e) => use({ cloud: e.target.value }) })),
+  const one = ([name, health]) => h("div", { key: name }, h("h2", { "data-state": health.status }, dot, t(name)),
+    factList(engineFacts(health)), stepChart(health.stepCost));
+  return card("engine", t("engine"), {},
+    mode && radios(t("which"), mode, ["local", "cloud", "auto"].map((name) => [name, t(name)]), (to) => use({ mode: to })),
+    cloud && field(t("address"), h("input", { type: "url", placeholder: "https://name-engine.hf.space", value: cloud.address,
+      onchange: (e) => use({ cloud: e.target.value }) })),
     h("div", { class: "engines" }, Object.entries(seen).map(one)), !always && h("p", { class: "dim" }, t("keys")));
 }
 
 function noteView(s) {
-  const run = s.running;
-  const edge = run && (!run.said.step || run.said.step === 1 || run.said.step === run.said.steps) && !run.said.until;
-  return h("div", {}, h("div", { role: "status", class: "hidden" }, s.note?.text ?? (edge ? sentence(run.said) : run ? undefined : s.finished)),
-    s.note && h("div", { class: "note" }, s.note.text, s.note.undo && button(t("undo"), s.note.undo, "", { class: "link" })));
+  const { note, runs: [run] } = s;
+  const { step, steps, until } = run?.said ?? {};
+  const worth = run && !until && (!step || step === 1 || step === steps);
+  if (worth || !run) s.heard = run ? sentence(run.said) : s.finished;
+  return h("div", {}, h("div", { role: "status", class: "hidden" }, note?.text ?? s.heard),
+    note && h("div", { class: "note" }, note.text, note.undo && button(t("undo"), note.undo, "", { class: "link" })));
 }
 
-const WHOLE = (s) => [headView(s), engineView(s), h("div", { class: "body", key: "body" }, composerView(s), stageView(s), compareView(s), historyView(s), receiptView(s)), noteView(s)];
-const VIEWS = { studio: WHOLE, engine: (s) => [headView(s), engineView(s, true)], compare: (s) => [compareView(s), receiptView(s), noteView(s)] };
+const VIEWS = {
+  studio: (s) => [headView(s), engineView(s), h("div", { class: "body" }, composerView(s), stageView(s), compareView(s), historyView(s), receiptView(s)), noteView(s)],
+  engine: (s) => [headView(s), engineView(s, true)],
+  compare: (s) => [compareView(s), receiptView(s), noteView(s)],
+};
 
 // ---------------------------------------------------------------- hosts
 const DARK = { "data-jp-theme-light": /false/, "data-vscode-theme-kind": /dark|high-contrast$/, "data-theme": /dark/ };
 function isDark() {
   const places = [document.body, document.documentElement];
-  for (const [name, dark] of Object.entries(DARK)) for (const place of places) if (place.hasAttribute(name)) return dark.test(place.getAttribute(name));
+  for (const [name, dark] of Object.entries(DARK)) {
+    const place = places.find((one) => one.hasAttribute(name));
+    if (place) return dark.test(place.getAttribute(name));
+  }
   return places.some((place) => place.classList.contains("dark")) || matchMedia("(prefers-color-scheme: dark)").matches;
 }
 
 const LETTERS = { v: "again", e: "startFrom", c: "compare", r: "recall", s: "save", f: "keep", delete: "remove", backspace: "remove" };
 
-/** What a key does; letters only where nobody types. */
+/** What a key does, if anything. Letters act only where nobody types. */
 function actionOf(e, s, target) {
-  const row = () => { const list = target.parentNode; return Math.max(1, Math.floor(list.clientWidth / (target.offsetWidth + 8))); };
+  const inList = target.matches("[role=option]");
+  const row = () => Math.max(1, Math.floor(target.parentNode.clientWidth / (target.offsetWidth + 8)));
   const steps = { ArrowLeft: () => -1, ArrowRight: () => 1, ArrowUp: () => -row(), ArrowDown: row, Home: () => -1e6, End: () => 1e6 };
   if (e.key === "Enter" && (e.ctrlKey || e.metaKey)) return () => s.generate();
-  if (e.key === "Escape") return s.running ? () => s.stop() : s.comparing && (() => s.endCompare());
+  if (e.key === "Escape") return s.runs.length ? () => s.stop() : s.comparing && (() => s.endCompare());
   if (e.ctrlKey || e.metaKey || e.altKey || target.matches("input:not([type=radio], [type=range]), textarea, select")) return null;
-  if (target.matches("[role=option]") && e.key in steps) return () => { s.move(steps[e.key]()); s.touch("chosen"); };
+  if (inList && e.key in steps) return () => { s.move(steps[e.key]()); s.touch("chosen"); };
   if (e.key === "/") return () => s.touch("prompt");
   const name = s.picture && LETTERS[e.key.toLowerCase()];
-  return name && (() => { s[name](s.picture); if (name === "remove" && target.matches("[role=option]")) s.touch("chosen"); });
+  return name && (() => { s[name](s.picture); if (name === "remove" && inList) s.touch("chosen"); });
 }
 
-/** Show a Studio, or the part of it that `view` names, in `host`. `styles`: a style sheet, or its address. Returns what ends it. */
+/** Show a Studio, or the part of it that `view` names, in `host`, with the style sheet `styles`. Returns what ends it. */
 export function mount(host, s, { styles, view = "studio", texts: own } = {}) {
   texts = { ...texts, ...own };
   const root = host.shadowRoot ?? host.attachShadow({ mode: "open" });
   const sheet = new CSSStyleSheet();
-  root.adoptedStyleSheets = [sheet];
   sheet.replaceSync(styles);
+  root.adoptedStyleSheets = [sheet];
   host.setAttribute("data-lm-suppress-shortcuts", "true");
-  const el = root.appendChild(Object.assign(document.createElement("div"), { className: `aura ${view}` }));
+  const el = Object.assign(document.createElement("div"), { className: `aura ${view}` });
   el.dataset.drop = t("drop");
+  root.replaceChildren(el);
 
   const draw = () => {
     const focused = root.activeElement;
     patch(el, VIEWS[view](s).filter(Boolean));
-    if (s.focus && (s.view ?? root) === root) {
-      const name = s.focus;
+    const { focus } = s;
+    if (focus && (s.view ?? root) === root) {
       s.focus = null;
-      root.querySelector(name === "chosen" ? "[role=option][tabindex='0']" : `[name="${name}"]`)?.focus();
+      root.querySelector(focus === "chosen" ? "[role=option][tabindex='0']" : `[name="${focus}"]`)?.focus();
     } else if (focused && !root.activeElement) root.querySelector("[name=prompt], button")?.focus();
   };
   const dark = () => host.toggleAttribute("data-dark", isDark());
-  const tick = setInterval(() => s.running?.said.until && draw(), 500);
+  const tick = setInterval(() => s.runs.some(({ said }) => said.until) && draw(), 500);
   const scheme = matchMedia("(prefers-color-scheme: dark)");
   const observer = new MutationObserver(dark);
-  [document.body, document.documentElement].forEach((place) => observer.observe(place, { attributes: true }));
+  for (const place of [document.body, document.documentElement]) observer.observe(place, { attributes: true });
   scheme.addEventListener("change", dark);
   s.addEventListener("change", draw);
-  const take = (e, files) => { if (files.length && view === "studio") { e.preventDefault(); s.take(files[0]); } };
-  const over = (e, on) => { if (e.dataTransfer.types.includes("Files")) e.preventDefault(); el.classList.toggle("over", on); };
+
+  const take = (e, { files }) => { if (files.length && view === "studio") done(() => s.take(files[0]))(e); };
+  const over = (e, on) => {
+    if (e.dataTransfer.types.includes("Files")) e.preventDefault();
+    el.classList.toggle("over", on && view === "studio");
+  };
   const on = {
     keydown: (e) => {
       s.view = root;
       const act = !e.isComposing && !e.defaultPrevented && actionOf(e, s, e.target);
-      if (act) { e.preventDefault(); e.stopPropagation(); act(); }
+      if (act) { e.stopPropagation(); done(act)(e); }
     },
     pointerdown: () => { s.view = root; },
-    paste: (e) => take(e, e.clipboardData.files), dragover: (e) => over(e, true), dragleave: (e) => over(e, false), drop: (e) => { over(e, false); take(e, e.dataTransfer.files); },
+    paste: (e) => take(e, e.clipboardData),
+    dragover: (e) => over(e, true), dragleave: (e) => over(e, false), drop: (e) => { over(e, false); take(e, e.dataTransfer); },
   };
   for (const [name, run] of Object.entries(on)) el.addEventListener(name, run);
   dark();
   draw();
-  return () => { clearInterval(tick); observer.disconnect(); scheme.removeEventListener("change", dark); s.removeEventListener("change", draw); };
+  return () => {
+    clearInterval(tick);
+    observer.disconnect();
+    scheme.removeEventListener("change", dark);
+    s.removeEventListener("change", draw);
+  };
 }
 
 /** The page at `/`: engines over HTTP, and a link's picture offered. */
@@ -1163,12 +1272,14 @@ export async function openPage(host, styles) {
   mount(host, s, { styles });
   try {
     const receipt = receiptOfLink(location.hash);
-    const run = () => { history.replaceState(null, "", location.pathname); s.run({ route: "replay", images: [], body: { receipt } }); };
+    const run = () => {
+      history.replaceState(null, "", location.pathname);
+      s.run({ route: "replay", images: [], body: { receipt } });
+    };
     if (receipt) s.offer = { say: t("shared", receipt), act: t("makeIt"), run };
   } catch { s.fail(new Trouble("link", t("badLink"))); }
   await s.begin();
   s.touch("prompt");
-  return s;
 }
 
 /** The notebook widget: one state for all its views. */
@@ -1177,10 +1288,11 @@ export default function widget() {
   return {
     initialize({ model }) {
       const engine = new WidgetEngine(model);
+      const get = (name) => model.get(name);
       s = new Studio(engine);
-      s.addEventListener("choice", () => { if (s.picture && model.get("choice") !== s.chosen) engine.put("choice", s.chosen); });
-      model.on("change:value", () => { Object.assign(s.form, model.get("value")); s.touch(); });
-      model.on("change:choice", () => { if (model.get("choice") !== s.chosen && s.find(model.get("choice"))) s.choose(model.get("choice")); });
+      s.addEventListener("choice", () => { if (s.picture && get("choice") !== s.chosen) engine.put("choice", s.chosen); });
+      model.on("change:value", () => { Object.assign(s.form, get("value")); s.touch(); });
+      model.on("change:choice", () => { if (get("choice") !== s.chosen && s.find(get("choice"))) s.choose(get("choice")); });
       for (const name of ["health", "engines", "mode"]) model.on(`change:${name}`, () => s.look());
       model.on("change:jobs", () => s.store.jobs().forEach((job) => s.pickUp(job)));
       s.begin();
