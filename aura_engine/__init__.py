@@ -17,7 +17,7 @@ if TYPE_CHECKING:      # for editors and type checkers, which cannot see what __
     from .client import AsyncAuraClient as AsyncAuraClient, AuraClient as AuraClient
     from .config import Settings as Settings, load_settings as load_settings
     from .engine import Engine as Engine
-    from .models import plan as plan
+    from .planning import plan as plan
     from .server import create_server as create_server
     from .types import AuraError as AuraError, GenerateRequest as GenerateRequest, RefineRequest as RefineRequest
     from .widgets import Compare as Compare, EngineStatus as EngineStatus, Studio as Studio
@@ -31,7 +31,7 @@ PUBLIC: dict[str, str] = {
     "Settings": "config",
     "GenerateRequest": "types",
     "RefineRequest": "types",
-    "plan": "models",
+    "plan": "planning",
     "Studio": "widgets",
     "EngineStatus": "widgets",
     "Compare": "widgets",

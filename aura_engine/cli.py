@@ -5,6 +5,7 @@
 # %% ../nbs/17_cli.ipynb #561fddc6
 from __future__ import annotations
 import importlib
+import io
 import json
 import os
 import re
@@ -27,13 +28,13 @@ from .images import encode
 from .types import AuraError, Image, Invalid, Queued, Receipt, Step
 
 # %% auto #0
-__all__ = ['Local', 'Cloud', 'Mode', 'Offline', 'ApiKey', 'AsJson', 'Quiet', 'OR_ELSE', 'STDOUT', 'cli', 'Version', 'OUT_HELP',
-           'Out', 'Negative', 'Seed', 'Steps', 'Guidance', 'Lora', 'Temperature', 'Words', 'Aspect', 'Resolution',
-           'HowMany', 'Becoming', 'Given', 'Strength', 'Own', 'Init', 'HEALTH_ROWS', 'Origin', 'Host', 'Port',
-           'AS_IT_IS', 'FAULT', 'columns', 'queue_line', 'Bars', 'in_panel', 'errors_told', 'client_for',
-           'check_writable', 'slug_of', 'Destination', 'line_of', 'report_pictures', 'words_of', 'print_version',
-           'generate_command', 'refine_command', 'replay_command', 'health_table', 'health_command', 'serve_command',
-           'hand_over', 'bench_command', 'deploy_command', 'main']
+__all__ = ['Local', 'CLOUD_HELP', 'Cloud', 'Mode', 'OFFLINE_HELP', 'Offline', 'ApiKey', 'AsJson', 'Quiet', 'OR_ELSE', 'STDOUT',
+           'cli', 'Version', 'OUT_HELP', 'Out', 'Negative', 'Seed', 'Steps', 'Guidance', 'Lora', 'Temperature', 'Words',
+           'Aspect', 'Resolution', 'HowMany', 'Becoming', 'Given', 'Strength', 'Own', 'INIT_HELP', 'Init',
+           'HEALTH_ROWS', 'Origin', 'Host', 'Port', 'AS_IT_IS', 'FAULT', 'columns', 'queue_line', 'Meter', 'Bars',
+           'in_panel', 'errors_told', 'client_for', 'check_writable', 'slug_of', 'Destination', 'save_to', 'line_of',
+           'report_pictures', 'words_of', 'print_version', 'generate_command', 'refine_command', 'replay_command',
+           'health_table', 'health_command', 'serve_command', 'hand_over', 'bench_command', 'deploy_command', 'main']
 
 # %% ../nbs/17_cli.ipynb #ad84d76c
 def columns() -> list[Any]:
@@ -47,8 +48,8 @@ def queue_line(event: Queued) -> str:
     return f"{event.position} ahead, {soon}" if event.position else soon
 
 # %% ../nbs/17_cli.ipynb #134662f2
-class Bars:
-    "Events of the client, shown on stderr while they happen. `quiet` shows nothing."
+class Meter:
+    "A bar for each picture and a line above them, on stderr. `quiet` shows nothing."
     def __init__(self, quiet: bool = False):
         self.err = Console(stderr=True, quiet=quiet)
         hidden = quiet or not self.err.is_terminal
@@ -56,15 +57,24 @@ class Bars:
         self.head = self.progress.add_task("", total=None, count="")
         self.bars: dict[int, TaskID] = {}    # picture -> its bar
 
+    def say(self, text: str) -> None:
+        "What is happening, above the bars."
+        self.progress.update(self.head, description=escape(text))
+
+    def step(self, e: Step) -> None:
+        "Move the bar of a picture."
+        if e.index not in self.bars:
+            self.bars[e.index] = self.progress.add_task(f"picture {e.index + 1}", total=e.steps, count="")
+        self.progress.update(self.bars[e.index], completed=e.step, total=e.steps, count=f"step {e.step} of {e.steps}")
+
+# %% ../nbs/17_cli.ipynb #93b99dd9
+class Bars(Meter):
+    "Events of the client as progress bars."
     def __enter__(self) -> Bars:
         self.progress.start()
         return self
 
     def __exit__(self, *exc: object) -> None: self.progress.stop()
-
-    def say(self, text: str) -> None:
-        "What is happening, above the bars."
-        self.progress.update(self.head, description=escape(text))
 
     def __call__(self, event: Any) -> None:
         "Show one event."
@@ -77,21 +87,17 @@ class Bars:
         elif isinstance(event, Image) and event.index in self.bars:
             self.progress.update(self.bars[event.index], description=f"picture {event.index + 1} is done")
 
-    def step(self, e: Step) -> None:
-        "Move the bar of a picture."
-        if e.index not in self.bars:
-            self.bars[e.index] = self.progress.add_task(f"picture {e.index + 1}", total=e.steps, count="")
-        self.progress.update(self.bars[e.index], completed=e.step, total=e.steps, count=f"step {e.step} of {e.steps}")
-
 # %% ../nbs/17_cli.ipynb #5ec3472f
 def in_panel(help: str, *names: str, **more: Any) -> Any:
     "An option of the engine's panel."
     return typer.Option(*names, help=help, rich_help_panel="Engine", **more)
 
 Local = Annotated[str, in_panel("Address of the engine on this machine.")]
-Cloud = Annotated[str | None, in_panel("Address of a Space. Default: VITE_CLOUD_ENGINE_URL (environment, .env.local).")]
+CLOUD_HELP = "Address of a Space. Default: VITE_CLOUD_ENGINE_URL (environment, .env.local)."
+Cloud = Annotated[str | None, in_panel(CLOUD_HELP)]
 Mode = Annotated[Literal["auto", "local", "cloud"], in_panel("auto: local first, cloud when that fails.")]
-Offline = Annotated[bool, in_panel("No server: load the model into this process. SD_MODEL_ID and its like apply.", "--offline")]
+OFFLINE_HELP = "No server: load the model into this process. SD_MODEL_ID and its like apply."
+Offline = Annotated[bool, in_panel(OFFLINE_HELP, "--offline")]
 ApiKey = Annotated[str | None, in_panel("The engine's key.", "--api-key", envvar="AURA_API_KEY", show_envvar=True)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document; show no progress.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
@@ -121,8 +127,10 @@ STDOUT = Path("-")
 
 def check_writable(path: Path) -> None:
     "Invalid unless a file can be written at `path`. Nothing is left behind; missing folders count as writable."
+    # The nearest folder that is there; those below it would be made.
     folder = next(p for p in (path.parent, *path.parent.absolute().parents) if p.exists())
     try:
+        # Tried, not asked: what os.access says of /proc, of a full or read-only disk and of root is of no use.
         if path.exists(): path.open("ab").close()
         else: tempfile.TemporaryFile(dir=folder).close()
     except OSError as e: raise Invalid(f"{path} cannot be written: {e.strerror or e}.") from None
@@ -134,7 +142,7 @@ def slug_of(prompt: str) -> str:
 # %% ../nbs/17_cli.ipynb #8dcc8c3b
 @dataclass(frozen=True)
 class Destination:
-    "Where the pictures of a command go: a file, a folder, `-` for stdout, or None for the prompt's name in this folder."
+    "Where pictures go: a file, a folder, `-` for stdout, or None for the prompt's name in this folder."
     out: Path | None
     prompt: str
     count: int = 1
@@ -153,17 +161,21 @@ class Destination:
             format_of(self.out)
             return check_writable(self.out)
         if self.count > 1: raise Invalid("-o - can write one picture only. Ask for one, or name a file.")
-        if sys.stdout.isatty(): raise Invalid("-o - would write a picture to your terminal. Send it to a file or a program.")
+        if sys.stdout.isatty():
+            raise Invalid("-o - would write a picture to your terminal. Send it to a file or a program.")
 
-    def save(self, made: Pictures) -> list[Path]:
-        "Write the pictures -> their files."
-        if self.out == STDOUT:
-            sys.stdout.buffer.write(encode(made.images[0], "png", made.receipts[0]))
-            return [STDOUT]
-        if self.folder is None and self.out is not None: return made.save(self.out)
-        folder = self.folder or Path()
-        named = enumerate(zip(made.images, made.receipts))
-        return [save_picture(im, folder / f"{slug_of(self.prompt)}-{r.seed if r else i}.png", r) for i, (im, r) in named]
+# %% ../nbs/17_cli.ipynb #28eeee60
+def save_to(to: Destination, made: Pictures) -> list[Path]:
+    "Write the pictures -> their files."
+    if to.out == STDOUT:
+        sys.stdout.buffer.write(encode(made.images[0], "png", made.receipts[0]))
+        return [STDOUT]
+    if to.folder is None and to.out is not None: return made.save(to.out)
+    files = []
+    for i, (image, receipt) in enumerate(zip(made.images, made.receipts)):
+        name = f"{slug_of(to.prompt)}-{receipt.seed if receipt else i}.png"
+        files.append(save_picture(image, (to.folder or Path()) / name, receipt))
+    return files
 
 # %% ../nbs/17_cli.ipynb #2e1db9fb
 def line_of(file: Path, receipt: Receipt | None, made: Pictures) -> str:
@@ -174,7 +186,7 @@ def line_of(file: Path, receipt: Receipt | None, made: Pictures) -> str:
 
 def report_pictures(made: Pictures, to: Destination, as_json: bool) -> None:
     "Save the pictures and say what there is to say."
-    files = to.save(made)
+    files = save_to(to, made)
     piped = to.out == STDOUT                 # stdout is the picture, so words go to stderr
     if as_json:
         said = {"files": [str(f) for f in files], "engine": made.engine, "url": made.url, "seconds": made.seconds,
@@ -187,6 +199,7 @@ def report_pictures(made: Pictures, to: Destination, as_json: bool) -> None:
 def words_of(prompt: str) -> str:
     "The prompt; `-` reads it from stdin."
     if prompt != "-": return prompt
+    # More than any prompt may have, so that the request's own check names the limit.
     try: return sys.stdin.buffer.read(100_000).decode().strip()
     except UnicodeDecodeError: raise Invalid("The prompt from stdin is not UTF-8 text.") from None
 
@@ -206,7 +219,8 @@ Version = Annotated[bool, typer.Option("--version", callback=print_version, is_e
 def _top(version: Version = False) -> None: pass
 
 # %% ../nbs/17_cli.ipynb #adb5b0d7
-OUT_HELP = "File to write: .png (with its receipt inside), .jpg or .webp; a folder; or - for stdout. Several become name-1, name-2 …"
+OUT_HELP = ("File to write: .png (with its receipt inside), .jpg or .webp; a folder; or - for stdout. "
+            "Several become name-1, name-2 …")
 Out = Annotated[Path | None, typer.Option("--out", "-o", help=OUT_HELP)]
 Negative = Annotated[str, typer.Option(help="What should not be there.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed and prompt make the same picture. Default: a new one.")]
@@ -221,6 +235,7 @@ Aspect = Annotated[str, typer.Option(help="Width:height, 1:3 to 3:1.")]
 Resolution = Annotated[Literal["standard", "high"], typer.Option(help="high needs an engine with a GPU.")]
 HowMany = Annotated[int, typer.Option("--count", "-n", help="How many (1-4).")]
 
+# %% ../nbs/17_cli.ipynb #68b3420f
 @cli.command("generate")
 def generate_command(
         prompt: Words, out: Out = None, negative: Negative = "", aspect: Aspect = "1:1",
@@ -239,11 +254,12 @@ def generate_command(
                 on_event=bars)
         report_pictures(made, to, as_json)
 
-# %% ../nbs/17_cli.ipynb #68b3420f
+# %% ../nbs/17_cli.ipynb #c6e72e77
 Becoming = Annotated[str, typer.Argument(help="What it should become; - reads it from stdin.")]
 Given = Annotated[list[Path], typer.Argument(help="1 to 4 pictures (PNG, JPEG, WebP).", exists=True, dir_okay=False)]
 Strength = Annotated[float, typer.Option(help="How far from the picture it may go (0.05-1).")]
 
+# %% ../nbs/17_cli.ipynb #4975efa0
 @cli.command("refine")
 def refine_command(
         prompt: Becoming, images: Given, out: Out = None, strength: Strength = 0.5, negative: Negative = "",
@@ -262,7 +278,8 @@ def refine_command(
 
 # %% ../nbs/17_cli.ipynb #7eb09728
 Own = Annotated[Path, typer.Argument(help="A PNG that an engine made.", exists=True, dir_okay=False)]
-Init = Annotated[Path | None, typer.Option(help="For a refinement: the picture it started from.", exists=True, dir_okay=False)]
+INIT_HELP = "For a refinement: the picture it started from."
+Init = Annotated[Path | None, typer.Option(help=INIT_HELP, exists=True, dir_okay=False)]
 
 @cli.command("replay")
 def replay_command(
@@ -313,7 +330,7 @@ Port = Annotated[int | None, typer.Option(help="Default: PORT, or 7860.")]
 @cli.command("serve")
 def serve_command(host: Host = "127.0.0.1", port: Port = None) -> None:
     "Start an engine here. Everything else is set by environment variables."
-    from aura_engine.server import main as run
+    from aura_engine.server import main as run      # with the web framework, which other commands do without
     if port is not None: os.environ["PORT"] = str(port)
     typer.echo(f"starting at http://{host}:{os.environ.get('PORT', '7860')} (Ctrl-C stops it)", err=True)
     run(["--host", host])
@@ -341,9 +358,11 @@ FAULT = 70                                   # EX_SOFTWARE of sysexits.h
 def main() -> None:
     "The `aura` command."
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")      # a terminal without UTF-8
+        # A terminal without UTF-8 shows what it can.
+        if isinstance(stream, io.TextIOWrapper): stream.reconfigure(errors="backslashreplace")
     try: cli(prog_name="aura")
     except Exception as e:
         if os.environ.get("AURA_LOG_LEVEL", "").lower() == "debug": raise
-        print(f"aura: {type(e).__name__}: {e}\nThis is a fault of aura. AURA_LOG_LEVEL=debug shows where.", file=sys.stderr)
+        told = f"aura: {type(e).__name__}: {e}\nThis is a fault of aura. AURA_LOG_LEVEL=debug shows where."
+        print(told, file=sys.stderr)
         sys.exit(FAULT)

@@ -28,8 +28,9 @@ from .types import (
 # %% auto #0
 __all__ = ['SUFFIXES', 'LOCAL', 'OFFLINE', 'MODES', 'COMES_BACK', 'HINTS', 'ADVICE', 'OnEvent', 'format_of', 'save_picture',
            'Pictures', 'Notice', 'open_door', 'cloud_door', 'fitted', 'answer_of', 'with_seeds', 'made_by', 'Round',
-           'all_failed', 'given_up', 'next_to_wait_for', 'Chooser', 'advice_for', 'EngineReport', 'report_of',
-           'in_words', 'collected', 'doors_of', 'AsyncAuraClient', 'Background', 'each', 'AuraClient']
+           'all_failed', 'given_up', 'next_to_wait_for', 'Chooser', 'advice_for', 'detail_of', 'EngineReport',
+           'report_of', 'in_words', 'collected', 'doors_of', 'AsyncAuraClient', 'cancel_others', 'Background', 'each',
+           'AuraClient']
 
 # %% ../nbs/12b_client.ipynb #8b450a48
 SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
@@ -65,21 +66,27 @@ class Pictures:
         "Write the pictures; several become name-1.png, name-2.png and so on."
         path = Path(path)
         paths = [path]
+        # One picture keeps the name it was given.
         if len(self.images) > 1: paths = [path.with_stem(f"{path.stem}-{i + 1}") for i in range(len(self.images))]
         return [save_picture(im, p, r) for im, p, r in zip(self.images, paths, self.receipts)]
 
     def _repr_mimebundle_(self, include=None, exclude=None):
-        labels = [f"seed {r.seed}" for r in self.receipts if r]
+        labels = [f"seed {r.seed}" for r in self.receipts if r]      # an older backend gives no receipts
         return grid(self.images, labels=labels if len(labels) == len(self.images) else ())._repr_mimebundle_()
 
 # %% ../nbs/12b_client.ipynb #8b2b3685
 @dataclass(frozen=True)
 class Notice:
-    "What the client does: `kind` is 'asks', 'failed' or 'waits', `engine` and `url` name the engine, `text` is for people."
+    "What the client does. `engine` and `url` name the engine it is about, `text` is for people."
     kind: Literal["asks", "failed", "waits"]
     engine: str
     url: str
     text: str
+
+    @classmethod
+    def of(cls, kind: Literal["asks", "failed", "waits"], door: Door, text: str) -> Notice:
+        "A notice about an engine."
+        return cls(kind, door.name, door.url, text)
 
 LOCAL = "http://127.0.0.1:7860"
 OFFLINE = "offline"                          # as `local`: the model is loaded into this process
@@ -113,7 +120,7 @@ async def fitted(door: Door, ask: Ask) -> tuple[Ask, tuple[str, ...]]:
     if high is None and not doubtful: return ask, ()
     health = await door.health()
     if high is None or health.gpu: return ask, ()
-    told = f"resolution: high -> standard (the {door.name} engine has no GPU)"
+    told = f"Made in standard resolution: the {door.name} engine has no GPU."
     return high.model_copy(update={"resolution": "standard"}), (told,)
 
 async def answer_of(door: Door, ask: Ask) -> AsyncGenerator[Event]:
@@ -153,7 +160,7 @@ class Round:
     async def through(self, doors: list[Door]) -> AsyncGenerator[Event | Notice]:
         "Ask one engine after the other until one answers. Raises what is the question's own fault."
         for door in doors:
-            yield Notice("asks", door.name, door.url, f"asking the {door.name} engine ({door.url})")
+            yield Notice.of("asks", door, f"asking the {door.name} engine ({door.url})")
             since = time.monotonic()
             try:
                 async with aclosing(answer_of(door, self.ask)) as events:
@@ -169,7 +176,7 @@ class Round:
                 self.failed.append((door, e))
                 # A dead one is left alone for a while, one that is busy for as long as it said.
                 door.rest(e, self.rest if e.code == "unreachable" else e.retry_after or 0)
-                yield Notice("failed", door.name, door.url, e.detail)
+                yield Notice.of("failed", door, e.detail)
 
 # %% ../nbs/12b_client.ipynb #720f58a2
 HINTS = {"local": "Start one with `aura serve`.", "cloud": f"Check {CLOUD_VARIABLE}, and the Space's page."}
@@ -177,6 +184,7 @@ HINTS = {"local": "Start one with `aura serve`.", "cloud": f"Check {CLOUD_VARIAB
 def all_failed(failed: list[tuple[Door, AuraError]]) -> AuraError:
     "One error for all that were tried, with what to do."
     said = [f"{e.detail} {HINTS[d.name]}" if e.code == "unreachable" else e.detail for d, e in failed]
+    # One kind of error keeps its class, so that a program can tell a full queue from a dead engine.
     kinds = {type(e) for _, e in failed}
     kind = kinds.pop() if len(kinds) == 1 else Unreachable
     return kind(" ".join(said), retry_after=failed[-1][1].retry_after)
@@ -184,6 +192,7 @@ def all_failed(failed: list[tuple[Door, AuraError]]) -> AuraError:
 # %% ../nbs/12b_client.ipynb #7ce96abf
 async def given_up(door: Door, error: AuraError) -> bool:
     "Whether an engine that is not ready will never be."
+    # A model that loads and one that failed to load both say not_ready; /health knows which it is.
     if error.code != "not_ready": return False
     try: return (await door.health()).status is EngineState.failed
     except AuraError: return False
@@ -218,9 +227,9 @@ class Chooser:
             seconds = error.retry_after or pause
             waited = time.monotonic() - began
             if waited + seconds > self.patience: raise all_failed(turn.failed)
-            yield Notice("waits", door.name, door.url, f"waiting for the {door.name} engine ({waited:.0f} s so far)")
+            yield Notice.of("waits", door, f"waiting for the {door.name} engine ({waited:.0f} s so far)")
             await asyncio.sleep(seconds)
-            pause = min(pause * 2, 10)
+            pause = min(pause * 2, 10)       # an engine that says nothing is asked ever less often
 
 # %% ../nbs/12b_client.ipynb #ede05760
 ADVICE = {
@@ -232,9 +241,11 @@ ADVICE = {
     "out_of_memory": "Ask for resolution standard or fewer pictures at a time, or set SD_PRECISION=fp16.",
     "queue_full": "Others are being served. Ask again in a moment."}
 
-def advice_for(*codes: str) -> list[str]:
+def advice_for(*codes: str | None) -> list[str]:
     "What to do about states and errors, each thing once."
     return [ADVICE[c] for c in dict.fromkeys(codes) if c in ADVICE]
+
+def detail_of(error: AuraError | None) -> str | None: return error.detail if error else None
 
 # %% ../nbs/12b_client.ipynb #2612d073
 @dataclass(frozen=True)
@@ -260,17 +271,17 @@ class EngineReport:
     def reason(self) -> str | None:
         "Why it is not ready, in words."
         if self.health: return self.health.reason
-        return self.error.detail if self.error else None
+        return detail_of(self.error)
 
     @property
     def advice(self) -> list[str]:
         "What to do about it."
-        return advice_for(self.status, self.trouble.code if self.trouble else "")
+        return advice_for(self.status, self.trouble.code if self.trouble else None)
 
     def to_json(self) -> dict[str, Any]:
         "The report as JSON: the fields of /health, and `url`, `trouble`, `advice`."
         said = self.health.to_json() if self.health else {"status": self.status, "ready": False, "reason": self.reason}
-        said |= {"url": self.url, "trouble": self.trouble and self.trouble.detail, "advice": self.advice}
+        said |= {"url": self.url, "trouble": detail_of(self.trouble), "advice": self.advice}
         if self.origin_allowed is not None: said["originAllowed"] = self.origin_allowed
         return said
 
@@ -319,7 +330,7 @@ async def collected(events: AsyncIterator[Event | Notice], on_event: OnEvent | N
 def doors_of(local: Any, cloud: str | None, mode: str, api_key: str | None) -> list[Door]:
     "The engines of a client, in the order in which they are asked."
     if mode not in MODES: raise Invalid.value("mode", given=mode, allowed=", ".join(MODES))
-    key = api_key or os.environ.get("AURA_API_KEY")
+    key = api_key or os.environ.get("AURA_API_KEY")      # one key for both engines
     doors = [] if mode == "cloud" or local is None else [open_door("local", local, key)]
     # Whoever says offline means it: the cloud of the environment is left alone.
     alone = mode == "local" or (bool(doors) and local == OFFLINE and cloud is None)
@@ -333,7 +344,7 @@ def doors_of(local: Any, cloud: str | None, mode: str, api_key: str | None) -> l
 class AsyncAuraClient(Chooser):
     """Pictures from a local engine, a cloud engine, or whichever can, with `await`.
 
-    `local`: an address, an `Engine` of this process, or "offline", which loads the model into this process.
+    `local`: an address, an `Engine`, or "offline", which loads the model into this process.
     `cloud`: the address of a Space (default: `VITE_CLOUD_ENGINE_URL`).
     `mode`: "auto" (local first, then cloud), "local" or "cloud".
     `api_key`: the engine's key (default: `AURA_API_KEY`).
@@ -345,7 +356,7 @@ class AsyncAuraClient(Chooser):
         self.mode = mode
 
     def stream(self, ask: Ask | str, **options: Unpack[GenerateOptions]) -> AsyncGenerator[Event | Notice]:
-        "The events of a question, or of a prompt with the options of `generate`. Raises when no engine can answer."
+        "The events of a question, or of a prompt with `generate`'s options. Raises when no engine can answer."
         return self.answer(generation(ask, **options) if isinstance(ask, str) else ask)
 
     async def collect(self, ask: Ask, on_event: OnEvent | None = None) -> Pictures:
@@ -353,20 +364,22 @@ class AsyncAuraClient(Chooser):
         async with aclosing(self.stream(ask)) as events: return await collected(events, on_event)
 
     async def generate(
-            self, prompt: str, *, negative_prompt: str = "", aspect_ratio: str = "1:1", resolution: str = "standard",
-            n: int = 1, seed: int | None = None, steps: int | None = None, guidance_scale: float | None = None,
-            temperature: float = 0.7, lora: str | None = None, deadline_seconds: float | None = None,
-            on_event: OnEvent | None = None) -> Pictures:
+            self, prompt: str, *, negative_prompt: str = "", aspect_ratio: str = "1:1",
+            resolution: str = "standard", n: int = 1, seed: int | None = None, steps: int | None = None,
+            guidance_scale: float | None = None, temperature: float = 0.7, lora: str | None = None,
+            deadline_seconds: float | None = None, on_event: OnEvent | None = None) -> Pictures:
         """Pictures from a prompt.
 
-        `aspect_ratio`: "W:H" between 1:3 and 3:1. `resolution`: "high" needs an engine with a GPU. `n`: 1 to 4 pictures.
-        `seed`: the same seed makes the same picture; None chooses one. `steps`, `guidance_scale`: None means the model's
-        own. `temperature`: 0 always makes the same picture of a prompt, 1 a fresh one. `lora`: an alias of the engine.
-        `deadline_seconds`: after so long the answer is of no use. `on_event` is called with every event and notice.
+        `aspect_ratio`: "W:H" between 1:3 and 3:1. `resolution`: "high" needs an engine with a GPU.
+        `n`: 1 to 4 pictures. `seed`: the same seed makes the same picture; None chooses one.
+        `steps`, `guidance_scale`: None means the model's own. `lora`: an alias of the engine.
+        `temperature`: 0 always makes the same picture of a prompt, 1 a fresh one.
+        `deadline_seconds`: after so long the answer is of no use.
+        `on_event` is called with every event and notice.
         """
         ask = generation(
-            prompt, negative_prompt=negative_prompt, aspect_ratio=aspect_ratio, resolution=resolution, n=n, seed=seed,
-            steps=steps, guidance_scale=guidance_scale, temperature=temperature, lora=lora,
+            prompt, negative_prompt=negative_prompt, aspect_ratio=aspect_ratio, resolution=resolution, n=n,
+            seed=seed, steps=steps, guidance_scale=guidance_scale, temperature=temperature, lora=lora,
             deadline_seconds=deadline_seconds)
         return await self.collect(ask, on_event)
 
@@ -408,6 +421,13 @@ class AsyncAuraClient(Chooser):
 # %% ../nbs/12b_client.ipynb #8ac49061
 _T = TypeVar("_T")
 
+async def cancel_others() -> None:
+    "Cancel all other tasks of this loop, and wait for their end."
+    rest = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in rest: task.cancel()
+    await asyncio.gather(*rest, return_exceptions=True)
+
+# %% ../nbs/12b_client.ipynb #8ec5ac90
 class Background:
     "An event loop in a thread of its own, for code without `await`."
     def __init__(self):
@@ -436,9 +456,7 @@ class Background:
         self.loop.close()
 
     async def _end(self, farewell: Coroutine[Any, Any, None]) -> None:
-        rest = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in rest: task.cancel()
-        await asyncio.gather(*rest, return_exceptions=True)
+        await cancel_others()
         await farewell
         await self.loop.shutdown_asyncgens()      # a stream that nobody read to its end
 
@@ -462,7 +480,7 @@ def each(background: Background, source: AsyncGenerator[_T]) -> Iterator[_T]:
 class AuraClient(Background):
     """Pictures from a local engine, a cloud engine, or whichever can.
 
-    `local`: an address, an `Engine` of this process, or "offline", which loads the model into this process.
+    `local`: an address, an `Engine`, or "offline", which loads the model into this process.
     `cloud`: the address of a Space (default: `VITE_CLOUD_ENGINE_URL`).
     `mode`: "auto" (local first, then cloud), "local" or "cloud".
     `api_key`, `patience`, `rest`: see `AsyncAuraClient`, which is at `aio` and lives in this one's background loop.
@@ -473,7 +491,7 @@ class AuraClient(Background):
         super().__init__()
 
     def stream(self, ask: Ask | str, **options: Unpack[GenerateOptions]) -> Iterator[Event | Notice]:
-        "The events of a question, or of a prompt with the options of `generate`. Leaving the loop cancels the work."
+        "The events of a question, or of a prompt with `generate`'s options. Leaving the loop cancels the work."
         return each(self, self.aio.stream(ask, **options))
 
     def collect(self, ask: Ask, on_event: OnEvent | None = None) -> Pictures:
@@ -481,20 +499,22 @@ class AuraClient(Background):
         return self.wait(self.aio.collect(ask, on_event))
 
     def generate(
-            self, prompt: str, *, negative_prompt: str = "", aspect_ratio: str = "1:1", resolution: str = "standard",
-            n: int = 1, seed: int | None = None, steps: int | None = None, guidance_scale: float | None = None,
-            temperature: float = 0.7, lora: str | None = None, deadline_seconds: float | None = None,
-            on_event: OnEvent | None = None) -> Pictures:
+            self, prompt: str, *, negative_prompt: str = "", aspect_ratio: str = "1:1",
+            resolution: str = "standard", n: int = 1, seed: int | None = None, steps: int | None = None,
+            guidance_scale: float | None = None, temperature: float = 0.7, lora: str | None = None,
+            deadline_seconds: float | None = None, on_event: OnEvent | None = None) -> Pictures:
         """Pictures from a prompt.
 
-        `aspect_ratio`: "W:H" between 1:3 and 3:1. `resolution`: "high" needs an engine with a GPU. `n`: 1 to 4 pictures.
-        `seed`: the same seed makes the same picture; None chooses one. `steps`, `guidance_scale`: None means the model's
-        own. `temperature`: 0 always makes the same picture of a prompt, 1 a fresh one. `lora`: an alias of the engine.
-        `deadline_seconds`: after so long the answer is of no use. `on_event` is called with every event and notice.
+        `aspect_ratio`: "W:H" between 1:3 and 3:1. `resolution`: "high" needs an engine with a GPU.
+        `n`: 1 to 4 pictures. `seed`: the same seed makes the same picture; None chooses one.
+        `steps`, `guidance_scale`: None means the model's own. `lora`: an alias of the engine.
+        `temperature`: 0 always makes the same picture of a prompt, 1 a fresh one.
+        `deadline_seconds`: after so long the answer is of no use.
+        `on_event` is called with every event and notice.
         """
         return self.wait(self.aio.generate(
-            prompt, negative_prompt=negative_prompt, aspect_ratio=aspect_ratio, resolution=resolution, n=n, seed=seed,
-            steps=steps, guidance_scale=guidance_scale, temperature=temperature, lora=lora,
+            prompt, negative_prompt=negative_prompt, aspect_ratio=aspect_ratio, resolution=resolution, n=n,
+            seed=seed, steps=steps, guidance_scale=guidance_scale, temperature=temperature, lora=lora,
             deadline_seconds=deadline_seconds, on_event=on_event))
 
     def refine(

@@ -23,6 +23,7 @@ from httpx_sse import EventSource
 from PIL import Image as Pillow
 from pydantic import BaseModel, ValidationError
 from .images import decode, encode, from_base64, receipt_of, to_base64
+from .planning import ReplayRequest, differences, plan, prepare, replay_plan
 from .types import (
     Asleep, AuraError, Done, Event, Failed, FieldError, GenerateRequest, Health, Image, Invalid, NotReady, Plan,
     Preview, Queued, Receipt, RefineConfig, RefineRequest, Step, Unreachable, error_tree, field_errors, shown)
@@ -31,7 +32,8 @@ from .types import (
 __all__ = ['Ask', 'ROUTES', 'GUIDE', 'SPACE_PAGE', 'AN_ADDRESS', 'CLOUD_VARIABLE', 'QUICK', 'PATIENT', 'Replay', 'checked',
            'picture_file', 'as_base64', 'GenerateOptions', 'generation', 'refinement', 'repetition', 'body_of',
            'error_from', 'error_in', 'is_near', 'event_of', 'events_in', 'engine_url', 'cloud_url', 'Proxy',
-           'proxy_for', 'Door', 'connections', 'Wire', 'Remote', 'Broken', 'InProcess', 'until_ready', 'planned']
+           'proxy_for', 'Door', 'connections', 'Wire', 'Probed', 'Remote', 'Broken', 'InProcess', 'until_ready',
+           'planned']
 
 # %% ../nbs/12a_transport.ipynb #b90302ca
 @dataclass(frozen=True)
@@ -56,8 +58,10 @@ def checked(cls: type[_Request], **given: Any) -> _Request:
 # %% ../nbs/12a_transport.ipynb #a1e95b95
 def picture_file(im: Pillow.Image) -> bytes:
     "A PIL picture as PNG bytes that keep alpha, 16 bits and the EXIF orientation."
-    # PNG has no CMYK, YCbCr or float pictures; those have no alpha to lose
-    plain = im if im.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16") else im.convert("RGB")
+    plain = im
+    # What PNG cannot hold: CMYK and float pictures, which have no alpha, and a palette with alpha.
+    if im.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"):
+        plain = im.convert("RGBA" if im.has_transparency_data else "RGB")
     out = io.BytesIO()
     plain.save(out, "PNG", compress_level=1, exif=im.getexif())
     return out.getvalue()
@@ -269,7 +273,7 @@ def _completed(text: str) -> str:
 CLOUD_VARIABLE = "VITE_CLOUD_ENGINE_URL"
 
 def cloud_url() -> str | None:
-    "The guide's `VITE_CLOUD_ENGINE_URL`: from the environment, or from the nearest .env.local in this folder or above it."
+    "The guide's `VITE_CLOUD_ENGINE_URL`, from the environment or the nearest .env.local in this folder or above."
     if value := os.environ.get(CLOUD_VARIABLE, "").strip(): return value
     file = find_dotenv(".env.local", usecwd=True)
     if not file: return None
@@ -357,7 +361,7 @@ def connections(url: str, api_key: str | None = None) -> httpx.AsyncClient:
     # As bytes, because a key may hold any character and httpx would take text for ASCII.
     headers = [(b"authorization", f"Bearer {api_key}".encode())] if api_key else []
     try:
-        tls = httpx.create_ssl_context()     # reads SSL_CERT_FILE and SSL_CERT_DIR
+        tls = httpx.create_ssl_context(trust_env=url.startswith("https:"))      # SSL_CERT_FILE, SSL_CERT_DIR
         return httpx.AsyncClient(base_url=url, headers=headers, proxy=proxy.url if proxy else None,
                                  verify=tls, trust_env=False, timeout=QUICK)
     except (ImportError, ValueError, httpx.InvalidURL) as e:
@@ -393,22 +397,8 @@ class Wire(Door):
         if self._http is not None: await self._http.aclose()
 
 # %% ../nbs/12a_transport.ipynb #23add547
-class Remote(Wire):
-    "An engine over HTTP."
-    async def events(self, ask: Ask) -> AsyncGenerator[Event]:
-        "The answer to a question. Raises `Unreachable`, `Asleep` or what the engine said."
-        accept = {"accept": "text/event-stream, application/json;q=0.5"}
-        patience = PATIENT if isinstance(ask, Replay) else QUICK
-        question = self.http.stream("POST", ROUTES[type(ask)], json=body_of(ask), headers=accept, timeout=patience)
-        try:
-            async with question as r:
-                if r.status_code != 200:
-                    await r.aread()
-                    raise error_in(r, self.name)
-                async with aclosing(events_in(r, self.name)) as events:
-                    async for e in events: yield e
-        except httpx.HTTPError as e: raise self.lost(e) from None
-
+class Probed(Wire):
+    "The quick questions to an engine over HTTP."
     async def health(self, timeout: float = 5) -> Health:
         "GET /health. Raises `Unreachable` or `Asleep`."
         try: r = await self.http.get("/health", timeout=timeout)
@@ -424,6 +414,23 @@ class Remote(Wire):
         try: r = await self.http.options("/generate", headers=preflight)
         except httpx.HTTPError as e: raise self.lost(e) from None
         return r.headers.get("access-control-allow-origin") in (origin, "*")
+
+# %% ../nbs/12a_transport.ipynb #cdeb626c
+class Remote(Probed):
+    "An engine over HTTP."
+    async def events(self, ask: Ask) -> AsyncGenerator[Event]:
+        "The answer to a question. Raises `Unreachable`, `Asleep` or what the engine said."
+        accept = {"accept": "text/event-stream, application/json;q=0.5"}
+        patience = PATIENT if isinstance(ask, Replay) else QUICK
+        question = self.http.stream("POST", ROUTES[type(ask)], json=body_of(ask), headers=accept, timeout=patience)
+        try:
+            async with question as r:
+                if r.status_code != 200:
+                    await r.aread()
+                    raise error_in(r, self.name)
+                async with aclosing(events_in(r, self.name)) as events:
+                    async for e in events: yield e
+        except httpx.HTTPError as e: raise self.lost(e) from None
 
 # %% ../nbs/12a_transport.ipynb #ffdcdfad
 class Broken(Door):
@@ -452,10 +459,8 @@ class InProcess(Door):
     async def events(self, ask: Ask) -> AsyncGenerator[Event]:
         "Submit the question; the job is cancelled when the reader stops."
         await until_ready(self.engine)
-        todo = await asyncio.to_thread(planned, ask, self.engine)
+        todo, old = await asyncio.to_thread(planned, ask, self.engine)
         job = self.engine.submit(todo, previews=True)
-        from aura_engine.api import differences
-        old = ask.receipt if isinstance(ask, Replay) else None
         new = None
         try:
             async for e in job:
@@ -482,10 +487,9 @@ async def until_ready(engine: Any) -> None:
     while not await asyncio.to_thread(engine.wait_ready, 0.5):
         if engine.status != "loading": raise NotReady(engine.reason or "The engine was stopped.")
 
-def planned(ask: Ask, engine: Any) -> Plan:
-    "The plan of a question for the model of `engine`."
-    from aura_engine import api
-    if isinstance(ask, RefineRequest): return api.prepare(ask, engine.row, engine.gpu)
-    if isinstance(ask, GenerateRequest): return api.plan(ask, engine.row, gpu=engine.gpu)
-    _, picture = api.picture_of(checked(api.ReplayRequest, **body_of(ask)), engine.row)
-    return Plan((picture,))
+def planned(ask: Ask, engine: Any) -> tuple[Plan, Receipt | None]:
+    "-> (the plan of a question for the model of `engine`, the receipt that it has to keep to)."
+    if isinstance(ask, RefineRequest): return prepare(ask, engine.row, engine.gpu), None
+    if isinstance(ask, GenerateRequest): return plan(ask, engine.row, gpu=engine.gpu), None
+    old, todo = replay_plan(checked(ReplayRequest, **body_of(ask)), engine.row)
+    return todo, old

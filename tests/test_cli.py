@@ -8,6 +8,7 @@ from PIL import Image
 
 import nb
 from conftest import ROOT, clean_env, free_port, start
+from edge import Edge, page
 
 AURA = [sys.executable, "-c", "from aura_engine.cli import main; main()"]
 
@@ -109,3 +110,59 @@ def test_the_command_is_installed():
     aura = Path(sys.executable).parent / "aura"
     if not aura.exists(): pytest.skip("the package is not installed in this environment (pip install -e .)")
     assert subprocess.run([aura, "--version"], capture_output=True, text=True, env=clean_env()).stdout.strip() == nb.settings()["version"]
+
+
+# before, beside and after the picture
+
+def test_the_destination_is_checked_before_a_picture_is_made(aura, tmp_path):
+    """No engine is asked: nothing listens at the address, and the message is about the file."""
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").write_text("")
+    for name, said in (("out.gif", ".webp"), ("out", ".webp"), ("/proc/x.png", "cannot be written"), ("file/x.png", "cannot be written"), ("/dev/null/x.png", "cannot be written")):
+        status, out, err = aura("generate", "x", "-o", name, "--local", "http://127.0.0.1:9", "--mode", "local")
+        assert status == 1 and out == "" and said in err and "Traceback" not in err and "aura serve" not in err, (name, err)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder.png"]
+
+
+def test_a_folder_takes_the_prompts_name(aura, server, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    status, out, _ = aura("generate", "A fox!", "-o", "pictures", "--seed", 5, "--steps", 1, "--json", "--local", server.url)
+    assert status == 0 and json.loads(out)["files"] == ["pictures/a-fox-5.png"] and (tmp_path / "pictures/a-fox-5.png").exists()
+    assert aura("generate", "x", "-o", "new/deep/x.webp", "--steps", 1, "--local", server.url)[0] == 0 and (tmp_path / "new/deep/x.webp").exists()
+
+
+def test_a_pipe_carries_one_picture_and_a_prompt(server, tmp_path):
+    env = clean_env(PYTHONPATH=ROOT, TERM="dumb")
+    run = lambda *argv, words=b"": subprocess.run([*AURA, *map(str, argv), "--local", server.url], input=words, cwd=tmp_path, env=env, capture_output=True, timeout=120)
+    done = run("generate", "-", "-o", "-", "--seed", 3, "--steps", 1, words="ein Fuchs 🦊\n".encode())
+    assert done.returncode == 0 and done.stdout.startswith(b"\x89PNG") and b"seed 3" in done.stderr
+    (tmp_path / "piped.png").write_bytes(done.stdout)
+    assert json.loads(run("replay", "piped.png", "-o", "again.png", "--json").stdout)["receipts"][0]["prompt"] == "ein Fuchs 🦊"
+    for bad in (run("generate", "x", "-n", 2, "-o", "-"), run("generate", "-", words=b"\xff\xfe"), run("generate", "-", words=b""), run("generate", "-", words=b"x" * 3000)):
+        assert bad.returncode == 1 and bad.stdout == b"" and bad.stderr and b"Traceback" not in bad.stderr
+
+
+def test_addresses_keys_and_help_as_people_write_them(aura, server, make_server):
+    bare = server.url.removeprefix("http://")
+    assert aura("generate", "x", "--steps", 1, "--local", bare)[0] == 0
+    assert aura("health", "--local", f":{bare.split(':')[1]}")[0] == 0
+    locked = make_server(AURA_API_KEY="sésame")
+    status, _, err = aura("generate", "x", "--steps", 1, "--local", locked.url)
+    assert status == 1 and "API key" in err
+    assert aura("generate", "x", "--steps", 1, "--local", locked.url, "--api-key", "sésame")[0] == 0
+    assert aura("generate", "x", "--steps", 1, "--local", locked.url, AURA_API_KEY="sésame\n")[0] == 0
+    assert aura("-h")[0] == aura("generate", "-h")[0] == 0
+
+
+def test_another_program_on_the_port_is_told_in_local_words(aura):
+    with Edge(page(404, "not here"), page(200, "my router"), page(502)) as other:
+        for _ in range(3):
+            status, _, err = aura("generate", "x", "--mode", "local", "--local", other.url)
+            assert status == 1 and "not an engine of ours" in err and "Another program" in err and "Space public" not in err and "asleep" not in err
+
+
+def test_a_fault_of_the_program_is_a_sentence(tmp_path):
+    code = "import aura_engine.cli as c\ndef broken(*a, **k): raise RuntimeError('who knows')\nc.client_for = broken\nimport sys; sys.argv = ['aura', 'health']\nc.main()"
+    for level, trace in (("info", False), ("debug", True)):
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=clean_env(PYTHONPATH=ROOT, AURA_LOG_LEVEL=level), capture_output=True, text=True, timeout=60)
+        assert "who knows" in done.stderr and ("Traceback" in done.stderr) is trace and done.returncode == (1 if trace else 70)

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from aura_engine.client import AsyncAuraClient, AuraClient, Notice, cloud_url, engine_url
+from aura_engine.client import AsyncAuraClient, AuraClient, Notice
+from aura_engine.images import decode, from_base64
+from aura_engine.transport import as_base64, cloud_url, engine_url, proxy_for
 from aura_engine.types import Asleep, Done, Invalid, NotReady, Preview, QueueFull, Queued, Step, Unauthorized, Unreachable
 from aura_engine.types import Image as Finished
 from conftest import free_port
@@ -239,3 +241,82 @@ def test_the_clouds_address(monkeypatch, tmp_path):
     assert engine_url("https://huggingface.co/spaces/Me/Aura.Engine") == "https://me-aura-engine.hf.space"
     for bad in ("me/engine", "ftp://x", "http://", ""):
         with pytest.raises(Invalid): engine_url(bad)
+
+
+# homes with proxies, and settings with slips
+
+@pytest.mark.parametrize("env", [{"ALL_PROXY": "socks5://10.0.0.1:1080"}, {"ALL_PROXY": "nonsense://x"}, {"all_proxy": "http://["}, {"NO_PROXY": "[::1],10.0.0.0/8, ,*.local"},
+                                 {"HTTP_PROXY": "", "NO_PROXY": "[::1]:80"}, {"SSL_CERT_FILE": "/nowhere/ca.pem"}, {"VITE_CLOUD_ENGINE_URL": "me/engine"}, {"VITE_CLOUD_ENGINE_URL": "ftp://x"}])
+def test_the_homes_settings_never_break_a_local_engine(monkeypatch, server, env):
+    for name, value in env.items(): monkeypatch.setenv(name, value)
+    for mode in ("auto", "local"):
+        with AuraClient(server.url, mode=mode, rest=0) as c: assert c.generate("a fox", steps=1).engine == "local"
+
+
+def test_what_is_in_the_way_of_the_cloud_is_named(monkeypatch, tmp_path):
+    for env, said in (({"ALL_PROXY": "socks5://10.0.0.1:1080"}, "ALL_PROXY"), ({"HTTPS_PROXY": "nonsense://x"}, "HTTPS_PROXY"), ({"SSL_CERT_FILE": "/nowhere/ca.pem"}, "SSL_CERT_FILE")):
+        with monkeypatch.context() as m:
+            for name, value in env.items(): m.setenv(name, value)
+            with AuraClient(mode="cloud", cloud="https://me-engine.hf.space", patience=0) as c, pytest.raises(Unreachable, match=said): c.generate("a fox")
+    monkeypatch.setenv("VITE_CLOUD_ENGINE_URL", "me/engine")
+    with pytest.raises(Invalid, match="VITE_CLOUD_ENGINE_URL: given 'me/engine'"): AuraClient(mode="cloud")
+    with AuraClient(dead(), patience=0) as c, pytest.raises(Unreachable, match="VITE_CLOUD_ENGINE_URL: given 'me/engine'"): c.generate("a fox")
+    monkeypatch.delenv("VITE_CLOUD_ENGINE_URL")
+    (tmp_path / ".env.local").write_bytes(b"VITE_CLOUD_ENGINE_URL=\xff\xfe\n")
+    with pytest.raises(Invalid, match=r"\.env\.local cannot be read"): AuraClient(mode="cloud")
+
+
+@pytest.mark.parametrize("address, direct", [("http://127.0.0.1:7860", True), ("http://[::1]:7860", True), ("http://192.168.1.5:7860", True), ("http://aura.local", True), ("http://box:7860", True),
+                                             ("https://a.example.org", True), ("https://example.org", True), ("https://notexample.org", False), ("http://203.0.113.9", True), ("http://203.0.114.9", False), ("http://[2001:db8::5]", True),
+                                             ("https://b.test:8443", True), ("https://b.test", False), ("https://me-engine.hf.space", False)])
+def test_who_is_asked_through_a_proxy(monkeypatch, address, direct):
+    monkeypatch.setenv("ALL_PROXY", "10.0.0.1:3128")
+    monkeypatch.setenv("NO_PROXY", " .Example.org, 203.0.113.0/24,[2001:db8::]/32 ,2001:db8::/32,b.test:8443")
+    found = proxy_for(address)
+    assert (found is None) is direct and (direct or (found.url, found.variable) == ("http://10.0.0.1:3128", "ALL_PROXY"))
+
+
+@pytest.mark.parametrize("written, meant", [("127.0.0.1:7860", "http://127.0.0.1:7860"), ("localhost", "http://localhost"), (":7860", "http://127.0.0.1:7860"), ("[::1]:7860/", "http://[::1]:7860"),
+                                            ("me-engine.hf.space/", "https://me-engine.hf.space"), ("box:7860", "http://box:7860"), ("192.168.1.5:7860", "http://192.168.1.5:7860"), (" https://x.org/aura/ ", "https://x.org/aura")])
+def test_addresses_as_people_write_them(written, meant): assert engine_url(written) == meant
+
+
+# the same picture, however it is handed over
+
+def test_a_pil_picture_is_seen_as_its_file_is():
+    """Alpha goes over white, 16 bits stay, EXIF turns: what the engine decodes is the same for both."""
+    gray16 = Image.fromarray((np.arange(80 * 96).reshape(80, 96) * 8).astype(np.uint16))
+    turned = Image.new("RGB", (96, 64), "red")
+    turned.getexif()[0x0112] = 6
+    keyed = Image.new("P", (80, 80), 3)
+    keyed.putpalette(bytes(range(256)) * 3)
+    keyed.info["transparency"] = 3
+    for im in (Image.new("RGBA", (80, 80), (255, 0, 0, 0)), Image.new("LA", (80, 80), (9, 100)), gray16, turned, keyed, Image.new("CMYK", (80, 80), (0, 255, 255, 0)), Image.new("1", (80, 80), 1), Image.new("F", (80, 80), 200.0)):
+        seen = decode(from_base64(as_base64(im)))
+        assert seen.mode == "RGB"
+        if im.mode in ("RGBA", "P"): assert seen.getpixel((0, 0)) == (255, 255, 255)
+        if im is gray16: assert np.asarray(seen)[..., 0].std() > 30
+        if im is turned: assert seen.size == (64, 96)
+        if im.mode == "CMYK": assert seen.getpixel((0, 0))[0] > 200 and seen.getpixel((0, 0))[1] < 60
+
+
+def test_another_engine_makes_the_same_pictures_when_the_first_is_cut(server):
+    """`queued` carries the seeds that the engine chose."""
+    events = []
+    with Edge(target=server.url, cut=2500) as cut, AuraClient(cut.url, server.url) as c: made = c.generate("a fox", n=2, temperature=1, on_event=events.append)
+    chosen = next(e for e in events if isinstance(e, Queued)).seeds
+    if not chosen: pytest.skip("this engine names no seeds in `queued`")
+    assert made.engine == "cloud" and tuple(r.seed for r in made.receipts) == chosen
+
+
+@pytest.mark.parametrize("said", ["event: step\ndata: {\"index\": 0", "event: image\ndata: {\"index\": 0, \"image\": \"AAAA\", \"receipt\": {}}", "event: done\ndata: []", "event: queued\ndata: {}", "\x00\x01"])
+def test_a_stream_that_cannot_be_read_is_not_an_answer(said):
+    raw = answer(200, said + "\n\n", "text/event-stream", x_aura_engine="0")
+    with Edge(raw) as odd, AuraClient(odd.url, mode="local", patience=0) as c, pytest.raises(Unreachable): c.generate("a fox")
+
+
+@pytest.mark.parametrize("body", ["[]", "7", '{"status": "ready", "queue": 3}', '{"status": []}', '{"status": "ready", "limits": "x", "loras": 7}'])
+def test_a_health_that_cannot_be_read_is_a_report(body):
+    with Edge(answer(200, body)) as odd, AuraClient(odd.url, mode="local") as c:
+        report = c.health()["local"]
+        assert not report.ready and report.status == "unreachable" and report.advice and json.dumps(report.to_json())
