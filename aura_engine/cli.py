@@ -117,6 +117,7 @@ def errors_told(as_json: bool, offline: bool = False) -> Iterator[None]:
         typer.echo(str(e), err=True)
         raise typer.Exit(2) from None
 
+# %% ../nbs/17_cli.ipynb #4fa5112e
 def client_for(local: str, cloud: str | None, mode: str, offline: bool, api_key: str | None) -> AuraClient:
     "The client of these options."
     if offline: return AuraClient(OFFLINE, mode="local")
@@ -184,10 +185,11 @@ def line_of(file: Path, receipt: Receipt | None, made: Pictures) -> str:
     how = f"{r.width}x{r.height}, seed {r.seed}, {r.steps} steps, " if r else ""
     return f"{file}  {how}{made.engine} engine, {made.seconds:.1f} s"
 
+# %% ../nbs/17_cli.ipynb #0277a2ad
 def report_pictures(made: Pictures, to: Destination, as_json: bool) -> None:
     "Save the pictures and say what there is to say."
     files = save_to(to, made)
-    piped = to.out == STDOUT                 # stdout is the picture, so words go to stderr
+    piped = to.out == STDOUT
     if as_json:
         said = {"files": [str(f) for f in files], "engine": made.engine, "url": made.url, "seconds": made.seconds,
                 "warnings": list(made.warnings), "receipts": [r and r.to_json() for r in made.receipts]}

@@ -21,16 +21,16 @@ from .images import encode, grid
 from .transport import (
     CLOUD_VARIABLE, Ask, Broken, Door, GenerateOptions, InProcess, Remote, Replay,
     body_of, cloud_url, engine_url, generation, refinement, repetition)
-from .types import (
+from aura_engine.types import (
     AuraError, Done, EngineState, Event, Failed, GenerateRequest, Health, Image, Invalid, Queued, Receipt,
-    RefineRequest, Unreachable, shown)
+    Unreachable)
 
 # %% auto #0
-__all__ = ['SUFFIXES', 'LOCAL', 'OFFLINE', 'MODES', 'COMES_BACK', 'HINTS', 'ADVICE', 'OnEvent', 'format_of', 'save_picture',
-           'Pictures', 'Notice', 'open_door', 'cloud_door', 'fitted', 'answer_of', 'with_seeds', 'made_by', 'Round',
-           'all_failed', 'given_up', 'next_to_wait_for', 'Chooser', 'advice_for', 'detail_of', 'EngineReport',
-           'report_of', 'in_words', 'collected', 'doors_of', 'AsyncAuraClient', 'cancel_others', 'Background', 'each',
-           'AuraClient']
+__all__ = ['SUFFIXES', 'LOCAL', 'OFFLINE', 'MODES', 'COMES_BACK', 'LastMade', 'HINTS', 'ADVICE', 'OnEvent', 'format_of',
+           'save_picture', 'Pictures', 'Notice', 'open_door', 'cloud_door', 'fitted', 'answer_of', 'with_seeds',
+           'made_by', 'own_fault', 'Round', 'all_failed', 'given_up', 'next_to_wait_for', 'awake', 'Chooser',
+           'advice_for', 'detail_of', 'EngineReport', 'report_of', 'in_words', 'collected', 'doors_of',
+           'AsyncAuraClient', 'cancel_others', 'Background', 'each', 'AuraClient']
 
 # %% ../nbs/12b_client.ipynb #8b450a48
 SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
@@ -41,6 +41,7 @@ def format_of(path: str | Path) -> str:
     if suffix in SUFFIXES: return SUFFIXES[suffix]
     raise Invalid(f"{Path(path).name}: the name has to end in {', '.join(SUFFIXES)}.")
 
+# %% ../nbs/12b_client.ipynb #601054a0
 def save_picture(image: Pillow.Image, path: str | Path, receipt: Receipt | None = None) -> Path:
     "Write one picture in the format of the path's suffix; missing folders are made. Invalid when it cannot be written."
     data = encode(image, format_of(path), receipt)
@@ -102,6 +103,7 @@ def open_door(name: str, where: Any, api_key: str | None = None) -> Door:
         return InProcess(name, shared_engine(load_settings()))
     return Remote(name, where, api_key) if isinstance(where, str) else InProcess(name, where)
 
+# %% ../nbs/12b_client.ipynb #09caac8a
 def cloud_door(cloud: str | None, api_key: str | None, needed: bool) -> Door | None:
     "The cloud's door. A wrong setting is an error at once only where nothing else could answer."
     if cloud is not None: return Remote("cloud", cloud, api_key)
@@ -123,6 +125,7 @@ async def fitted(door: Door, ask: Ask) -> tuple[Ask, tuple[str, ...]]:
     told = f"Made in standard resolution: the {door.name} engine has no GPU."
     return high.model_copy(update={"resolution": "standard"}), (told,)
 
+# %% ../nbs/12b_client.ipynb #c60c6e3e
 async def answer_of(door: Door, ask: Ask) -> AsyncGenerator[Event]:
     "The events of one engine. Raises what it reports as failed."
     ask, told = await fitted(door, ask)
@@ -133,19 +136,25 @@ async def answer_of(door: Door, ask: Ask) -> AsyncGenerator[Event]:
             yield e
 
 # %% ../nbs/12b_client.ipynb #3fe6dc96
-def with_seeds(ask: Ask, seeds: tuple[int, ...]) -> Ask:
-    "The question with the seed that an engine chose for it."
-    if not seeds or isinstance(ask, Replay): return ask
-    if isinstance(ask, GenerateRequest):
-        return ask if ask.seed is not None else ask.model_copy(update={"seed": seeds[0]})
+def with_seeds(ask: Ask, event: Event) -> Ask:
+    "The question with the seed that an engine chose for it, once `queued` tells."
+    if not isinstance(event, Queued) or not event.seeds or isinstance(ask, Replay): return ask
+    chosen = {"seed": event.seeds[0]}
+    if isinstance(ask, GenerateRequest): return ask if ask.seed is not None else ask.model_copy(update=chosen)
     if ask.config.seed is not None: return ask
-    return ask.model_copy(update={"config": ask.config.model_copy(update={"seed": seeds[0]})})
+    return ask.model_copy(update={"config": ask.config.model_copy(update=chosen)})
 
 # %% ../nbs/12b_client.ipynb #f53929dd
-def made_by(door: Door, ask: Ask, seconds: float) -> dict[str, Any]:
-    "What a status panel says of a picture that was made."
+LastMade = deque[dict[str, Any]]
+
+def made_by(door: Door, ask: Ask, since: float) -> dict[str, Any]:
+    "A picture that was made: the engine, the prompt, the seconds since `since`."
     prompt = ask.receipt.prompt if isinstance(ask, Replay) else body_of(ask).get("prompt", "")
-    return {"engine": door.name, "prompt": prompt, "seconds": round(seconds, 2)}
+    return {"engine": door.name, "prompt": prompt, "seconds": round(time.monotonic() - since, 2)}
+
+def own_fault(error: AuraError) -> bool:
+    "Whether it is the question that is wrong, so that no other engine would help."
+    return error.status < 500 and error.code != "queue_full"
 
 # %% ../nbs/12b_client.ipynb #db95b246
 @dataclass
@@ -153,7 +162,7 @@ class Round:
     "A question on its way from engine to engine: `failed` could not, one `answered`, `last` is told what was made."
     ask: Ask
     rest: float
-    last: deque[dict[str, Any]]
+    last: LastMade
     failed: list[tuple[Door, AuraError]] = field(default_factory=list)
     answered: bool = False
 
@@ -165,17 +174,16 @@ class Round:
             try:
                 async with aclosing(answer_of(door, self.ask)) as events:
                     async for e in events:
-                        if isinstance(e, Queued): self.ask = with_seeds(self.ask, e.seeds)
-                        if isinstance(e, Done): self.last.append(made_by(door, self.ask, time.monotonic() - since))
+                        self.ask = with_seeds(self.ask, e)
+                        if isinstance(e, Done): self.last.append(made_by(door, self.ask, since))
                         yield e
                 door.well()
                 self.answered = True
                 return
             except AuraError as e:
-                if e.status < 500 and e.code != "queue_full": raise
+                if own_fault(e): raise
                 self.failed.append((door, e))
-                # A dead one is left alone for a while, one that is busy for as long as it said.
-                door.rest(e, self.rest if e.code == "unreachable" else e.retry_after or 0)
+                door.rest(e, self.rest)
                 yield Notice.of("failed", door, e.detail)
 
 # %% ../nbs/12b_client.ipynb #720f58a2
@@ -192,7 +200,6 @@ def all_failed(failed: list[tuple[Door, AuraError]]) -> AuraError:
 # %% ../nbs/12b_client.ipynb #7ce96abf
 async def given_up(door: Door, error: AuraError) -> bool:
     "Whether an engine that is not ready will never be."
-    # A model that loads and one that failed to load both say not_ready; /health knows which it is.
     if error.code != "not_ready": return False
     try: return (await door.health()).status is EngineState.failed
     except AuraError: return False
@@ -204,13 +211,18 @@ async def next_to_wait_for(failed: list[tuple[Door, AuraError]]) -> tuple[Door, 
     return min(hope, key=lambda pair: pair[1].retry_after or 0)
 
 # %% ../nbs/12b_client.ipynb #f861c751
+def awake(doors: list[Door]) -> list[Door]:
+    "The engines to ask: those that do not rest, or all when all do."
+    return [d for d in doors if not d.resting] or doors
+
+# %% ../nbs/12b_client.ipynb #51d40f77
 class Chooser:
     "The engines of a client and the choice between them. `last`: the pictures it made. See `AsyncAuraClient`."
     def __init__(self, doors: list[Door], patience: float = 300, rest: float = 30):
         self.doors = doors
         self.patience = patience
         self.rest = rest
-        self.last: deque[dict[str, Any]] = deque(maxlen=20)
+        self.last: LastMade = deque(maxlen=20)
 
     async def answer(self, ask: Ask) -> AsyncGenerator[Event | Notice]:
         "The events of a question. Raises one error for all engines when none can answer."
@@ -218,8 +230,7 @@ class Chooser:
         pause = 0.5
         while True:
             turn = Round(ask, self.rest, self.last)
-            awake = [d for d in self.doors if not d.resting]
-            async with aclosing(turn.through(awake or self.doors)) as events:
+            async with aclosing(turn.through(awake(self.doors))) as events:
                 async for e in events: yield e
             if turn.answered: return
             ask = turn.ask                   # with the seeds that were chosen
@@ -241,8 +252,9 @@ ADVICE = {
     "out_of_memory": "Ask for resolution standard or fewer pictures at a time, or set SD_PRECISION=fp16.",
     "queue_full": "Others are being served. Ask again in a moment."}
 
-def advice_for(*codes: str | None) -> list[str]:
-    "What to do about states and errors, each thing once."
+def advice_for(status: str, trouble: AuraError | None) -> list[str]:
+    "What to do about a state and the last error, each thing once."
+    codes = (status, trouble.code if trouble else "")
     return [ADVICE[c] for c in dict.fromkeys(codes) if c in ADVICE]
 
 def detail_of(error: AuraError | None) -> str | None: return error.detail if error else None
@@ -276,14 +288,13 @@ class EngineReport:
     @property
     def advice(self) -> list[str]:
         "What to do about it."
-        return advice_for(self.status, self.trouble.code if self.trouble else None)
+        return advice_for(self.status, self.trouble)
 
     def to_json(self) -> dict[str, Any]:
         "The report as JSON: the fields of /health, and `url`, `trouble`, `advice`."
         said = self.health.to_json() if self.health else {"status": self.status, "ready": False, "reason": self.reason}
-        said |= {"url": self.url, "trouble": detail_of(self.trouble), "advice": self.advice}
-        if self.origin_allowed is not None: said["originAllowed"] = self.origin_allowed
-        return said
+        return said | {"url": self.url, "trouble": detail_of(self.trouble), "advice": self.advice,
+                       "originAllowed": self.origin_allowed}
 
 # %% ../nbs/12b_client.ipynb #03db925d
 async def report_of(door: Door, origin: str | None = None) -> EngineReport:

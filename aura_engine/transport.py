@@ -22,7 +22,7 @@ from dotenv import dotenv_values, find_dotenv
 from httpx_sse import EventSource
 from PIL import Image as Pillow
 from pydantic import BaseModel, ValidationError
-from .images import decode, encode, from_base64, receipt_of, to_base64
+from .images import decode, from_base64, receipt_of, to_base64
 from .planning import ReplayRequest, differences, plan, prepare, replay_plan
 from .types import (
     Asleep, AuraError, Done, Event, Failed, FieldError, GenerateRequest, Health, Image, Invalid, NotReady, Plan,
@@ -136,6 +136,7 @@ def error_from(problem: dict[str, Any], retry_after: float | None = None) -> Aur
     if kind is AuraError: error.status = int(problem.get("status", 500))
     return error
 
+# %% ../nbs/12a_transport.ipynb #9084b7cf
 def _field(said: dict[str, Any]) -> FieldError: return FieldError(*(str(said.get(k, "")) for k in _FIELD))
 
 # %% ../nbs/12a_transport.ipynb #8ba6acd0
@@ -183,6 +184,7 @@ def _stranger(r: httpx.Response) -> Unreachable:
     said = f"Something at {_origin(r)} answered HTTP {r.status_code}, but it is not an engine of ours."
     return Unreachable(f"{said} Another program may be using that port.")
 
+# %% ../nbs/12a_transport.ipynb #7f1ada26
 def is_near(host: str) -> bool:
     "Whether `host` is this machine or one of its own network: no Space lives there."
     host = host.strip("[]").lower()
@@ -204,6 +206,7 @@ def event_of(name: str, data: dict[str, Any]) -> Event | None:
         case "done": return Done(tuple(data["warnings"]))
     return None
 
+# %% ../nbs/12a_transport.ipynb #5f05f859
 def _picture(data: dict[str, Any]) -> Pillow.Image: return decode(from_base64(data["image"]), "image")
 
 def _receipt(data: dict[str, Any] | None) -> Receipt | None:
@@ -288,6 +291,7 @@ class Proxy:
     url: str
     variable: str
 
+# %% ../nbs/12a_transport.ipynb #4dc1dc81
 def proxy_for(address: str) -> Proxy | None:
     "The proxy that the environment asks for, None for a direct way."
     url, named = httpx.URL(address), getproxies()
@@ -327,9 +331,10 @@ class Door:
     def resting(self) -> bool: return time.monotonic() < self.rests_until
 
     def rest(self, error: AuraError, seconds: float) -> None:
-        "Leave it alone for `seconds`, because of `error`."
+        "Leave it alone: a dead one for `seconds`, a busy one for as long as it said."
         self.trouble = error
-        self.rests_until = time.monotonic() + seconds
+        pause = seconds if error.code == "unreachable" else error.retry_after or 0
+        self.rests_until = time.monotonic() + pause
 
     def well(self) -> None:
         "It answered."
@@ -487,6 +492,7 @@ async def until_ready(engine: Any) -> None:
     while not await asyncio.to_thread(engine.wait_ready, 0.5):
         if engine.status != "loading": raise NotReady(engine.reason or "The engine was stopped.")
 
+# %% ../nbs/12a_transport.ipynb #c49e783d
 def planned(ask: Ask, engine: Any) -> tuple[Plan, Receipt | None]:
     "-> (the plan of a question for the model of `engine`, the receipt that it has to keep to)."
     if isinstance(ask, RefineRequest): return prepare(ask, engine.row, engine.gpu), None
