@@ -89,7 +89,7 @@ class Metrics:
         self.waits = Histogram("aura_queue_wait_seconds", "From submission to the first step", registry=r, buckets=(.01, .05, .1, .5, 1, 5, 15, 60, 300))
         self.steps = Histogram("aura_step_seconds", "Between two steps of a picture", registry=r, buckets=(.005, .01, .025, .05, .1, .25, 1, 5, 20))
         self.pictures = Histogram("aura_generation_seconds", "From submission to the picture", ["size", "steps"], registry=r, buckets=(.1, .25, .5, 1, 2, 5, 15, 60, 300))
-        for name, text, read in (("aura_queue_depth", "Pictures in the engine", lambda: engine.health()["queue"]["length"]), ("aura_model_ready", "1 when pictures can be made", lambda: engine.ready),
+        for name, text, read in (("aura_queue_depth", "Pictures in the engine", lambda: engine.health().queue.length), ("aura_model_ready", "1 when pictures can be made", lambda: engine.ready),
                                  ("aura_gpu_memory_bytes", "Allocated by torch on the GPU", lambda: memory()["gpu"] or 0)):
             Gauge(name, text, registry=r).set_function(read)
         ProcessCollector(registry=r)
@@ -137,16 +137,17 @@ class Api:
         "The row of the loaded model; NotReady or ShuttingDown while there is none to use."
         health = None if self.engine.ready else self.engine.health()
         if health is None: return self.engine.row
-        if health["status"] == "draining": raise ShuttingDown("The engine is stopping; ask again in a moment.", retry_after=10)
-        raise NotReady(health["reason"] or "The model is loading; /ready tells when it can be used.", retry_after=60 if health["status"] == "failed" else 2)
+        if health.status == "draining": raise ShuttingDown("The engine is stopping; ask again in a moment.", retry_after=10)
+        raise NotReady(health.reason or "The model is loading; /ready tells when it can be used.", retry_after=60 if health.status == "failed" else 2)
 
     async def submit(self, ask: GenerateRequest | RefineRequest, previews: bool = False):
         "A checked request -> the engine's Job. Raises Invalid, NotReady, QueueFull."
         row = self.row()
-        try: todo = await self.aside(prepare, ask, row, self.engine.gpu) if isinstance(ask, RefineRequest) else plan(ask, row, gpu=self.engine.gpu)
+        try:
+            todo = await self.aside(prepare, ask, row, self.engine.gpu) if isinstance(ask, RefineRequest) else plan(ask, row, gpu=self.engine.gpu)
+            log.debug("plan", extra={"prompts": [p.prompt for p in todo.pictures]})
+            return self.engine.submit(todo, previews=previews)
         except Invalid as e: raise (e.under("config.", map(to_camel, RefineConfig.model_fields)) if isinstance(ask, RefineRequest) else e) from None
-        log.debug("plan", extra={"prompts": [p.prompt for p in todo.pictures]})
-        return self.engine.submit(todo, previews=previews)
 
 def prepare(ask: RefineRequest, row: Row, gpu: bool = False) -> Plan:
     "Decode the pictures of a refinement and plan it; each initial picture is resized to the size it is worked at."
@@ -614,7 +615,7 @@ PAGE_POLICY = (
 async def health(request: Request) -> Response:
     "What the engine is, has and does; always 200."
     engine = request.app.state.api.engine
-    about = engine.health() | {"limits": limits_of(engine), "memory": memory()}
+    about = engine.health().to_json()
     return JSONResponse(about, headers={"cache-control": "no-store"})
 
 def limits_of(engine) -> dict | None:

@@ -4,30 +4,35 @@
 
 # %% ../nbs/07_batching.ipynb #6a5fb9b1
 from __future__ import annotations
-import json, os, time
-from collections.abc import Callable
+import json, math, time, uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 # %% auto #0
-__all__ = ['BUCKETS', 'AGEING', 'Curve', 'StepCost', 'measure_curve', 'cached_curve', 'Entry', 'remaining', 'choose', 'work',
+__all__ = ['BUCKETS', 'Key', 'AGEING', 'E', 'OWES_MORE', 'GUEST_SLOWS', 'Curve', 'StepCost', 'measure_curve', 'curve_from',
+           'replace_file', 'CurveFile', 'Entry', 'remaining', 'urgency', 'mates_of', 'room_for', 'choose', 'work',
            'eta']
 
 # %% ../nbs/07_batching.ipynb #f5d2786e
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
 
-class Curve(dict):
+class Curve(dict[int, float]):
     "Seconds of one call by bucket (rows), smallest bucket first."
     def bucket(self, rows: int) -> int:
         "The smallest bucket that holds `rows` (the largest there is, if none does)."
         return next((b for b in self if b >= rows), max(self))
 
-    def at(self, rows: int) -> float: return self[self.bucket(rows)]
+    def at(self, rows: int) -> float:
+        "Seconds of a call with `rows`."
+        return self[self.bucket(rows)]
 
     def best(self, waiting: int, least: int = 1) -> int:
-        "The bucket with the lowest cost per useful row when `waiting` rows could be taken; the smaller one unless the larger is 5 % better."
+        "The bucket with the lowest cost per useful row when `waiting` rows could be taken."
         best = self.bucket(least)
         for b in self:
+            # a larger bucket has to be 5 % better: it makes everybody in it wait longer
             if b > best and self[b] / min(b, waiting) < 0.95 * self[best] / min(best, waiting): best = b
         return best
 
@@ -36,76 +41,161 @@ class Curve(dict):
         b = self.best(waiting)
         return self[b] / min(b, waiting)
 
-    def scaled(self, factor: float) -> Curve: return Curve({b: s * factor for b, s in self.items()})
+    def scaled(self, factor: float) -> Curve:
+        "The curve of a shape whose calls take `factor` times as long."
+        return Curve({b: s * factor for b, s in self.items()})
 
     def moved(self, rows: int, seconds: float, weight: float = 0.1) -> Curve:
-        "A call of `rows` took `seconds`: its point moves a little, the others half as much. Outliers (a paused machine) count at most threefold."
+        "The curve after a call of `rows` took `seconds`: its point moves a little, the others half as much."
+        # a call that took very long (a paused machine) counts at most threefold
         change = weight * (min(seconds / self.at(rows), 3.0) - 1)
-        return Curve({b: s * (1 + (change if b == self.bucket(rows) else change / 2)) for b, s in self.items()})
+        mine = self.bucket(rows)
+        return Curve({b: s * (1 + (change if b == mine else change / 2)) for b, s in self.items()})
 
-# %% ../nbs/07_batching.ipynb #ed3eb438
+# %% ../nbs/07_batching.ipynb #85659e56
+Key = tuple                         # (channels, h, w, text tokens, LoRA): pictures with one key can share a call
+
 class StepCost:
-    "Measured seconds by shape key `(channels, h, w, ...)`: of UNet calls (`steps`), of VAE decodes (`decodes`), of a picture's beginning with and without an initial picture."
-    def __init__(self, native: tuple, steps: dict[int, float], decodes: dict[int, float], begin: float = 0.0, encode: float = 0.0):
-        self.native, self.steps, self.decodes = native, {native: Curve(steps)}, {native: Curve(decodes)}
+    "Measured seconds by shape key: of UNet calls (`steps`), of VAE decodes (`decodes`), of beginnings (`begins`)."
+    def __init__(self, native: Key, steps: dict[int, float], decodes: dict[int, float],
+                 begin: float = 0.0, encode: float = 0.0):
+        self.native = native
+        self.steps = {native: Curve(steps)}
+        self.decodes = {native: Curve(decodes)}
+        # by key, and by whether there is a picture to start from
         self.begins = {(native, False): begin, (native, True): begin + encode}
 
-    def _scale(self, key: tuple) -> float: return key[1] * key[2] / (self.native[1] * self.native[2])
-    def _curve(self, curves: dict[tuple, Curve], key: tuple) -> Curve:
+    def step(self, key: Key) -> Curve:
+        "The curve of UNet calls."
+        return self._curve(self.steps, key)
+
+    def decode(self, key: Key) -> Curve:
+        "The curve of VAE decodes; each picture is one row."
+        return self._curve(self.decodes, key)
+
+    def begin(self, key: Key, init: bool) -> float:
+        "Seconds until a picture can take its first step; `init`: it starts from a picture."
+        return self.begins.setdefault((key, init), self.begins[self.native, init] * self._scale(key))
+
+    def observe_step(self, key: Key, rows: int, seconds: float) -> None:
+        "A UNet call took `seconds`."
+        self.steps[key] = self.step(key).moved(rows, seconds)
+
+    def observe_decode(self, key: Key, rows: int, seconds: float) -> None:
+        "A decode took `seconds`. There are fewer of them, so each counts more."
+        self.decodes[key] = self.decode(key).moved(rows, seconds, 0.2)
+
+    def observe_begin(self, key: Key, init: bool, seconds: float) -> None:
+        "A beginning took `seconds`."
+        self.begins[key, init] = 0.8 * self.begin(key, init) + 0.2 * seconds
+
+    def _scale(self, key: Key) -> float:
+        return key[1] * key[2] / (self.native[1] * self.native[2])
+
+    def _curve(self, curves: dict[Key, Curve], key: Key) -> Curve:
         if key not in curves: curves[key] = curves[self.native].scaled(self._scale(key))
         return curves[key]
 
-    def step(self, key: tuple) -> Curve: return self._curve(self.steps, key)
-    def decode(self, key: tuple) -> Curve: return self._curve(self.decodes, key)
-    def begin(self, key: tuple, init: bool) -> float:
-        return self.begins.setdefault((key, init), self.begins[self.native, init] * self._scale(key))
-
-    def observe_step(self, key: tuple, rows: int, seconds: float) -> None: self.steps[key] = self.step(key).moved(rows, seconds)
-    def observe_decode(self, key: tuple, rows: int, seconds: float) -> None: self.decodes[key] = self.decode(key).moved(rows, seconds, 0.2)
-    def observe_begin(self, key: tuple, init: bool, seconds: float) -> None: self.begins[key, init] = 0.8 * self.begin(key, init) + 0.2 * seconds
-
 # %% ../nbs/07_batching.ipynb #307259fa
-def measure_curve(call: Callable[[int], None], most: int, repeats: int = 3, clock=time.perf_counter) -> dict[int, float]:
-    "Median seconds of `call(rows)` for buckets up to `most`; stops where a further doubling would bring nothing (flat) or memory ends."
+def _median_seconds(call: Callable[[int], Any], rows: int, repeats: int, clock: Callable[[], float]) -> float:
+    times = []
+    for _ in range(repeats):
+        start = clock()
+        call(rows)
+        times.append(clock() - start)
+    return sorted(times)[len(times) // 2]
+
+def measure_curve(call: Callable[[int], Any], most: int, repeats: int = 3,
+                  clock: Callable[[], float] = time.perf_counter) -> Curve:
+    "Median seconds of `call(rows)` for buckets up to `most`; ends where doubling brings nothing, or memory ends."
     import torch
     curve: dict[int, float] = {}
     for b in [b for b in BUCKETS if b <= most]:
+        slow = bool(curve) and max(curve.values()) > 1
         try:
-            call(b)
-            times = []
-            for _ in range(repeats if not curve or curve[max(curve)] < 1 else 1):
-                start = clock(); call(b); times.append(clock() - start)
+            call(b)                                     # the first call of a size may compile or allocate
+            curve[b] = _median_seconds(call, b, 1 if slow else repeats, clock)
         except torch.OutOfMemoryError: break
-        curve[b] = sorted(times)[len(times) // 2]
-        last = curve.get(b // 2)
-        if last and last > 0.5 and curve[b] / b > 0.95 * last / (b // 2): break      # slow and flat: more would only cost time
-    return {b: min(s for c, s in curve.items() if c >= b) for b in curve} or {1: 1.0}      # more rows never cost less: that was somebody else's load
-
-def cached_curve(path: Path, name: str, call: Callable[[int], None], most: int, today: float = 0.0) -> dict[int, float]:
-    "`measure_curve`, or the one stored in the JSON file `path` under `name` when one call `today` (measured, if not given) takes what it took then, within 30 %."
-    try: known = json.loads(path.read_text())
-    except (OSError, ValueError): known = {}
-    today = today or measure_curve(call, 1)[1]
-    if not 0.77 < today / known.get(name, {}).get("1", 1e9) < 1.3:
-        known[name] = measure_curve(call, most)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.with_suffix(f".{os.getpid()}").write_text(json.dumps(known)); path.with_suffix(f".{os.getpid()}").replace(path)
-        except OSError: pass
-    return {int(b): s for b, s in known[name].items()}
+        half = curve.get(b // 2)
+        if half and half > 0.5 and curve[b] > 0.95 * 2 * half: break     # slow and flat: more would only cost time
+    # more rows never cost less: where they seem to, something else was running
+    return Curve({b: min(s for c, s in curve.items() if c >= b) for b in curve} or {1: 1.0})
 
 # %% ../nbs/07_batching.ipynb #0e02f7fc
-@dataclass(eq=False)
+def curve_from(data: Any) -> Curve | None:
+    "A curve as JSON holds it, or None when this cannot be one: positive seconds for the buckets 1, 2, 4 … in order."
+    if not isinstance(data, dict): return None
+    try: curve = Curve({int(b): float(s) for b, s in data.items()})
+    except (TypeError, ValueError): return None
+    sizes = tuple(curve)
+    fine = bool(sizes) and sizes == BUCKETS[:len(sizes)] and all(0 < s < math.inf for s in curve.values())
+    return curve if fine else None
+
+# %% ../nbs/07_batching.ipynb #e1c7fc1f
+def replace_file(path: Path, text: str) -> None:
+    "Write `text` to `path` so that a reader sees the old file or the new one. OSError leaves no part behind."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for old in path.parent.glob(f"{path.name}.*.part"):
+        if time.time() - old.stat().st_mtime > 3600: old.unlink(missing_ok=True)      # of a process that died
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        part.write_text(text)
+        part.replace(path)
+    finally: part.unlink(missing_ok=True)
+
+# %% ../nbs/07_batching.ipynb #6e90ed0b
+class CurveFile:
+    "Measured curves in a JSON file, by name. `notes` says in words what was wrong with the file."
+    def __init__(self, path: Path, keep: int = 64):
+        self.path, self.keep = path, keep
+        self.notes: list[str] = []
+
+    def read(self) -> dict[str, Curve]:
+        "The curves that the file holds, oldest first. Damage is left out, and the file written without it."
+        try: data = json.loads(self.path.read_text())
+        except FileNotFoundError: return {}
+        except (OSError, ValueError, RecursionError): data = None
+        found = {name: curve_from(c) for name, c in data.items()} if isinstance(data, dict) else {}
+        good = {name: curve for name, curve in found.items() if curve is not None}
+        if not isinstance(data, dict) or len(good) < len(found):
+            self._note(f"{self.path.name} in the cache was damaged; what was unreadable is measured again")
+            self._write(good)
+        return good
+
+    def curve(self, name: str, call: Callable[[int], Any], most: int, today: float = 0.0) -> Curve:
+        "The curve called `name`: the kept one if a call `today` (measured, if not given) takes what it took then."
+        known = self.read().get(name)
+        today = today or measure_curve(call, 1)[1]
+        # a curve that was taken on a busy machine must not be carried along for ever
+        if known and 0.77 < today / known[1] < 1.3: return known
+        measured = measure_curve(call, most)
+        curves = self.read()                            # again: another engine may have written meanwhile
+        curves.pop(name, None)
+        newest = [*curves.items(), (name, measured)][-self.keep:]
+        self._write(dict(newest))
+        return measured
+
+    def _write(self, curves: dict[str, Curve]) -> None:
+        try: replace_file(self.path, json.dumps(curves))
+        except OSError as e: self._note(f"measured times could not be kept ({e.strerror}); every start measures again")
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes: self.notes.append(text)
+
+# %% ../nbs/07_batching.ipynb #fe18c5ba
+@dataclass(eq=False, kw_only=True)
 class Entry:
-    "One picture in the engine. `key`: shape key; `left`: UNet steps to go; `begin`: seconds until it can step; `alone`: must not share a call (it failed once)."
-    key: tuple
-    rows: int
-    left: int
-    arrived: float
+    "One picture in the engine. `begin`: seconds until it can step. `alone`: must not share a call (it failed once)."
+    key: Key
+    rows: int = 1                       # UNet rows a step: 2 with guidance
+    left: int                           # UNet steps to go
+    arrived: float                      # time.monotonic()
     begin: float = 0.0
+    client: str = ""                    # whose it is
+    used: float = 0.0                   # seconds of the device it has had
+    owing: float = 0.0                  # seconds of the device that its client has had beyond its share
     alone: bool = False
     tries: int = 0
-    extra: dict = field(default_factory=dict)
 
 AGEING = 0.1        # seconds of remaining work that one second of waiting makes up for
 
@@ -113,32 +203,66 @@ def remaining(e: Entry, cost: StepCost) -> float:
     "Seconds of work left for one picture, alone."
     return e.begin + e.left * cost.step(e.key).at(e.rows) + cost.decode(e.key)[1]
 
-def choose(waiting: list[Entry], cost: StepCost, now: float, most: int) -> tuple[list[Entry], int]:
+def urgency(e: Entry, cost: StepCost, now: float, ageing: float = AGEING) -> float:
+    "Whoever has the least goes first: seconds of work left, less what waiting makes up for."
+    return remaining(e, cost) - ageing * (now - e.arrived)
+
+# %% ../nbs/07_batching.ipynb #40ee7b65
+E = TypeVar("E", bound=Entry)
+OWES_MORE = 4.0         # a guest: its client owes so many times the work and the debt of whoever goes first
+GUEST_SLOWS = 1.5       # guests may make a call that much slower
+
+def mates_of(first: E, order: Sequence[E]) -> list[E]:
+    "The entries that can share a call with `first`, itself included."
+    if first.alone: return [first]
+    return [e for e in order if e.key == first.key and bool(e.left) == bool(first.left) and not e.alone]
+
+def room_for(mates: Sequence[E], curve: Curve, cost: StepCost, most: int) -> int:
+    "Rows that the next call should have, for the first of `mates` and company; `most` bounds it."
+    first = mates[0]
+    def rows(e: E) -> int: return e.rows if first.left else 1
+    least = rows(first)
+    room = curve.best(min(sum(map(rows, mates)), most), least)
+    limit = OWES_MORE * (remaining(first, cost) + first.owing)
+    hosts = [e for e in mates if e.owing <= limit]
+    if len(hosts) < len(mates):
+        alone = curve.at(curve.best(min(sum(map(rows, hosts)), most), least))
+        room = min(room, max(b for b in curve if curve[b] <= GUEST_SLOWS * alone))
+    return max(min(room, most), least)
+
+def choose(order: Sequence[E], cost: StepCost, most: int) -> tuple[list[E], int]:
     "The entries that go next, with the bucket of their call: all with steps `left`, or all finished and to be decoded."
-    order = sorted(waiting, key=lambda e: remaining(e, cost) - AGEING * (now - e.arrived))
     first = order[0]
-    mates = [e for e in order if bool(e.left) == bool(first.left) and e.key == first.key and not e.alone] if not first.alone else [first]
-    curve, size = (cost.step(first.key), lambda e: e.rows) if first.left else (cost.decode(first.key), lambda e: 1)
-    room = max(min(curve.best(min(sum(map(size, mates)), most), size(first)), most), size(first))
+    curve = cost.step(first.key) if first.left else cost.decode(first.key)
+    mates = mates_of(first, order)
+    room = room_for(mates, curve, cost, most)
     batch, rows = [], 0
     for e in mates:
-        if rows + size(e) <= room: batch.append(e); rows += size(e)
+        size = e.rows if first.left else 1
+        if rows + size > room: continue
+        batch.append(e)
+        rows += size
     return batch, curve.bucket(rows)
 
-# %% ../nbs/07_batching.ipynb #32b2c200
-def work(entries: list[Entry], cost: StepCost) -> float:
+# %% ../nbs/07_batching.ipynb #5645dfed
+def work(entries: Sequence[Entry], cost: StepCost) -> float:
     "Predicted seconds to finish all `entries`."
-    rows, each = {}, {}
-    for e in entries: rows[e.key] = rows.get(e.key, 0) + (e.rows if e.left else 0); each[e.key] = each.get(e.key, 0) + 1
-    step, decode = {k: cost.step(k).per_row(n or 1) for k, n in rows.items()}, {k: cost.decode(k).per_row(n) for k, n in each.items()}
+    rows: dict[Key, int] = {}
+    pictures: dict[Key, int] = {}
+    for e in entries:
+        rows[e.key] = rows.get(e.key, 0) + (e.rows if e.left else 0)
+        pictures[e.key] = pictures.get(e.key, 0) + 1
+    step = {key: cost.step(key).per_row(n or 1) for key, n in rows.items()}
+    decode = {key: cost.decode(key).per_row(n) for key, n in pictures.items()}
     return sum(e.begin + e.left * e.rows * step[e.key] + decode[e.key] for e in entries)
 
-def eta(mine: list[Entry], others: list[Entry], cost: StepCost, now: float) -> float:
-    "Predicted seconds until all of `mine` are finished, the `others` being in the engine too."
-    urgency = lambda e: remaining(e, cost) - AGEING * (now - e.arrived)
-    last = max(map(urgency, mine))
-    before = [e for e in others if urgency(e) <= last] + mine
+def eta(mine: Sequence[Entry], order: Sequence[Entry], cost: StepCost) -> float:
+    "Predicted seconds until all of `mine` are finished, if the entries (theirs among them) go in this order."
+    last = max(i for i, e in enumerate(order) if e in mine)
+    before = order[:last + 1]
     slow = max(mine, key=lambda e: remaining(e, cost))
-    step, rows = cost.step(slow.key), sum(e.rows for e in others + mine if e.left and e.key == slow.key)
-    shared = slow.left * step[step.best(rows, slow.rows)] + sum(e.begin + cost.decode(e.key).per_row(len(before)) for e in before)
-    return max(work(before, cost), shared)
+    rows = sum(e.rows for e in order if e.left and e.key == slow.key)
+    step = cost.step(slow.key)
+    shared = slow.left * step[step.best(rows, slow.rows)]
+    rest = sum(e.begin + cost.decode(e.key).per_row(len(before)) for e in before)
+    return max(work(before, cost), shared + rest)

@@ -257,7 +257,7 @@ def compare(n: int = 60, loads=(0.5, 0.8, 1.2), clients=(1, 8, 32), core: int | 
     apple = replace(pictures[0], steps=4, init=None, strength=None)
     out = {"machine": machine(), "model": "embedded, 128x128, fp32, 1-8 steps mixed, 25 % refinements, 1 torch thread", "requests": n, "capacity": round(capacity, 2), "rows": rows,
            "overhead": overhead(engine, apple, core=core), "previewCost": preview_cost(engine, apple), "eta": eta_errors(engine, pictures[:n], 0.8 * own),
-           "stepCost": engine.health()["stepCost"], "decodeCost": {str(b): round(s, 4) for b, s in engine.cost.decode(engine.cost.native).items()}, "optimizations": engine.health()["optimizations"]}
+           "stepCost": engine.health().step_cost, "decodeCost": {str(b): round(s, 4) for b, s in engine.cost.decode(engine.cost.native).items()}, "optimizations": list(engine.health().optimizations)}
     for c in contenders.values():
         if isinstance(c, Stepwise): c.engine.close()
     torch.set_num_threads(threads); allow(allowed)

@@ -263,7 +263,7 @@ def crowd(engine, size: Size, tell: Callable, side: int, n: int = 16) -> None:
 
 def engine_report(engine) -> dict:
     "What /health says of speed, and the decode's curve."
-    said = engine.health()
+    said = engine.health().to_json()
     return {k: said[k] for k in ("stepCost", "optimizations", "precision", "warnings", "gpuName")} | {"decodeCost": {str(b): round(s, 4) for b, s in engine.cost.decode(engine.cost.native).items()}}
 
 # %% ../nbs/18_gpu.ipynb #4dcf5e7a

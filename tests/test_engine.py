@@ -14,7 +14,9 @@ import torch
 
 from aura_engine.batching import Curve, Entry, eta
 from aura_engine.config import load_settings
-from aura_engine.engine import Engine, key_of
+from aura_engine.engine import Engine
+from aura_engine.queue import Lateness
+from aura_engine.runner import key_of
 from aura_engine.trajectory import TextCache, Trajectory, advance
 from aura_engine.types import AuraError, Cancelled, DeadlineExceeded, Degenerate, EngineFailed, Image, Invalid, NotReady, OutOfMemory, Picture, Plan, Preview, QueueFull, ShuttingDown, Step
 
@@ -129,10 +131,10 @@ def test_cancel_wastes_at_most_one_call(engine):
     next(e for e in running.events(60) if isinstance(e, Step) and e.step == 2)
     queued = engine.submit(Plan((replace(APPLE, prompt="never begun", steps=50),)))
     queued.cancel(); running.cancel()
-    before = engine.unet_calls
+    before = engine.runner.unet_calls
     assert isinstance(list(running.events(60))[-2].error, Cancelled)
     list(queued.events(60))
-    assert engine.unet_calls - before <= 1
+    assert engine.runner.unet_calls - before <= 1
     assert not any(isinstance(e, Step) for e in queued.log)
 
 
@@ -147,19 +149,21 @@ def test_deadline():
 @pytest.fixture
 def gate(engine):
     """UNet calls wait for it -> (calls begun, event); afterwards the engine forgets what the waiting taught it of costs."""
-    calls, opened, steps, late = [], threading.Event(), dict(engine.cost.steps), engine.late
+    calls, opened, steps, late = [], threading.Event(), dict(engine.cost.steps), engine.queue.lateness
+    engine.queue.lateness = Lateness()
     hook = engine.parts.unet.register_forward_pre_hook(lambda m, args: (calls.append(1), opened.wait(60))[1] and None)
     yield calls, opened
     opened.set()
-    while engine.health()["queue"]["length"]: time.sleep(0.01)
+    while engine.health().queue.length: time.sleep(0.01)
     hook.remove()
-    engine.cost.steps, engine.late = steps, late
+    engine.cost.steps, engine.queue.lateness = steps, late
 
 
 def alone(engine, p):
     """Predicted seconds of one picture with nobody else there."""
-    key, rows = key_of(engine.texts, p)
-    return eta([Entry(key, rows, p.steps, 0.0, engine.cost.begin(key, False))], [], engine.cost, 0.0)
+    key, rows = key_of(engine.runner.texts, p)
+    mine = [Entry(key=key, rows=rows, left=p.steps, arrived=0.0, begin=engine.cost.begin(key, False))]
+    return eta(mine, mine, engine.cost)
 
 
 def wait_for(condition, seconds=60):
@@ -186,16 +190,16 @@ def test_a_requests_own_deadline_stops_it_at_the_next_step(engine, gate):
 def test_a_deadline_that_cannot_be_kept_is_refused_at_once(engine, gate):
     """By the others' work: 429, with when to come back. By the engine itself: what it takes at least, and at most."""
     calls, _ = gate
-    long, engine.late = replace(APPLE, steps=50), 0.0
+    long = replace(APPLE, steps=50)
     crowd = [engine.submit(Plan((long,))) for _ in range(8)]
     wait_for(lambda: calls)
-    there, least = engine.health()["queue"]["length"], alone(engine, long)
+    there, least = engine.health().queue.length, alone(engine, long)
     with pytest.raises(QueueFull) as e: engine.submit(Plan((long,), deadline=1.05 * least))
     assert e.value.retry_after >= 1 and "deadline" in e.value.detail
     for wrong, said in ((0.5 * least, "at least"), (2 * engine.settings.deadline_seconds, f"at most {engine.settings.deadline_seconds:g}")):
         with pytest.raises(Invalid) as e: engine.submit(Plan((long,), deadline=wrong))
         assert e.value.errors[0].loc == "deadlineSeconds" and said in e.value.errors[0].allowed
-    assert engine.health()["queue"]["length"] == there
+    assert engine.health().queue.length == there
     for job in crowd: job.cancel()
 
 
@@ -204,7 +208,7 @@ def test_admission_refuses_by_predicted_seconds(engine):
     jobs = []
     with pytest.raises(QueueFull) as e:
         for _ in range(500): jobs.append(tight.submit(Plan((replace(APPLE, steps=8),))))
-    assert e.value.retry_after > 0 and jobs and tight.health()["queue"]["length"] <= len(jobs)
+    assert e.value.retry_after > 0 and jobs and tight.health().queue.length <= len(jobs)
     for job in jobs: job.cancel()
     tight.close()
     with pytest.raises(ShuttingDown): tight.submit(Plan((APPLE,)))
@@ -225,7 +229,7 @@ def fault(engine):
     hooks = []
     yield lambda f: hooks.append(engine.parts.unet.register_forward_pre_hook(f))
     for h in hooks: h.remove()
-    engine.row_cap = engine.settings.max_batch
+    engine.turns.ladder.rows = engine.settings.max_batch
 
 
 def test_out_of_memory_makes_the_batch_smaller(engine, fault):
@@ -271,9 +275,9 @@ def test_one_poisoned_request_does_not_take_its_neighbours(engine, fault):
     fault(poison)
     jobs = [engine.submit(Plan((replace(APPLE, seed=s),))) for s in range(4)]
     bad = engine.submit(Plan((replace(APPLE, seed=99),)))
-    while not (entries := [w for w in engine.waiting + engine.inbox if w.extra["job"] is bad]): time.sleep(0.01)
-    t = Trajectory(engine.parts, entries[0].extra["picture"], TextCache(engine.parts)); t.latents = t.latents * 1e6
-    entries[0].extra["trajectory"] = t
+    while not (entries := [t for t in engine.queue.tasks if t.job is bad]): time.sleep(0.01)
+    t = Trajectory(engine.parts, entries[0].picture, TextCache(engine.parts)); t.latents = t.latents * 1e6
+    entries[0].trajectory = t
     gate.set()
     with pytest.raises(EngineFailed): bad.result(60)
     assert all(len(j.result(60)) == 1 for j in jobs)
@@ -295,7 +299,7 @@ def test_damaged_weights_of_the_right_size_never_become_ready(tmp_path):
     f = tmp_path / "m/unet/diffusion_pytorch_model.safetensors"
     save_file({k: v * float("nan") for k, v in load_file(f).items()}, f, metadata={"format": "pt"})
     engine = Engine(load_settings(SD_MODEL_ID=str(tmp_path / "m"))).start()
-    assert not engine.wait_ready(120) and engine.health()["status"] == "failed"
+    assert not engine.wait_ready(120) and engine.health().status == "failed"
     with pytest.raises(NotReady): engine.submit(Plan((APPLE,)))
 
 
@@ -303,19 +307,19 @@ def test_a_crash_of_the_thread_fails_everybody_at_once(monkeypatch):
     engine = make()
     job = engine.submit(Plan((replace(APPLE, steps=50),)))
     next(e for e in job.events(60) if isinstance(e, Step))
-    monkeypatch.setattr(engine, "_trouble", None)
-    monkeypatch.setattr(engine, "_step", None)
+    monkeypatch.setattr(engine.turns, "_fail", None)
+    monkeypatch.setattr(engine.turns, "step", None)
     with pytest.raises(EngineFailed): job.result(30)
-    assert not engine.ready and engine.health()["reason"]
+    assert not engine.ready and engine.health().reason
 
 
 def test_health_stays_quick_while_the_engine_works(engine):
     """No bound on time here (benchmarks measure it): health never waits for a step."""
     job = engine.submit(Plan(tuple(replace(APPLE, steps=50, seed=s) for s in range(4))))
     next(e for e in job.events(60) if isinstance(e, Step))
-    calls = engine.unet_calls
-    for _ in range(200): assert engine.health()["queue"]["length"] >= 1
-    assert engine.unet_calls - calls < 100
+    calls = engine.runner.unet_calls
+    for _ in range(200): assert engine.health().queue.length >= 1
+    assert engine.runner.unet_calls - calls < 100
     job.cancel()
 
 
@@ -348,7 +352,7 @@ def test_memory_is_flat_over_500_mixed_requests(engine, photo):
         if rng.random() < 0.2: job.cancel()
         if i % 8 == 7: list(job.events(120))
         if i % 50 == 49:
-            while engine.health()["queue"]["length"]: time.sleep(0.01)
+            while engine.health().queue.length: time.sleep(0.01)
             marks.append(rss())
     assert max(marks[5:]) < 1.05 * max(marks[2:5]), [m // 2**20 for m in marks]
 
@@ -426,7 +430,7 @@ def test_a_failed_shared_engine_says_why_and_is_replaced(no_engines, monkeypatch
         m.setattr(room, "load", broken)
         lease = room.shared_engine(load_settings())
         assert not lease.engine.wait_ready(60)
-        said = lease.engine.health()["reason"]
+        said = lease.engine.health().reason
     assert "RuntimeError: no room at …/thing.bin for hf_…" in said and "someone" not in said and "abcdef" not in said
     studio = Studio("offline")
     engine = studio.client.aio.doors[0].engine

@@ -28,6 +28,7 @@ from aura_engine.api import create_app
 from aura_engine.compat import routes as compat_routes, shapes
 from aura_engine.config import load_settings
 from aura_engine.engine import Engine
+from aura_engine.queue import Lateness
 from aura_engine.images import decode
 from aura_engine.models import EMBEDDED
 from aura_engine.planning import plan
@@ -432,20 +433,20 @@ def test_rows_36_37__who_hangs_up_costs_no_further_step(engine, live, accept):
     gate.release(2)
     until(lambda: len(calls) == 3)                             # two steps are done, the third waits inside the model
     second = ask()
-    until(lambda: engine.inbox)
-    running, queued = engine.waiting[0].extra, engine.inbox[0].extra
-    for s, extra in ((second, queued), (first, running)):
+    until(lambda: len(engine.queue.tasks) == 2)
+    running, queued = engine.queue.tasks
+    for s, task in ((second, queued), (first, running)):
         s.close()
-        until(lambda extra=extra: extra["job"].cancelled)
+        until(lambda task=task: task.job.cancelled)
     gate.release(100)
-    until(lambda: not engine.waiting + engine.inbox)
-    assert len(calls) == 3 and "trajectory" not in queued
+    until(lambda: not engine.queue.tasks)
+    assert len(calls) == 3 and queued.trajectory is None
     until(lambda: 'failures_total{reason="cancelled"} 2.0' in httpx.get(url + "/metrics").text, 5)
 
 
 def test_a_requests_own_deadline(engine, live):
     """504 for one that was not done in time, one queued and one running; 429 with Retry-After at the door; 422 for what this engine could never do."""
-    (url, calls, gate), engine.late = live, 0.0
+    (url, calls, gate), engine.queue.lateness = live, Lateness()
     ask = lambda seconds, **more: httpx.post(url + "/generate", json={"prompt": "an owl", "steps": 20, "deadlineSeconds": seconds, **more}, timeout=120)
     too_short = is_problem(ask(1e-4), 422)["errors"][0]
     least = float(re.search(r"at least ([0-9.e-]+)", too_short["allowed"])[1])
@@ -454,10 +455,10 @@ def test_a_requests_own_deadline(engine, live):
         running = pool.submit(ask, 1.2 * least)
         until(lambda: calls)
         queued = pool.submit(ask, 1.5 * least + 1, steps=2)
-        until(lambda: engine.inbox)
+        until(lambda: len(engine.queue.tasks) == 2)
         time.sleep(1.6 * least + 1)
         others = [pool.submit(ask, None, seed=i) for i in range(8)]
-        until(lambda: len(engine.inbox) == 9)
+        until(lambda: len(engine.queue.tasks) == 10)
         full = ask(1.05 * least)
         assert is_problem(full, 429)["type"] == "urn:aura:queue_full" and int(full.headers["retry-after"]) >= 1
         gate.release(1000)
@@ -505,7 +506,7 @@ def test_row_41__five_in_a_row_and_it_is_not_ready():
     e.parts.unet.register_forward_pre_hook(full)
     for _ in range(5): is_problem(inside(e, {"prompt": "x", "steps": 1})[0], 503)
     e.thread.join(10)
-    assert e.health()["status"] == "failed" and "restart" in e.health()["reason"]
+    assert e.health().status == "failed" and "restart" in e.health().reason
     is_problem(inside(e, {"prompt": "x"})[0], 503)
     e.close()
 
@@ -534,7 +535,7 @@ def damage(folder, how):
 @pytest.mark.parametrize("how", ["cut", "empty", "pointer", "missing", "config", "shape", "0xff"])
 def test_rows_43_44__damaged_weights_are_never_ready(tmp_path, how):
     e = Engine(load_settings(SD_MODEL_ID=str(damage(tmp_path / "model", how)))).start()
-    assert not e.wait_ready(120) and e.health()["status"] == "failed" and e.health()["reason"]
+    assert not e.wait_ready(120) and e.health().status == "failed" and e.health().reason
     r, = inside(e, {"prompt": "x"})
     is_problem(r, 503)
     e.close()
@@ -696,7 +697,7 @@ def lora(folder, how):
 @pytest.mark.parametrize("how", ["other base", "no lora keys", "pickle", "missing"])
 def test_rows_49_50__loras_that_do_not_fit(tmp_path, how):
     e = Engine(load_settings(SD_MODEL_ID="embedded", SD_DEVICE="cpu", SD_LCM_LORA_ID=str(lora(tmp_path / "lora", how)))).start()
-    assert not e.wait_ready(120) and "SD_LCM_LORA_ID" in e.health()["reason"]
+    assert not e.wait_ready(120) and "SD_LCM_LORA_ID" in e.health().reason
 
 
 @pytest.mark.parametrize("env, name", [({"SD_DEVICE": "banana"}, "SD_DEVICE"), ({"SD_PRECISION": "fp61"}, "SD_PRECISION"), ({"SD_MODEL_ID": "/etc"}, "SD_MODEL_ID"), ({"SD_MODEL_ID": "../../etc"}, "SD_MODEL_ID"),
@@ -766,9 +767,9 @@ def test_row_56__also_413_429_500_and_503(engine):
     hook = engine.parts.unet.register_forward_hook(lambda m, a, out: (out[0] * float("nan"),))
     try: bad, = inside(engine, {"prompt": "x"}, **origin)
     finally: hook.remove()
-    settings, engine.settings = engine.settings, load_settings(SD_MODEL_ID="embedded", AURA_MAX_QUEUE_SECONDS=1)
+    limit, engine.queue.limit = engine.queue.limit, 1.0
     try: crowd = inside(engine, *[{"prompt": "x", "steps": 50, "n": 4}] * 12, at_once=True, **origin)
-    finally: engine.settings = settings
+    finally: engine.queue.limit = limit
     full = next(r for r in crowd if r.status_code != 200)
     asleep, = inside(Engine(load_settings(SD_MODEL_ID="embedded")), {"prompt": "x"}, **origin)
     large, = inside(engine, big, **origin)

@@ -188,7 +188,7 @@ def test_what_does_not_fit_fails_at_the_start(tmp_path, how):
     source = how if "/" in how else str(file)
     engine = Engine(settings(tiny.save(tmp_path / "model"), {"ink": str(good), "clay": source})).start()
     assert not engine.wait_ready(120)
-    health = engine.health()
+    health = engine.health().to_json()
     assert health["status"] == "failed" and f"SD_LORAS=clay={source}" in health["reason"] and WRONG[how] in health["reason"] and health["loras"] == ["ink", "clay"]
 
 

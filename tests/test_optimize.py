@@ -249,14 +249,14 @@ def test_a_half_precision_overflow_is_decoded_again_and_told(tmp_path):
         assert engine.wait_ready(120), engine.reason
         fine = engine.submit(Plan((p,)))
         want = np.asarray(fine.result()[0].image, int)
-        assert not fine.warnings and not any("fp32" in w for w in engine.health()["warnings"])
+        assert not fine.warnings and not any("fp32" in w for w in engine.health().warnings)
         engine.parts.vae.half()                                      # what CUDA does by default; here fp16 asked for runs as fp32
         z = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode(): assert not torch.isfinite(engine.parts.vae.decode(z.half()).sample).all()
         job = engine.submit(Plan((p,)))
         made = job.result()[0]
         assert any("decoded again in fp32" in w for w in job.warnings) and "decoded again in fp32" in made.receipt.corrections
-        assert "1 pictures had to be decoded again in fp32" in engine.health()["warnings"]
+        assert "1 pictures had to be decoded again in fp32" in engine.health().warnings
         assert np.abs(np.asarray(made.image, int) - want).max() <= 2  # weights that went through fp16
         assert engine.parts.vae.dtype == torch.float16                # and is half again afterwards
 
