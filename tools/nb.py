@@ -149,21 +149,25 @@ def run(names, root=ROOT, timeout=None, flags=""):
     print(f"ran {path.name}", file=sys.stderr)
 
 
+def from_the_top(text):
+    """Links of a notebook in nbs/ as they must be in a file at the top."""
+    text = re.sub(r"""(\]\(|src=["'])(?!\w+:|[#/.])""", r"\1nbs/", text)
+    return re.sub(r"""(\]\(|src=["'])\.\./""", r"\1", text)
+
+
 def readme_text(root=ROOT):
     """README.md from nbs/index.ipynb: prose as it is, code fenced, text results under it, links made relative to the top."""
     parts = []
     for c in json.loads((root / "nbs/index.ipynb").read_text(encoding="utf-8"))["cells"]:
         src = text_of(c["source"])
-        if c["cell_type"] == "markdown":
-            src = re.sub(r"""(\]\(|src=["'])(?!\w+:|[#/.])""", r"\1nbs/", src)
-            parts.append(re.sub(r"""(\]\(|src=["'])\.\./""", r"\1", src))
+        if c["cell_type"] == "markdown": parts.append(from_the_top(src))
         if c["cell_type"] == "code" and not {"hide", "default_exp"} & set(directives(c)):
             # A cell whose point is its result (a table of ours) shows only that, as Quarto's `echo: false` would.
             if directives(c).get("echo") != "false":
                 parts.append("```python\n" + re.sub(r"^#\|.*\n", "", src, flags=re.M) + "\n```")
             for o in c["outputs"]:
                 data = {k: text_of(v).rstrip() for k, v in o.get("data", {"text/plain": o.get("text", "")}).items()}
-                if "text/markdown" in data: parts.append(data["text/markdown"])
+                if "text/markdown" in data: parts.append(from_the_top(data["text/markdown"]))
                 elif data.get("text/plain") and not any(k.startswith("image/") for k in data):
                     parts.append(f"```\n{data['text/plain']}\n```")
     return "\n\n".join(parts) + "\n"

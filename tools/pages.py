@@ -14,6 +14,11 @@ NOTEBOOK_LINK = re.compile(r"(\]\((?!\w+:)[^)\s]+)\.ipynb\b")        # a link to
 UPWARD_LINK = re.compile(r"\]\(\.\./([A-Z]+)\.md\)")                 # from nbs/ to CHANGELOG.md and its like
 
 
+def to_pages(text: str) -> str:
+    """Links between notebooks, and to the documents above them, as links between pages."""
+    return UPWARD_LINK.sub(lambda m: f"]({m[1].lower()}.html)", NOTEBOOK_LINK.sub(r"\1.html", text))
+
+
 def page_of(path: Path) -> dict:
     """A notebook as a reader of the site meets it: no hidden cells, no `#|` directives, links to pages."""
     notebook = json.loads(path.read_text(encoding="utf-8"))
@@ -22,9 +27,11 @@ def page_of(path: Path) -> dict:
         if {"hide", "default_exp"} & set(nb.directives(cell)): continue
         text = nb.text_of(cell["source"])
         if cell["cell_type"] == "markdown":
-            text = UPWARD_LINK.sub(lambda m: f"]({m[1].lower()}.html)", NOTEBOOK_LINK.sub(r"\1.html", text))
+            text = to_pages(text)
         else:
             text = DIRECTIVE.sub("", text).strip("\n")
+            for data in (o["data"] for o in cell["outputs"] if "text/markdown" in o.get("data", {})):
+                data["text/markdown"] = to_pages(nb.text_of(data["text/markdown"]))
             if nb.directives(cell).get("echo") == "false": cell["metadata"] = {"tags": ["hide-input"]}
         shown.append({**cell, "source": text.splitlines(keepends=True)})
     return {**notebook, "cells": shown}
@@ -32,7 +39,7 @@ def page_of(path: Path) -> dict:
 
 def interface_page() -> str:
     """One section for each public name: its signature and docstring, read from the source without importing it."""
-    PUBLIC = {"AuraClient": "client", "load_settings": "config"}
+    from aura_engine import PUBLIC
     head = ["# The interface", "",
             "`import aura_engine as ae` gives the names on this page. The changelog speaks of these only.",
             "Everything else may change between two versions.", ""]
