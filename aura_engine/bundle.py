@@ -58,6 +58,12 @@ def _stays(path: Path) -> bool:
     return any(part[0] == "." or part == "__pycache__" for part in path.parts if part != ".dockerignore")
 
 # %% ../nbs/15a_bundle.ipynb #9c108140
+def _with_plain_newlines(data: bytes) -> bytes:
+    # Git takes a file for binary by the same sign: a zero byte near its beginning.
+    if b"\0" in data[:8000]: return data
+    return data.replace(b"\r\n", b"\n")
+
+# %% ../nbs/15a_bundle.ipynb #101068ce
 def upload_set(source: str | Path) -> dict[str, bytes]:
     "What goes to the Space from the folder `source`: path -> content."
     root = Path(source)
@@ -65,7 +71,7 @@ def upload_set(source: str | Path) -> dict[str, bytes]:
     for pattern in UPLOAD:
         for path in root.glob(pattern):
             if path.is_file() and not _stays(path.relative_to(root)): found.add(path)
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(found)}
+    return {path.relative_to(root).as_posix(): _with_plain_newlines(path.read_bytes()) for path in sorted(found)}
 
 # %% ../nbs/15a_bundle.ipynb #e7b104c4
 def build_id(files: Mapping[str, bytes]) -> str:

@@ -5,32 +5,33 @@
 # %% ../nbs/15e_deploy.ipynb #47af6ad7
 from __future__ import annotations
 import argparse, contextlib, html, json, os, re, sys, tempfile, time, traceback, warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['ADDRESS', 'PICTURE', 'set_one', 'commit_files', 'apply_plan', 'set_line', 'replace_file', 'write_env',
-           'DeployJournal', 'journal_of', 'DeployReceipt', 'DeployRecord', 'cut_off', 'restore_settings',
-           'restore_files', 'roll_back', 'print_step', 'deploy_cleaner', 'checked_files', 'smoke_questions',
-           'DeploySteps', 'Deployment', 'deploy_space', 'DeployWatch', 'SpacePanel', 'live_health', 'space_status',
-           'hardware_panel', 'json_steps', 'deploy_command', 'main']
+__all__ = ['ADDRESS', 'Step', 'PICTURE', 'set_one', 'commit_files', 'create_space', 'apply_plan', 'set_line', 'replace_file',
+           'write_env', 'DeployJournal', 'journal_of', 'DeployReceipt', 'DeployRecord', 'cut_off', 'restore_settings',
+           'restore_files', 'roll_back', 'gone_secrets', 'take_back', 'print_step', 'deploy_cleaner', 'checked_files',
+           'bill', 'smoke_questions', 'DeploySteps', 'Deployment', 'deploy_space', 'DeployWatch', 'SpacePanel',
+           'live_health', 'space_status', 'hardware_panel', 'json_steps', 'deploy_command', 'main']
 
 # %% ../nbs/15e_deploy.ipynb #d2d92913
 import httpx
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 from .config import parse_origins
 from .bundle import EXITS, ROLLED_BACK, DeployError, build_id, faults, upload_set
-from .hub import (Cleaner, SpaceHub, SpaceState, creation_settings, find_token, git_oid, log_lines, look_at,
-                             redactor, stored_token)
-from .deploy_plan import (DeployOptions, DeployPlan, SpaceChange, objections, parse_deploy, plan_deployment,
-                                     slow_start)
-from .proof import Say, SmokeResult, SmokeTest, smoke_test, wait_for_commit
+from .hub import (Cleaner, SpaceHub, SpaceState, creation_settings, find_token, git_oid, last_words, log_lines,
+                             look_at, redactor, stored_token)
+from .deploy_plan import (HIDDEN, DeployOptions, DeployPlan, SpaceChange, costs, has_gpu, objections,
+                                     parse_deploy, plan_deployment, slow_start)
+from .proof import Say, SmokeResult, SmokeTest, check_newest, smoke_test, wait_for_commit
 
 # %% ../nbs/15e_deploy.ipynb #583accf3
 def set_one(hub: SpaceHub, change: SpaceChange, o: DeployOptions) -> None:
-    "Carry out one change of a setting."
+    "Carry out one change that is not a file."
     match change.verb, change.what:
         case "delete", "secret": hub.delete_secret(change.name)
         case "delete", "variable": hub.delete_variable(change.name)
@@ -38,34 +39,39 @@ def set_one(hub: SpaceHub, change: SpaceChange, o: DeployOptions) -> None:
         case "set", "secret": hub.set_secret(change.name, o.secret[change.name])
         case "set", "hardware": hub.set_hardware(change.name)
         case "set", "sleep": hub.set_sleep_time(int(change.then))
+        case "set", "visibility": hub.set_visibility(change.then)
+        case "rebuild", "space": hub.restart(rebuild=True)
         case _: raise ValueError(f"no such change: {change}")
 
 # %% ../nbs/15e_deploy.ipynb #f216132d
 def commit_files(hub: SpaceHub, plan: DeployPlan, parent: str) -> str:
-    "The plan's files in one commit on top of `parent`; its oid. Without files to change it is `parent`."
-    uploads = plan.file_names("upload")
-    deletions = plan.file_names("delete")
-    if not (uploads or deletions): return parent
-
+    "The plan's files in one commit on top of `parent`; its oid."
     def operations() -> list:
-        adds = [CommitOperationAdd(path, plan.files[path]) for path in uploads]
-        return adds + [CommitOperationDelete(path) for path in deletions]
+        adds = [CommitOperationAdd(path, plan.files[path]) for path in plan.file_names("upload")]
+        return adds + [CommitOperationDelete(path) for path in plan.file_names("delete")]
 
     return hub.commit(operations, f"aura_engine {plan.build}", parent)
 
 # %% ../nbs/15e_deploy.ipynb #53240b21
+def create_space(hub: SpaceHub, plan: DeployPlan, o: DeployOptions) -> str:
+    "Make the Space with its settings; its first commit, which the Hub makes."
+    settings = creation_settings(hub.id, plan.target.variables, o.secret)
+    machine = {"space_hardware": plan.target.ask, "space_sleep_time": plan.target.sleep_time}
+    hub.create(visibility=plan.target.visibility, **machine, **settings)
+    return hub.info().sha
+
+# %% ../nbs/15e_deploy.ipynb #92147c4c
 def apply_plan(hub: SpaceHub, plan: DeployPlan, o: DeployOptions) -> str:
-    "Carry out the plan; the commit that the Space must run then."
-    head = plan.state.head
-    if head is None:
-        settings = creation_settings(hub.id, plan.variables, o.secret)
-        machine = {"space_hardware": plan.hardware, "space_sleep_time": o.sleep_time}
-        hub.create(visibility=o.visibility, **machine, **settings)
-        head = hub.info().sha
-    else:
-        for change in plan.changes:
-            if change.what != "file": set_one(hub, change, o)
-    return commit_files(hub, plan, head)
+    "Carry out the plan, in its order; the commit that the Space must run then."
+    head = plan.state.head or create_space(hub, plan, o)
+    committed = False
+    for change in plan.changes:
+        if change.what == "file":
+            if not committed: head = commit_files(hub, plan, head)
+            committed = True
+        # A new Space was made with its settings.
+        elif plan.state.head: set_one(hub, change, o)
+    return head
 
 # %% ../nbs/15e_deploy.ipynb #83b18620
 def set_line(text: str, name: str, value: str) -> str:
@@ -117,36 +123,42 @@ class DeployJournal:
     previous: str | None                        # the commit that ran
     variables: Mapping[str, str | None] = field(default_factory=dict)       # their old values; None: there was none
     secrets: tuple[str, ...] = ()               # new ones, to be deleted
+    hardware: str | None = None                 # the old one; None: it was not changed
+    sleep_time: int | None = None               # the old one; None: it was not changed
+    visibility: str | None = None               # the old one; None: it was not changed
     lost: tuple[str, ...] = ()                  # what cannot be undone
     time: float = field(default_factory=time.time)                          # seconds since 1970
 
     @property
     def settings(self) -> bool:
         "Did it change something for which the Space restarts?"
-        restarts = [name for name in self.lost if not name.startswith("sleep")]
-        return bool(self.variables or self.secrets or restarts)
+        return bool(self.variables or self.secrets or self.hardware or self.lost)
 
 # %% ../nbs/15e_deploy.ipynb #ae144a32
-def _lost(plan: DeployPlan) -> list[str]:
-    out = []
-    for change in plan.changes:
-        replaced = change.what == "secret" and change.now
-        if replaced or change.what in ("hardware", "sleep"): out.append(f"{change.what} {change.name}")
-    return out
-
-
-def journal_of(plan: DeployPlan, good: str | None, cut: DeployJournal | None = None) -> DeployJournal:
-    "How to undo the plan and return to commit `good`, and also what a run that was `cut` off had done already."
-    old = cut or DeployJournal(plan.state.head, "", good)
-    lost = tuple(dict.fromkeys([*old.lost, *_lost(plan)]))
+def _old_variables(plan: DeployPlan, old: DeployJournal, lost: Sequence[str]) -> dict[str, str | None]:
     variables = dict(old.variables)
     for change in plan.changes:
         # A variable that took a secret's place stays: the secret's value is lost.
         if change.what == "variable" and f"secret {change.name}" not in lost:
             variables.setdefault(change.name, plan.state.variables.get(change.name))
-    new = [c.name for c in plan.changes if c.what == "secret" and c.verb == "set" and not c.now]
-    return DeployJournal(plan.state.head, git_oid(plan.files["Dockerfile"]), old.previous, variables,
-                         (*old.secrets, *new), lost)
+    return variables
+
+
+def journal_of(plan: DeployPlan, good: str | None, cut: DeployJournal | None = None) -> DeployJournal:
+    "How to undo the plan and return to commit `good`, and also what a run that was `cut` off had done already."
+    state = plan.state
+    old = cut or DeployJournal(state.head, "", good)
+    lost = tuple(dict.fromkeys([*old.lost, *(f"secret {c.name}" for c in plan.changes if c.final)]))
+    new = [c.name for c in plan.changes if c.what == "secret" and not c.final]
+    changed = {change.what for change in plan.changes if state.head}
+    # Paid hardware without a sleep time never sleeps; the Hub writes that as -1.
+    slept = -1 if state.sleep_time is None else state.sleep_time
+    return replace(
+        old, head=state.head, dockerfile=git_oid(plan.files["Dockerfile"]), lost=lost,
+        variables=_old_variables(plan, old, lost), secrets=(*old.secrets, *new), time=time.time(),
+        hardware=old.hardware or (state.machine if "hardware" in changed else None),
+        sleep_time=old.sleep_time or (slept if "sleep" in changed else None),
+        visibility=old.visibility or (state.visibility if "visibility" in changed else None))
 
 # %% ../nbs/15e_deploy.ipynb #088b880e
 @dataclass(frozen=True)
@@ -197,14 +209,39 @@ def cut_off(record: DeployRecord, state: SpaceState) -> DeployJournal | None:
     return journal if ours else None
 
 # %% ../nbs/15e_deploy.ipynb #8d3111da
-def restore_settings(hub: SpaceHub, journal: DeployJournal) -> None:
-    "Variables as they were, new secrets gone."
-    now = hub.variables()
+Step = Callable[[], None]
+
+
+def _machine_back(hub: SpaceHub, journal: DeployJournal, now: SpaceState) -> Iterator[tuple[str, Step]]:
+    if journal.hardware and now.machine != journal.hardware:
+        yield f"hardware {journal.hardware}", partial(hub.set_hardware, journal.hardware)
+    paid = now.prices.get(journal.hardware or now.machine)
+    if paid and journal.sleep_time and now.sleep_time != journal.sleep_time:
+        yield f"sleep time {journal.sleep_time}", partial(hub.set_sleep_time, journal.sleep_time)
+    if journal.visibility and now.visibility != journal.visibility:
+        yield f"visibility {journal.visibility}", partial(hub.set_visibility, journal.visibility)
+
+# %% ../nbs/15e_deploy.ipynb #d0c79c64
+def _settings_back(hub: SpaceHub, journal: DeployJournal, now: SpaceState) -> Iterator[tuple[str, Step]]:
     for name, value in journal.variables.items():
-        if now.get(name) == value: continue
-        if value is None: hub.delete_variable(name)
-        else: hub.set_variable(name, value)
-    for name in journal.secrets: hub.delete_secret(name)
+        if now.variables.get(name) == value: continue
+        if value is None: yield f"variable {name}", partial(hub.delete_variable, name)
+        else: yield f"variable {name}", partial(hub.set_variable, name, value)
+    for name in journal.secrets:
+        if name in now.secrets: yield f"secret {name}", partial(hub.delete_secret, name)
+
+# %% ../nbs/15e_deploy.ipynb #2a65cebb
+def restore_settings(hub: SpaceHub, journal: DeployJournal) -> list[str]:
+    "Put back what differs from the journal; its names. DeployError with what could not be put back."
+    now = look_at(hub)
+    back = []
+    failed = []
+    for name, step in [*_machine_back(hub, journal, now), *_settings_back(hub, journal, now)]:
+        try: step()
+        except DeployError as e: failed.append(f"{name}: {e}")
+        else: back.append(name)
+    if failed: raise DeployError("preflight", "\n".join(failed))
+    return back
 
 # %% ../nbs/15e_deploy.ipynb #4d1dea73
 def restore_files(hub: SpaceHub, good: str) -> str:
@@ -235,6 +272,29 @@ def roll_back(hub: SpaceHub, good: str, journal: DeployJournal | None, o: Deploy
     asked = SmokeTest(info.host, None, full=False, token=hub.token if info.private else None, poll=o.poll)
     smoke_test(asked, say, o.timeout or 300)
 
+# %% ../nbs/15e_deploy.ipynb #5be0f775
+def gone_secrets(hub: SpaceHub, plan: DeployPlan) -> list[str]:
+    "Secrets whose old values the plan has replaced or removed by now."
+    names = [change.name for change in plan.changes if change.final]
+    if not names: return []
+    now = hub.secrets()
+    return [name for name in names if now.get(name, "(none)") != plan.state.secrets[name]]
+
+# %% ../nbs/15e_deploy.ipynb #f5369bd2
+def take_back(hub: SpaceHub, plan: DeployPlan, journal: DeployJournal) -> list[str]:
+    "Undo what a failed `apply_plan` did; what was put back. DeployError when it cannot be undone."
+    now = look_at(hub)
+    if plan.state.head is None:
+        if now.head is None: return []
+        # This command deletes no Space, not even one that it made.
+        raise DeployError("preflight", f"the Space {hub.id} exists now, without files; the same command carries on")
+    back = restore_settings(hub, journal)
+    ours = now.tree.get("Dockerfile") == journal.dockerfile
+    if now.head != plan.state.head and ours:
+        restore_files(hub, plan.state.head)
+        back.append("files")
+    return back
+
 # %% ../nbs/15e_deploy.ipynb #0f707a16
 def print_step(step: str, text: str, **data: Any) -> None:
     "The plain listener: a line for each event."
@@ -258,14 +318,28 @@ def checked_files(o: DeployOptions, say: Say) -> dict[str, bytes]:
         raise DeployError("preflight", f"--env-file: {folder.name or folder} cannot be written to")
     return files
 
+# %% ../nbs/15e_deploy.ipynb #2c5c3971
+def bill(hub: SpaceHub) -> list[str]:
+    "What the Space costs as it is now, as a line; none when it is free, or when the Hub does not say."
+    try:
+        run = hub.runtime()
+        hardware = run.requested_hardware or run.hardware or "cpu-basic"
+        price = hub.prices().get(hardware, 0)
+    except DeployError: return []
+    if not price: return []
+    return [f"{costs(hardware, price, run.sleep_time)}; --preset cpu --hardware cpu-basic ends that"]
+
 # %% ../nbs/15e_deploy.ipynb #6c087979
-def smoke_questions(hub: SpaceHub, o: DeployOptions, plan: DeployPlan,
+def smoke_questions(hub: SpaceHub, o: DeployOptions, plan: DeployPlan, oid: str,
                     age: Callable[[], float] | None) -> SmokeTest:
-    "The smoke test for this deployment. `age`: seconds since its settings changed; None: no matter."
+    "The smoke test for commit `oid`. `age`: seconds since its settings changed; None: no matter."
     info = hub.info()
     origins = o.origins or ()
-    with contextlib.suppress(ValueError): origins = parse_origins(plan.variables.get("ALLOW_ORIGINS"))
+    with contextlib.suppress(ValueError): origins = parse_origins(plan.target.variables.get("ALLOW_ORIGINS"))
+    def newest() -> None: check_newest(hub.info().sha, oid)
+
     return SmokeTest(
+        gpu=plan.target.hardware if has_gpu(plan.target.hardware) else None, newest=newest,
         host=info.host, build=plan.build, full=o.smoke == "full", origins=origins, age=age, poll=o.poll,
         key=o.secret.get("AURA_API_KEY"), token=hub.token if info.private else None)
 
@@ -284,6 +358,8 @@ class DeploySteps:
         self.o = o
         self.say = say
         self.record = DeployRecord(o)
+        self.known = self.record.read()
+        self.gone: list[str] = []               # secrets whose old values are gone
 
     def check(self) -> None:
         self.start = time.monotonic()
@@ -292,7 +368,7 @@ class DeploySteps:
 
     def make_plan(self) -> None:
         state = look_at(self.hub)
-        if no := objections(state, self.o): raise DeployError("preflight", "\n".join(no))
+        if no := objections(state, self.o, list(self.files)): raise DeployError("preflight", "\n".join(no))
         self.plan = plan_deployment(state, self.files, self.o)
         self.planned = time.monotonic()
         self.say("plan", str(self.plan), plan=self.plan)
@@ -308,17 +384,43 @@ class DeploySteps:
         self.journal = journal_of(self.plan, good, cut) if self.plan.changes else cut
 
     def apply(self) -> None:
-        "Carry out the plan. When somebody else was faster, plan once more."
+        "Carry out the plan. After an error plan once more, if that is the way, else undo what was done."
         try: self.apply_once()
         except DeployError as e:
-            if e.kind != "conflict": raise
-            self.say("plan", f"{e}; planning once more")
+            self.gone = gone_secrets(self.hub, self.plan)
+            if e.kind == "conflict" or self.gone:
+                self.say("plan", f"{e}; planning once more")
+                return self.apply_again()
+            self.give_up(e)
+            raise
+
+    def apply_again(self) -> None:
+        try:
             self.make_plan()
             self.apply_once()
+        except DeployError as e:
+            self.give_up(e)
+            raise
 
     def apply_once(self) -> None:
         if self.plan.changes and self.journal: self.record.begin(self.journal)
         self.receipt = replace(self.receipt, oid=apply_plan(self.hub, self.plan, self.o))
+
+    def give_up(self, e: DeployError) -> None:
+        "After error `e` of apply: undo what was done. The error then says what became of it."
+        if self.journal is None or not self.o.rollback: return
+        if self.gone:
+            e.args = (f"{e}\nthe old value of {', '.join(self.gone)} is gone, so nothing was undone; "
+                      "the same command carries on",)
+            return
+        try: back = take_back(self.hub, self.plan, self.journal)
+        except DeployError as second:
+            e.args = (f"{e}\n{second}",)
+            return
+        self.record.write(self.known)
+        if not back: return
+        e.args = (f"{e}\nput back as it was: {', '.join(back)}",)
+        e.code += ROLLED_BACK
 
 # %% ../nbs/15e_deploy.ipynb #104a2df0
 class Deployment(DeploySteps):
@@ -327,25 +429,33 @@ class Deployment(DeploySteps):
         self.check()
         self.make_plan()
         if self.o.dry_run: return self.receipt
-        self.apply()
-        if not self.o.wait: return self.receipt
+        try:
+            self.apply()
+            if not self.o.wait: return self.receipt
+            self.prove_or_go_back()
+        except DeployError as e:
+            e.args = ("\n".join([str(e), *bill(self.hub)]),)
+            raise
+        self.remember()
+        return self.receipt
+
+    def prove_or_go_back(self) -> None:
         try:
             self.wait()
             self.prove()
         except DeployError as e:
             if self.goes_back(e): self.undo(e)
             raise
-        self.remember()
-        return self.receipt
 
     @property
     def written(self) -> str:
         "What the Space restarts for: a 'commit', 'settings' alone, or ''."
         if self.receipt.oid != self.plan.state.head: return "commit"
-        return "settings" if self.journal and self.journal.settings else ""
+        rebuilt = any(change.verb == "rebuild" for change in self.plan.changes)
+        return "settings" if rebuilt or (self.journal and self.journal.settings) else ""
 
     @property
-    def seconds(self) -> float: return self.o.timeout or slow_start(self.plan.variables)
+    def seconds(self) -> float: return self.o.timeout or slow_start(self.plan.target.variables)
 
     def wait(self) -> None:
         ago = 0.0
@@ -355,9 +465,13 @@ class Deployment(DeploySteps):
     def prove(self) -> None:
         settings_alone = self.written == "settings" and self.plan.changes
         age = (lambda: time.monotonic() - self.planned) if settings_alone else None
-        asked = smoke_questions(self.hub, self.o, self.plan, age)
+        asked = smoke_questions(self.hub, self.o, self.plan, self.receipt.oid or "", age)
         result = SmokeResult({})
-        if self.o.smoke != "none": result = smoke_test(asked, self.say, self.seconds)
+        try:
+            if self.o.smoke != "none": result = smoke_test(asked, self.say, self.seconds)
+        except DeployError as e:
+            if e.kind == "smoke": e.args = ("\n".join([str(e), *last_words(self.hub)]),)
+            raise
         self.receipt = replace(self.receipt, host=asked.host, health=result.health, image=result.image)
 
     def goes_back(self, e: DeployError) -> bool:
@@ -380,12 +494,17 @@ class Deployment(DeploySteps):
     def remember(self) -> None:
         "Record the proven address and the receipt."
         self.receipt = replace(self.receipt, seconds=round(time.monotonic() - self.start, 1))
-        host = self.receipt.host
-        if self.o.env_file and write_env(self.o.env_file, ADDRESS, host):
-            self.say("record", f"{Path(self.o.env_file).name}: {ADDRESS}={host}")
+        self.write_address(self.receipt.host)
         self.record.write(self.receipt.to_json())
-        up_to_date = "" if self.receipt.changes else ", up to date"
-        self.say("done", f"{host} runs {(self.receipt.oid or '')[:12]}{up_to_date}")
+        text = f"{self.receipt.host} runs {(self.receipt.oid or '')[:12]}"
+        if not self.receipt.changes: text += ", up to date"
+        self.say("done", "\n".join([text, *bill(self.hub)]))
+
+    def write_address(self, host: str) -> None:
+        if not self.o.env_file: return
+        name = Path(self.o.env_file).name
+        if self.plan.target.visibility == "private": self.say("record", f"{name} stays as it is: {HIDDEN}")
+        elif write_env(self.o.env_file, ADDRESS, host): self.say("record", f"{name}: {ADDRESS}={host}")
 
 # %% ../nbs/15e_deploy.ipynb #4270f255
 def deploy_space(o: DeployOptions, say: Say = print_step) -> DeployReceipt:

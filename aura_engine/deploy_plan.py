@@ -4,20 +4,25 @@
 
 # %% ../nbs/15c_deploy_plan.ipynb #0a0b31db
 from __future__ import annotations
-import argparse, getpass, json, os, re, sys
+import argparse, difflib, getpass, json, os, re, sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 # %% auto #0
-__all__ = ['OPENVINO', 'PRESETS', 'DEPLOY_FLAGS', 'DEPLOY_EPILOG', 'CONVERTS', 'Preset', 'preset_table', 'DeployOptions',
-           'check_options', 'DeployParser', 'project_folder', 'parse_deploy', 'hardware_for', 'objections',
-           'slow_start', 'space_readme', 'SpaceChange', 'DeployPlan', 'plan_rows', 'aligned', 'plan_deployment']
+__all__ = ['OPENVINO', 'CUDA_WHEELS', 'PRESETS', 'DEPLOY_FLAGS', 'DEPLOY_EPILOG', 'SLEEP', 'TAG', 'SUGGESTED', 'BUILT_IN',
+           'CONVERTS', 'HIDDEN', 'Preset', 'preset_table', 'DeployOptions', 'wrong_settings', 'check_known',
+           'check_options', 'DeployParser', 'project_folder', 'parse_deploy', 'hardware_for', 'sleep_for', 'has_gpu',
+           'right_wheels', 'SpaceTarget', 'stale_names', 'target_for', 'slow_start', 'needed_settings', 'front_matter',
+           'written_readme', 'space_readme', 'is_ours', 'objections', 'SpaceChange', 'DeployPlan', 'plan_rows',
+           'file_rows', 'aligned', 'all_changes', 'costs', 'plan_deployment']
 
 # %% ../nbs/15c_deploy_plan.ipynb #d950f918
-from .config import parse_origins
-from .models import check_source, resolve_id, row_for
+import yaml
+from .config import (SettingsError, load_settings, parse_origins, setting_names,
+                                unknown_settings)
+from .models import ROWS, check_source, is_local, resolve_id, row_for
 from .types import AuraError
 from .bundle import EXITS, ROLLED_BACK, DeployError, stamp
 from .hub import SpaceState, same_file, secret_mark
@@ -36,7 +41,8 @@ _SD15 = {
     "SD_MODEL_ID": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "SD_LCM_LORA_ID": "latent-consistency/lcm-lora-sdv1-5",
 }
-_GPU = {"SD_DEVICE": "cuda", "SD_PRECISION": "fp16", "TORCH_INDEX_URL": "pypi"}
+CUDA_WHEELS = "cu126"                   # the name of an index of torch's wheels
+_GPU = {"SD_DEVICE": "cuda", "SD_PRECISION": "fp16", "TORCH_INDEX_URL": CUDA_WHEELS}
 
 
 def _embedded_note() -> str:
@@ -74,7 +80,7 @@ class DeployOptions:
     secret: Mapping[str, str] = field(default_factory=dict, repr=False)
     hardware: str | None = None                                 # None: the preset's, else as it is
     sleep_time: int | None = None                               # seconds without a visit
-    visibility: str = "public"                                  # of a new Space
+    visibility: str | None = None                               # None: as it is; a new Space is public
     source: str | Path = "."
     env_file: str = ".env.local"                                # '': no file
     dry_run: bool = False
@@ -84,6 +90,9 @@ class DeployOptions:
     rollback: bool = True
     yes: bool = False                                           # agree to hardware that costs money
     poll: float = 5.0                                           # seconds between two looks at the Space
+    take_over: bool = False                                     # replace another app
+    rebuild: bool = False                                       # build the image without its cache
+    any_model: bool = False                                     # a model that the engine's table does not know
 
     def __post_init__(self) -> None: check_options(self)
 
@@ -97,14 +106,38 @@ class DeployOptions:
         return out
 
 # %% ../nbs/15c_deploy_plan.ipynb #c6774799
+def wrong_settings(variables: Mapping[str, str]) -> list[str]:
+    "What the engine would say about these variables; names that are not its own pass."
+    known = {name: value for name, value in variables.items() if name in setting_names()}
+    out = unknown_settings(variables)
+    try: load_settings(**known)
+    except SettingsError as e:
+        # The environment of this machine is read too; only what was given here counts.
+        out += [line for line in str(e).splitlines() if line.partition(":")[0] in known]
+    return out
+
+# %% ../nbs/15c_deploy_plan.ipynb #7df245bd
+def check_known(model: str) -> None:
+    "DeployError 'usage' for a model that is not in the engine's table."
+    if row_for(model, None) or is_local(model): return
+    names = list(dict.fromkeys(name for row in ROWS.values() for name in row.ids if name != "embedded"))
+    near = difflib.get_close_matches(model, names, 3, 0.3) or names[:3]
+    raise DeployError("usage", f"--model {model}: the engine's table does not have it; there is {', '.join(near)}, …. "
+                      "Another Stable Diffusion 1.5, 2.1 or XL model may do: say --any-model if it is one")
+
+
 def check_options(o: DeployOptions) -> None:
     "DeployError 'usage' for options that cannot be meant."
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", o.space_id):
         raise DeployError("usage", f"--space-id {o.space_id!r}: write owner/name")
-    both = ", ".join(sorted(set(o.variables()) & set(o.secret)))
+    variables = o.variables()
+    both = ", ".join(sorted(set(variables) & set(o.secret)))
     if both:
         text = f"{both} is given as a variable and as a secret; a Space refuses to start with that"
         raise DeployError("usage", text)
+    wrong = wrong_settings(variables | dict.fromkeys(o.secret, ""))
+    if wrong: raise DeployError("usage", "\n".join(f"--var {line}" for line in wrong))
+    if not o.any_model: check_known(variables.get("SD_MODEL_ID", "embedded"))
 
 # %% ../nbs/15c_deploy_plan.ipynb #fcd1a7b9
 _flag: dict[str, Any] = {"action": "store_true"}
@@ -119,10 +152,12 @@ _WHAT = [
     ("--model", "SD_MODEL_ID: a Hub id", {"metavar": "ID"}),
     ("--var", "a variable of the Space", {"metavar": "NAME=VALUE", **_many}),
     ("--secret", "a secret of the Space: from the environment, else asked for", {"metavar": "NAME", **_many}),
-    ("--hardware", "ask for this hardware; never a cheaper one than the Space has", {"metavar": "NAME"}),
-    ("--sleep-time", "paid hardware sleeps after so long without a visit", {"type": int, "metavar": "SECONDS"}),
-    ("--visibility", "of a new Space: public (default), protected, private",
-     {"choices": ["public", "protected", "private"], "default": "public", "metavar": "WHO"}),
+    ("--any-model", "allow a --model that the engine's table does not know", _flag),
+    ("--hardware", "ask for this hardware (default: the preset's, where the Space has less)", {"metavar": "NAME"}),
+    ("--sleep-time", "paid hardware sleeps after so long without a visit (default: 600; -1: never)",
+     {"type": int, "metavar": "SECONDS"}),
+    ("--visibility", "public, protected or private (default: as it is; a new Space is public)",
+     {"choices": ["public", "protected", "private"], "metavar": "WHO"}),
     ("--source", "folder with Dockerfile and app.py (default: this project)", {"metavar": "FOLDER"}),
 ]
 
@@ -131,6 +166,8 @@ _HOW = [
     ("--dry-run", "show the plan, change nothing", _flag),
     ("--detailed-exitcode", "with --dry-run: exit status 10 when something would change", _flag),
     ("--yes", "agree to hardware that costs money", _flag),
+    ("--take-over", "replace another app that is on this Space", _flag),
+    ("--rebuild", "build the image without its cache", _flag),
     ("--no-wait", "end after the commit", _flag),
     ("--timeout", "for build and start together (default: 1800, a large model 3600)",
      {"type": float, "metavar": "SECONDS"}),
@@ -231,7 +268,8 @@ def parse_deploy(argv: Sequence[str] | None = None,
         space_id=a.space_id, origins=_origins(a), preset=a.preset, model=a.model, var=_pairs(a),
         secret=_secrets(a, os.environ if env is None else env), hardware=a.hardware, sleep_time=a.sleep_time,
         visibility=a.visibility, source=a.source or project_folder(), env_file=a.env_file, dry_run=a.dry_run,
-        wait=not a.no_wait, timeout=a.timeout, smoke=a.smoke, rollback=not a.no_rollback, yes=a.yes, poll=a.poll)
+        wait=not a.no_wait, timeout=a.timeout, smoke=a.smoke, rollback=not a.no_rollback, yes=a.yes, poll=a.poll,
+        take_over=a.take_over, rebuild=a.rebuild, any_model=a.any_model)
     return options, a
 
 # %% ../nbs/15c_deploy_plan.ipynb #3770631f
@@ -239,45 +277,69 @@ def hardware_for(state: SpaceState, o: DeployOptions) -> str | None:
     "The hardware to ask for; None leaves it as it is."
     usual = PRESETS[o.preset].hardware if o.preset else None
     if o.hardware or not usual: return o.hardware
-    has = state.prices.get(state.hardware or "", 0)
+    has = state.prices.get(state.machine, 0)
     return usual if state.prices.get(usual, float("inf")) > has else None
 
 # %% ../nbs/15c_deploy_plan.ipynb #bd849e28
-def _about_hardware(state: SpaceState, o: DeployOptions) -> Iterator[str]:
-    new = hardware_for(state, o)
-    if new is None or new == state.hardware: return
-    if new not in state.prices:
-        yield f"hardware {new} is not on the Hub's list: {', '.join(state.prices)}"
-        return
-    price = state.prices[new]
-    if price < state.prices.get(state.hardware or "", 0):
-        yield f"the Space has {state.hardware}, {new} would be less; change that in its settings, if it is meant"
-    elif price and not (o.yes or o.dry_run):
-        yield f"{new} costs ${price:.2f} an hour while it is awake; agree with --yes"
+SLEEP = 600             # seconds without a visit
+
+
+def sleep_for(state: SpaceState, o: DeployOptions, hardware: str) -> int | None:
+    "The sleep time to set; None leaves it as it is."
+    if not state.prices.get(hardware): return None      # the Hub decides when free hardware sleeps
+    if o.sleep_time is not None: return None if o.sleep_time == state.sleep_time else o.sleep_time
+    new = not state.head or not state.prices.get(state.machine)
+    return SLEEP if new else None
 
 # %% ../nbs/15c_deploy_plan.ipynb #fc97e27c
-def _about_rights(state: SpaceState, o: DeployOptions) -> Iterator[str]:
-    owner = o.space_id.split("/")[0]
-    name = state.user["name"]
-    if state.user.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        yield "the token can only read; make one with write access"
-    roles = {org["name"]: org.get("roleInOrg") for org in state.user.get("orgs", [])}
-    if owner != name and roles.get(owner, "read") == "read": yield f"{name} may not write to {owner}"
+def has_gpu(hardware: str) -> bool:
+    "Is this the Hub's name of hardware with a GPU?"
+    return not hardware.startswith("cpu")
 
 
-def _about_space(state: SpaceState, o: DeployOptions) -> Iterator[str]:
-    if state.sdk and state.sdk != "docker": yield f"{o.space_id} is a {state.sdk} Space; take another name"
-    if state.stage in ("PAUSED", "STOPPED", "DELETING"):
-        yield f"the Space is {state.stage}; restart it first (--restart), if that is meant"
-    clash = set(state.variables) & set(state.secrets) - set(o.variables()) - set(o.secret)
-    if clash:
-        names = ", ".join(sorted(clash))
-        yield f"{names} is a variable and a secret of the Space; delete one of them in its settings"
+def right_wheels(after: Mapping[str, str], hardware: str) -> str | None:
+    "The TORCH_INDEX_URL that this hardware needs; None when the Space's own will do."
+    named = after.get("TORCH_INDEX_URL", "cpu")
+    cuda = has_gpu(hardware) or after.get("SD_DEVICE", "").startswith("cuda")
+    if cuda and named.rstrip("/").endswith("cpu"): return CUDA_WHEELS
+    return "cpu" if not cuda and not named.rstrip("/").endswith("cpu") else None
 
-# %% ../nbs/15c_deploy_plan.ipynb #8b158572
-def objections(state: SpaceState, o: DeployOptions) -> list[str]:
-    "Why the Hub would refuse this deployment, or this command should; empty when it may go on."
-    return [*_about_rights(state, o), *_about_space(state, o), *_about_hardware(state, o)]
+# %% ../nbs/15c_deploy_plan.ipynb #d72b6796
+@dataclass(frozen=True)
+class SpaceTarget:
+    "The Space as a deployment wants it."
+    ask: str | None                 # hardware to ask for; None: as it is
+    hardware: str                   # that it will have
+    price: float                    # dollars an hour of that
+    sleep_time: int | None          # to set; None: as it is
+    visibility: str
+    wanted: Mapping[str, str]       # variables that this deployment sees to
+    variables: Mapping[str, str]    # all that it will have
+    stale: frozenset[str]           # variables to delete
+
+# %% ../nbs/15c_deploy_plan.ipynb #587fa631
+def stale_names(state: SpaceState, o: DeployOptions) -> frozenset[str]:
+    "Variables of the Space that another preset set, and this one does not want."
+    if not o.preset: return frozenset()
+    names = {name for preset in PRESETS.values() for name in preset.variables}
+    return frozenset(names & set(state.variables) - set(o.variables()))
+
+# %% ../nbs/15c_deploy_plan.ipynb #3615526f
+def target_for(state: SpaceState, o: DeployOptions) -> SpaceTarget:
+    "What the Space shall be after this deployment."
+    ask = hardware_for(state, o)
+    hardware = ask or state.machine
+    stale = stale_names(state, o)
+    wanted = o.variables()
+    after = {name: value for name, value in state.variables.items() if name not in stale} | wanted
+    wheels = None if "TORCH_INDEX_URL" in o.var else right_wheels(after, hardware)
+    # CUDA wheels that somebody chose for a CPU stay, until the hardware changes.
+    if wheels and (wheels != "cpu" or hardware != state.machine):
+        wanted["TORCH_INDEX_URL"] = wheels
+        after["TORCH_INDEX_URL"] = wheels
+    visibility = o.visibility or (state.visibility if state.head else "public")
+    price = state.prices.get(hardware, 0)
+    return SpaceTarget(ask, hardware, price, sleep_for(state, o, hardware), visibility, wanted, after, stale - set(wanted))
 
 # %% ../nbs/15c_deploy_plan.ipynb #a6556016
 def slow_start(variables: Mapping[str, str]) -> int:
@@ -293,50 +355,151 @@ def _usual_hardware(model: str) -> str:
     return "cpu-basic"
 
 # %% ../nbs/15c_deploy_plan.ipynb #c08cbd35
-def space_readme(space_id: str, variables: Mapping[str, str]) -> bytes:
-    "README.md of the Space, with its front matter."
+def needed_settings(variables: Mapping[str, str]) -> dict[str, Any]:
+    "The front matter that follows from the variables."
     model = resolve_id(variables.get("SD_MODEL_ID", "embedded"))[0]
     named = [model, variables.get("SD_LCM_LORA_ID") or ""]
     head: dict[str, Any] = {
-        "title": space_id.split("/")[1],
-        "emoji": "🎨",
-        "colorFrom": "indigo",
-        "colorTo": "pink",
         "sdk": "docker",
         "app_port": 7860,
-        "license": "apache-2.0",
-        "short_description": "Pictures from text: a small HTTP engine",
         "suggested_hardware": _usual_hardware(model),
         "startup_duration_timeout": "1h" if slow_start(variables) > 1800 else "30m",
     }
     models = [name for name in named if re.fullmatch(r"[\w.-]+/[\w.-]+", name)]
-    if models: head["models"] = models
-    # JSON is YAML, so this needs no YAML writer.
-    lines = [f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in head.items()]
-    text = (f"POST /generate with {{\"prompt\": \"a red apple\"}} answers with a picture; "
-            f"the page at / shows more, /health tells what runs ({model}).")
-    return ("---\n" + "\n".join(lines) + f"\n---\n\n{text}\n").encode()
+    return head | ({"models": models} if models else {})
+
+
+TAG = "aura_engine"             # in the README's tags: this Space is ours
+_SENTENCE = "answers with a picture; the page at / shows more"
+SUGGESTED = {
+    "emoji": "🎨",
+    "colorFrom": "indigo",
+    "colorTo": "pink",
+    "license": "apache-2.0",
+    "short_description": "Pictures from text: a small HTTP engine",
+    "tags": [TAG],
+}
+
+# %% ../nbs/15c_deploy_plan.ipynb #4f49b9d7
+def front_matter(readme: str) -> tuple[dict[str, Any], str]:
+    "(settings, text) of a README; no settings when it has none, or none that can be read."
+    found = re.match(r"---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)(.*)", readme, re.S)
+    if not found: return {}, readme
+    try: settings = yaml.safe_load(found[1])
+    except yaml.YAMLError: return {}, readme
+    return (settings if isinstance(settings, dict) else {}), found[2]
+
+
+def written_readme(settings: Mapping[str, Any], text: str) -> bytes:
+    "A README of these settings and this text."
+    # JSON is YAML, so this needs no YAML writer, and a test can compare lines.
+    lines = [f"{name}: {json.dumps(value, ensure_ascii=False, default=str)}" for name, value in settings.items()]
+    return ("---\n" + "\n".join(lines) + f"\n---\n\n{text.strip()}\n").encode()
 
 # %% ../nbs/15c_deploy_plan.ipynb #3d05ed10
+_TEMPLATE = "Check out the configuration reference"     # the text that the Hub gives a new Space
+
+
+def space_readme(space_id: str, variables: Mapping[str, str], existing: str = "") -> bytes:
+    "README.md of the Space: its front matter, merged into the `existing` one, and a text."
+    theirs, text = front_matter(existing)
+    needed = needed_settings(variables)
+    tags = [*(theirs.get("tags") or [])]
+    if TAG not in tags: tags.append(TAG)
+    settings = {"title": space_id.split("/")[1], **SUGGESTED, **theirs, **needed, "tags": tags}
+    if "models" not in needed: settings.pop("models", None)
+    if existing and settings == theirs: return existing.encode()
+    if not text.strip() or _TEMPLATE in text or _SENTENCE in text:
+        model = resolve_id(variables.get("SD_MODEL_ID", "embedded"))[0]
+        text = f"POST /generate with {{\"prompt\": \"a red apple\"}} {_SENTENCE}, /health tells what runs ({model})."
+    return written_readme(settings, text)
+
+# %% ../nbs/15c_deploy_plan.ipynb #631533f0
+def _can_pay(state: SpaceState, owner: str) -> bool:
+    accounts = [state.user, *state.user.get("orgs", [])]
+    # An account about which the Hub says nothing is believed: the Hub will say so itself.
+    return all(account.get("canPay", True) for account in accounts if account["name"] == owner)
+
+
+def _about_money(state: SpaceState, o: DeployOptions, target: SpaceTarget) -> Iterator[str]:
+    if target.ask is None or target.ask == state.hardware: return
+    if target.ask not in state.prices:
+        yield f"hardware {target.ask} is not on the Hub's list: {', '.join(state.prices)}"
+        return
+    if not target.price: return
+    owner = o.space_id.split("/")[0]
+    costs = f"{target.ask} costs ${target.price:.2f} an hour while it is awake"
+    if not _can_pay(state, owner): yield f"{costs}, and {owner} has no payment method on the Hub: add one first"
+    if not (o.yes or o.dry_run): yield f"{costs}; agree with --yes"
+
+# %% ../nbs/15c_deploy_plan.ipynb #7134106a
+def _about_rights(state: SpaceState, o: DeployOptions) -> Iterator[str]:
+    owner = o.space_id.split("/")[0]
+    name = state.user["name"]
+    if state.user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        yield "the token can only read; make one with write access"
+    roles = {org["name"]: org.get("roleInOrg") for org in state.user.get("orgs", [])}
+    if owner != name and roles.get(owner, "read") == "read": yield f"{name} may not write to {owner}"
+
+# %% ../nbs/15c_deploy_plan.ipynb #57ffeec3
+def is_ours(state: SpaceState) -> bool:
+    "Was this Space made by this command, or is it empty?"
+    files = set(state.tree) - {".gitattributes", "README.md"}
+    tags = front_matter(state.readme)[0].get("tags") or []
+    return not files or TAG in tags or _SENTENCE in state.readme
+
+# %% ../nbs/15c_deploy_plan.ipynb #46ce13cb
+def _about_space(state: SpaceState, o: DeployOptions, files: Sequence[str]) -> Iterator[str]:
+    if state.sdk and state.sdk != "docker": yield f"{o.space_id} is a {state.sdk} Space; take another name"
+    if state.stage in ("PAUSED", "STOPPED", "DELETING"):
+        yield f"the Space is {state.stage}; restart it first (--restart), if that is meant"
+    clash = ", ".join(sorted(set(state.variables) & set(state.secrets) - set(o.variables()) - set(o.secret)))
+    if clash: yield f"{clash} is a variable and a secret of the Space; delete one of them in its settings"
+    if not is_ours(state) and not o.take_over:
+        replaced = ", ".join(name for name in files if name in state.tree)
+        yield (f"{o.space_id} holds another app, of which this would replace {replaced or 'the configuration'}; "
+               "take another name, or say --take-over if that is meant")
+
+
+def _about_device(state: SpaceState, target: SpaceTarget) -> Iterator[str]:
+    device = target.variables.get("SD_DEVICE", "auto")
+    if device.startswith("cuda") and not has_gpu(target.hardware):
+        yield (f"SD_DEVICE={device}, but {target.hardware} has no GPU: ask for one (--hardware t4-small), "
+               "or say --preset cpu or --var SD_DEVICE=auto")
+
+# %% ../nbs/15c_deploy_plan.ipynb #8b158572
+def objections(state: SpaceState, o: DeployOptions, files: Sequence[str] = ()) -> list[str]:
+    "Why the Hub would refuse this deployment of `files`, or this command should; empty when it may go on."
+    target = target_for(state, o)
+    about_space = _about_space(state, o, files)
+    return [*_about_rights(state, o), *about_space, *_about_money(state, o, target), *_about_device(state, target)]
+
+# %% ../nbs/15c_deploy_plan.ipynb #76e88c9b
 @dataclass(frozen=True)
 class SpaceChange:
-    "One thing to do: `verb` create, set, delete or upload; `what` space, variable, secret, hardware, sleep or file."
+    """One thing to do: `verb` create, set, delete, upload or rebuild.
+
+    `what`: space, variable, secret, hardware, sleep, visibility or file."""
     verb: str
     what: str
     name: str
     now: str = ""
     then: str = ""
 
+    @property
+    def final(self) -> bool:
+        "Can it not be undone? Nobody can read the old value of a secret."
+        return self.what == "secret" and bool(self.now)
+
 # %% ../nbs/15c_deploy_plan.ipynb #3037724c
 @dataclass(frozen=True)
 class DeployPlan:
     "Changes in order, the files they need, and notes. Shows itself as a table."
     state: SpaceState
+    target: SpaceTarget
     changes: tuple[SpaceChange, ...]
     files: Mapping[str, bytes] = field(repr=False)
-    variables: Mapping[str, str]                # all that the Space will have
-    hardware: str | None                        # to ask for; None: as it is
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def build(self) -> str:
@@ -362,15 +525,31 @@ class DeployPlan:
 # %% ../nbs/15c_deploy_plan.ipynb #c2eb47a3
 def plan_rows(plan: DeployPlan) -> list[tuple[str, ...]]:
     "The plan as a table of (do, what, name, now, then)."
-    out = [(c.verb, c.what, c.name, c.now, c.then) for c in plan.changes if c.what != "file"]
-    for verb in ("upload", "delete"):
-        names = plan.file_names(verb)
-        some = ", ".join(names[:4])
-        if len(names) > 4: some += " …"
+    out = []
+    counted = False
+    for c in plan.changes:
+        if c.what != "file": out.append((c.verb, c.what, c.name, c.now, c.then))
+        elif not counted:
+            out += file_rows(plan)
+            counted = True
+    return out
+
+# %% ../nbs/15c_deploy_plan.ipynb #b050de1f
+def file_rows(plan: DeployPlan) -> list[tuple[str, ...]]:
+    "The files of a plan: how many are new, replaced and deleted."
+    uploads = plan.file_names("upload")
+    groups = {
+        "upload": [name for name in uploads if name not in plan.state.tree],
+        "replace": [name for name in uploads if name in plan.state.tree],
+        "delete": plan.file_names("delete"),
+    }
+    out = []
+    for verb, names in groups.items():
+        some = ", ".join(names[:4]) + (" …" if len(names) > 4 else "")
         if names: out.append((verb, "files", some, "", f"{len(names)} in one commit"))
     return out
 
-
+# %% ../nbs/15c_deploy_plan.ipynb #3ef0413a
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     "Rows as lines of text, their columns aligned."
     widths = [max(map(len, column)) for column in zip(*rows)]
@@ -381,37 +560,24 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 # %% ../nbs/15c_deploy_plan.ipynb #208fdfc6
-def _stale_names(state: SpaceState, o: DeployOptions) -> set[str]:
-    "Variables of the Space that another preset set, and this one does not want."
-    if not o.preset: return set()
-    presets = {name for preset in PRESETS.values() for name in preset.variables}
-    return presets & set(state.variables) - set(o.variables())
-
-
-def _deletions(state: SpaceState, o: DeployOptions) -> Iterator[SpaceChange]:
-    for name in sorted(set(o.variables()) & set(state.secrets)):
-        yield SpaceChange("delete", "secret", name, "(hidden)")
-    for name in sorted(_stale_names(state, o) | set(o.secret) & set(state.variables)):
-        # A variable that becomes a secret is not shown any more.
-        yield SpaceChange("delete", "variable", name, "(hidden)" if name in o.secret else state.variables[name])
+def _machine(state: SpaceState, target: SpaceTarget) -> Iterator[SpaceChange]:
+    if target.ask and target.ask != state.hardware:
+        yield SpaceChange("set", "hardware", target.ask, state.machine, target.ask)
+    if target.sleep_time is not None:
+        now = "" if state.sleep_time is None else str(state.sleep_time)
+        yield SpaceChange("set", "sleep", "seconds", now, str(target.sleep_time))
+    if target.visibility != state.visibility:
+        yield SpaceChange("set", "visibility", "who", state.visibility, target.visibility)
 
 # %% ../nbs/15c_deploy_plan.ipynb #28a4e817
-def _settings(state: SpaceState, o: DeployOptions) -> Iterator[SpaceChange]:
-    for name, value in o.variables().items():
+def _settings(state: SpaceState, target: SpaceTarget, o: DeployOptions) -> Iterator[SpaceChange]:
+    for name in sorted(target.stale | set(o.secret) & set(state.variables)):
+        yield SpaceChange("delete", "variable", name, "(hidden)" if name in o.secret else state.variables[name])
+    for name, value in target.wanted.items():
         now = state.variables.get(name)
-        if now != value: yield SpaceChange("set", "variable", name, now or "", value)
-    for name, value in o.secret.items():
-        if state.secrets.get(name) == secret_mark(o.space_id, name, value): continue
-        yield SpaceChange("set", "secret", name, "(hidden)" if name in state.secrets else "", "(hidden)")
-
-
-def _machine(state: SpaceState, o: DeployOptions) -> Iterator[SpaceChange]:
-    if not state.head: return           # a new Space gets these when it is made
-    hardware = hardware_for(state, o)
-    if hardware and hardware != state.hardware:
-        yield SpaceChange("set", "hardware", hardware, state.hardware or "", hardware)
-    if o.sleep_time not in (None, state.sleep_time):
-        yield SpaceChange("set", "sleep", "seconds", str(state.sleep_time or ""), str(o.sleep_time))
+        if now != value and name not in state.secrets: yield SpaceChange("set", "variable", name, now or "", value)
+    for name in o.secret:
+        if name not in state.secrets: yield SpaceChange("set", "secret", name, "", "(hidden)")
 
 # %% ../nbs/15c_deploy_plan.ipynb #21aa3b3e
 def _file_changes(state: SpaceState, files: Mapping[str, bytes]) -> Iterator[SpaceChange]:
@@ -421,41 +587,75 @@ def _file_changes(state: SpaceState, files: Mapping[str, bytes]) -> Iterator[Spa
         if path.startswith("aura_engine/") and path not in files: yield SpaceChange("delete", "file", path)
 
 # %% ../nbs/15c_deploy_plan.ipynb #922339ad
+def _final_settings(state: SpaceState, target: SpaceTarget, o: DeployOptions) -> Iterator[SpaceChange]:
+    for name, value in o.secret.items():
+        if name in state.secrets and state.secrets[name] != secret_mark(o.space_id, name, value):
+            yield SpaceChange("set", "secret", name, "(hidden)", "(hidden)")
+    for name, value in target.wanted.items():
+        if name not in state.secrets: continue
+        yield SpaceChange("delete", "secret", name, "(hidden)")
+        if state.variables.get(name) != value: yield SpaceChange("set", "variable", name, "", value)
+
+# %% ../nbs/15c_deploy_plan.ipynb #e7756bc1
+BUILT_IN = {"TORCH_INDEX_URL", "EXTRA_PACKAGES"}        # variables that the image's build reads
+
+
+def all_changes(state: SpaceState, target: SpaceTarget, o: DeployOptions,
+                files: Mapping[str, bytes]) -> list[SpaceChange]:
+    "Everything to do, in order."
+    machine = list(_machine(state, target)) if state.head else []
+    settings = list(_settings(state, target, o))
+    uploads = list(_file_changes(state, files))
+    changes = [*machine, *settings, *uploads, *_final_settings(state, target, o)]
+    built_in = any(change.what == "variable" and change.name in BUILT_IN for change in changes)
+    if state.head and (o.rebuild or built_in and not uploads):
+        changes.append(SpaceChange("rebuild", "space", o.space_id, "", "without the cache"))
+    return changes
+
+# %% ../nbs/15c_deploy_plan.ipynb #01983f47
 CONVERTS = ("OpenVINO's graphs are made by the engine's start, and a Space's disk is emptied when it stops: "
             "every start downloads the model (gigabytes) and converts it "
             "(up to minutes, and several times the model's memory)")
+HIDDEN = ("a private Space answers 404 to everybody without your Hub token, a browser's frontend included; "
+          "its address is not written into the env file")
 
 
-def _money_notes(state: SpaceState, o: DeployOptions, after: Mapping[str, str]) -> Iterator[str]:
-    hardware = hardware_for(state, o) or state.hardware or "cpu-basic"
-    price = state.prices.get(hardware)
-    if price:
-        sleeps = o.sleep_time or (state.sleep_time or -1) > 0
-        stays = "" if sleeps else ", and it stays awake: --sleep-time 600 lets it sleep"
-        yield f"{hardware} costs ${price:.2f} an hour while it is awake{stays}"
-    elif after.get("TORCH_INDEX_URL") == "pypi":
-        yield f"{hardware} has no GPU: a CUDA image of several gigabytes for nothing"
+def costs(hardware: str, price: float, sleep_time: int | None) -> str:
+    "What hardware costs, as a sentence."
+    text = f"{hardware} costs ${price:.2f} an hour while it is awake"
+    if sleep_time and sleep_time > 0: return f"{text}, and sleeps after {sleep_time} s without a visit"
+    return f"{text}, and it stays awake: --sleep-time 600 lets it sleep"
+
+# %% ../nbs/15c_deploy_plan.ipynb #5d30b83a
+def _money_notes(state: SpaceState, o: DeployOptions, target: SpaceTarget) -> Iterator[str]:
+    sleep_time = target.sleep_time or state.sleep_time
+    if target.price: yield costs(target.hardware, target.price, sleep_time)
+    elif o.sleep_time is not None: yield f"{target.hardware} is free, and the Hub decides when it sleeps"
+    if not has_gpu(target.hardware) and right_wheels(target.variables, target.hardware):
+        yield f"{target.hardware} has no GPU: a CUDA image of several gigabytes for nothing"
+    if target.ask and target.price < state.prices.get(state.machine, 0):
+        yield f"{target.ask} is less than {state.machine}, which the Space has now"
     mine = o.space_id.split("/")[0] == state.user["name"]
     if not state.head and mine and not state.user.get("isPro"):
         yield "without PRO the Hub lets you create a Docker Space only with paid hardware; it may answer 402"
 
-# %% ../nbs/15c_deploy_plan.ipynb #e7756bc1
-def _notes(state: SpaceState, o: DeployOptions, after: Mapping[str, str]) -> Iterator[str]:
+# %% ../nbs/15c_deploy_plan.ipynb #01487dd4
+def _notes(state: SpaceState, o: DeployOptions, target: SpaceTarget) -> Iterator[str]:
     if o.preset: yield PRESETS[o.preset].note
     moved = resolve_id(o.model)[1] if o.model else None
     if moved: yield moved
-    if after.get("SD_BACKEND") == "openvino": yield CONVERTS
-    yield from _money_notes(state, o, after)
+    if target.variables.get("SD_BACKEND") == "openvino": yield CONVERTS
+    if target.visibility == "private": yield HIDDEN
+    yield from _money_notes(state, o, target)
 
 # %% ../nbs/15c_deploy_plan.ipynb #5db47270
 def plan_deployment(state: SpaceState, files: Mapping[str, bytes], o: DeployOptions) -> DeployPlan:
     "What has to change on the Hub so that the Space has these files and what `o` asks for."
-    hardware = hardware_for(state, o)
-    stale = _stale_names(state, o)
-    after = {name: value for name, value in state.variables.items() if name not in stale} | o.variables()
-    files = {**stamp(files), "README.md": space_readme(o.space_id, after)}
-    changes = [*_deletions(state, o), *_settings(state, o), *_machine(state, o), *_file_changes(state, files)]
+    target = target_for(state, o)
+    readme = space_readme(o.space_id, target.variables, state.readme)
+    files = {**stamp(files), "README.md": readme}
+    changes = all_changes(state, target, o, files)
     if not state.head:
-        then = f"docker, {o.visibility}, {hardware or 'cpu-basic'}"
+        then = f"docker, {target.visibility}, {target.hardware}"
         changes.insert(0, SpaceChange("create", "space", o.space_id, "", then))
-    return DeployPlan(state, tuple(changes), files, after, hardware, tuple(_notes(state, o, after)))
+    return DeployPlan(state, target, tuple(changes), files, tuple(_notes(state, o, target)))

@@ -7,19 +7,19 @@ from __future__ import annotations
 import base64, contextlib, hashlib, json, os, re, threading, time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 from urllib.parse import quote
 
 # %% auto #0
-__all__ = ['Cleaner', 'HUB_WORDS', 'redactor', 'stored_token', 'find_token', 'hub_refusal', 'PatientHub', 'SpaceReads',
-           'secret_mark', 'creation_settings', 'SpaceHub', 'SpaceState', 'look_at', 'git_oid', 'same_file',
-           'log_events', 'LogFollower', 'log_lines']
+__all__ = ['Cleaner', 'HUB_WORDS', 'redactor', 'stored_token', 'find_token', 'hub_refusal', 'PatientHub', 'SpaceFiles',
+           'SpaceReads', 'secret_mark', 'creation_settings', 'SpaceSettings', 'SpaceHub', 'SpaceState', 'look_at',
+           'git_oid', 'same_file', 'log_events', 'LogFollower', 'log_lines', 'last_words']
 
 # %% ../nbs/15b_hub.ipynb #f8f5a898
 import httpx, httpx2
 from huggingface_hub import HfApi, SpaceHardware, get_token, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub.utils import disable_progress_bars, get_session, hf_raise_for_status
 from .bundle import DeployError
 
 # %% ../nbs/15b_hub.ipynb #0741eff1
@@ -105,7 +105,26 @@ class PatientHub:
         raise DeployError("network", text)
 
 # %% ../nbs/15b_hub.ipynb #a9dbe4b9
-class SpaceReads(PatientHub):
+class SpaceFiles(PatientHub):
+    "The files of the Space."
+    def text(self, path: str, revision: str) -> str:
+        "A text file of the Space."
+        url = f"{self.endpoint}/spaces/{self.id}/resolve/{revision}/{quote(path)}"
+        def got(api: HfApi) -> str:
+            r = get_session().get(url, headers={"Authorization": f"Bearer {self.token}"})
+            hf_raise_for_status(r)
+            return r.text
+        return self.ask(got)
+
+    def tree(self, revision: str | None = None) -> dict[str, str]:
+        "path -> sha256 (large files) or git blob id, of a commit of the Space."
+        def listed(api: HfApi) -> list[Any]:
+            return list(api.list_repo_tree(self.id, repo_type="space", recursive=True, revision=revision))
+        files = [row for row in self.ask(listed) if hasattr(row, "blob_id")]
+        return {row.path: row.lfs.sha256 if row.lfs else row.blob_id for row in files}
+
+# %% ../nbs/15b_hub.ipynb #32059404
+class SpaceReads(SpaceFiles):
     "What can be asked about the Space without changing it."
     def user(self) -> dict[str, Any]:
         "Whose token this is: name, isPro, canPay, orgs, auth.accessToken.role."
@@ -126,13 +145,6 @@ class SpaceReads(PatientHub):
     def secrets(self) -> dict[str, str | None]:
         "The names of the Space's secrets, with their descriptions. Nobody can read the values."
         return {name: row.description for name, row in self.ask(lambda api: api.get_space_secrets(self.id)).items()}
-
-    def tree(self, revision: str | None = None) -> dict[str, str]:
-        "path -> sha256 (large files) or git blob id, of a commit of the Space."
-        def listed(api: HfApi) -> list[Any]:
-            return list(api.list_repo_tree(self.id, repo_type="space", recursive=True, revision=revision))
-        files = [row for row in self.ask(listed) if hasattr(row, "blob_id")]
-        return {row.path: row.lfs.sha256 if row.lfs else row.blob_id for row in files}
 
     def prices(self) -> dict[str, float]:
         "Hardware of Spaces -> dollars an hour, from the Hub's own list of today."
@@ -156,12 +168,8 @@ def creation_settings(space_id: str, variables: Mapping[str, str], secrets: Mapp
     return {"space_variables": pairs or None, "space_secrets": hidden or None}
 
 # %% ../nbs/15b_hub.ipynb #77daa986
-class SpaceHub(SpaceReads):
-    "The Hub, for one Space and one token: what can be asked, and what can be changed."
-    def create(self, **settings: Any) -> None:
-        "Make the Space with all its `creation_settings` in one call, so that it restarts for none of them."
-        self.ask(lambda api: api.create_repo(self.id, repo_type="space", space_sdk="docker", **settings))
-
+class SpaceSettings(SpaceReads):
+    "What can be set. Each call makes one setting what it says, however often it is made."
     def set_variable(self, name: str, value: str) -> None:
         self.ask(lambda api: api.add_space_variable(self.id, name, value))
 
@@ -180,9 +188,20 @@ class SpaceHub(SpaceReads):
 
     def set_sleep_time(self, seconds: int) -> None: self.ask(lambda api: api.set_space_sleep_time(self.id, seconds))
 
-    def restart(self) -> str:
-        "Restart the Space; the stage it then has."
-        return self.ask(lambda api: api.restart_space(self.id)).raw["stage"]
+    def set_visibility(self, who: str) -> None:
+        visibility = cast(Literal["public", "private", "protected"], who)
+        self.ask(lambda api: api.update_repo_settings(self.id, repo_type="space", visibility=visibility))
+
+# %% ../nbs/15b_hub.ipynb #1cea44e3
+class SpaceHub(SpaceSettings):
+    "The Hub, for one Space and one token: what can be asked, and what can be changed."
+    def create(self, **settings: Any) -> None:
+        "Make the Space with all its `creation_settings` in one call, so that it restarts for none of them."
+        self.ask(lambda api: api.create_repo(self.id, repo_type="space", space_sdk="docker", **settings))
+
+    def restart(self, rebuild: bool = False) -> str:
+        "Restart the Space, or build it anew first; the stage it then has."
+        return self.ask(lambda api: api.restart_space(self.id, factory_reboot=rebuild)).raw["stage"]
 
     def commit(self, operations: Callable[[], list], message: str, parent: str) -> str:
         """One commit on top of `parent`; its oid. DeployError 'conflict' when the newest commit is another one.
@@ -208,6 +227,13 @@ class SpaceState:
     variables: Mapping[str, str] = field(default_factory=dict)
     secrets: Mapping[str, str | None] = field(default_factory=dict)
     tree: Mapping[str, str] = field(default_factory=dict)       # path -> git oid or sha256
+    readme: str = ""                            # README.md; it holds the Space's configuration
+    visibility: str = "public"
+
+    @property
+    def machine(self) -> str:
+        "The hardware it has; a Space that does not exist would get `cpu-basic`."
+        return self.hardware or "cpu-basic"
 
 # %% ../nbs/15b_hub.ipynb #d9bb27bb
 def look_at(hub: SpaceHub) -> SpaceState:
@@ -220,11 +246,15 @@ def look_at(hub: SpaceHub) -> SpaceState:
         return SpaceState(user, prices)
     run = hub.runtime()
     stage = str(run.raw["stage"])
+    tree = hub.tree()
+    # Older Hubs say only whether it is private.
+    visibility = getattr(info, "visibility", None) or ("private" if info.private else "public")
     return SpaceState(
         user=user, prices=prices, head=info.sha, stage=stage, sdk=info.sdk,
         running=run.raw.get("sha") if stage.startswith(("RUNNING", "SLEEPING")) else None,
         hardware=run.requested_hardware or run.hardware, sleep_time=run.sleep_time,
-        variables=hub.variables(), secrets=hub.secrets(), tree=hub.tree())
+        variables=hub.variables(), secrets=hub.secrets(), tree=tree, visibility=visibility,
+        readme=hub.text("README.md", info.sha) if "README.md" in tree else "")
 
 # %% ../nbs/15b_hub.ipynb #a8769de6
 def git_oid(data: bytes) -> str:
@@ -299,3 +329,11 @@ def log_lines(hub: SpaceHub, kind: str = "run", seconds: float = 3) -> list[str]
     time.sleep(seconds)
     follower.done.set()
     return follower.lines
+
+# %% ../nbs/15b_hub.ipynb #b27d8a50
+def last_words(hub: SpaceHub, kind: str = "run") -> list[str]:
+    "The lines of a log that look like the reason of a failure, else its last ones."
+    follower = LogFollower(hub, kind, lambda *_: None)
+    follower.start()
+    try: return follower.causes()
+    finally: follower.done.set()

@@ -5,14 +5,15 @@
 # %% ../nbs/15d_proof.ipynb #7edc54d0
 from __future__ import annotations
 import os, time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 # %% auto #0
-__all__ = ['Say', 'DEAD', 'LOOKS', 'FLAT', 'QUICK', 'StageSeen', 'StageWatch', 'FollowedLogs', 'wait_for_commit', 'NotYet',
-           'ask_until', 'app_answer', 'check_health', 'check_page', 'check_stranger', 'check_picture', 'SmokeTest',
-           'SmokeResult', 'smoke_test', 'ask_for_picture']
+__all__ = ['Say', 'DEAD', 'LOOKS', 'AGAIN', 'FLAT', 'QUICK', 'StageSeen', 'StageWatch', 'FollowedLogs', 'check_newest',
+           'wait_for_commit', 'NotYet', 'Patience', 'ask_until', 'Progress', 'app_answer', 'check_health',
+           'check_device', 'check_page', 'check_stranger', 'check_picture', 'SmokeTest', 'SmokeResult', 'smoke_test',
+           'ask_for_picture']
 
 # %% ../nbs/15d_proof.ipynb #2ab25802
 import httpx, numpy as np
@@ -43,6 +44,7 @@ class StageSeen:
     sha: str | None         # the commit that the Hub reports
     message: str            # the Hub's words about an error
     sure: bool              # the Space has moved since our change, or had the time to
+    head: str | None = None # the newest commit
 
     @property
     def log(self) -> str | None:
@@ -84,7 +86,8 @@ class StageWatch:
         if stage != self.stage: self.say("wait", stage, sha=raw.get("sha"))
         self.stage = stage
         self.moved = self.moved or stage.endswith(("BUILDING", "APP_STARTING"))
-        return StageSeen(stage, raw.get("sha"), raw.get("errorMessage") or "", self.moved or asked > self.settled)
+        sure = self.moved or asked > self.settled
+        return StageSeen(stage, raw.get("sha"), raw.get("errorMessage") or "", sure, self.hub.info().sha)
 
 # %% ../nbs/15d_proof.ipynb #db59b718
 class FollowedLogs:
@@ -111,18 +114,27 @@ class FollowedLogs:
     def stop(self) -> None:
         for follower in self.followers.values(): follower.done.set()
 
+# %% ../nbs/15d_proof.ipynb #859cda19
+def check_newest(head: str | None, oid: str) -> None:
+    "DeployError 'conflict' when the newest commit `head` is not ours (`oid`) any more."
+    if head in (None, oid): return
+    text = f"superseded: commit {str(head)[:12]} came after {oid[:12]}; that deployment decides now"
+    raise DeployError("conflict", text)
+
 # %% ../nbs/15d_proof.ipynb #86ebd87c
 def wait_for_commit(hub: SpaceHub, oid: str, written: str, seconds: float, say: Say, ago: float = 0.0) -> None:
     """Return when the Space runs commit `oid`.
 
     `written`, so many seconds `ago`: 'commit', 'settings' or ''.
-    DeployError 'build' or 'runtime' when it will not run, 'timeout' after `seconds`."""
+    DeployError 'build' or 'runtime' when it will not run, 'conflict' when a newer commit came,
+    'timeout' after `seconds`."""
     watch = StageWatch(hub, bool(written), say, ago)
     logs = FollowedLogs(hub, say)
     by_commit = written == "commit"
     end = time.monotonic() + seconds
     try:
         while not (seen := watch.look()).arrived(oid, by_commit):
+            check_newest(seen.head, oid)
             logs.follow(seen)
             if seen.dead(oid, by_commit): raise DeployError(DEAD[seen.stage], logs.obituary(seen))
             left = end - time.monotonic()
@@ -143,16 +155,44 @@ class NotYet(Exception):
     "What the live Space still lacks."
 
 
-def ask_until(deadline: float, poll: float, check: Callable[[], _A]) -> _A:
-    """check(), again while it raises NotYet.
+@dataclass(frozen=True)
+class Patience:
+    "How long a question is asked. `meanwhile(reason, seconds)` is called between two tries; it may raise."
+    seconds: float
+    poll: float
+    meanwhile: Callable[[str, float], None] = lambda reason, seconds: None
 
-    DeployError 'smoke' with the last reason at `deadline` (monotonic seconds)."""
+
+def ask_until(patience: Patience, check: Callable[[], _A]) -> _A:
+    "check(), again while it raises NotYet. DeployError 'smoke' with the last reason when the patience is over."
+    start = time.monotonic()
     while True:
         try: return check()
         except NotYet as e: why = str(e)
         except httpx.HTTPError as e: why = f"no answer ({type(e).__name__})"
-        if time.monotonic() > deadline: raise DeployError("smoke", f"the Space runs but does not do its work: {why}")
-        time.sleep(poll)
+        waited = time.monotonic() - start
+        if waited > patience.seconds: raise DeployError("smoke", f"the Space runs but does not do its work: {why}")
+        patience.meanwhile(why, waited)
+        time.sleep(patience.poll)
+
+# %% ../nbs/15d_proof.ipynb #b7079461
+AGAIN = 15.0            # seconds after which the same reason is said again
+
+
+class Progress:
+    "Says why a smoke test still waits; a `Patience.meanwhile`."
+    def __init__(self, say: Say, newest: Callable[[], None] = lambda: None):
+        self.say = say
+        self.newest = newest            # raises when our commit is not the newest one any more
+        self.reason = ""
+        self.said = 0.0
+
+    def __call__(self, reason: str, seconds: float) -> None:
+        self.newest()
+        if reason == self.reason and seconds < self.said + AGAIN: return
+        self.reason = reason
+        self.said = seconds
+        self.say("smoke", f"not yet: {reason} ({seconds:.0f} s)")
 
 # %% ../nbs/15d_proof.ipynb #2a33a7a8
 def app_answer(r: httpx.Response) -> httpx.Response:
@@ -173,6 +213,14 @@ def check_health(web: httpx.Client, build: str | None, age: Callable[[], float] 
         raise NotYet("the process from before the change still answers")
     if not h.get("ready"): raise NotYet(f"the engine is {h.get('status')}")
     return h
+
+
+def check_device(health: Mapping[str, Any], hardware: str | None) -> None:
+    "DeployError 'smoke' when the `hardware` has a GPU and the engine draws on the CPU. None: no matter."
+    device = str(health.get("device"))
+    if hardware is None or health.get("gpu") or not device.startswith("cpu"): return
+    why = "; ".join(map(str, health.get("warnings") or [])) or "are torch's wheels and the driver right?"
+    raise DeployError("smoke", f"{hardware} has a GPU, but the engine answers device: {device} ({why})")
 
 # %% ../nbs/15d_proof.ipynb #020d36e6
 def check_page(web: httpx.Client) -> None:
@@ -221,6 +269,8 @@ class SmokeTest:
     token: str | None = None                # the Hub's, for a private Space only
     age: Callable[[], float] | None = None  # seconds since the settings changed; None: no matter
     poll: float = 5.0
+    gpu: str | None = None                  # the hardware whose GPU must be used; None: no matter
+    newest: Callable[[], None] = lambda: None       # raises when a newer commit came
 
 
 @dataclass(frozen=True)
@@ -236,11 +286,12 @@ QUICK = 60.0    # seconds for a question to an engine that is ready
 def smoke_test(asked: SmokeTest, say: Say, seconds: float) -> SmokeResult:
     "Ask the live Space, up to `seconds` until it is ready. DeployError 'smoke' with the reason."
     headers = {"Authorization": f"Bearer {asked.token}"} if asked.token else {}
+    patience = Patience(seconds, asked.poll, Progress(say, asked.newest))
+    quick = replace(patience, seconds=min(QUICK, seconds))
     with httpx.Client(base_url=asked.host, timeout=30, follow_redirects=True, headers=headers) as web:
-        start = time.monotonic()
-        health = ask_until(start + seconds, asked.poll, lambda: check_health(web, asked.build, asked.age))
-        quick = min(QUICK, seconds)
-        ask_until(time.monotonic() + quick, asked.poll, lambda: check_page(web))
+        health = ask_until(patience, lambda: check_health(web, asked.build, asked.age))
+        check_device(health, asked.gpu)
+        ask_until(quick, lambda: check_page(web))
         runs = f"{health['model']} on {health['device']}, build {health.get('buildId')}"
         say("smoke", f"/ and /health answer: {runs}")
         if not asked.full: return SmokeResult(health)
@@ -251,10 +302,9 @@ def smoke_test(asked: SmokeTest, say: Say, seconds: float) -> SmokeResult:
         return SmokeResult(health, image)
 
 # %% ../nbs/15d_proof.ipynb #e8c1d5ae
-def ask_for_picture(web: httpx.Client, asked: SmokeTest, seconds: float) -> str | None:
+def ask_for_picture(web: httpx.Client, asked: SmokeTest, patience: Patience) -> str | None:
     "Is a stranger refused, and does a picture come? The picture as base64, or None when it could not be asked for."
-    if "*" not in asked.origins:
-        ask_until(time.monotonic() + seconds, asked.poll, lambda: check_stranger(web))
+    if "*" not in asked.origins: ask_until(patience, lambda: check_stranger(web))
     if asked.token and asked.key: return None
     origin = next(iter(asked.origins), None)
-    return ask_until(time.monotonic() + seconds, asked.poll, lambda: check_picture(web, origin, asked.key))
+    return ask_until(patience, lambda: check_picture(web, origin, asked.key))

@@ -51,6 +51,8 @@ class Run:
     sha: str
     tree: dict
     env: dict
+    image: dict                                     # the variables at the time when its image was built
+    hardware: str
     started: float
     build: bool
     previous: "Run | None"
@@ -58,6 +60,12 @@ class Run:
     served: Future | None = None
 
     def says(self, word): return any(word.encode() in b.data for p, b in self.tree.items() if p.endswith((".py", "Dockerfile")))
+
+    @property
+    def device(self):
+        """What the engine finds: a GPU needs the hardware and wheels for it."""
+        wheels = self.image.get("TORCH_INDEX_URL", "cpu")
+        return "cpu" if self.hardware.startswith("cpu") or wheels.endswith("cpu") else "cuda"
 
     @property
     def build_id(self):
@@ -97,6 +105,7 @@ class Hub:
                      "auth": {"type": "access_token", "accessToken": {"displayName": "t", "role": "write"}}}
         self.token, self.spaces, self.lfs, self.answers, self.requests = TOKEN, {}, {}, [], []
         self.watch = lambda n, method, path, phase: None        # called around every request; may raise to drop its effect
+        self.refuse = lambda method, path, phase: False         # asked "before" a request is acted on, and "after": then it was, and the answer says it was not
         self.servers, self.runs, self.closing, self.pool = [], [], False, ThreadPoolExecutor(2)
 
     # running
@@ -150,19 +159,21 @@ class Hub:
         if s.run: s.run.started -= 1000
         return s
 
-    def _trigger(self, s):
+    def _trigger(self, s, rebuild=False):
         """A commit or a change of settings: build if this commit is not what runs, and start."""
         if "Dockerfile" not in s.tree: return
         live, was = self._live(s), self.stage(s)
         if live: live.previous = None
         env = {k: v["value"] for k, v in (s.variables | s.secrets).items()}
-        s.run = Run(s.head, s.tree, env, time.monotonic(), build=not live or live.sha != s.head, previous=live, was=was)
+        build = rebuild or not live or live.sha != s.head
+        s.run = Run(s.head, s.tree, env, env if build else live.image, s.hardware, time.monotonic(), build=build, previous=live, was=was)
         self.runs.append(s.run)
         s.logs = {"build": ["===== Build Queued =====\n"] if s.run.build else s.logs["build"], "run": []}
         if self.builder: s.run.served = self.pool.submit(self.builder, s.run, lambda kind, line, logs=s.logs: logs[kind].append(line))
         elif s.run.build and not self.stuck:
             s.logs["build"] += ["--> FROM python:3.11-slim\n", "--> RUN pip install -r requirements.txt\n"]
             s.logs["build"] += ["ERROR: No matching distribution found for nonsense==1\n", "error: failed to solve\n"] if s.run.says("FAIL_BUILD") else ["--> Pushing image\n"]
+        if s.run.says("FAIL_LOADING"): s.logs["run"].append("Downloading shards: 1 of 9\n")
         s.logs["run"] += ["INFO starting\n", "RuntimeError: FAIL_RUN\n"] if s.run.says("FAIL_RUN") else [f"serving with {s.run.env}\n"]
 
     def stage(self, s):
@@ -189,7 +200,7 @@ class Hub:
     def runtime(self, s):
         stage, sha = self.stage(s)
         more = {"errorMessage": "Collision on variables and secrets names"} if stage == "CONFIG_ERROR" else {}
-        return {"stage": stage, "sha": sha, "hardware": {"current": s.hardware, "requested": s.hardware}, "gcTimeout": s.sleep_time, "storage": None, "replicas": {"requested": 1}, **more}
+        return {"stage": stage, "sha": sha, "hardware": {"current": s.hardware, "requested": s.hardware}, "gcTimeout": s.sleep_time if HARDWARE.get(s.hardware) else 172800, "storage": None, "replicas": {"requested": 1}, **more}
 
     # the API
 
@@ -211,9 +222,11 @@ class Hub:
                 s = self.spaces.get(f"{request.path_params['owner']}/{request.path_params['name']}")
                 if s is None: return error(404, "Repository not found", "RepoNotFound")
                 if (rev := request.path_params.get("rev", "main")) != "main" and rev not in s.commits: return error(404, "Invalid rev id", "RevisionNotFound")
+            if self.refuse(method, path, "before"): return error(403, "This was refused by the test")
             done = handler(request, s) if s else handler(request)
             done = await done if asyncio.iscoroutine(done) else done
             self.watch(n, method, path, "after")
+            if self.refuse(method, path, "after"): return error(403, "This was done, and the test says it was not")
             return done if isinstance(done, Response) else JSONResponse(done)
         return answer
 
@@ -227,7 +240,7 @@ class Hub:
             ("GET", one + "/tree/{rev}", lambda r, s: [b.row(p) for p, b in tree_of(r, s).items()]), ("POST", one + "/paths-info/{rev}", paths_info),
             ("POST", one + "/preupload/{rev}", preupload), ("POST", one + "/commit/{rev}", self._commit), ("GET", one + "/logs/{kind}", self._logs),
             ("GET POST DELETE", one + "/variables", self._settings("variables")), ("GET POST DELETE", one + "/secrets", self._settings("secrets")),
-            ("POST", one + "/hardware", self._hardware), ("POST", one + "/sleeptime", self._sleep), ("POST", one + "/restart", self._restart), ("POST", one + "/pause", self._pause),
+            ("POST", one + "/hardware", self._hardware), ("POST", one + "/sleeptime", self._sleep), ("POST", one + "/restart", self._restart), ("PUT", one + "/settings", self._visibility), ("POST", one + "/pause", self._pause),
         ]
 
     async def _create(self, request):
@@ -285,7 +298,9 @@ class Hub:
         return {}
 
     async def _hardware(self, request, s):
-        s.hardware = (await request.json())["flavor"]
+        flavor = (await request.json())["flavor"]
+        if HARDWARE[flavor] and not self.user["canPay"]: return error(402, "Payment required: add a payment method")
+        s.hardware = flavor
         self._trigger(s)
         return self.runtime(s)
 
@@ -293,9 +308,13 @@ class Hub:
         s.sleep_time = (await request.json())["seconds"]
         return self.runtime(s)
 
+    async def _visibility(self, request, s):
+        s.private = (await request.json())["visibility"] == "private"
+        return {}
+
     def _restart(self, request, s):
         s.forced = None
-        self._trigger(s)
+        self._trigger(s, rebuild=request.query_params.get("factory") == "true")
         return self.runtime(s)
 
     def _pause(self, request, s):
@@ -388,7 +407,8 @@ async def stub(run, request, cors):
     ours = cors | {"x-aura-engine": "stub"}
     refuse = lambda status, code: JSONResponse({"type": f"urn:aura:{code}", "status": status}, status, ours)
     if request.url.path == "/health":
-        return JSONResponse({"status": "ready", "ready": True, "device": "cpu", "gpu": False, "model": run.env.get("SD_MODEL_ID", "embedded"),
+        loading = run.says("FAIL_LOADING")
+        return JSONResponse({"status": "loading" if loading else "ready", "ready": not loading, "device": run.device, "gpu": run.device == "cuda", "model": run.env.get("SD_MODEL_ID", "embedded"),
                              "buildId": run.build_id, "uptimeSeconds": time.monotonic() - run.started, "warnings": []}, headers=ours)
     if request.url.path == "/": return HTMLResponse("<title>aura</title>", headers=ours)
     if request.url.path != "/generate" or request.method != "POST": return refuse(404, "not_found")
