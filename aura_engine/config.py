@@ -21,6 +21,8 @@ def normalise_origin(text: str) -> str:
     "'HTTPS://A.example/ ' -> 'https://a.example'; '*' stays; anything with a path, or no origin at all, is a ValueError."
     text = text.strip()
     if text == "*": return text
+    # A browser sends one whole origin, and it is compared whole.
+    if "*" in text: raise ValueError(f"{text!r} has a wildcard inside; list each origin, or say '*' for all")
     parts = urlsplit(text)
     if parts.scheme.lower() not in ("http", "https") or not parts.hostname or parts.path not in ("", "/") or parts.query or parts.fragment or "@" in parts.netloc:
         raise ValueError(f"{text!r} is not an origin; write scheme://host or scheme://host:port")
