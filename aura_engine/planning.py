@@ -17,12 +17,12 @@ from pydantic import Field, ValidationError, model_validator
 from .images import decode, from_base64, receipt_of
 from .models import EMBEDDED, NARROWEST, SAMPLERS, Row, executed_steps, fit_size, makes, size_for
 from .types import (MAX_PROMPT, MAX_SEED, FieldError, GenerateRequest, Invalid, Note, Picture, Plan, Prompt, Receipt,
-    RefineConfig, RefineRequest, _Request, field_errors, shown)
+    RefineConfig, RefineRequest, Words, _Request, field_errors, shown)
 
 # %% auto #0
 __all__ = ['CLOSELY', 'MOST_HELPED', 'COMPARED', 'known_words', 'is_slip', 'shorter_by_one', 'letter_pairs', 'Vocabulary',
-           'vocabulary', 'some', 'understood', 'clamp', 'allowed_lora', 'plan', 'prepare', 'sized', 'Replayed',
-           'ReplayRequest', 'replay_plan', 'differences']
+           'vocabulary', 'meant', 'alike', 'some', 'understood', 'clamp', 'allowed_lora', 'plan', 'prepare', 'sized',
+           'Replayed', 'ReplayRequest', 'replay_plan', 'differences']
 
 # %% ../nbs/03b_planning.ipynb #b19b3380
 @cache
@@ -50,65 +50,62 @@ def letter_pairs(word: str) -> set[str]:
     return {word[i:i + 2] for i in range(len(word) - 1)}
 
 # %% ../nbs/03b_planning.ipynb #1ba41b04
-CLOSELY = 16                                     # candidates that are compared letter by letter with an unknown word
-
-
 @dataclass(frozen=True)
 class Vocabulary:
-    "A model's words, and the two indexes that find the nearest of them. Words are in lower case."
+    "A model's words in lower case, and the two indexes that find the nearest of them."
     words: frozenset[str]
+    longest: int                                 # letters of the longest word
     by_spelling: Mapping[str, list[str]]
     by_pair: Mapping[str, list[str]]
 
     def knows(self, word: str) -> bool:
         "Whether `word`, or what it is the plural of, is one of them."
-        return word in self.words or word.removesuffix("s") in self.words or word.removesuffix("es") in self.words
-
-    def meant(self, word: str) -> str | None:
-        "The known word that `word` is a typing mistake of, or None."
-        if len(word) < 5 or len(word) > self.longest + 1: return None
-        found = {known for spelling in shorter_by_one(word) for known in self.by_spelling.get(spelling, ())}
-        slips = [known for known in sorted(found) if is_slip(word, known) and _begins_alike(word, known)]
-        return next(iter(get_close_matches(word, slips, 1, 0)), None)
-
-    def like(self, word: str) -> list[str]:
-        "Up to two known words that look like `word`."
-        if len(word) < 4 or len(word) > 2 * self.longest: return []
-        shared = Counter(known for pair in sorted(letter_pairs(word)) for known in self.by_pair.get(pair, ()))
-        candidates = [known for known, _ in shared.most_common(CLOSELY)]
-        return get_close_matches(word, candidates, 2, 0.7)
-
-    @property
-    def longest(self) -> int:
-        "Letters of the longest word."
-        return len(max(self.words, key=len, default=""))
+        return not self.words.isdisjoint((word, word.removesuffix("s"), word.removesuffix("es")))
 
 # %% ../nbs/03b_planning.ipynb #4b0cee87
-def _begins_alike(word: str, known: str) -> bool:
-    return known[0] == word[0] or known[:2] == word[1::-1]
-
-# %% ../nbs/03b_planning.ipynb #af9de81a
 @cache
 def vocabulary(folder: Path) -> Vocabulary:
     "The vocabulary of the model in `folder`."
+    words = known_words(folder)
     by_spelling, by_pair = defaultdict(list), defaultdict(list)
-    for word in sorted(known_words(folder)):
+    for word in sorted(words):
         for spelling in shorter_by_one(word): by_spelling[spelling].append(word)
         for pair in letter_pairs(word): by_pair[pair].append(word)
-    return Vocabulary(known_words(folder), dict(by_spelling), dict(by_pair))
+    return Vocabulary(words, len(max(words, key=len, default="")), dict(by_spelling), dict(by_pair))
+
+# %% ../nbs/03b_planning.ipynb #af9de81a
+def _begins_alike(word: str, known: str) -> bool:
+    return known[0] == word[0] or known[:2] == word[1::-1]
+
+
+@lru_cache(4096)
+def meant(word: str, folder: Path) -> str | None:
+    "The known word that `word` (no longer than any known one and a letter) is a typing mistake of, or None."
+    known = vocabulary(folder)
+    if not 5 <= len(word) <= known.longest + 1: return None
+    found: set[str] = set()
+    for spelling in shorter_by_one(word): found.update(known.by_spelling.get(spelling, ()))
+    slips = [k for k in sorted(found) if is_slip(word, k) and _begins_alike(word, k)]
+    return next(iter(get_close_matches(word, slips, 1, 0)), None)
+
+# %% ../nbs/03b_planning.ipynb #2dca94d1
+CLOSELY = 16                                     # candidates that are compared letter by letter with an unknown word
+
+
+@lru_cache(4096)
+def alike(word: str, folder: Path) -> tuple[str, ...]:
+    "Up to two known words that look like `word`."
+    known = vocabulary(folder)
+    if not 4 <= len(word) <= 2 * known.longest: return ()
+    shared: Counter[str] = Counter()
+    for pair in sorted(letter_pairs(word)): shared.update(known.by_pair.get(pair, ()))
+    candidates = [k for k, _ in shared.most_common(CLOSELY)]
+    return tuple(get_close_matches(word, candidates, 2, 0.7))
 
 # %% ../nbs/03b_planning.ipynb #77b3b730
 MOST_HELPED = 6                                  # unknown words that get suggestions, and words that a note lists
 
 
-@lru_cache(4096)
-def _meant(word: str, folder: Path) -> str | None: return vocabulary(folder).meant(word)
-
-
-@lru_cache(4096)
-def _like(word: str, folder: Path) -> tuple[str, ...]: return tuple(vocabulary(folder).like(word))
-
-# %% ../nbs/03b_planning.ipynb #8b31b2b0
 def some(words: Sequence[str], most: int = MOST_HELPED) -> str:
     "'a, b, c and 4 more': at most `most` of the words, each cut after 24 letters."
     listed = ", ".join(w if len(w) <= 24 else w[:24] + "…" for w in words[:most])
@@ -119,27 +116,36 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 def understood(row: Row, prompt: str, notes: list[Note]) -> str:
-    "`prompt` with the typing mistakes mended that this model would stumble over; notes say what was mended, and what stays unknown."
-    folder = EMBEDDED
+    "`prompt` with its typing mistakes mended. Notes say what was mended, and what the model does not know."
     if not row.name.startswith("embedded"): return prompt                 # other models take any words
-    known = vocabulary(folder)
-    strange = [w for w in dict.fromkeys(_WORD.findall(prompt.casefold())) if not known.knows(w)]
-    mended = {w: meant for w in strange if len(w) <= known.longest + 1 and (meant := _meant(w, folder))}
+    strange = _strange(prompt, vocabulary(EMBEDDED))
+    mended = {w: right for w in strange if (right := _mended(w))}
     unknown = [w for w in strange if w not in mended]
-    if mended: notes.append(_mended_note(mended))
-    if unknown: notes.append(_unknown_note(unknown, folder))
-    text = _WORD.sub(lambda m: mended.get(m[0].casefold(), m[0]), prompt) if mended else prompt
-    return text[:MAX_PROMPT]                                              # so that a receipt's prompt can be asked for again
+    if unknown: notes.append(_unknown_note(unknown))
+    if not mended: return prompt
+    notes.append(_mended_note(mended))
+    text = _WORD.sub(lambda m: mended.get(m[0].casefold(), m[0]), prompt)
+    return text[:MAX_PROMPT]                                              # a receipt's prompt can be asked for again
+
+# %% ../nbs/03b_planning.ipynb #789441f2
+def _strange(prompt: str, known: Vocabulary) -> list[str]:
+    return [w for w in dict.fromkeys(_WORD.findall(prompt.casefold())) if not known.knows(w)]
+
+# %% ../nbs/03b_planning.ipynb #0f54d9c7
+def _mended(word: str) -> str | None:
+    return meant(word, EMBEDDED) if len(word) <= vocabulary(EMBEDDED).longest + 1 else None
 
 # %% ../nbs/03b_planning.ipynb #933c7f19
 def _mended_note(mended: Mapping[str, str]) -> Note:
     pairs = some([f"{wrong} as {right}" for wrong, right in mended.items()])
-    given = shown(" ".join(mended), 60)
-    return Note("prompt", given, shown(" ".join(mended.values()), 60), f"Read {pairs}: the nearest words this model knows.")
+    given, used = shown(" ".join(mended), 60), shown(" ".join(mended.values()), 60)
+    return Note("prompt", given, used, f"Read {pairs}: the nearest words this model knows.")
 
 # %% ../nbs/03b_planning.ipynb #fdafd0c7
-def _unknown_note(unknown: Sequence[str], folder: Path) -> Note:
-    near = dict.fromkeys(known for w in unknown[:MOST_HELPED] if len(w) < 40 for known in _like(w, folder))
+def _unknown_note(unknown: Sequence[str]) -> Note:
+    near: dict[str, None] = {}
+    for word in unknown[:MOST_HELPED]:
+        if len(word) <= 2 * vocabulary(EMBEDDED).longest: near.update(dict.fromkeys(alike(word, EMBEDDED)))
     helped = f" It does know {some(list(near))}." if near else ""
     text = f"This model does not know {some(unknown)}. It draws something near.{helped}"
     return Note("prompt", shown(" ".join(unknown), 60), "drawn as something near", text)
@@ -218,7 +224,8 @@ def _refining(row: Row, steps: int, strength: float, notes: list[Note]) -> tuple
         table = row.steps[0]
         run = max(1, int(table * strength + 1e-9))
         real = run / table
-        text = f"Strength {strength:g} became {real:.4g}: this model has {table} steps, of which a refinement runs at least one."
+        why = f"this model has {table} steps, of which a refinement runs at least one"
+        text = f"Strength {strength:g} became {real:.4g}: {why}."
         if real != strength: notes.append(Note("strength", strength, round(real, 4), text))
         return run, real
     run, _ = executed_steps(steps, strength, SAMPLERS[row.sampler].max_steps)
@@ -246,15 +253,21 @@ def _refinement(request: RefineRequest, row: Row, images: Sequence[Image.Image])
     return Plan(tuple(pictures), tuple(notes), request.config.deadline_seconds)
 
 # %% ../nbs/03b_planning.ipynb #fa2f4627
-def plan(request: GenerateRequest | RefineRequest, row: Row, images: Sequence[Image.Image] = (), gpu: bool = False) -> Plan:
-    "A checked request and the row of the loaded model -> what to do, with notes. `images`: the decoded pictures of a refinement (PIL, RGB). Invalid names a field as the request does."
+def plan(request: GenerateRequest | RefineRequest, row: Row, images: Sequence[Image.Image] = (),
+         gpu: bool = False) -> Plan:
+    """A checked request and the row of the loaded model -> what to do, with notes.
+
+    `images`: the decoded pictures of a refinement (PIL, RGB). Invalid names a field as the request does."""
     if isinstance(request, RefineRequest): return _refinement(request, row, images)
     return _generation(request, row, gpu)
 
 # %% ../nbs/03b_planning.ipynb #056ffee3
 def prepare(request: RefineRequest, row: Row, gpu: bool = False) -> Plan:
     "Decode the pictures of a refinement and plan it. Invalid names the picture (`images.0`) or the field."
-    images = [decode(from_base64(text, f"images.{i}"), f"images.{i}") for i, text in enumerate(request.images)]
+    images = []
+    for i, text in enumerate(request.images):
+        loc = f"images.{i}"
+        images.append(decode(from_base64(text, loc), loc, side=row.native))
     return sized(plan(request, row, images, gpu))
 
 # %% ../nbs/03b_planning.ipynb #29a52b99
@@ -299,7 +312,9 @@ def _either(one: str, other: str) -> dict[str, Any]:
 
 # %% ../nbs/03b_planning.ipynb #e77e50da
 class ReplayRequest(_Request):
-    "Body of POST /replay: a `receipt`, or an `image` (base64 PNG of ours) that holds one; `init`: the picture a refinement started from."
+    """Body of POST /replay: a `receipt`, or an `image` (base64 PNG of ours) that holds one.
+
+    `init`: the picture a refinement started from."""
     _one_of_two = {"oneOf": [_either("receipt", "image"), _either("image", "receipt")]}
     model_config = {**_Request.model_config, "json_schema_extra": _one_of_two}
     receipt: Replayed | None = None
@@ -315,17 +330,22 @@ class ReplayRequest(_Request):
 # %% ../nbs/03b_planning.ipynb #a4d69d55
 def _misfits(r: Replayed, row: Row) -> list[FieldError]:
     "What of a receipt the loaded model cannot follow."
-    low, high = round(row.native * row.standard), row.native
-    sizes = f"multiples of {row.multiple} with an area of {low}² to {high}², between 1:{NARROWEST} and {NARROWEST}:1"
     out = []
     if not makes(row, r.width, r.height):
-        out.append(FieldError.value("receipt.width", given=(r.width, r.height), allowed=f"for {row.name} {sizes}"))
+        given = Words(f"{r.width}x{r.height}")
+        out.append(FieldError.value("receipt.width", given=given, allowed=_sizes_of(row)))
     if r.steps > row.steps[2]:
         out.append(FieldError.value("receipt.steps", given=r.steps, allowed=f"for {row.name} up to {row.steps[2]}"))
     if clamp(r.guidance_scale, row.guidance) != r.guidance_scale:
-        bounds = f"{row.guidance[0]:g} to {row.guidance[2]:g}"
-        out.append(FieldError.value("receipt.guidanceScale", given=r.guidance_scale, allowed=f"for {row.name} {bounds}"))
+        allowed = f"for {row.name} {row.guidance[0]:g} to {row.guidance[2]:g}"
+        out.append(FieldError.value("receipt.guidanceScale", given=r.guidance_scale, allowed=allowed))
     return out
+
+# %% ../nbs/03b_planning.ipynb #8cf7f369
+def _sizes_of(row: Row) -> str:
+    low, high = round(row.native * row.standard), row.native
+    area = f"{high}²" if low == high else f"{low}² to {high}²"
+    return f"for {row.name} multiples of {row.multiple}, an area of {area}, between 1:{NARROWEST} and {NARROWEST}:1"
 
 # %% ../nbs/03b_planning.ipynb #626bd7b8
 def _held(data: bytes) -> Replayed:
@@ -335,14 +355,15 @@ def _held(data: bytes) -> Replayed:
         raise Invalid.of(error.under("receipt.") for error in field_errors(e)) from None
 
 # %% ../nbs/03b_planning.ipynb #cfeaa282
-def _start(ask: ReplayRequest, r: Replayed) -> Image.Image | None:
+def _start(ask: ReplayRequest, r: Replayed, row: Row) -> Image.Image | None:
     "The picture that a replayed refinement starts from; Invalid when it is missing, or there without a use."
     refined = r.strength is not None
     if refined != bool(ask.init):
         allowed = "the picture the refinement started from" if refined else "none: this receipt is not of a refinement"
         raise Invalid.value("init", given=ask.init and ask.init[:20], allowed=allowed)
     if not ask.init: return None
-    return decode(from_base64(ask.init, "init"), "init").resize((r.width, r.height), Image.Resampling.LANCZOS)
+    picture = decode(from_base64(ask.init, "init"), "init", side=row.native)
+    return picture.resize((r.width, r.height), Image.Resampling.LANCZOS)
 
 # %% ../nbs/03b_planning.ipynb #7ded5d01
 def replay_plan(ask: ReplayRequest, row: Row) -> tuple[Receipt, Plan]:
@@ -351,8 +372,8 @@ def replay_plan(ask: ReplayRequest, row: Row) -> tuple[Receipt, Plan]:
     if wrong := _misfits(r, row): raise Invalid.of(wrong)
     lora = allowed_lora(r.lora_alias, row, "receipt.loraAlias")
     scheduler = None if r.scheduler == row.sampler else r.scheduler
-    picture = Picture(r.prompt, r.width, r.height, r.steps, r.guidance_scale, r.seed, temperature=r.temperature,
-                      negative_prompt=r.negative_prompt, strength=r.strength, scheduler=scheduler, lora=lora, init=_start(ask, r))
+    picture = Picture(r.prompt, r.width, r.height, r.steps, r.guidance_scale, r.seed, r.temperature, r.negative_prompt,
+                      r.strength, _start(ask, r, row), scheduler, lora)
     return r.receipt(), Plan((picture,))
 
 # %% ../nbs/03b_planning.ipynb #f2cae18a
@@ -364,5 +385,7 @@ def differences(old: Receipt, new: Receipt) -> list[str]:
     pairs = {name: (getattr(old, name), getattr(new, name)) for name in COMPARED}
     for package in old.versions.keys() | new.versions.keys():
         pairs[f"version of {package}"] = old.versions.get(package), new.versions.get(package)
-    changed = [(name, then, now) for name, (then, now) in sorted(pairs.items()) if then != now]
-    return [f"{name}: {shown(then, 60)} then, {shown(now, 60)} now; the picture may differ" for name, then, now in changed]
+    out = []
+    for name, (then, now) in sorted(pairs.items()):
+        if then != now: out.append(f"{name}: {shown(then, 60)} then, {shown(now, 60)} now; the picture may differ")
+    return out
