@@ -161,7 +161,7 @@ def rss(process): return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{process.
 
 
 def test_rows_17_18_19_20__bombs(web, server):
-    """Refused by their header: quickly, and the memory stays where it was."""
+    """Refused by their header: quickly, and the memory stays where it was. A text of 200 MB is never unpacked, so that picture is taken."""
     text = PngImagePlugin.PngInfo()
     text.add_text("x", "y" * 200_000_000, zip=True)
     refine(web, GOOD)
@@ -171,7 +171,8 @@ def test_rows_17_18_19_20__bombs(web, server):
         texts, took = [b64(d) for d in data], []
         for _ in range(5 if row == "17" else 1):
             begin = time.monotonic()
-            is_problem(refine(web, *texts), 422)
+            r = refine(web, *texts)
+            assert r.status_code == 200 if row == "20" else is_problem(r, 422)
             took.append(time.monotonic() - begin)
         assert min(took) < (0.2 if row == "17" else 5), row
     assert rss(server.process) - before < 120
