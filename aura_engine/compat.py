@@ -5,55 +5,76 @@
 # %% ../nbs/10_compat.ipynb #a971b8e0
 from __future__ import annotations
 import math, re, time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, TypeVar
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from PIL import Image as Pillow, ImageOps
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from .api import MAKING, Api, Route, as_error, event_stream, follow, frame, make, wanted
-from .images import MIME, as_file, encode, to_base64
-from .types import MAX_N, VISIBLE, AuraError, Count, Failed, FieldError, GenerateRequest, Image, Invalid, Lora, Preview, Prompt, RefineConfig, RefineRequest, Seed, Step, Steps, field_errors, shown, whole
 
 # %% auto #0
-__all__ = ['SIDE', 'NO_USAGE', 'routes', 'shapes', 'size_of', 'resized', 'shape', 'ImagesRequest', 'openai_error', 'about',
-           'openai_stream', 'openai_answer', 'generations', 'edits', 'models', 'model', 'HfParameters', 'HfRequest',
-           'huggingface']
+__all__ = ['Model', 'SIDE', 'Size', 'NO_USAGE', 'FORM', 'OPENAI', 'EVENT_STREAM', 'compat_routes', 'compat_shapes', 'size_asked',
+           'to_size', 'own_shape', 'translated', 'ImagesRequest', 'openai_error', 'described', 'Partials',
+           'openai_event', 'completed', 'partial_image', 'openai_events', 'openai_stream', 'openai_json',
+           'openai_answer', 'post_generations', 'edit_form', 'post_edits', 'get_models', 'get_model', 'HfParameters',
+           'HfRequest', 'hf_size', 'post_inputs']
+
+# %% ../nbs/10_compat.ipynb #64fcc498
+from .answers import (Api, Files, Finish, Work, answer_kind, begin, event_stream, file_of, files_of, follow,
+                                 sse_frame)
+from .app import MAKING, Route
+from .errors import as_error, invalid
+from .images import MIME, encode, to_base64
+from .intake import LARGE, read_form
+from .types import (MAX_N, VISIBLE, AuraError, Count, Failed, GenerateRequest, Image, Invalid, Lora,
+                               Preview, Prompt, RefineConfig, RefineRequest, Seed, Step, Steps, Words, whole)
+from .walls import client_of
+
+Model = TypeVar("Model", bound=BaseModel)
 
 # %% ../nbs/10_compat.ipynb #9a3e87c7
 SIDE = r"(6[4-9]|[7-9]\d|[1-9]\d\d|1\d\d\d|20[0-3]\d|204[0-8])"                # 64 to 2048
+Size = tuple[int, int]
 
-def size_of(text: str) -> tuple[int, int] | None:
+def size_asked(text: str) -> Size | None:
     "'640x480' -> (640, 480), 'auto' -> None. Invalid unless both sides are 64 to 2048."
     if text == "auto": return None
-    if m := re.fullmatch(f"{SIDE}x{SIDE}", text): return int(m[1]), int(m[2])
-    allowed = "auto, or WxH with sides of 64 to 2048"
-    raise Invalid(f"size: given {shown(text, 30)}, allowed: {allowed}.", (FieldError("size", shown(text, 30), allowed, f"size: given {shown(text, 30)}, allowed: {allowed}"),))
+    found = re.fullmatch(f"{SIDE}x{SIDE}", text)
+    if not found: raise Invalid.value("size", given=text[:30], allowed="auto, or WxH with sides of 64 to 2048")
+    return int(found[1]), int(found[2])
 
-def resized(size: tuple[int, int] | None) -> Callable:
+# %% ../nbs/10_compat.ipynb #c1493295
+def to_size(size: Size | None) -> Finish:
     "A function that brings a picture to exactly `size` (None: as it is)."
-    return lambda im: im if size in (None, im.size) else ImageOps.fit(im, size, Pillow.LANCZOS)
+    def finish(picture: Pillow.Image) -> Pillow.Image:
+        return picture if size in (None, picture.size) else ImageOps.fit(picture, size, Pillow.Resampling.LANCZOS)
+    return finish
 
-def _checked(make: Callable, **values):
-    "A request from translated values; a wrong one is Invalid."
-    try: return make(**{k: v for k, v in values.items() if v is not None})
-    except ValidationError as e:
-        fields = field_errors(e)
-        raise Invalid(" ".join(f.msg + "." for f in fields[:3]), fields) from None
-
-def shape(size: tuple[int, int] | None, native: int) -> dict[str, str]:
+def own_shape(size: Size | None, native: int) -> dict[str, str]:
     "Pixels asked for -> the aspect ratio and resolution that our own request knows."
     if size is None: return {}
-    w, h = min(size[0], 3 * size[1]), min(size[1], 3 * size[0])
-    g = math.gcd(w, h)
-    return {"aspectRatio": f"{w // g}:{h // g}", "resolution": "high" if size[0] * size[1] >= 0.9 * native**2 else "standard"}
+    width, height = min(size[0], 3 * size[1]), min(size[1], 3 * size[0])
+    common = math.gcd(width, height)
+    large = size[0] * size[1] >= 0.9 * native**2
+    return {"aspectRatio": f"{width // common}:{height // common}", "resolution": "high" if large else "standard"}
+
+# %% ../nbs/10_compat.ipynb #ab1010fd
+def translated(model: type[Model], **values: Any) -> Model:
+    "A request of our own from translated values, without those that are None. A wrong one is Invalid."
+    given = {name: value for name, value in values.items() if value is not None}
+    try: return model(**given)
+    except ValidationError as error: raise invalid(error) from None
 
 # %% ../nbs/10_compat.ipynb #d4aeb92a
-def _nullable(schema: dict) -> None:
-    for name, field in schema["properties"].items():
-        if name not in schema["required"] and "anyOf" not in field: schema["properties"][name] = {"anyOf": [field, {"type": "null"}]}
+def _nullable(schema: dict[str, Any]) -> None:
+    "Tell JSON Schema that optional fields may be null."
+    fields = schema["properties"]
+    for name in fields.keys() - set(schema["required"]):
+        if "anyOf" not in fields[name]: fields[name] = {"anyOf": [fields[name], {"type": "null"}]}
 
+# %% ../nbs/10_compat.ipynb #efad63cf
 class ImagesRequest(BaseModel):
     "Body of POST /v1/images/generations, and the fields of a POST /v1/images/edits form."
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False, strict=True, json_schema_extra=_nullable)
@@ -74,95 +95,160 @@ class ImagesRequest(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _no_nulls(cls, data: Any) -> Any: return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+    def _no_nulls(cls, data: Any) -> Any:
+        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
 
     def numbers(self) -> dict[str, Any]:
         "What generating and refining have in common, by our own names."
-        return dict(steps=self.num_inference_steps, guidanceScale=self.guidance_scale, negativePrompt=self.negative_prompt, temperature=self.temperature, seed=self.seed, lora=self.lora, format=self.output_format)
+        return dict(steps=self.num_inference_steps, guidanceScale=self.guidance_scale, negativePrompt=self.negative_prompt,
+                    temperature=self.temperature, seed=self.seed, lora=self.lora, format=self.output_format)
 
 # %% ../nbs/10_compat.ipynb #1fa73061
-_STATUS = {422: 400}
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 _CODES = {"invalid": "invalid_value", "unauthorized": "invalid_api_key", "queue_full": "rate_limit_exceeded"}
 
-def openai_error(error: AuraError) -> tuple[int, dict]:
+def openai_error(error: AuraError) -> tuple[int, dict[str, Any]]:
     "An error as the status and the body that OpenAI's clients read."
-    kind = _TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
-    body = {"message": error.detail, "type": kind, "param": error.errors[0].loc if error.errors else None, "code": _CODES.get(error.code, error.code)}
-    return _STATUS.get(error.status, error.status), {"error": body}
+    usual = "invalid_request_error" if error.status < 500 else "server_error"
+    body = {"message": error.detail, "type": _TYPES.get(error.status, usual),
+            "param": error.errors[0].loc if error.errors else None, "code": _CODES.get(error.code, error.code)}
+    return 400 if error.status == 422 else error.status, {"error": body}
 
-NO_USAGE = {"input_tokens": 0, "input_tokens_details": {"image_tokens": 0, "text_tokens": 0}, "output_tokens": 0, "total_tokens": 0}
+# %% ../nbs/10_compat.ipynb #956a198f
+NO_USAGE = {"input_tokens": 0, "input_tokens_details": {"image_tokens": 0, "text_tokens": 0}, "output_tokens": 0,
+            "total_tokens": 0}
 
-def about(ask: ImagesRequest, size: tuple[int, int]) -> dict:
+def described(ask: ImagesRequest, size: Size) -> dict[str, str]:
     "What answers and stream events say of a picture."
     return {"size": f"{size[0]}x{size[1]}", "output_format": ask.output_format, "background": "opaque", "quality": "auto"}
 
 # %% ../nbs/10_compat.ipynb #f6b81393
-async def openai_stream(api: Api, job, ask: ImagesRequest, kind: str) -> AsyncIterator[bytes]:
-    "A job as `{kind}.partial_image` and `{kind}.completed` events; an error ends it as OpenAI's does."
-    size, at, sent = size_of(ask.size), {}, {}
-    def event(name, im, receipt=None, **more):
-        im = resized(size or (job.plan.pictures[0].width, job.plan.pictures[0].height))(im) if receipt is None else resized(size)(im)
-        return {"type": f"{kind}.{name}", "b64_json": to_base64(as_file(im, ask.output_format, receipt)[0] if receipt else encode(im, ask.output_format)), "created_at": int(time.time()), **about(ask, im.size), **more}
+class Partials:
+    "Which previews of a job are sent: `most` of each picture, spread over its steps."
+    def __init__(self, most: int):
+        self.most = most
+        self.steps: dict[int, Step] = {}
+        self.sent: dict[int, int] = {}
+
+    def number(self, index: int) -> int | None:
+        "The number of the preview that picture `index` shows now; None when it is not one of those to send."
+        now, sent = self.steps[index], self.sent.get(index, 0)
+        due = now.step * (self.most + 1) // now.steps
+        if now.step >= now.steps or sent >= min(due, self.most): return None
+        self.sent[index] = sent + 1
+        return sent
+
+# %% ../nbs/10_compat.ipynb #913f0b31
+def openai_event(ask: ImagesRequest, name: str, picture: Pillow.Image, file: bytes, **more: Any) -> dict[str, Any]:
+    "One event of their stream."
+    return {"type": name, "b64_json": to_base64(file), "created_at": int(time.time()), **described(ask, picture.size), **more}
+
+def completed(ask: ImagesRequest, kind: str, event: Image) -> dict[str, Any]:
+    "The event of a finished picture."
+    picture = to_size(size_asked(ask.size))(event.image)
+    file, _ = file_of(replace(event, image=picture), ask.output_format)
+    return openai_event(ask, f"{kind}.completed", picture, file, usage=NO_USAGE)
+
+# %% ../nbs/10_compat.ipynb #2e4d414c
+def partial_image(ask: ImagesRequest, kind: str, event: Preview, size: Size, number: int) -> dict[str, Any]:
+    "The event of a preview, at the size that the picture will have."
+    picture = to_size(size)(Pillow.fromarray(event.image))
+    file = encode(picture, ask.output_format)
+    return openai_event(ask, f"{kind}.partial_image", picture, file, partial_image_index=number)
+
+# %% ../nbs/10_compat.ipynb #8abc879f
+async def openai_events(api: Api, work: Work, ask: ImagesRequest, kind: str) -> AsyncGenerator[dict[str, Any]]:
+    "A job as `{kind}.partial_image` and `{kind}.completed` events. Raises the error of a job that failed."
+    first = work.order.plan.pictures[0]
+    size, partials = size_asked(ask.size) or (first.width, first.height), Partials(ask.partial_images)
+    async with aclosing(follow(api, work.job)) as events:
+        async for event in events:
+            if isinstance(event, Failed): raise event.error
+            if isinstance(event, Step): partials.steps[event.index] = event
+            if isinstance(event, Image): yield await api.encode(completed, ask, kind, event)
+            if not isinstance(event, Preview): continue
+            number = partials.number(event.index)
+            if number is not None: yield await api.encode(partial_image, ask, kind, event, size, number)
+
+# %% ../nbs/10_compat.ipynb #76b03309
+async def openai_stream(api: Api, work: Work, ask: ImagesRequest, kind: str) -> AsyncGenerator[bytes]:
+    "The same as frames; an error ends it as OpenAI's does."
     try:
-        async with aclosing(follow(api, job)) as events:
-            async for e in events:
-                if isinstance(e, Failed): raise e.error
-                if isinstance(e, Step): at[e.index] = e
-                if isinstance(e, Preview):
-                    step, k = at[e.index], sent.get(e.index, 0)
-                    if step.step < step.steps and k < step.step * (ask.partial_images + 1) // step.steps and k < ask.partial_images:
-                        sent[e.index] = k + 1
-                        yield frame(f"{kind}.partial_image", await api.aside(lambda e=e, k=k: event("partial_image", Pillow.fromarray(e.image), partial_image_index=k)))
-                if isinstance(e, Image): yield frame(f"{kind}.completed", await api.aside(lambda e=e: event("completed", e.image, e.receipt, usage=NO_USAGE)))
+        async with aclosing(openai_events(api, work, ask, kind)) as events:
+            async for event in events: yield sse_frame(event["type"], event)
     except Exception as exc:
         error = as_error(exc)
         api.metrics.failed(error)
-        yield frame("error", openai_error(error)[1])
+        yield sse_frame("error", openai_error(error)[1])
 
-# %% ../nbs/10_compat.ipynb #913f0b31
+# %% ../nbs/10_compat.ipynb #84628b00
+def openai_json(ask: ImagesRequest, made: Files) -> dict[str, Any]:
+    "Finished pictures as OpenAI's answer; receipts and warnings stand beside its own fields."
+    texts = [to_base64(file) for file in made.files]
+    prefix = f"data:{MIME[ask.output_format]};base64,"
+    data = [{"url": prefix + text} if ask.response_format == "url" else {"b64_json": text} for text in texts]
+    size = size_asked(ask.size) or (made.receipts[0].width, made.receipts[0].height)
+    return {"created": int(time.time()), "data": data, **described(ask, size), "usage": NO_USAGE,
+            "receipts": [receipt.to_json() for receipt in made.receipts], "warnings": made.warnings}
+
+# %% ../nbs/10_compat.ipynb #c402947c
 async def openai_answer(request: Request, ask: ImagesRequest, own: GenerateRequest | RefineRequest, kind: str) -> Response:
-    "Run an own request and answer as OpenAI does."
-    api, size = request.app.state.api, size_of(ask.size)
-    job = await api.submit(own, previews=ask.stream and ask.partial_images > 0)
-    if ask.stream: return event_stream(api, openai_stream(api, job, ask, kind), job)
-    made = await make(api, job, ask.output_format, request, resized(size))
-    texts = [to_base64(f) for f in made.files]
-    data = [{"url": f"data:{MIME[ask.output_format]};base64,{t}"} if ask.response_format == "url" else {"b64_json": t} for t in texts]
-    size = size or (made.receipts[0].width, made.receipts[0].height)
-    return JSONResponse({"created": int(time.time()), "data": data, **about(ask, size), "usage": NO_USAGE, "receipts": [r.to_json() for r in made.receipts], "warnings": made.warnings})
+    "Run a request of our own and answer as OpenAI does."
+    api: Api = request.app.state.api
+    work = await begin(api, own, client_of(request), previews=ask.stream and ask.partial_images > 0)
+    if ask.stream: return event_stream(api, openai_stream(api, work, ask, kind), work.job)
+    made = await files_of(api, work, request, to_size(size_asked(ask.size)))
+    return JSONResponse(openai_json(ask, made))
 
-async def generations(request: Request, body: ImagesRequest) -> Response:
+# %% ../nbs/10_compat.ipynb #1be192e7
+async def post_generations(request: Request, body: ImagesRequest) -> Response:
     "OpenAI's images.generate."
     row = request.app.state.api.row()
-    own = _checked(GenerateRequest, prompt=body.prompt, n=body.n, **shape(size_of(body.size), row.native), **body.numbers())
+    shape = own_shape(size_asked(body.size), row.native)
+    own = translated(GenerateRequest, prompt=body.prompt, n=body.n, **shape, **body.numbers())
     return await openai_answer(request, body, own, "image_generation")
 
-# %% ../nbs/10_compat.ipynb #2e4d414c
-async def edits(request: Request) -> Response:
-    "OpenAI's images.edit: a multipart form with `image` (or several `image[]`) and the fields of a generation."
-    async with request.form(max_files=MAX_N + 1, max_fields=60) as form:
-        fields = {k: v for k, v in form.multi_items() if isinstance(v, str)}
-        files = [(k, await v.read()) for k, v in form.multi_items() if not isinstance(v, str)]
+# %% ../nbs/10_compat.ipynb #6099062d
+async def edit_form(request: Request) -> tuple[dict[str, str], list[bytes]]:
+    "(the text fields, the pictures) of an edit's form."
+    api: Api = request.app.state.api
+    with api.arrivals.body(client_of(request)) as arriving:
+        async with read_form(request, LARGE, api.arrivals, arriving, MAX_N + 1) as form:
+            parts = form.multi_items()
+            fields = {name: part for name, part in parts if isinstance(part, str)}
+            files = [(name, await part.read()) for name, part in parts if not isinstance(part, str)]
     pictures = [data for name, data in files if name in ("image", "image[]")]
-    if len(pictures) != len(files): raise Invalid("mask: not supported; this engine refines whole pictures.", (FieldError("mask", "a file", "no mask", "mask: not supported"),))
-    ask = _checked(lambda: ImagesRequest.model_validate_strings(fields, strict=False))
-    if not pictures: raise Invalid("image: given none, allowed: 1 to 4 files.", (FieldError("image", "none", "1 to 4 files", "image: required"),))
+    if len(pictures) != len(files):
+        raise Invalid.value("mask", given=Words("a file"), allowed="none: this engine refines whole pictures")
+    if not pictures: raise Invalid.value("image", given=Words("none"), allowed="1 to 4 files")
+    return fields, pictures
+
+# %% ../nbs/10_compat.ipynb #0fae7235
+async def post_edits(request: Request) -> Response:
+    "OpenAI's images.edit: a multipart form with `image` (or several `image[]`) and the fields of a generation."
+    api: Api = request.app.state.api
+    fields, pictures = await edit_form(request)
+    try: ask = ImagesRequest.model_validate_strings(fields, strict=False)
+    except ValidationError as error: raise invalid(error) from None
+    size_asked(ask.size)
     if len(pictures) == 1: pictures *= ask.n
-    size_of(ask.size)
-    own = _checked(RefineRequest, refinePrompt=ask.prompt, images=[to_base64(p) for p in pictures],
-                   config=_checked(RefineConfig, **ask.numbers(), strength=ask.strength))
+    texts = [await api.read(to_base64, picture) for picture in pictures]
+    config = translated(RefineConfig, **ask.numbers(), strength=ask.strength)
+    own = translated(RefineRequest, refinePrompt=ask.prompt, images=texts, config=config)
     return await openai_answer(request, ask, own, "image_edit")
 
-async def models(request: Request) -> Response:
-    "OpenAI's models.list: the one model of this engine."
+# %% ../nbs/10_compat.ipynb #224cd585
+def _model(request: Request) -> dict[str, Any]:
+    name = request.app.state.api.settings.model_id
+    return {"id": name, "object": "model", "created": 0, "owned_by": "aura_engine"}
+
+async def get_models(request: Request) -> Response:
+    "OpenAI's models.list."
     return JSONResponse({"object": "list", "data": [_model(request)]})
 
-async def model(request: Request, id: str) -> Response:
-    "OpenAI's models.retrieve; any name is the one model, as it is in requests."
+async def get_model(request: Request, id: str) -> Response:
+    "OpenAI's models.retrieve."
     return JSONResponse(_model(request))
-
-def _model(request: Request) -> dict: return {"id": request.app.state.api.settings.model_id, "object": "model", "created": 0, "owned_by": "aura_engine"}
 
 # %% ../nbs/10_compat.ipynb #a96b3395
 class HfParameters(BaseModel):
@@ -182,26 +268,38 @@ class HfRequest(BaseModel):
     inputs: Prompt = Field(json_schema_extra=VISIBLE)
     parameters: HfParameters | None = None
 
-async def huggingface(request: Request, body: HfRequest) -> Response:
+# %% ../nbs/10_compat.ipynb #53d12fb9
+def hf_size(given: HfParameters) -> Size | None:
+    "Width and height; one of them alone means a square."
+    if not (given.width or given.height): return None
+    return size_asked(f"{given.width or given.height}x{given.height or given.width}")
+
+async def post_inputs(request: Request, body: HfRequest) -> Response:
     "Hugging Face's text_to_image: the bytes of one picture."
-    api, p = request.app.state.api, body.parameters or HfParameters()
-    row, format = api.row(), wanted(request.headers.get("accept", ""))
-    format = format if format in MIME else "png"
-    size = size_of(f"{p.width or p.height}x{p.height or p.width}") if p.width or p.height else None
-    own = _checked(GenerateRequest, prompt=body.inputs, **shape(size, row.native), steps=p.num_inference_steps, guidanceScale=p.guidance_scale, negativePrompt=p.negative_prompt, seed=p.seed, lora=p.lora)
-    made = await make(api, await api.submit(own), format, request, resized(size))
+    api, given = request.app.state.api, body.parameters or HfParameters()
+    kind = answer_kind(request.headers.get("accept", ""))
+    size, format = hf_size(given), kind if kind in MIME else "png"
+    own = translated(GenerateRequest, prompt=body.inputs, **own_shape(size, api.row().native), seed=given.seed,
+                     steps=given.num_inference_steps, guidanceScale=given.guidance_scale, lora=given.lora,
+                     negativePrompt=given.negative_prompt, format=format)
+    made = await files_of(api, await begin(api, own, client_of(request)), request, to_size(size))
     return Response(made.files[0], media_type=MIME[format], headers={"cache-control": "no-store"})
 
 # %% ../nbs/10_compat.ipynb #ffe566af
-_FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": {"type": "object", "required": ["prompt", "image"], "properties": {
-    "prompt": {"type": "string", "maxLength": 2000, **VISIBLE}, "image": {"type": "string", "format": "binary"}, "n": {"type": "integer", "minimum": 1, "maximum": MAX_N}}}}}}}
+_FIELDS = {"prompt": {"type": "string", "maxLength": 2000, **VISIBLE}, "image": {"type": "string", "format": "binary"},
+           "n": {"type": "integer", "minimum": 1, "maximum": MAX_N}}
+_SCHEMA = {"type": "object", "required": ["prompt", "image"], "properties": _FIELDS}
+FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _SCHEMA}}}}
+OPENAI = (*(code for code in MAKING if code != 422), "4XX")
 
-_MAKING = (*(code for code in MAKING if code != 422), "4XX")                 # naming 4XX keeps FastAPI from adding its own 422
-routes = (
-    Route("POST", "/v1/images/generations", generations, True, dict[str, Any], _MAKING, media=("text/event-stream",)),
-    Route("POST", "/v1/images/edits", edits, True, dict[str, Any], _MAKING, media=("text/event-stream",), docs=_FORM),
-    Route("GET", "/v1/models", models, ok=dict[str, Any]),
-    Route("GET", "/v1/models/{id:path}", model, ok=dict[str, Any]),
-    Route("POST", "/", huggingface, True, None, MAKING, media=tuple(MIME.values())),
+# %% ../nbs/10_compat.ipynb #2438196a
+EVENT_STREAM = ("text/event-stream",)
+compat_routes = (
+    Route("POST", "/v1/images/generations", post_generations, ImagesRequest, keyed=True, ok=dict[str, Any], errors=OPENAI,
+          media=EVENT_STREAM),
+    Route("POST", "/v1/images/edits", post_edits, keyed=True, ok=dict[str, Any], errors=OPENAI, media=EVENT_STREAM, docs=FORM),
+    Route("GET", "/v1/models", get_models, ok=dict[str, Any]),
+    Route("GET", "/v1/models/{id:path}", get_model, ok=dict[str, Any]),
+    Route("POST", "/", post_inputs, HfRequest, keyed=True, errors=MAKING, media=tuple(MIME.values())),
 )
-shapes = {"/v1/": openai_error}
+compat_shapes = {"/v1/": openai_error}
