@@ -190,7 +190,7 @@ def serve(requests=(), **settings):
     import asyncio, base64, io
     import httpx
     from PIL import Image
-    from aura_engine.api import create_app
+    from aura_engine.app import create_app
     from aura_engine.config import load_settings
     from aura_engine.engine import Engine
     engine = Engine(load_settings(**{"SD_DEVICE": "cpu", "SD_BACKEND": "torch", "AURA_MAX_BATCH": 1, **settings})).start()
@@ -210,7 +210,7 @@ def serve(requests=(), **settings):
 
 def work():
     import huggingface_hub
-    from aura_engine import api, engine                                  # noqa: F401  the slow imports, once
+    from aura_engine import app, engine                                  # noqa: F401  the slow imports, once
     from diffusers import LatentConsistencyModelPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline    # noqa: F401
     for line in sys.stdin:
         task = json.loads(line)
