@@ -17,9 +17,10 @@ from fastapi.responses import EventSourceResponse, JSONResponse, Response
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 # %% auto #0
-__all__ = ['log', 'T', 'REASONS', 'Ask', 'Finish', 'KINDS', 'UNBUFFERED', 'memory', 'Metrics', 'Stopwatch', 'Api', 'Order',
-           'order_of', 'Work', 'begin', 'follow', 'file_of', 'Files', 'files_of', 'answer_kind', 'Told', 'sse_frame',
-           'preview_jpeg', 'told', 'tell', 'heartbeat', 'event_stream', 'sse_events', 'one_picture', 'respond']
+__all__ = ['log', 'T', 'REASONS', 'LONG_WAITS', 'STEPS', 'Ask', 'Finish', 'KINDS', 'UNBUFFERED', 'memory', 'Metrics', 'Stopwatch',
+           'Api', 'unready', 'add_gauges', 'Order', 'order_of', 'Work', 'begin', 'follow', 'file_of', 'Files',
+           'files_of', 'answer_kind', 'Told', 'sse_frame', 'preview_jpeg', 'told', 'tell', 'heartbeat', 'event_stream',
+           'sse_events', 'one_picture', 'respond']
 
 # %% ../nbs/09d_answers.ipynb #824b34f6
 from PIL import Image as Pillow
@@ -31,7 +32,7 @@ from .images import MIME, as_file, to_base64
 from .intake import Arrivals
 from .models import Row, limits_of
 from .planning import ReplayRequest, differences, plan, prepare, replay_plan
-from .types import (AuraError, Cancelled, Done, Event, Failed, GenerateRequest, Health, Image, Invalid, NotReady,
+from .types import (AuraError, Cancelled, Done, EngineState, Event, Failed, GenerateRequest, Health, Image, Invalid, NotReady,
                                Plan, Preview, Queued, Receipt, RefineRequest, ShuttingDown, Step)
 from .walls import client_of
 
@@ -49,26 +50,24 @@ def memory() -> dict[str, int | None]:
     return {"rss": psutil.Process().memory_info().rss, "gpu": gpu}
 
 # %% ../nbs/09d_answers.ipynb #afe92bd0
+LONG_WAITS = (.01, .05, .1, .5, 1, 5, 15, 60, 300)             # seconds; the buckets of histograms
+STEPS = (.005, .01, .025, .05, .1, .25, 1, 5, 20)
+
 class Metrics:
     "Counters and histograms of one app; `text` is the exposition. Times in seconds."
-    def __init__(self, api: Api):
-        engine = api.engine
-        registry = self.registry = CollectorRegistry()
-        seconds = partial(Histogram, registry=registry)
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
         self.requests = Counter("aura_requests", "Answers by route and status", ["route", "code"], registry=registry)
         self.failures = Counter("aura_request_failures", "Failed requests by reason", ["reason"], registry=registry)
-        self.waits = seconds("aura_queue_wait_seconds", "From submission to the first step",
-                             buckets=(.01, .05, .1, .5, 1, 5, 15, 60, 300))
-        self.steps = seconds("aura_step_seconds", "Between two steps of a picture",
-                             buckets=(.005, .01, .025, .05, .1, .25, 1, 5, 20))
+        seconds = partial(Histogram, registry=registry)
+        self.waits = seconds("aura_queue_wait_seconds", "From submission to the first step", buckets=LONG_WAITS)
+        self.steps = seconds("aura_step_seconds", "Between two steps of a picture", buckets=STEPS)
         self.pictures = seconds("aura_generation_seconds", "From submission to the picture", ["size", "steps"],
-                                buckets=(.1, .25, .5, 1, 2, 5, 15, 60, 300))
-        self._gauge("aura_queue_depth", "Pictures in the engine", lambda: api.health().queue.length)
-        self._gauge("aura_model_ready", "1 when pictures can be made", lambda: engine.ready)
-        self._gauge("aura_gpu_memory_bytes", "Allocated by torch on the GPU", lambda: memory()["gpu"] or 0)
+                                buckets=LONG_WAITS)
         ProcessCollector(registry=registry)
 
-    def _gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
+    def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
+        "Add a number that is read when somebody asks."
         Gauge(name, text, registry=self.registry).set_function(read)
 
     def answered(self, route: str, status: int) -> None:
@@ -110,7 +109,7 @@ class Api:
     def __init__(self, engine, shapes: dict[str, Shape] | None = None):
         self.engine, self.shapes = engine, shapes or {}
         self.settings: Settings = engine.settings
-        self.metrics, self.arrivals = Metrics(self), Arrivals()
+        self.metrics, self.arrivals = Metrics(), Arrivals()
         self.encoders = ThreadPoolExecutor(2, "encode")       # finished pictures
         self.readers = ThreadPoolExecutor(2, "read")          # what comes in
 
@@ -130,12 +129,24 @@ class Api:
         return replace(Health.from_json(state), limits=limits_of(row, self.engine.gpu) if row else None)
 
     def row(self) -> Row:
-        "The row of the loaded model; NotReady or ShuttingDown while there is none to use."
-        if self.engine.ready: return self.engine.row
-        health = self.health()
-        if health.status == "draining": raise ShuttingDown("The engine is stopping; ask again in a moment.", retry_after=10)
-        reason = health.reason or "The model is loading; /ready tells when it can be used."
-        raise NotReady(reason, retry_after=60 if health.status == "failed" else 2)
+        "The row of the loaded model. NotReady or ShuttingDown while there is none to use."
+        if not self.engine.ready: raise unready(self.health())
+        return self.engine.row
+
+# %% ../nbs/09d_answers.ipynb #ecf852df
+def unready(health: Health) -> AuraError:
+    "Why an engine makes no pictures now, and when to ask again."
+    if health.status == EngineState.draining:
+        return ShuttingDown("The engine is stopping; ask again in a moment.", retry_after=10)
+    reason = health.reason or "The model is loading; /ready tells when it can be used."
+    return NotReady(reason, retry_after=60 if health.status == EngineState.failed else 2)
+
+def add_gauges(api: Api) -> None:
+    "The numbers of the engine that are read when somebody asks."
+    gauge = api.metrics.gauge
+    gauge("aura_queue_depth", "Pictures in the engine", lambda: api.health().queue.length)
+    gauge("aura_model_ready", "1 when pictures can be made", lambda: api.engine.ready)
+    gauge("aura_gpu_memory_bytes", "Allocated by torch on the GPU", lambda: memory()["gpu"] or 0)
 
 # %% ../nbs/09d_answers.ipynb #22274290
 Ask = GenerateRequest | RefineRequest | ReplayRequest
@@ -178,7 +189,7 @@ async def begin(api: Api, ask: Ask, client: str = "", previews: bool = False) ->
 
 # %% ../nbs/09d_answers.ipynb #637d3dd2
 async def follow(api: Api, job, request: Request | None = None) -> AsyncGenerator[Event]:
-    "The events of a job until Done. The job is cancelled when the client of `request` hangs up, or when the reader stops."
+    "The events of a job until Done. It is cancelled when the client of `request` hangs up, or when the reader stops."
     watch = Stopwatch(api.metrics)
     hangup = asyncio.create_task(_cancel_on_hangup(request, job)) if request is not None else None
     try:
@@ -217,7 +228,8 @@ class Files:
                 "warnings": self.warnings}
 
 # %% ../nbs/09d_answers.ipynb #4c53b502
-async def files_of(api: Api, work: Work, request: Request | None = None, finish: Finish | None = None) -> Files:
+async def files_of(api: Api, work: Work, request: Request | None = None,
+                   finish: Finish | None = None) -> Files:
     "Wait for all pictures and encode them. Raises the error of a job that failed."
     order = work.order
     done: dict[int, tuple[bytes, Receipt]] = {}
@@ -278,7 +290,8 @@ async def told(api: Api, event: Event, order: Order, request_id: str = "") -> To
         return Told("preview", {"index": event.index, "image": to_base64(image)}, event.index)
     if isinstance(event, Image):
         file, receipt = await api.encode(file_of, event, order.format)
-        return Told("image", {"index": event.index, "image": to_base64(file), "receipt": receipt.to_json()}, event.index)
+        data = {"index": event.index, "image": to_base64(file), "receipt": receipt.to_json()}
+        return Told("image", data, event.index)
     if isinstance(event, Failed): return Told("failed", {"problem": event.error.problem(request_id)})
     return Told("done", {"warnings": list(event.warnings)})
 
@@ -299,8 +312,9 @@ async def tell(api: Api, work: Work, request_id: str = "") -> AsyncGenerator[Tol
         yield Told("done", {"warnings": []})
 
 # %% ../nbs/09d_answers.ipynb #dcb203e5
-async def heartbeat(source: AsyncGenerator[bytes], seconds: float = 10, left: Callable[[], None] | None = None) -> AsyncIterator[bytes]:
-    "The items of `source`, and an SSE comment whenever nothing came for `seconds`. `left()`: the reader left before the end."
+async def heartbeat(source: AsyncGenerator[bytes], seconds: float = 10,
+                    left: Callable[[], None] | None = None) -> AsyncIterator[bytes]:
+    "The items of `source`, and an SSE comment after each `seconds` of silence. `left()`: the reader left before the end."
     queue: asyncio.Queue[bytes | None] = asyncio.Queue(4)
     pump = asyncio.create_task(_pump(source, queue))
     ended = False
@@ -325,7 +339,7 @@ async def _pump(source: AsyncGenerator[bytes], queue: asyncio.Queue[bytes | None
 UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}         # the second is for nginx
 
 def event_stream(api: Api, source: AsyncGenerator[bytes], job) -> Response:
-    "An answer that sends `source`, with a heartbeat. When the connection ends before it, the job is cancelled and counted so."
+    "An answer that sends `source`, with a heartbeat. When the connection ends first, the job is cancelled and counted so."
     beats = heartbeat(source, left=lambda: api.metrics.failed(Cancelled()))
     return EventSourceResponse(beats, headers=UNBUFFERED, background=BackgroundTask(job.cancel))
 

@@ -19,27 +19,28 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 # %% auto #0
-__all__ = ['SMALL_EXAMPLES', 'EXAMPLES', 'ASSETS', 'PAGE', 'PAGE_POLICY', 'EVENTS', 'PICTURES', 'MAKING', 'routes', 'INLINE',
-           'JOBS', 'REF', 'post_generate', 'post_refine', 'post_replay', 'get_health', 'get_ready', 'get_metrics',
-           'get_examples', 'get_page', 'Answer', 'Problem', 'JobState', 'Route', 'responses', 'checked_body', 'body_of',
-           'endpoint', 'answer_error', 'on_error', 'methods_at', 'ask_key', 'create_app', 'add_route', 'openapi']
+__all__ = ['SMALL_EXAMPLES', 'EXAMPLES', 'STUDIO', 'STUDIO_FILES', 'PAGE_POLICY', 'EVENTS', 'PICTURES', 'MAKING', 'routes',
+           'INLINE', 'JOBS', 'REF', 'post_generate', 'post_refine', 'post_replay', 'get_health', 'get_ready',
+           'get_metrics', 'get_examples', 'get_page', 'get_page_file', 'Answer', 'Problem', 'JobState', 'Route',
+           'responses', 'checked_body', 'body_of', 'endpoint', 'answer_error', 'on_error', 'methods_at', 'ask_key',
+           'create_app', 'add_route', 'openapi']
 
 # %% ../nbs/09f_app.ipynb #83d929dd
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from . import __version__
-from .answers import Api, memory, respond
+from .answers import Api, add_gauges, memory, respond
 from .errors import Shape, as_error, error_response, invalid, request_id
 from .images import MIME
 from .intake import LARGE, SMALL, check_type, parse_json, read_body
 from .job_routes import AnyJob, JobStore, delete_job, get_job, get_job_events, post_job
 from .planning import ReplayRequest
-from .types import AuraError, FieldError, GenerateRequest, NotFound, RefineRequest
+from .types import AuraError, FieldError, GenerateRequest, NotFound, RefineRequest, shown
 from .walls import Cors, Guard, Origins, Stamp, check_key, client_of
 
 # %% ../nbs/09f_app.ipynb #d9dcd2f5
 async def post_generate(request: Request, body: GenerateRequest) -> Response:
-    "Pictures from a prompt. Only `prompt` is required. Accept: application/json, text/event-stream, or image/* with n = 1."
+    "Pictures from a prompt, the one required field. Accept: application/json, text/event-stream, or image/* with n = 1."
     return await respond(request, body)
 
 async def post_refine(request: Request, body: RefineRequest) -> Response:
@@ -85,15 +86,22 @@ async def get_examples(request: Request) -> Response:
     return JSONResponse({"examples": list(SMALL_EXAMPLES if small else EXAMPLES)}, headers={"cache-control": "no-cache"})
 
 # %% ../nbs/09f_app.ipynb #bc4f523f
-ASSETS = Path(__file__).parent / "assets" if "__file__" in globals() else Path("../aura_engine/assets")
-PAGE = ASSETS / "page" / "index.html"
-PAGE_POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:; "
-               "connect-src 'self' http: https:; base-uri 'none'; form-action 'none'")
+STUDIO = Path(__file__).parent / "assets/studio" if "__file__" in globals() else Path("../aura_engine/assets/studio")
+STUDIO_FILES = {"page.js": "text/javascript", "studio.js": "text/javascript", "studio.css": "text/css"}
+PAGE_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+               "connect-src 'self' http: https:; base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'")
 
 async def get_page(request: Request) -> Response:
     "The page for people."
     headers = {"cache-control": "no-cache", "content-security-policy": PAGE_POLICY}
-    return Response(PAGE.read_bytes(), media_type="text/html; charset=utf-8", headers=headers)
+    return Response((STUDIO / "index.html").read_bytes(), media_type="text/html; charset=utf-8", headers=headers)
+
+# %% ../nbs/09f_app.ipynb #7ff79e39
+async def get_page_file(request: Request, name: str) -> Response:
+    "A script or style sheet of the page; there are three."
+    if name not in STUDIO_FILES: raise NotFound(f"The page has no file {shown(name, 40)}.")
+    kind = f"{STUDIO_FILES[name]}; charset=utf-8"
+    return Response((STUDIO / name).read_bytes(), media_type=kind, headers={"cache-control": "no-cache"})
 
 # %% ../nbs/09f_app.ipynb #d4ddefce
 class Answer(BaseModel):
@@ -176,6 +184,7 @@ routes = (
     Route("GET", "/examples", get_examples, ok=dict[str, list[str]]),
     Route("GET", "/", get_page, media=("text/html",)),
     Route("HEAD", "/", get_page, media=("text/html",)),
+    Route("GET", "/studio/{name}", get_page_file, media=("text/javascript", "text/css"), errors=(404,)),
 )
 
 # %% ../nbs/09f_app.ipynb #5c5a787a
@@ -218,6 +227,7 @@ def answer_error(request: Request, exc: Exception) -> Response:
     if isinstance(exc, HTTPException): response.headers.update(exc.headers or {})
     return response
 
+# %% ../nbs/09f_app.ipynb #19fe8af5
 async def on_error(request: Request, exc: Exception) -> Response:
     "An exception of a handler or of the router."
     if isinstance(exc, HTTPException) and exc.status_code == 405:
@@ -240,7 +250,10 @@ async def ask_key(request: Request, given: Annotated[HTTPAuthorizationCredential
 
 # %% ../nbs/09f_app.ipynb #7fa0601f
 def create_app(engine, extra_routes: Sequence[Route] = (), shapes: dict[str, Shape] | None = None) -> FastAPI:
-    "The engine's HTTP app. `extra_routes`: more rows for the table; `shapes`: error -> (status, body) of other front doors, by path prefix."
+    """The engine's HTTP app.
+
+    `extra_routes`: more rows for the table. `shapes`: by path prefix, what other front doors make of an error.
+    """
     api, table = Api(engine, shapes), (*routes, *extra_routes)
     space = os.environ.get("SPACE_HOST", "").lower()
     origins = Origins(tuple(engine.settings.allow_origins), (space,) if space else ())
@@ -250,6 +263,7 @@ def create_app(engine, extra_routes: Sequence[Route] = (), shapes: dict[str, Sha
     app = FastAPIOffline(title="Aura engine", version=__version__, description="Text to image, image to image.",
                          middleware=walls, redirect_slashes=False, redoc_url=None, exception_handlers=handlers)
     app.state.api, app.state.jobs = api, JobStore()
+    add_gauges(api)
     for route in table: add_route(app, route, locked=engine.settings.api_key is not None)
     app.openapi = partial(openapi, app, app.openapi, table)
     return app
@@ -259,15 +273,16 @@ def add_route(app: FastAPI, route: Route, locked: bool) -> None:
     "Add a row of the table; `locked`: keyed routes ask for the key."
     name = f"{route.handler.__name__}_{route.method.lower()}"
     lock = [Depends(ask_key)] if locked and route.keyed else []
-    app.add_api_route(route.path, endpoint(route), methods=[route.method], operation_id=name, status_code=route.status,
-                      responses=responses(route), response_model=None, dependencies=lock, openapi_extra=route.docs)
+    app.add_api_route(route.path, endpoint(route), methods=[route.method], operation_id=name,
+                      status_code=route.status, responses=responses(route), response_model=None, dependencies=lock,
+                      openapi_extra=route.docs)
 
 # %% ../nbs/09f_app.ipynb #023f6c62
 REF = "#/components/schemas/{model}"
 
 def openapi(app: FastAPI, made: Callable[[], dict[str, Any]], table: Sequence[Route]) -> dict[str, Any]:
     "The app's OpenAPI document, with the bodies of `table`, and with the engine's LoRAs as choices."
-    if app.openapi_schema: return app.openapi_schema
+    if app.openapi_schema: return app.openapi_schema          # FastAPI keeps what `made` returns
     document = made()
     reading = [r for r in table if r.body is not None]
     inputs = [((r.method, r.path), "validation", TypeAdapter(r.body)) for r in reading]
@@ -279,6 +294,7 @@ def openapi(app: FastAPI, made: Callable[[], dict[str, Any]], table: Sequence[Ro
     _name_loras(document, tuple(app.state.api.settings.loras))
     return document
 
+# %% ../nbs/09f_app.ipynb #bb120029
 def _name_loras(document: dict[str, Any], aliases: tuple[str, ...]) -> None:
     "A LoRA is one of `aliases`, or null."
     choice = {"enum": [*aliases, None], "title": "Lora", "default": None,

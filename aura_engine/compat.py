@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 # %% auto #0
 __all__ = ['Model', 'SIDE', 'Size', 'NO_USAGE', 'FORM', 'OPENAI', 'EVENT_STREAM', 'compat_routes', 'compat_shapes', 'size_asked',
-           'to_size', 'own_shape', 'translated', 'ImagesRequest', 'openai_error', 'described', 'Partials',
+           'to_size', 'own_shape', 'translated', 'ImagesRequest', 'numbers_of', 'openai_error', 'described', 'Partials',
            'openai_event', 'completed', 'partial_image', 'openai_events', 'openai_stream', 'openai_json',
            'openai_answer', 'post_generations', 'edit_form', 'post_edits', 'get_models', 'get_model', 'HfParameters',
            'HfRequest', 'hf_size', 'post_inputs']
@@ -98,10 +98,11 @@ class ImagesRequest(BaseModel):
     def _no_nulls(cls, data: Any) -> Any:
         return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
 
-    def numbers(self) -> dict[str, Any]:
-        "What generating and refining have in common, by our own names."
-        return dict(steps=self.num_inference_steps, guidanceScale=self.guidance_scale, negativePrompt=self.negative_prompt,
-                    temperature=self.temperature, seed=self.seed, lora=self.lora, format=self.output_format)
+# %% ../nbs/10_compat.ipynb #3965fa46
+def numbers_of(ask: ImagesRequest) -> dict[str, Any]:
+    "What generating and refining have in common, by our own names."
+    return dict(steps=ask.num_inference_steps, guidanceScale=ask.guidance_scale, negativePrompt=ask.negative_prompt,
+                temperature=ask.temperature, seed=ask.seed, lora=ask.lora, format=ask.output_format)
 
 # %% ../nbs/10_compat.ipynb #1fa73061
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
@@ -120,7 +121,8 @@ NO_USAGE = {"input_tokens": 0, "input_tokens_details": {"image_tokens": 0, "text
 
 def described(ask: ImagesRequest, size: Size) -> dict[str, str]:
     "What answers and stream events say of a picture."
-    return {"size": f"{size[0]}x{size[1]}", "output_format": ask.output_format, "background": "opaque", "quality": "auto"}
+    return {"size": f"{size[0]}x{size[1]}", "output_format": ask.output_format, "background": "opaque",
+            "quality": "auto"}
 
 # %% ../nbs/10_compat.ipynb #f6b81393
 class Partials:
@@ -141,7 +143,8 @@ class Partials:
 # %% ../nbs/10_compat.ipynb #913f0b31
 def openai_event(ask: ImagesRequest, name: str, picture: Pillow.Image, file: bytes, **more: Any) -> dict[str, Any]:
     "One event of their stream."
-    return {"type": name, "b64_json": to_base64(file), "created_at": int(time.time()), **described(ask, picture.size), **more}
+    return {"type": name, "b64_json": to_base64(file), "created_at": int(time.time()),
+            **described(ask, picture.size), **more}
 
 def completed(ask: ImagesRequest, kind: str, event: Image) -> dict[str, Any]:
     "The event of a finished picture."
@@ -192,7 +195,8 @@ def openai_json(ask: ImagesRequest, made: Files) -> dict[str, Any]:
             "receipts": [receipt.to_json() for receipt in made.receipts], "warnings": made.warnings}
 
 # %% ../nbs/10_compat.ipynb #c402947c
-async def openai_answer(request: Request, ask: ImagesRequest, own: GenerateRequest | RefineRequest, kind: str) -> Response:
+async def openai_answer(request: Request, ask: ImagesRequest, own: GenerateRequest | RefineRequest,
+                        kind: str) -> Response:
     "Run a request of our own and answer as OpenAI does."
     api: Api = request.app.state.api
     work = await begin(api, own, client_of(request), previews=ask.stream and ask.partial_images > 0)
@@ -205,7 +209,7 @@ async def post_generations(request: Request, body: ImagesRequest) -> Response:
     "OpenAI's images.generate."
     row = request.app.state.api.row()
     shape = own_shape(size_asked(body.size), row.native)
-    own = translated(GenerateRequest, prompt=body.prompt, n=body.n, **shape, **body.numbers())
+    own = translated(GenerateRequest, prompt=body.prompt, n=body.n, **shape, **numbers_of(body))
     return await openai_answer(request, body, own, "image_generation")
 
 # %% ../nbs/10_compat.ipynb #6099062d
@@ -233,7 +237,7 @@ async def post_edits(request: Request) -> Response:
     size_asked(ask.size)
     if len(pictures) == 1: pictures *= ask.n
     texts = [await api.read(to_base64, picture) for picture in pictures]
-    config = translated(RefineConfig, **ask.numbers(), strength=ask.strength)
+    config = translated(RefineConfig, **numbers_of(ask), strength=ask.strength)
     own = translated(RefineRequest, refinePrompt=ask.prompt, images=texts, config=config)
     return await openai_answer(request, ask, own, "image_edit")
 
@@ -297,7 +301,8 @@ EVENT_STREAM = ("text/event-stream",)
 compat_routes = (
     Route("POST", "/v1/images/generations", post_generations, ImagesRequest, keyed=True, ok=dict[str, Any], errors=OPENAI,
           media=EVENT_STREAM),
-    Route("POST", "/v1/images/edits", post_edits, keyed=True, ok=dict[str, Any], errors=OPENAI, media=EVENT_STREAM, docs=FORM),
+    Route("POST", "/v1/images/edits", post_edits, keyed=True, ok=dict[str, Any], errors=OPENAI, media=EVENT_STREAM,
+          docs=FORM),
     Route("GET", "/v1/models", get_models, ok=dict[str, Any]),
     Route("GET", "/v1/models/{id:path}", get_model, ok=dict[str, Any]),
     Route("POST", "/", post_inputs, HfRequest, keyed=True, errors=MAKING, media=tuple(MIME.values())),

@@ -5,17 +5,19 @@
 # %% ../nbs/09c_intake.ipynb #b3e56e60
 from __future__ import annotations
 import asyncio, json, re, secrets, time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from fastapi import Request
 from starlette.datastructures import FormData
 from starlette.types import Message
-from .types import Invalid, Malformed, QueueFull, TooLarge
+from .types import Invalid, Malformed, QueueFull, TooLarge, Words
 
 # %% auto #0
-__all__ = ['SMALL', 'LARGE', 'LONG', 'VALUES', 'JSON_TYPE', 'size_named', 'too_large', 'BodiesFull', 'Arriving', 'Arrivals',
-           'announced', 'read_body', 'carve', 'parse_json', 'check_type', 'read_form']
+__all__ = ['SMALL', 'LARGE', 'LONG', 'VALUES', 'JSON_TYPE', 'size_named', 'too_large', 'BodiesFull', 'Arriving', 'slowest',
+           'Arrivals', 'announced', 'read_body', 'Carved', 'carve', 'parse_json', 'check_type', 'read_form',
+           'PicturesFull', 'DecodeCost', 'Waiting', 'PictureLine', 'total']
 
 # %% ../nbs/09c_intake.ipynb #0da1155d
 SMALL, LARGE = 64 * 2**10, 32 * 2**20
@@ -34,19 +36,31 @@ class BodiesFull(QueueFull):
     title = "Too many large bodies are arriving"
 
 class Arriving:
-    "One large body in memory: whose it is, how many bytes, and the task that still reads it (None: it has all come)."
+    "A large body in memory: whose it is, its bytes, and the task that still reads it (None: it has all come)."
     def __init__(self, client: str, task: asyncio.Task | None):
         self.client, self.task = client, task
-        self.began, self.size, self.ousted = time.monotonic(), 0, False
+        self.began, self.size = time.monotonic(), 0
+        self.ousted = False
 
     @property
     def pace(self) -> float:
         "Bytes a second so far."
         return self.size / max(time.monotonic() - self.began, 1e-3)
 
+    def oust(self) -> None:
+        "End it. Its task waits for more of the body, so it can be woken there."
+        self.ousted = True
+        if self.task is not None: self.task.cancel()
+
 # %% ../nbs/09c_intake.ipynb #94be2854
+def slowest(bodies: Iterable[Arriving], grace: float) -> Arriving | None:
+    "The body that came most slowly, among those that have been coming for more than `grace` seconds."
+    old = time.monotonic() - grace
+    coming = [body for body in bodies if body.task is not None and body.began < old]
+    return min(coming, key=lambda body: body.pace, default=None)
+
 class Arrivals:
-    "The large bodies in memory: `most` bytes of them together, half of it by one client. Only the event loop touches it."
+    "The large bodies in memory: `most` bytes together, half of them by one client. Only the event loop touches it."
     def __init__(self, most: int = 8 * LARGE, grace: float = 3.0):
         self.most, self.grace = most, grace
         self.bodies: set[Arriving] = set()
@@ -63,22 +77,12 @@ class Arrivals:
         "Count `size` more bytes of a body; BodiesFull when neither it nor another can make room for them."
         body.size += size
         of_client = sum(b.size for b in self.bodies if b.client == body.client)
-        if of_client > self.most // 2: raise BodiesFull("Your other uploads have not been read yet.", retry_after=5)
+        if of_client > self.most // 2: raise BodiesFull("Your other uploads have to be read first.", retry_after=5)
         while sum(b.size for b in self.bodies) > self.most:
-            slowest = self._slowest()
-            if slowest is None or slowest is body: raise BodiesFull("Other uploads have to be read first.", retry_after=5)
-            self._oust(slowest)
-
-    def _slowest(self) -> Arriving | None:
-        old = time.monotonic() - self.grace
-        coming = [b for b in self.bodies if b.task is not None and b.began < old]
-        return min(coming, key=lambda b: b.pace, default=None)
-
-    def _oust(self, body: Arriving) -> None:
-        "End a body that is still coming: its task waits for more of it, so it can be woken there."
-        self.bodies.discard(body)
-        body.ousted = True
-        if body.task is not None: body.task.cancel()
+            victim = slowest(self.bodies, self.grace)
+            if victim in (None, body): raise BodiesFull("Other uploads have to be read first.", retry_after=5)
+            self.bodies.discard(victim)
+            victim.oust()
 
 # %% ../nbs/09c_intake.ipynb #47ac366f
 def announced(request: Request, most: int) -> None:
@@ -109,25 +113,43 @@ async def read_body(request: Request, most: int, arrivals: Arrivals, body: Arriv
 LONG = 4096                                                   # characters from which a string is cut out
 VALUES = 2000                                                 # numbers, texts, lists and objects that one body may hold
 
-def carve(data: bytes) -> tuple[bytes, dict[str, bytes]]:
-    "A JSON text -> (the text with a mark in the place of each long string, the long strings by mark). Invalid when too much remains."
-    token, kept, long = secrets.token_hex(8), [], {}
-    size = at = 0
-    while (start := data.find(b'"', at)) >= 0:
-        end = _closing(data, start)
-        if end - start <= LONG: piece = data[at:end + 1]
-        else:
-            mark = f"{token}{len(long)}"
-            long[mark] = data[start:end + 1]
-            piece = data[at:start] + b'"' + mark.encode() + b'"'
-        kept.append(piece)
-        size, at = size + len(piece), end + 1
-        if size > SMALL: break
-    size += len(data) - at
-    if size > SMALL: raise _too_much()
-    return b"".join([*kept, data[at:]]), long
+class Carved:
+    "A JSON text without its long strings: `kept` pieces, 64 KiB at most, and the `long` strings by their marks."
+    def __init__(self) -> None:
+        self.token = secrets.token_hex(8)                     # nobody outside can write a mark
+        self.kept: list[bytes] = []
+        self.long: dict[str, bytes] = {}
+        self.size = 0
+
+    def keep(self, piece: bytes) -> None:
+        "Add a piece of what is parsed. Invalid when it becomes too much."
+        self.kept.append(piece)
+        self.size += len(piece)
+        if self.size > SMALL:
+            given, allowed = Words("too much besides the pictures"), f"at most {size_named(SMALL)} of it"
+            raise Invalid.value("body", given=given, allowed=allowed)
+
+    def cut(self, text: bytes) -> None:
+        "Put a mark in the place of a long string."
+        mark = f"{self.token}{len(self.long)}"
+        self.long[mark] = text
+        self.keep(b'"%s"' % mark.encode())
 
 # %% ../nbs/09c_intake.ipynb #1599c843
+def carve(data: bytes) -> Carved:
+    "Cut the long strings out of a JSON text. Invalid when too much remains."
+    carved, at = Carved(), 0
+    while (start := data.find(b'"', at, at + SMALL + 1)) >= 0:
+        end = _closing(data, start)
+        carved.keep(data[at:start])
+        text = data[start:end + 1]
+        if len(text) > LONG: carved.cut(text)
+        else: carved.keep(text)
+        at = end + 1
+    carved.keep(data[at:at + SMALL + 1])
+    return carved
+
+# %% ../nbs/09c_intake.ipynb #9fba83d1
 def _closing(data: bytes, start: int) -> int:
     "Where the string that opens at `start` closes: the next quotation mark with an even number of backslashes before it."
     end = start
@@ -138,16 +160,13 @@ def _closing(data: bytes, start: int) -> int:
         while data[first - 1] == 0x5C: first -= 1             # a backslash
         if (end - first) % 2 == 0: return end
 
-def _too_much() -> Invalid:
-    return Invalid.value("body", given="too much besides the pictures", allowed=f"at most {size_named(SMALL)} of it")
-
 # %% ../nbs/09c_intake.ipynb #b53959c0
 def parse_json(data: bytes) -> Any:
     "The value of a JSON body. Malformed when it is none; Invalid when it holds more than `VALUES` values."
-    text, long = carve(data) if len(data) > SMALL else (data, {})
+    carved = carve(data) if len(data) > SMALL else None
     try:
-        value = json.loads(text)
-        texts = {mark: _text(part) for mark, part in long.items()}
+        value = json.loads(b"".join(carved.kept) if carved else data)
+        texts = {mark: _text(part) for mark, part in carved.long.items()} if carved else {}
     except (ValueError, RecursionError): raise Malformed("The body is not readable JSON.") from None
     return _filled(value, texts)
 
@@ -157,19 +176,22 @@ def _text(part: bytes) -> str:
 
 # %% ../nbs/09c_intake.ipynb #d921b178
 def _filled(value: Any, texts: dict[str, str]) -> Any:
-    "`value` with the long strings where their marks are; Invalid when it holds too many values. Not recursive: depth is not ours to choose."
-    out, todo, count = [value], [], 1
-    todo.append(out)
+    "`value` with the long strings where their marks are. Invalid when it holds too many values."
+    out, count = [value], 0
+    todo: list[Any] = [out]                                   # not recursive: the depth is not ours to choose
     while todo:
         holder = todo.pop()
         keys = list(holder) if isinstance(holder, dict) else range(len(holder))
         count += len(keys)
-        if count > VALUES: raise Invalid.value("body", given=f"more than {VALUES} values", allowed="the fields of this request")
+        if count > VALUES: raise _too_many()
         for key in keys:
             inner = holder[key]
             if isinstance(inner, str): holder[key] = texts.get(inner, inner)
             elif isinstance(inner, (dict, list)): todo.append(inner)
     return out[0]
+
+def _too_many() -> Invalid:
+    return Invalid.value("body", given=Words(f"more than {VALUES} values"), allowed="the fields of this request")
 
 # %% ../nbs/09c_intake.ipynb #e8b47e72
 JSON_TYPE = re.compile(r"application/(?:[\w.+-]+\+)?json", re.I)
@@ -183,8 +205,9 @@ def check_type(request: Request, allowed: str = "application/json") -> None:
 
 # %% ../nbs/09c_intake.ipynb #5a992e75
 @asynccontextmanager
-async def read_form(request: Request, most: int, arrivals: Arrivals, body: Arriving, files: int) -> AsyncIterator[FormData]:
-    "The multipart form of a request: at most `most` bytes, `files` files and 60 fields. Raises TooLarge, BodiesFull, Invalid."
+async def read_form(request: Request, most: int, arrivals: Arrivals, body: Arriving,
+                    files: int) -> AsyncIterator[FormData]:
+    "The form of a request: at most `most` bytes, `files` files, 60 fields. Raises TooLarge, BodiesFull, Invalid."
     check_type(request, "multipart/form-data")
     announced(request, most)
     async def receive() -> Message:
@@ -193,3 +216,73 @@ async def read_form(request: Request, most: int, arrivals: Arrivals, body: Arriv
         if body.size > most: raise too_large(most)
         return message
     async with Request(request.scope, receive).form(max_files=files, max_fields=60) as form: yield form
+
+# %% ../nbs/09c_intake.ipynb #b165cf12
+class PicturesFull(QueueFull):
+    "Too many pictures wait to be decoded."
+    title = "Too many pictures are waiting to be read"
+
+@dataclass(frozen=True)
+class DecodeCost:
+    "What the pictures of a request will take: seconds of a processor, and bytes at the same time."
+    seconds: float = 0.0
+    bytes: int = 0
+
+@dataclass(eq=False)
+class Waiting:
+    "A request in the line; `turn` is done when it may go on."
+    client: str
+    cost: DecodeCost
+    turn: asyncio.Future[None]
+
+# %% ../nbs/09c_intake.ipynb #3be98c38
+class PictureLine:
+    "Turns for decoding: `slots` at once, at most `seconds` and `bytes` of work in line. Only the event loop touches it."
+    def __init__(self, slots: int, seconds: float = 20.0, bytes: int = 2**29):
+        self.slots, self.seconds, self.bytes = slots, seconds, bytes
+        self.waiting: list[Waiting] = []
+        self.running: list[Waiting] = []
+        self.spent: dict[str, float] = {}                     # seconds by client, since the line was last empty
+
+    @asynccontextmanager
+    async def turn(self, client: str, cost: DecodeCost) -> AsyncIterator[None]:
+        "Wait for a turn and hold it while the block runs. PicturesFull when the line is too long."
+        self._admit(client, cost)
+        me = Waiting(client, cost, asyncio.get_running_loop().create_future())
+        self.waiting.append(me)
+        self._call()
+        try:
+            await me.turn
+            yield
+        finally: self._leave(me)
+
+    def _admit(self, client: str, cost: DecodeCost) -> None:
+        there = [*self.waiting, *self.running]
+        if not there: return
+        mine = total([w for w in there if w.client == client], cost)
+        whole = total(there, cost)
+        if whole.seconds > self.seconds or whole.bytes > self.bytes:
+            raise PicturesFull("Other pictures have to be read first.", retry_after=max(1.0, whole.seconds - self.seconds))
+        if mine.seconds > self.seconds / 2 or mine.bytes > self.bytes / 2:
+            raise PicturesFull("Your other pictures have to be read first.", retry_after=max(1.0, mine.seconds / 2))
+
+    def _call(self) -> None:
+        "Give free slots to those whose client has had the least; of these, to who came first."
+        while self.waiting and len(self.running) < self.slots:
+            chosen = min(self.waiting, key=lambda w: self.spent.get(w.client, 0.0))
+            self.waiting.remove(chosen)
+            self.running.append(chosen)
+            self.spent[chosen.client] = self.spent.get(chosen.client, 0.0) + chosen.cost.seconds
+            if not chosen.turn.done(): chosen.turn.set_result(None)
+
+    def _leave(self, me: Waiting) -> None:
+        for line in (self.waiting, self.running):
+            if me in line: line.remove(me)
+        if not self.waiting and not self.running: self.spent.clear()
+        self._call()
+
+# %% ../nbs/09c_intake.ipynb #3753712d
+def total(waiting: Iterable[Waiting], cost: DecodeCost) -> DecodeCost:
+    "What these requests cost together, with one more."
+    costs = [w.cost for w in waiting] + [cost]
+    return DecodeCost(sum(c.seconds for c in costs), sum(c.bytes for c in costs))

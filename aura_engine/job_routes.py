@@ -19,66 +19,87 @@ from .types import GenerateRequest, Invalid, JobStatus, NotFound, QueueFull, Ref
 from .walls import client_of
 
 # %% auto #0
-__all__ = ['AROUND', 'AnyJob', 'KeptJob', 'held_by', 'job_address', 'job_progress', 'job_result', 'job_state', 'JobsFull',
-           'JobStore', 'GenerateJob', 'RefineJob', 'ReplayJob', 'watch_job', 'post_job', 'get_job', 'get_job_events',
-           'delete_job']
+__all__ = ['GROWING', 'AROUND', 'AnyJob', 'EventLog', 'KeptJob', 'held_by', 'job_address', 'job_progress', 'job_result',
+           'job_state', 'JobsFull', 'first_of_greediest', 'JobStore', 'GenerateJob', 'RefineJob', 'ReplayJob',
+           'watch_job', 'post_job', 'get_job', 'get_job_events', 'delete_job']
 
 # %% ../nbs/09e_job_routes.ipynb #4c32c21b
-class KeptJob:
-    "A job in the store: its events from the first, how far it is, how it ended. `client` is whose it is."
-    def __init__(self, work: Work, client: str = ""):
-        self.id, self.client = work.job.id, client
-        self.work: Work | None = work                         # None once the engine has finished with it
+class EventLog:
+    "The events of a job, numbered from 1. Only the event loop touches it."
+    def __init__(self) -> None:
         self.events: list[Told | None] = []                   # None: nobody needs that one any more
-        self.status = JobStatus.queued
-        self.ended: float | None = None                       # time.monotonic() of its end
-        self.deleted = False
-        self.task: asyncio.Task | None = None
+        self.closed = False
         self._news = asyncio.Event()
 
-    def tell(self, event: Told) -> None:
+    def add(self, event: Told | None) -> None:
         "Keep an event and wake whoever waits for it."
-        if event.name in ("preview", "image"): self._drop("preview", event.index)
-        if event.name == "step": self.status = JobStatus.running
-        wanted = not self.deleted or event.name not in ("preview", "image")
-        self.events.append(event if wanted else None)
+        self.events.append(event)
         self._wake()
 
-    def end(self, status: JobStatus) -> None:
-        "The engine has finished with it."
-        self.status, self.ended, self.work = status, time.monotonic(), None
+    def drop(self, name: str, index: int | None = None) -> None:
+        "Free what events of one name hold: of picture `index`, or of all."
+        for i, event in enumerate(self.events):
+            if event and event.name == name and index in (None, event.index): self.events[i] = None
+
+    def close(self) -> None:
+        "No event will follow."
+        self.closed = True
         self._wake()
 
-    def forget(self) -> None:
-        "Free its pictures."
-        self.deleted = True
-        self._drop("preview")
-        self._drop("image")
+    def _wake(self) -> None:
+        news, self._news = self._news, asyncio.Event()
+        news.set()
 
     async def read(self, after: int = 0) -> AsyncGenerator[bytes]:
-        "Its events with numbers above `after` as frames. Waits for each, and ends with the job."
+        "The events with numbers above `after` as frames. Waits for each, and ends with the log."
         while True:
             news = self._news                                 # taken before looking, so nothing is missed between
             while after < len(self.events):
                 event, after = self.events[after], after + 1
                 if event: yield sse_frame(event.name, event.data, after)
-            if self.ended is not None: return
+            if self.closed: return
             await news.wait()
 
-    def _drop(self, name: str, index: int | None = None) -> None:
-        for i, event in enumerate(self.events):
-            if event and event.name == name and index in (None, event.index): self.events[i] = None
+# %% ../nbs/09e_job_routes.ipynb #8129fb21
+GROWING = ("preview", "image")                                # the events that hold a picture
 
-    def _wake(self) -> None:
-        news, self._news = self._news, asyncio.Event()
-        news.set()
+class KeptJob:
+    "A job in the store: its events, how far it is, how it ended. `client` is whose it is."
+    def __init__(self, work: Work, client: str = ""):
+        self.id, self.client, self.log = work.job.id, client, EventLog()
+        self.work: Work | None = work                         # None once the engine has finished with it
+        self.task: asyncio.Task | None = None                 # the one that watches it
+        self.status = JobStatus.queued
+        self.ended: float | None = None                       # time.monotonic() of its end
+        self.deleted = False
+
+    def tell(self, event: Told) -> None:
+        "Keep an event. A preview goes when the next picture comes, and of a deleted job no picture stays."
+        if event.name in GROWING: self.log.drop("preview", event.index)
+        if event.name == "step": self.status = JobStatus.running
+        self.log.add(None if self.deleted and event.name in GROWING else event)
+
+    def end(self, status: JobStatus) -> None:
+        "The engine has finished with it."
+        self.status, self.ended, self.work = status, time.monotonic(), None
+        self.log.close()
+
+    def forget(self) -> None:
+        "Free its pictures."
+        self.deleted = True
+        for name in GROWING: self.log.drop(name)
+
+    @property
+    def told(self) -> list[Told]:
+        "The events that are still there."
+        return [event for event in self.log.events if event]
 
 # %% ../nbs/09e_job_routes.ipynb #2e1793ad
 AROUND = 4096                                                 # bytes of a job besides its pictures, about
 
 def held_by(kept: KeptJob) -> int:
     "Bytes that a kept job holds."
-    texts = sum(len(e.data.get("image", "")) for e in kept.events if e)
+    texts = sum(len(event.data.get("image", "")) for event in kept.told)
     pictures = kept.work.order.plan.pictures if kept.work else ()
     starts = sum(3 * p.width * p.height for p in pictures if p.init is not None)
     return AROUND + texts + starts
@@ -91,23 +112,23 @@ def job_address(kept: KeptJob) -> dict[str, Any]:
 
 def job_progress(kept: KeptJob) -> list[dict[str, int]]:
     "The last step of each picture."
-    last = {e.index: e.data for e in kept.events if e and e.name == "step"}
+    last = {event.index: event.data for event in kept.told if event.name == "step"}
     return [data for _, data in sorted(last.items())]
 
 # %% ../nbs/09e_job_routes.ipynb #9b774025
 def job_result(kept: KeptJob) -> dict[str, Any]:
     "The pictures of a job that succeeded, as its route answers."
-    images = [e.data for e in kept.events if e and e.name == "image"]
+    images = [event.data for event in kept.told if event.name == "image"]
     images.sort(key=lambda data: data["index"])
-    done = kept.events[-1]
+    warnings = kept.told[-1].data["warnings"]
     return {"images": [data["image"] for data in images], "receipts": [data["receipt"] for data in images],
-            "warnings": done.data["warnings"] if done else []}
+            "warnings": warnings}
 
 # %% ../nbs/09e_job_routes.ipynb #2a44e3b8
 def job_state(kept: KeptJob, request_id: str = "") -> dict[str, Any]:
     "What GET /jobs/{id} answers."
     said = job_address(kept)
-    named = {e.name: e.data for e in kept.events if e and e.name in ("queued", "failed")}
+    named = {event.name: event.data for event in kept.told if event.name in ("queued", "failed")}
     first = named.get("queued", {"position": 0, "etaSeconds": 0.0})
     if kept.ended is None: said |= {"position": first["position"], "etaSeconds": first["etaSeconds"]}
     said["progress"] = job_progress(kept)
@@ -120,9 +141,17 @@ class JobsFull(QueueFull):
     "There is no room for another kept job."
     title = "Too many jobs are running"
 
+
+def first_of_greediest(ended: list[KeptJob]) -> KeptJob:
+    "Of ended jobs, oldest first: the first one of the client that holds most."
+    held: dict[str, int] = {}
+    for kept in ended: held[kept.client] = held.get(kept.client, 0) + held_by(kept)
+    greediest = max(held, key=lambda client: held[client])
+    return next(kept for kept in ended if kept.client == greediest)
+
 # %% ../nbs/09e_job_routes.ipynb #f8af1708
 class JobStore:
-    "Jobs by id: kept `seconds` after their end, at most `most` of them and `bytes` in all. Only the event loop touches it."
+    "Jobs by id, kept `seconds` after their end: at most `most` of them, `bytes` in all. Only the event loop touches it."
     def __init__(self, seconds: float = 600, most: int = 256, bytes: int = 256 * 2**20):
         self.seconds, self.most, self.bytes = seconds, most, bytes
         self.kept: dict[str, KeptJob] = {}
@@ -130,28 +159,24 @@ class JobStore:
     def sweep(self, room: int = 0) -> None:
         "Forget what is too old, then what does not fit; leave `room` for new jobs."
         oldest = time.monotonic() - self.seconds
-        for kept in [k for k in self.kept.values() if k.ended is not None and k.ended < oldest]: del self.kept[kept.id]
-        sizes = {id: held_by(kept) for id, kept in self.kept.items()}
-        while len(sizes) + room > self.most or sum(sizes.values()) > self.bytes:
-            if (last := self._to_forget(sizes)) is None: return
-            del self.kept[last], sizes[last]
+        ended = sorted((kept for kept in self.kept.values() if kept.ended), key=lambda kept: kept.ended or 0)
+        while ended and (ended[0].ended or 0) < oldest: del self.kept[ended.pop(0).id]
+        while ended and self._crowded(room):
+            last = first_of_greediest(ended)
+            ended.remove(last)
+            del self.kept[last.id]
 
-    def _to_forget(self, sizes: dict[str, int]) -> str | None:
-        "The oldest ended job of the client that holds most."
-        of_client: dict[str, int] = {}
-        ended = [k for k in self.kept.values() if k.ended is not None]
-        for kept in ended: of_client[kept.client] = of_client.get(kept.client, 0) + sizes[kept.id]
-        if not ended: return None
-        greedy = max(of_client, key=lambda client: of_client[client])
-        return min((k.ended, k.id) for k in ended if k.client == greedy)[1]
+    def _crowded(self, room: int) -> bool:
+        held = sum(held_by(kept) for kept in self.kept.values())
+        return len(self.kept) + room > self.most or held > self.bytes
 
     def open(self, client: str = "") -> None:
         "Refuse with JobsFull when there is no room for one more of this client."
         self.sweep(1)
-        running = [k for k in self.kept.values() if k.ended is None]
-        mine = sum(k.client == client for k in running)
-        if mine >= self.most // 4: raise JobsFull(f"{mine} of your jobs are running; wait for one of them.", retry_after=5)
-        if len(self.kept) >= self.most: raise JobsFull(f"{len(running)} jobs are running; wait for one of them.", retry_after=5)
+        running = [kept for kept in self.kept.values() if not kept.ended]
+        mine = sum(kept.client == client for kept in running)
+        if mine >= self.most // 4: raise JobsFull(f"{mine} of your jobs are running; wait for one.", retry_after=5)
+        if len(self.kept) >= self.most: raise JobsFull(f"{len(running)} jobs are running; wait for one.", retry_after=5)
 
     def get(self, id: str) -> KeptJob:
         "The job of an id; NotFound when it is unknown or forgotten."
@@ -207,18 +232,21 @@ async def post_job(request: Request, body: AnyJob) -> Response:
 
 # %% ../nbs/09e_job_routes.ipynb #eda9772e
 async def get_job(request: Request, id: str) -> Response:
-    "How far a job is; with its `result` when it has succeeded, with its `problem` when it has failed. 410 once it was deleted."
+    "How far a job is; with its `result` when it has succeeded, with its `problem` when not. 410 once it was deleted."
     kept = request.app.state.jobs.get(id)
-    return JSONResponse(job_state(kept, request_id(request)), 410 if kept.deleted else 200, {"cache-control": "no-store"})
+    status = 410 if kept.deleted else 200
+    return JSONResponse(job_state(kept, request_id(request)), status, {"cache-control": "no-store"})
 
+# %% ../nbs/09e_job_routes.ipynb #6871dfb4
 async def get_job_events(request: Request, id: str) -> Response:
-    "A job's events from the first, or after `Last-Event-ID`. 204 when it has ended and there is no more, 410 once it was deleted."
+    "A job's events from the first, or after `Last-Event-ID`. 204 when no more will come, 410 once it was deleted."
     kept = request.app.state.jobs.get(id)
     if kept.deleted: return JSONResponse(job_state(kept, request_id(request)), 410)
     last = request.headers.get("last-event-id", "")
     after = int(last) if re.fullmatch(r"\d{1,9}", last) else 0
-    if kept.ended is not None and after >= len(kept.events): return Response(status_code=204)    # EventSource asks no more
-    return EventSourceResponse(heartbeat(kept.read(after)), headers=UNBUFFERED)
+    if kept.log.closed and after >= len(kept.log.events):
+        return Response(status_code=204)                      # EventSource asks no more
+    return EventSourceResponse(heartbeat(kept.log.read(after)), headers=UNBUFFERED)
 
 # %% ../nbs/09e_job_routes.ipynb #4febf881
 async def delete_job(request: Request, id: str) -> Response:

@@ -19,9 +19,9 @@ from .types import AuraError, HeadersTooLarge, Malformed
 log = logging.getLogger("aura_engine.server")
 
 # %% auto #0
-__all__ = ['log', 'CHATTY', 'PRIVATE', 'JsonLines', 'log_to', 'Punctual', 'Patient', 'unreadable', 'Connection', 'Server',
-           'create_server', 'reach', 'proxies_of', 'server_config', 'raise_file_limit', 'refuse_workers', 'arguments',
-           'main']
+__all__ = ['log', 'CHATTY', 'PRIVATE', 'JsonLines', 'log_to', 'Punctual', 'Patient', 'unreadable', 'last_words', 'Connection',
+           'Server', 'create_server', 'reach', 'proxies_of', 'server_config', 'raise_file_limit', 'refuse_workers',
+           'arguments', 'main']
 
 # %% ../nbs/11_server.ipynb #34c751a1
 _STANDARD = {*logging.makeLogRecord({}).__dict__, "message", "asctime", "color_message", "taskName"}
@@ -50,7 +50,7 @@ def log_to(stream: TextIO, level: str = "info") -> None:
 
 # %% ../nbs/11_server.ipynb #2981425c
 class Punctual(H11Protocol):
-    "uvicorn's h11 protocol with deadlines: `head` seconds for the headers, and `rate` bytes a second in each `window` of a body."
+    "uvicorn's h11 protocol with deadlines: `head` seconds for the headers, `rate` bytes a second in each `window` of a body."
     head, window, rate = 10.0, 10.0, 16_384
     _timer: asyncio.TimerHandle | None = None                 # runs while something is awaited from the client
     _got = 0                                                  # bytes since it was set
@@ -115,11 +115,8 @@ class Patient(Punctual):
 
     def send_400_response(self, msg: str) -> None:
         error = unreadable(sys.exc_info()[1])
-        headers = [("content-type", "application/problem+json"), ("x-aura-engine", __version__), ("connection", "close")]
-        answer = (h11.Response(status_code=error.status, headers=headers), h11.Data(data=json.dumps(error.problem()).encode()),
-                  h11.EndOfMessage())
         try:
-            for event in answer: self.transport.write(self.conn.send(event) or b"")
+            for event in last_words(error): self.transport.write(self.conn.send(event) or b"")
         except h11.LocalProtocolError: pass                   # in the middle of an answer: nothing more can be said
         self.transport.close()
 
@@ -128,6 +125,12 @@ def unreadable(reason: BaseException | None) -> AuraError:
     "Why h11 refused what a client sent: 431 for endless headers, 400 for the rest."
     endless = getattr(reason, "error_status_hint", 400) == 431
     return HeadersTooLarge("Headers of at most 64 KiB are read.") if endless else Malformed("This is not HTTP.")
+
+def last_words(error: AuraError) -> tuple[h11.Event, ...]:
+    "An error as the last answer on a connection."
+    headers = [("content-type", "application/problem+json"), ("x-aura-engine", __version__), ("connection", "close")]
+    body = json.dumps(error.problem()).encode()
+    return h11.Response(status_code=error.status, headers=headers), h11.Data(data=body), h11.EndOfMessage()
 
 # %% ../nbs/11_server.ipynb #3d09bd88
 class Connection(Patient):
@@ -227,7 +230,7 @@ def refuse_workers(env: Mapping[str, str] = os.environ) -> None:
     "SettingsError when the environment asks for several worker processes."
     workers = env.get("WEB_CONCURRENCY", "").strip()
     if workers in ("", "0", "1"): return
-    why = "One process owns one device; a second one would load the model again and fight for it. Run more containers instead."
+    why = "One process owns one device, and a second one would load the model again. Run more containers instead."
     raise SettingsError(f"WEB_CONCURRENCY: given {workers!r}; allowed: 1. {why}")
 
 # %% ../nbs/11_server.ipynb #020c5c38

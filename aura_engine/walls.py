@@ -21,8 +21,9 @@ from .types import AuraError, FieldError, ForeignOrigin, Unauthorized, Unsupport
 log = logging.getLogger("aura_engine.walls")
 
 # %% auto #0
-__all__ = ['log', 'ID', 'EXPOSED', 'REST_BYTES', 'REST_SECONDS', 'REST_PAUSE', 'Marked', 'Stamp', 'Origins', 'is_certain', 'Cors',
-           'log_foreign', 'Exchange', 'Guard', 'check_key', 'client_group', 'client_of']
+__all__ = ['log', 'ID', 'QUIET', 'EXPOSED', 'REST_BYTES', 'REST_SECONDS', 'REST_PAUSE', 'Marked', 'Stamp', 'note_request',
+           'Origins', 'is_certain', 'Cors', 'log_foreign', 'Exchange', 'drain', 'Guard', 'refuse_foreign',
+           'refuse_compressed', 'check_key', 'client_group', 'client_of']
 
 # %% ../nbs/09b_walls.ipynb #6da864fc
 ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -53,15 +54,20 @@ class Stamp:
         scope.setdefault("state", {})["request_id"] = rid
         answer, start = Marked(send, rid), time.perf_counter()
         try: await self.app(scope, receive, answer)
-        finally: self._note(scope, rid, answer.status, time.perf_counter() - start)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self.count(route, answer.status)
+            note_request(scope, route, answer.status, time.perf_counter() - start)
 
-    def _note(self, scope: Scope, rid: str, status: int, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "other")
-        self.count(route, status)
-        quiet = status < 400 and route in ("/health", "/ready", "/metrics")    # a balancer asks for these all day
-        about = {"requestId": rid, "method": scope["method"], "path": scope["path"][:200], "status": status,
-                 "seconds": round(seconds, 3), "client": (scope.get("client") or ("",))[0]}
-        log.log(logging.DEBUG if quiet else logging.INFO, "request", extra=about)
+# %% ../nbs/09b_walls.ipynb #1c95dd07
+QUIET = ("/health", "/ready", "/metrics")                     # a balancer asks for these all day
+
+def note_request(scope: Scope, route: str, status: int, seconds: float) -> None:
+    "Write the line of one request into the log."
+    about = {"requestId": scope["state"]["request_id"], "method": scope["method"], "path": scope["path"][:200],
+             "status": status, "seconds": round(seconds, 3), "client": (scope.get("client") or ("",))[0]}
+    quiet = status < 400 and route in QUIET
+    log.log(logging.DEBUG if quiet else logging.INFO, "request", extra=about)
 
 # %% ../nbs/09b_walls.ipynb #a4db339d
 @dataclass(frozen=True)
@@ -99,8 +105,8 @@ EXPOSED = ("retry-after", "x-request-id", "x-aura-engine", "location")
 class Cors(CORSMiddleware):
     "Starlette's CORS for these origins, with any request header, private networks, and a log of what was refused."
     def __init__(self, app: ASGIApp, origins: Origins):
-        super().__init__(app, allow_origins=origins.allowed, allow_methods=("GET", "POST", "DELETE"), allow_headers=("*",),
-                         allow_private_network=True, expose_headers=EXPOSED)
+        super().__init__(app, allow_origins=origins.allowed, allow_methods=("GET", "POST", "DELETE"),
+                         allow_headers=("*",), allow_private_network=True, expose_headers=EXPOSED)
         self.origins = origins
 
     def preflight_response(self, request_headers: Headers) -> Response:
@@ -113,15 +119,14 @@ def log_foreign(origins: Origins, origin: str) -> None:
     log.warning("a page was refused", extra={"origin": origin[:200], "toAllow": origins.line(origin)[:600]})
 
 # %% ../nbs/09b_walls.ipynb #5e5aec31
-REST_BYTES, REST_SECONDS, REST_PAUSE = 64 * 2**20, 60.0, 5.0
-
 class Exchange:
-    "One request and its answer, seen from inside: `started` once the answer has begun, `unread` while more of the body may come."
+    "One request and its answer: `started` once the answer has begun, `unread` while more of the body may come."
     def __init__(self, scope: Scope, receive: Receive, send: Send):
         headers = Headers(scope=scope)
-        self._receive, self._send, self.started, self.refused = receive, send, False, False
+        self._receive, self._send = receive, send
+        self.started = self.refused = False
         self.unread = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
-        self.waits = "expect" in headers
+        self.waits = "expect" in headers                      # such a client sends its body only when it is asked to
 
     async def receive(self) -> Message:
         "The next message of the client."
@@ -137,16 +142,22 @@ class Exchange:
             message = {**message, "headers": [*message.get("headers", ()), *close]}
         elif self.refused and not message.get("more_body"):
             await self._send({**message, "more_body": True})
-            if not self.waits: await self._drain()
+            if not self.waits: await drain(self)
             message = {"type": "http.response.body", "body": b""}
         await self._send(message)
 
-    async def _drain(self) -> None:
-        left, end = REST_BYTES, time.monotonic() + REST_SECONDS
-        while self.unread and left > 0 and time.monotonic() < end:
-            try: message = await asyncio.wait_for(self.receive(), REST_PAUSE)
-            except TimeoutError: return
-            left -= len(message.get("body", b""))
+# %% ../nbs/09b_walls.ipynb #907556a5
+REST_BYTES = 64 * 2**20                                       # of a refused body that are still read
+REST_SECONDS = 60.0                                           # for all of them
+REST_PAUSE = 5.0                                              # for the next of them
+
+async def drain(exchange: Exchange) -> None:
+    "Read the rest of a body and throw it away."
+    left, end = REST_BYTES, time.monotonic() + REST_SECONDS
+    while exchange.unread and left > 0 and time.monotonic() < end:
+        try: message = await asyncio.wait_for(exchange.receive(), REST_PAUSE)
+        except TimeoutError: return
+        left -= len(message.get("body", b""))
 
 # %% ../nbs/09b_walls.ipynb #ffc8e28b
 class Guard:
@@ -158,22 +169,29 @@ class Guard:
         if scope["type"] != "http": return await self.app(scope, receive, send)
         exchange, request = Exchange(scope, receive, send), Request(scope)
         try:
-            self.refuse(request)
+            refuse_foreign(request, self.origins)
+            refuse_compressed(request)
             await self.app(scope, exchange.receive, exchange.send)
         except Exception as exc:
             if not isinstance(exc, AuraError): log.exception("unforeseen", extra={"requestId": request_id(request)})
-            if not exchange.started: await self.answer(request, exc)(scope, exchange.receive, exchange.send)
+            if exchange.started: return                       # an answer that has begun cannot become another one
+            await self.answer(request, exc)(scope, exchange.receive, exchange.send)
 
-    def refuse(self, request: Request) -> None:
-        "Raise ForeignOrigin or Unsupported by the headers alone."
-        origin, kind = request.headers.get("origin", ""), request.headers.get("content-encoding", "")
-        works = request.method not in ("GET", "HEAD", "OPTIONS")
-        if origin and works and self.origins.foreign(origin, request.headers.get("host", "")):
-            log_foreign(self.origins, origin)
-            raise ForeignOrigin(f"Pages of {shown(origin)} may not call this engine; its operator can add the origin to ALLOW_ORIGINS.")
-        if kind not in ("", "identity"):
-            wrong = FieldError.value("Content-Encoding", given=kind, allowed="none", why="compressed bodies are not read")
-            raise Unsupported(wrong.msg + ".", (wrong,))
+# %% ../nbs/09b_walls.ipynb #8a64b793
+def refuse_foreign(request: Request, origins: Origins) -> None:
+    "Raise ForeignOrigin when a page that is neither allowed nor the server's own asks for work."
+    origin, host = request.headers.get("origin", ""), request.headers.get("host", "")
+    if not origin or request.method in ("GET", "HEAD", "OPTIONS") or not origins.foreign(origin, host): return
+    log_foreign(origins, origin)
+    advice = "its operator can add the origin to ALLOW_ORIGINS"
+    raise ForeignOrigin(f"Pages of {shown(origin)} may not call this engine; {advice}.")
+
+def refuse_compressed(request: Request) -> None:
+    "Raise Unsupported for a body in another encoding: a small one may unfold into a very large one."
+    kind = request.headers.get("content-encoding", "")
+    if kind in ("", "identity"): return
+    wrong = FieldError.value("Content-Encoding", given=kind, allowed="none", why="compressed bodies are not read")
+    raise Unsupported(wrong.msg + ".", (wrong,))
 
 # %% ../nbs/09b_walls.ipynb #3c28a8ac
 def check_key(key: str | None, authorization: str) -> None:
