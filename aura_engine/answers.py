@@ -4,22 +4,22 @@
 
 # %% ../nbs/09d_answers.ipynb #48221a30
 from __future__ import annotations
-import asyncio, io, logging, re, sys, time
+import asyncio, io, logging, re, time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
-import numpy as np, psutil
+import numpy as np
 from fastapi import Request
 from fastapi.responses import EventSourceResponse, JSONResponse, Response
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 # %% auto #0
-__all__ = ['log', 'T', 'REASONS', 'LONG_WAITS', 'STEPS', 'Ask', 'Finish', 'KINDS', 'UNBUFFERED', 'memory', 'Metrics', 'Stopwatch',
-           'Api', 'unready', 'add_gauges', 'Order', 'order_of', 'Work', 'begin', 'follow', 'file_of', 'Files',
-           'files_of', 'answer_kind', 'Told', 'sse_frame', 'preview_jpeg', 'told', 'tell', 'heartbeat', 'event_stream',
+__all__ = ['log', 'T', 'REASONS', 'LONG_WAITS', 'STEPS', 'Ask', 'Finish', 'KINDS', 'UNBUFFERED', 'Metrics', 'Stopwatch', 'Api',
+           'unready', 'add_gauges', 'Order', 'order_of', 'Work', 'begin', 'follow', 'file_of', 'Files', 'files_of',
+           'answer_kind', 'Told', 'sse_frame', 'preview_jpeg', 'told', 'tell', 'heartbeat', 'event_stream',
            'sse_events', 'one_picture', 'respond']
 
 # %% ../nbs/09d_answers.ipynb #824b34f6
@@ -30,7 +30,7 @@ from .config import Settings
 from .errors import Shape, as_error, in_config, request_id
 from .images import MIME, as_file, to_base64
 from .intake import Arrivals
-from .models import Row, limits_of
+from .models import Row
 from .planning import ReplayRequest, differences, plan, prepare, replay_plan
 from .types import (AuraError, Cancelled, Done, EngineState, Event, Failed, GenerateRequest, Health, Image, Invalid, NotReady,
                                Plan, Preview, Queued, Receipt, RefineRequest, ShuttingDown, Step)
@@ -42,12 +42,6 @@ T = TypeVar("T")
 # %% ../nbs/09d_answers.ipynb #18f04fd8
 REASONS = {"queue_full": "rejected", "not_ready": "rejected", "shutting_down": "rejected", "cancelled": "cancelled",
            "deadline": "timeout", "out_of_memory": "oom", "degenerate_output": "degenerate"}
-
-def memory() -> dict[str, int | None]:
-    "Bytes in use: `rss`, what this process holds in main memory; `gpu`, what torch allocated there (None without a GPU)."
-    torch = sys.modules.get("torch")
-    gpu = torch.cuda.memory_allocated() if torch and torch.cuda.is_available() else None
-    return {"rss": psutil.Process().memory_info().rss, "gpu": gpu}
 
 # %% ../nbs/09d_answers.ipynb #afe92bd0
 LONG_WAITS = (.01, .05, .1, .5, 1, 5, 15, 60, 300)             # seconds; the buckets of histograms
@@ -123,10 +117,7 @@ class Api:
 
     def health(self) -> Health:
         "What the engine is, has and does."
-        state = self.engine.health()
-        if isinstance(state, Health): return state
-        row = self.engine.row
-        return replace(Health.from_json(state), limits=limits_of(row, self.engine.gpu) if row else None)
+        return self.engine.health()
 
     def row(self) -> Row:
         "The row of the loaded model. NotReady or ShuttingDown while there is none to use."
@@ -146,7 +137,7 @@ def add_gauges(api: Api) -> None:
     gauge = api.metrics.gauge
     gauge("aura_queue_depth", "Pictures in the engine", lambda: api.health().queue.length)
     gauge("aura_model_ready", "1 when pictures can be made", lambda: api.engine.ready)
-    gauge("aura_gpu_memory_bytes", "Allocated by torch on the GPU", lambda: memory()["gpu"] or 0)
+    gauge("aura_gpu_memory_bytes", "Allocated by torch on the GPU", lambda: (api.health().memory or {}).get("gpu") or 0)
 
 # %% ../nbs/09d_answers.ipynb #22274290
 Ask = GenerateRequest | RefineRequest | ReplayRequest
@@ -182,7 +173,7 @@ async def begin(api: Api, ask: Ask, client: str = "", previews: bool = False) ->
     try:
         order = await api.read(order_of, ask, api.row(), api.engine.gpu)
         log.debug("plan", extra={"prompts": [p.prompt for p in order.plan.pictures]})
-        return Work(api.engine.submit(order.plan, previews=previews), order)
+        return Work(api.engine.submit(order.plan, previews=previews, client=client), order)
     except Invalid as error:
         if isinstance(ask, RefineRequest): raise in_config(error) from None
         raise

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,7 +29,7 @@ __all__ = ['SMALL_EXAMPLES', 'EXAMPLES', 'STUDIO', 'STUDIO_FILES', 'PAGE_POLICY'
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from . import __version__
-from .answers import Api, add_gauges, memory, respond
+from .answers import Api, add_gauges, respond
 from .errors import Shape, as_error, error_response, invalid, request_id
 from .images import MIME
 from .intake import LARGE, SMALL, check_type, parse_json, read_body
@@ -55,8 +55,7 @@ async def post_replay(request: Request, body: ReplayRequest) -> Response:
 # %% ../nbs/09f_app.ipynb #1497bba7
 async def get_health(request: Request) -> Response:
     "What the engine is, has and does; always 200."
-    state = replace(request.app.state.api.health(), memory=memory())
-    return JSONResponse(state.to_json(), headers={"cache-control": "no-store"})
+    return JSONResponse(request.app.state.api.health().to_json(), headers={"cache-control": "no-store"})
 
 async def get_ready(request: Request) -> Response:
     "200 when pictures can be made, 503 with Retry-After until then."

@@ -5,14 +5,15 @@
 # %% ../nbs/00_config.ipynb #4ed181dd
 from __future__ import annotations
 import difflib, os, re
+from ipaddress import ip_address, ip_network
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 # %% auto #0
-__all__ = ['DEFAULT_ORIGINS', 'normalise_origin', 'parse_origins', 'Settings', 'setting_names', 'settings_table', 'SettingsError',
-           'load_settings', 'unknown_settings']
+__all__ = ['DEFAULT_ORIGINS', 'LOOPBACK', 'normalise_origin', 'parse_origins', 'listening_address', 'parse_proxies', 'Settings',
+           'setting_names', 'settings_table', 'SettingsError', 'load_settings', 'unknown_settings']
 
 # %% ../nbs/00_config.ipynb #eb521c57
 DEFAULT_ORIGINS = ("http://localhost:5173", "http://127.0.0.1:5173")      # where the guide's frontend runs
@@ -35,6 +36,26 @@ def parse_origins(text: str | None) -> tuple[str, ...]:
     if text is None: return DEFAULT_ORIGINS
     return tuple(dict.fromkeys(normalise_origin(o) for o in text.split(",") if o.strip()))
 
+# %% ../nbs/00_config.ipynb #143e8e26
+LOOPBACK = "127.0.0.1"
+
+def listening_address(text: str) -> str:
+    "An IP address or 'localhost', as it was given; this machine's own address for anything else."
+    text = text.strip()
+    try: ip_address(text)
+    except ValueError: return text if text == "localhost" else LOOPBACK
+    return text
+
+# %% ../nbs/00_config.ipynb #ee69ef19
+def parse_proxies(text: str) -> tuple[str, ...]:
+    "Comma-separated addresses, networks, or the word 'private'. Anything else is a ValueError."
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    for name in names:
+        if name == "private": continue
+        try: ip_network(name)
+        except ValueError: raise ValueError(f"{name!r} is no address and no network; write 10.0.0.7, 10.0.0.0/8 or private") from None
+    return names
+
 # %% ../nbs/00_config.ipynb #5193c543
 class Settings(BaseSettings):
     "All settings of one engine; frozen. Made by `load_settings`."
@@ -45,12 +66,14 @@ class Settings(BaseSettings):
     device: str = Field("auto", alias="SD_DEVICE", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
     torch_compile: bool | Literal["force"] = Field(False, alias="TORCH_COMPILE", description="1: compile the UNet on CUDA; force: on a CPU too, where it is slower")
     allow_origins: Annotated[tuple[str, ...], NoDecode] = Field(DEFAULT_ORIGINS, alias="ALLOW_ORIGINS", description="web origins that may call the engine, comma-separated")
+    host: str = Field(LOOPBACK, alias="HOST", description="address to listen on; 0.0.0.0 lets other machines in, as in the container image")
     port: int = Field(7860, alias="PORT", ge=0, le=65535, description="TCP port; 0 takes a free one")
     revision: str | None = Field(None, alias="SD_REVISION", description="commit of the model on the Hub")
     vae_id: str | None = Field(None, alias="SD_VAE_ID", description="another VAE: Hub id or folder")
     backend: Literal["auto", "torch", "openvino"] = Field("auto", alias="SD_BACKEND", description="what runs UNet and decoder; auto: OpenVINO for small models when it is installed, else torch")
     loras: Annotated[dict[str, str], NoDecode] = Field({}, alias="SD_LORAS", description="alias=id,alias=id: LoRAs that a request may name by alias")
     api_key: SecretStr | None = Field(None, alias="AURA_API_KEY", description="when set, /generate and /refine need it as a Bearer token")
+    proxies: Annotated[tuple[str, ...], NoDecode] = Field((), alias="AURA_PROXIES", description="proxies whose X-Forwarded-For is believed: addresses or networks, comma-separated; private: every private network")
     max_queue_seconds: float = Field(120, alias="AURA_MAX_QUEUE_SECONDS", gt=0, le=86400, description="refuse work beyond this many predicted seconds")
     deadline_seconds: float = Field(600, alias="AURA_DEADLINE_SECONDS", gt=0, le=86400, description="give a request up after this long; a request may ask for less")
     grace_seconds: float = Field(20, alias="AURA_GRACE_SECONDS", ge=0, le=600, description="time to finish work when asked to stop")
@@ -65,6 +88,14 @@ class Settings(BaseSettings):
     @field_validator("allow_origins", mode="before")
     @classmethod
     def _origins(cls, v): return parse_origins(v) if isinstance(v, str) else v
+
+    @field_validator("proxies", mode="before")
+    @classmethod
+    def _proxies(cls, v): return parse_proxies(v) if isinstance(v, str) else v
+
+    @field_validator("host", mode="before")
+    @classmethod
+    def _host(cls, v): return listening_address(v) if isinstance(v, str) else v
 
     @field_validator("precision", "log_level", "device", "backend", mode="before")
     @classmethod
@@ -89,7 +120,7 @@ def settings_table() -> str:
     rows = ["| variable | default | meaning |", "| --- | --- | --- |"]
     for f in Settings.model_fields.values():
         default = ",".join(f.default) if isinstance(f.default, tuple) else f.default
-        rows.append(f"| `{f.alias}` | {'' if default in (None, {}) else f'`{default}`'} | {f.description} |")
+        rows.append(f"| `{f.alias}` | {'' if default in (None, {}, '') else f'`{default}`'} | {f.description} |")
     return "\n".join(rows)
 
 # %% ../nbs/00_config.ipynb #4317e3c7
