@@ -85,6 +85,7 @@ class TextKey(NamedTuple):
     negative: bool = False
     lora: str | None = None
 
+# %% ../nbs/06_trajectory.ipynb #b5e2c5df
 def is_guided(parts: Components, p: Picture) -> bool:
     "Whether the UNet runs twice a step for this picture (classifier-free guidance)."
     return parts.row.cfg and p.guidance_scale > 1
@@ -139,6 +140,7 @@ class Coefficients(NamedTuple):
     xa: float
     xb: float
 
+# %% ../nbs/06_trajectory.ipynb #750ab3a9
 @dataclass(frozen=True)
 class Table:
     "One row of coefficients a step. `start`: the weights of (picture, noise) in the first latents."
@@ -146,7 +148,7 @@ class Table:
     rows: list[Coefficients]
     start: tuple[float, float]
 
-# %% ../nbs/06_trajectory.ipynb #750ab3a9
+# %% ../nbs/06_trajectory.ipynb #d2f4a4b6
 def probe(scheduler: Any, k: int) -> Coefficients:
     "The scheduler's own numbers of step k."
     t, unit = scheduler.timesteps[k], torch.eye(3, dtype=torch.float64)
@@ -162,6 +164,7 @@ def probe(scheduler: Any, k: int) -> Coefficients:
     return Coefficients(scale, (x[0] - c * noise[0]).item(), (x[1] - c * noise[1]).item(), c,
                         estimate[0].item(), estimate[1].item())
 
+# %% ../nbs/06_trajectory.ipynb #aa7696ed
 def estimate_of(out: Any) -> torch.Tensor:
     "The picture-to-be in a scheduler's answer. Schedulers call it by different names."
     names = ("denoised", "pred_original_sample", "pred_noised_sample")
@@ -175,6 +178,7 @@ def most_steps(scheduler: Any) -> int:
     name = type(scheduler).__name__
     return max((sampler.max_steps for sampler in SAMPLERS.values() if sampler.cls == name), default=1000)
 
+# %% ../nbs/06_trajectory.ipynb #54fbaaa1
 def timetable(scheduler: Any, steps: int, strength: float | None) -> tuple[int, tuple[float, float]]:
     "Set the scheduler up. -> (first step, weights of picture and noise in the first latents)."
     if strength is None:
@@ -188,6 +192,7 @@ def timetable(scheduler: Any, steps: int, strength: float | None) -> tuple[int, 
     mix = scheduler.add_noise(picture, noise, scheduler.timesteps[first:first + 1])
     return first, (mix[0].item(), mix[1].item())
 
+# %% ../nbs/06_trajectory.ipynb #fe450d8f
 def make_table(scheduler: Any, steps: int, strength: float | None = None) -> Table:
     "The timetable of a first-order diffusers scheduler for `steps` executed steps."
     first, start = timetable(scheduler, steps, strength)
@@ -214,15 +219,17 @@ def dtype_of(vae: Any) -> torch.dtype:
     "The type of a VAE's weights. `vae.dtype` walks through all modules first, which takes as long as a small step."
     return next(vae.parameters()).dtype
 
+# %% ../nbs/06_trajectory.ipynb #5e974f7a
 def overflows(parts: Components) -> bool:
     "Whether this VAE must not run in the half precision it is held in."
     return parts.xl and dtype_of(parts.vae) == torch.float16 and bool(parts.vae.config.get("force_upcast"))
 
+# %% ../nbs/06_trajectory.ipynb #7e286111
 def moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     "A CPU tensor on `device`. Nobody waits for a GPU."
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
-# %% ../nbs/06_trajectory.ipynb #5e974f7a
+# %% ../nbs/06_trajectory.ipynb #12da1ba8
 @torch.inference_mode()
 def encode_picture(parts: Components, image: Image.Image, width: int, height: int, noise: Noise) -> torch.Tensor:
     "An RGB picture, resized -> latents [1, C, h, w] in fp32."
@@ -234,6 +241,7 @@ def encode_picture(parts: Components, image: Image.Image, width: int, height: in
     if raised: vae.half()
     return sampled(out, noise).float() * vae.config.scaling_factor
 
+# %% ../nbs/06_trajectory.ipynb #e8d94959
 def sampled(out: Any, noise: Noise) -> torch.Tensor:
     "Latents from what a VAE's encoder answers: a tiny VAE gives them, a full one gives their distribution."
     if hasattr(out, "latents"): return out.latents
@@ -276,6 +284,7 @@ def decode_batch(parts: Components, latents: torch.Tensor) -> list[Decoded | Deg
             if image is not None: out[i] = image, dtype != usual
     return [out.get(i) or Degenerate(EMPTY) for i in range(len(latents))]
 
+# %% ../nbs/06_trajectory.ipynb #ce0081d7
 def decode_latents(parts: Components, latents: torch.Tensor) -> Decoded:
     "`decode_batch` of one picture [1, C, h, w]. Raises its Degenerate."
     done = decode_batch(parts, latents)[0]
@@ -310,15 +319,16 @@ def conditions(parts: Components, p: Picture, texts: list[Text]) -> Conditions:
     guidance = guidance_embedding(p.guidance_scale, dim, rows).to(embeds) if dim else None
     return Conditions(embeds, pooled, time_ids, guidance, texts[-1].cut)
 
+# %% ../nbs/06_trajectory.ipynb #0af55a0c
 def guidance_embedding(scale: float, dim: int, rows: int) -> torch.Tensor:
     "The guidance scale as an LCM's UNet reads it [rows, dim]."
     from diffusers.models.embeddings import get_timestep_embedding
     w = torch.tensor([(scale - 1) * 1000.0] * rows)
     return get_timestep_embedding(w, dim, flip_sin_to_cos=False, downscale_freq_shift=1)
 
-# %% ../nbs/06_trajectory.ipynb #0af55a0c
+# %% ../nbs/06_trajectory.ipynb #991e7735
 class Trajectory:
-    "One picture under way. `k` of `steps` UNet steps are done. `latents` [1, C, h, w] fp32, `estimate`: the picture-to-be."
+    "One picture: `k` of `steps` UNet steps are done. `latents` [1, C, h, w] fp32, `estimate` the picture-to-be."
     def __init__(self, parts: Components, picture: Picture, texts: TextCache):
         self.parts, self.picture, self.k = parts, picture, 0
         self.noise = Noise(picture)
@@ -419,6 +429,7 @@ def take(batch: list[Trajectory], v: torch.Tensor) -> None:
         t.estimate = estimate[i:i + 1]
         t.latents = x[i:i + 1]
 
+# %% ../nbs/06_trajectory.ipynb #f61b4f8d
 def fresh_noise(t: Trajectory, weight: float) -> torch.Tensor:
     "The noise of a step [1, C, h, w]; zeros where the step uses none, because a draw would shift those that follow."
     return t.noise.draw(tuple(t.latents.shape)) if weight else torch.zeros(t.latents.shape)

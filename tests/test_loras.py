@@ -17,6 +17,7 @@ import modelhub
 import tiny
 from conftest import clean_env
 from aura_engine import optimize as opt
+from aura_engine import packing
 from aura_engine.client import AuraClient
 from aura_engine.config import SettingsError, load_settings
 from aura_engine.engine import Engine
@@ -152,7 +153,7 @@ def test_optimised_with_aliases(family, precision):
     assert {p.dtype for p in parts.unet.parameters()} == {torch.float32 if precision == "fp32" else torch.bfloat16}
     for alias in (None, "ink", "clay", None): gap = (alone(parts, replace(FOX, lora=alias)) - (want := alone(plain, replace(FOX, lora=alias)))).abs().max(); assert gap < (2e-3 if precision == "fp32" else 0.5) * want.abs().max()
     if "packed" in said:
-        packed = [m for m in parts.unet.modules() if isinstance(m, opt.Packed)]
+        packed = [m for m in parts.unet.modules() if isinstance(m, packing.Packed)]
         assert packed and all(m.packed is not None for m in packed if m in [l.base_layer for l in parts.loras.layers["unet"]])
 
 
