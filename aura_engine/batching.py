@@ -6,14 +6,14 @@
 from __future__ import annotations
 import json, math, time, uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 # %% auto #0
-__all__ = ['BUCKETS', 'Key', 'AGEING', 'E', 'OWES_MORE', 'GUEST_SLOWS', 'Curve', 'StepCost', 'measure_curve', 'curve_from',
-           'replace_file', 'CurveFile', 'Entry', 'remaining', 'urgency', 'mates_of', 'room_for', 'choose', 'work',
-           'eta']
+__all__ = ['BUCKETS', 'Key', 'AGEING', 'E', 'OWES_MORE', 'GUEST_SLOWS', 'Curve', 'corrected', 'area', 'Curves', 'Beginnings',
+           'StepCost', 'median_of_calls', 'measure_curve', 'curve_from', 'write_whole', 'read_curves', 'CurveFile',
+           'Entry', 'remaining', 'urgency', 'mates_of', 'rows_in', 'room_for', 'choose', 'work', 'eta']
 
 # %% ../nbs/07_batching.ipynb #f5d2786e
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
@@ -41,63 +41,65 @@ class Curve(dict[int, float]):
         b = self.best(waiting)
         return self[b] / min(b, waiting)
 
-    def scaled(self, factor: float) -> Curve:
-        "The curve of a shape whose calls take `factor` times as long."
-        return Curve({b: s * factor for b, s in self.items()})
-
-    def moved(self, rows: int, seconds: float, weight: float = 0.1) -> Curve:
-        "The curve after a call of `rows` took `seconds`: its point moves a little, the others half as much."
-        # a call that took very long (a paused machine) counts at most threefold
-        change = weight * (min(seconds / self.at(rows), 3.0) - 1)
-        mine = self.bucket(rows)
-        return Curve({b: s * (1 + (change if b == mine else change / 2)) for b, s in self.items()})
-
 # %% ../nbs/07_batching.ipynb #85659e56
+def corrected(curve: Curve, rows: int, seconds: float, weight: float) -> Curve:
+    "The curve after a call of `rows` took `seconds`: its point moves a little, the others half as much."
+    # a call that took very long (a paused machine) counts at most threefold
+    change = weight * (min(seconds / curve.at(rows), 3.0) - 1)
+    mine = curve.bucket(rows)
+    return Curve({b: s * (1 + (change if b == mine else change / 2)) for b, s in curve.items()})
+
+# %% ../nbs/07_batching.ipynb #1d20b07f
 Key = tuple                         # (channels, h, w, text tokens, LoRA): pictures with one key can share a call
 
+def area(key: Key) -> int:
+    "Latent positions of a shape."
+    return key[1] * key[2]
+
+class Curves:
+    "The curves of one kind of call, by shape key. `weight`: how much one call counts."
+    def __init__(self, native: Key, curve: dict[int, float], weight: float):
+        self.native, self.weight = native, weight
+        self.known = {native: Curve(curve)}
+
+    def __call__(self, key: Key) -> Curve:
+        if key not in self.known:
+            factor = area(key) / area(self.native)
+            self.known[key] = Curve({b: s * factor for b, s in self.known[self.native].items()})
+        return self.known[key]
+
+    def observe(self, key: Key, rows: int, seconds: float) -> None:
+        "A call of `rows` took `seconds`."
+        self.known[key] = corrected(self(key), rows, seconds, self.weight)
+
+# %% ../nbs/07_batching.ipynb #dcf5630c
+class Beginnings:
+    "Seconds until a picture can take its first step, by shape key and by whether it starts from a picture."
+    def __init__(self, native: Key, text: float, encode: float):
+        self.native = native
+        self.known = {(native, False): text, (native, True): text + encode}
+
+    def __call__(self, key: Key, init: bool) -> float:
+        factor = area(key) / area(self.native)
+        return self.known.setdefault((key, init), self.known[self.native, init] * factor)
+
+    def observe(self, key: Key, init: bool, seconds: float) -> None:
+        "A beginning took `seconds`."
+        self.known[key, init] = 0.8 * self(key, init) + 0.2 * seconds
+
+# %% ../nbs/07_batching.ipynb #b6167146
 class StepCost:
-    "Measured seconds by shape key: of UNet calls (`steps`), of VAE decodes (`decodes`), of beginnings (`begins`)."
+    "Measured seconds by shape key: `step(key)`, `decode(key)` are curves; `begin(key, init)` is seconds."
     def __init__(self, native: Key, steps: dict[int, float], decodes: dict[int, float],
                  begin: float = 0.0, encode: float = 0.0):
         self.native = native
-        self.steps = {native: Curve(steps)}
-        self.decodes = {native: Curve(decodes)}
-        # by key, and by whether there is a picture to start from
-        self.begins = {(native, False): begin, (native, True): begin + encode}
-
-    def step(self, key: Key) -> Curve:
-        "The curve of UNet calls."
-        return self._curve(self.steps, key)
-
-    def decode(self, key: Key) -> Curve:
-        "The curve of VAE decodes; each picture is one row."
-        return self._curve(self.decodes, key)
-
-    def begin(self, key: Key, init: bool) -> float:
-        "Seconds until a picture can take its first step; `init`: it starts from a picture."
-        return self.begins.setdefault((key, init), self.begins[self.native, init] * self._scale(key))
-
-    def observe_step(self, key: Key, rows: int, seconds: float) -> None:
-        "A UNet call took `seconds`."
-        self.steps[key] = self.step(key).moved(rows, seconds)
-
-    def observe_decode(self, key: Key, rows: int, seconds: float) -> None:
-        "A decode took `seconds`. There are fewer of them, so each counts more."
-        self.decodes[key] = self.decode(key).moved(rows, seconds, 0.2)
-
-    def observe_begin(self, key: Key, init: bool, seconds: float) -> None:
-        "A beginning took `seconds`."
-        self.begins[key, init] = 0.8 * self.begin(key, init) + 0.2 * seconds
-
-    def _scale(self, key: Key) -> float:
-        return key[1] * key[2] / (self.native[1] * self.native[2])
-
-    def _curve(self, curves: dict[Key, Curve], key: Key) -> Curve:
-        if key not in curves: curves[key] = curves[self.native].scaled(self._scale(key))
-        return curves[key]
+        self.step = Curves(native, steps, weight=0.1)
+        self.decode = Curves(native, decodes, weight=0.2)          # there are fewer of them, so each counts more
+        self.begin = Beginnings(native, begin, encode)
 
 # %% ../nbs/07_batching.ipynb #307259fa
-def _median_seconds(call: Callable[[int], Any], rows: int, repeats: int, clock: Callable[[], float]) -> float:
+def median_of_calls(call: Callable[[int], Any], rows: int, repeats: int, clock: Callable[[], float]) -> float:
+    "Seconds of `call(rows)`: the median of `repeats`."
     times = []
     for _ in range(repeats):
         start = clock()
@@ -105,21 +107,22 @@ def _median_seconds(call: Callable[[int], Any], rows: int, repeats: int, clock: 
         times.append(clock() - start)
     return sorted(times)[len(times) // 2]
 
+# %% ../nbs/07_batching.ipynb #9f2fc906
 def measure_curve(call: Callable[[int], Any], most: int, repeats: int = 3,
                   clock: Callable[[], float] = time.perf_counter) -> Curve:
-    "Median seconds of `call(rows)` for buckets up to `most`; ends where doubling brings nothing, or memory ends."
+    "Median seconds of `call(rows)` for buckets up to `most`."
     import torch
     curve: dict[int, float] = {}
     for b in [b for b in BUCKETS if b <= most]:
         slow = bool(curve) and max(curve.values()) > 1
         try:
             call(b)                                     # the first call of a size may compile or allocate
-            curve[b] = _median_seconds(call, b, 1 if slow else repeats, clock)
+            curve[b] = median_of_calls(call, b, 1 if slow else repeats, clock)
         except torch.OutOfMemoryError: break
         half = curve.get(b // 2)
-        if half and half > 0.5 and curve[b] > 0.95 * 2 * half: break     # slow and flat: more would only cost time
-    # more rows never cost less: where they seem to, something else was running
-    return Curve({b: min(s for c, s in curve.items() if c >= b) for b in curve} or {1: 1.0})
+        if half and half > 0.5 and curve[b] > 0.95 * 2 * half: break
+    smooth = {b: min(s for c, s in curve.items() if c >= b) for b in curve}
+    return Curve(smooth or {1: 1.0})
 
 # %% ../nbs/07_batching.ipynb #0e02f7fc
 def curve_from(data: Any) -> Curve | None:
@@ -132,7 +135,7 @@ def curve_from(data: Any) -> Curve | None:
     return curve if fine else None
 
 # %% ../nbs/07_batching.ipynb #e1c7fc1f
-def replace_file(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     "Write `text` to `path` so that a reader sees the old file or the new one. OSError leaves no part behind."
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in path.parent.glob(f"{path.name}.*.part"):
@@ -144,39 +147,44 @@ def replace_file(path: Path, text: str) -> None:
     finally: part.unlink(missing_ok=True)
 
 # %% ../nbs/07_batching.ipynb #6e90ed0b
+def read_curves(path: Path) -> tuple[dict[str, Curve], bool]:
+    "The curves that a JSON file holds, oldest first, and whether the file was whole."
+    try: data = json.loads(path.read_text())
+    except FileNotFoundError: return {}, True
+    except (OSError, ValueError, RecursionError): return {}, False
+    if not isinstance(data, dict): return {}, False
+    found = {name: curve_from(c) for name, c in data.items()}
+    good = {name: curve for name, curve in found.items() if curve is not None}
+    return good, len(good) == len(found)
+
+# %% ../nbs/07_batching.ipynb #0401544e
 class CurveFile:
     "Measured curves in a JSON file, by name. `notes` says in words what was wrong with the file."
     def __init__(self, path: Path, keep: int = 64):
         self.path, self.keep = path, keep
         self.notes: list[str] = []
 
-    def read(self) -> dict[str, Curve]:
-        "The curves that the file holds, oldest first. Damage is left out, and the file written without it."
-        try: data = json.loads(self.path.read_text())
-        except FileNotFoundError: return {}
-        except (OSError, ValueError, RecursionError): data = None
-        found = {name: curve_from(c) for name, c in data.items()} if isinstance(data, dict) else {}
-        good = {name: curve for name, curve in found.items() if curve is not None}
-        if not isinstance(data, dict) or len(good) < len(found):
-            self._note(f"{self.path.name} in the cache was damaged; what was unreadable is measured again")
-            self._write(good)
-        return good
-
     def curve(self, name: str, call: Callable[[int], Any], most: int, today: float = 0.0) -> Curve:
         "The curve called `name`: the kept one if a call `today` (measured, if not given) takes what it took then."
-        known = self.read().get(name)
+        known = self._read().get(name)
         today = today or measure_curve(call, 1)[1]
-        # a curve that was taken on a busy machine must not be carried along for ever
         if known and 0.77 < today / known[1] < 1.3: return known
         measured = measure_curve(call, most)
-        curves = self.read()                            # again: another engine may have written meanwhile
+        curves = self._read()                           # again: another engine may have written meanwhile
         curves.pop(name, None)
         newest = [*curves.items(), (name, measured)][-self.keep:]
         self._write(dict(newest))
         return measured
 
+    def _read(self) -> dict[str, Curve]:
+        curves, whole = read_curves(self.path)
+        if not whole:
+            self._note(f"{self.path.name} in the cache was damaged; what was unreadable is measured again")
+            self._write(curves)
+        return curves
+
     def _write(self, curves: dict[str, Curve]) -> None:
-        try: replace_file(self.path, json.dumps(curves))
+        try: write_whole(self.path, json.dumps(curves))
         except OSError as e: self._note(f"measured times could not be kept ({e.strerror}); every start measures again")
 
     def _note(self, text: str) -> None:
@@ -209,27 +217,33 @@ def urgency(e: Entry, cost: StepCost, now: float, ageing: float = AGEING) -> flo
 
 # %% ../nbs/07_batching.ipynb #40ee7b65
 E = TypeVar("E", bound=Entry)
-OWES_MORE = 4.0         # a guest: its client owes so many times the work and the debt of whoever goes first
-GUEST_SLOWS = 1.5       # guests may make a call that much slower
 
 def mates_of(first: E, order: Sequence[E]) -> list[E]:
     "The entries that can share a call with `first`, itself included."
     if first.alone: return [first]
     return [e for e in order if e.key == first.key and bool(e.left) == bool(first.left) and not e.alone]
 
-def room_for(mates: Sequence[E], curve: Curve, cost: StepCost, most: int) -> int:
+def rows_in(e: Entry) -> int:
+    "Rows that an entry takes in its next call: one to be decoded, one or two to be stepped."
+    return e.rows if e.left else 1
+
+# %% ../nbs/07_batching.ipynb #d26d4f44
+OWES_MORE = 4.0         # a guest: its client owes so many times the work and the debt of whoever goes first
+GUEST_SLOWS = 1.5       # guests may make a call that much slower
+
+def room_for(mates: Sequence[Entry], curve: Curve, cost: StepCost, most: int) -> int:
     "Rows that the next call should have, for the first of `mates` and company; `most` bounds it."
     first = mates[0]
-    def rows(e: E) -> int: return e.rows if first.left else 1
-    least = rows(first)
-    room = curve.best(min(sum(map(rows, mates)), most), least)
+    least = rows_in(first)
+    room = curve.best(min(sum(map(rows_in, mates)), most), least)
     limit = OWES_MORE * (remaining(first, cost) + first.owing)
     hosts = [e for e in mates if e.owing <= limit]
     if len(hosts) < len(mates):
-        alone = curve.at(curve.best(min(sum(map(rows, hosts)), most), least))
-        room = min(room, max(b for b in curve if curve[b] <= GUEST_SLOWS * alone))
+        among_hosts = curve.at(curve.best(min(sum(map(rows_in, hosts)), most), least))
+        room = min(room, max(b for b in curve if curve[b] <= GUEST_SLOWS * among_hosts))
     return max(min(room, most), least)
 
+# %% ../nbs/07_batching.ipynb #7df4687b
 def choose(order: Sequence[E], cost: StepCost, most: int) -> tuple[list[E], int]:
     "The entries that go next, with the bucket of their call: all with steps `left`, or all finished and to be decoded."
     first = order[0]
@@ -238,10 +252,9 @@ def choose(order: Sequence[E], cost: StepCost, most: int) -> tuple[list[E], int]
     room = room_for(mates, curve, cost, most)
     batch, rows = [], 0
     for e in mates:
-        size = e.rows if first.left else 1
-        if rows + size > room: continue
+        if rows + rows_in(e) > room: continue
         batch.append(e)
-        rows += size
+        rows += rows_in(e)
     return batch, curve.bucket(rows)
 
 # %% ../nbs/07_batching.ipynb #5645dfed
@@ -256,6 +269,7 @@ def work(entries: Sequence[Entry], cost: StepCost) -> float:
     decode = {key: cost.decode(key).per_row(n) for key, n in pictures.items()}
     return sum(e.begin + e.left * e.rows * step[e.key] + decode[e.key] for e in entries)
 
+# %% ../nbs/07_batching.ipynb #3ee700ff
 def eta(mine: Sequence[Entry], order: Sequence[Entry], cost: StepCost) -> float:
     "Predicted seconds until all of `mine` are finished, if the entries (theirs among them) go in this order."
     last = max(i for i, e in enumerate(order) if e in mine)

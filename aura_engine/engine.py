@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc, logging, os, re, threading, time, uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 import psutil, torch
 from . import __version__
 from .batching import StepCost, choose
@@ -16,15 +17,17 @@ from .loader import LOADING, Components, Progress, load
 from .models import SAMPLERS, Row, check_source, limits_of
 from .optimize import optimize
 from .queue import Queue, Task
+from .trajectory import Decoded
 from .runner import Runner, one_heap, prepare_runner, receipt_of_task
 from .types import (AuraError, Cancelled, DeadlineExceeded, Degenerate, EngineFailed, EngineState, Health, Image,
-                               NotReady, OutOfMemory, Plan, Preview, ShuttingDown, Step)
+                               NotReady, OutOfMemory, Plan, Preview, QueueLoad, ShuttingDown, Step)
 
 log = logging.getLogger("aura_engine")
 
 # %% auto #0
-__all__ = ['log', 'is_out_of_memory', 'drop_caches', 'Ladder', 'Turns', 'reason_of', 'alone_in_process', 'memory', 'Engine',
-           'optimizations_of', 'warnings_of', 'health_of', 'Lease', 'Engines', 'shared_engine', 'close_engines']
+__all__ = ['log', 'is_out_of_memory', 'drop_caches', 'Ladder', 'Turns', 'reason_of', 'alone_in_process', 'memory', 'EngineView',
+           'Engine', 'optimizations_of', 'warnings_of', 'health_of', 'with_model', 'Lease', 'Engines', 'shared_engine',
+           'close_engines']
 
 # %% ../nbs/08d_engine.ipynb #24881fea
 def is_out_of_memory(error: Exception) -> bool:
@@ -132,10 +135,11 @@ class Turns:
         for task, outcome in zip(batch, self.runner.decode(batch, bucket)):
             self.queue.remove(lambda other, task=task: other is task)
             if isinstance(outcome, Degenerate): self.queue.end(task.job, outcome)
-            else: self._hand_out(task, *outcome)
+            else: self._hand_out(task, outcome)
 
-    def _hand_out(self, task: Task, image, again: bool) -> None:
+    def _hand_out(self, task: Task, made: Decoded) -> None:
         job, repairs = task.job, []
+        image, again = made
         if again:
             self.repairs += 1
             repairs.append("decoded again in fp32")
@@ -150,7 +154,8 @@ class Turns:
         now = time.monotonic()
         for job in {task.job for task in self.queue.tasks}:
             if job.cancelled: self.queue.end(job, Cancelled("The request was cancelled."))
-            elif now > job.deadline: self.queue.end(job, DeadlineExceeded(f"Not finished within {job.seconds:g} seconds."))
+            elif now > job.deadline:
+                self.queue.end(job, DeadlineExceeded(f"Not finished within {job.seconds:g} seconds."))
 
     def _fail(self, batch: Sequence[Task], error: Exception) -> None:
         if isinstance(error, AuraError): answer: AuraError | None = error
@@ -178,13 +183,13 @@ def alone_in_process(progress: Progress) -> Iterator[None]:
     finally: LOADING.release()
 
 def memory() -> dict[str, int | None]:
-    "Bytes in use: `rss`, what this process holds in main memory; `gpu`, what torch allocated there (None without a GPU)."
+    "Bytes in use: `rss` of main memory by this process; `gpu` by torch, None without a GPU."
     gpu = torch.cuda.memory_allocated() if torch.cuda.is_available() else None
     return {"rss": psutil.Process().memory_info().rss, "gpu": gpu}
 
 # %% ../nbs/08d_engine.ipynb #0f12ee90
-class Engine:
-    "One model on one device, served by one thread."
+class EngineView:
+    "An engine's state, for whoever looks."
     def __init__(self, settings: Settings):
         check_source(settings.model_id)
         self.settings = settings
@@ -192,9 +197,52 @@ class Engine:
         self.reason = ""                            # why it is not ready
         self.started = time.monotonic()
         self.progress = Progress()                  # what loading is doing
+        self.warnings = unknown_settings()
         self.queue = Queue(settings.max_queue_seconds, settings.deadline_seconds)
         self.turns: Turns | None = None             # when the model is loaded
-        self.warnings = unknown_settings()
+
+    @property
+    def ready(self) -> bool:
+        "Whether it takes work."
+        return self.status is EngineState.ready
+
+    @property
+    def runner(self) -> Runner:
+        "The loaded model at work."
+        if self.turns is None:
+            why = self.reason or self.progress.reason or "The model is loading."
+            raise NotReady(why, retry_after=5)
+        return self.turns.runner
+
+    @property
+    def parts(self) -> Components:
+        "The loaded model."
+        return self.runner.parts
+
+    @property
+    def cost(self) -> StepCost:
+        "What its calls cost."
+        return self.runner.cost
+
+    @property
+    def row(self) -> Row | None:
+        "The model's row in the table, which planning needs."
+        return self.turns.runner.parts.row if self.turns else None
+
+    @property
+    def gpu(self) -> bool:
+        "Whether it works on a GPU."
+        return bool(self.turns) and self.parts.device.type in ("cuda", "mps")
+
+    def health(self) -> Health:
+        "All of it, cheap and safe to show (no secret, no path)."
+        return health_of(self)
+
+# %% ../nbs/08d_engine.ipynb #1f443132
+class Engine(EngineView):
+    "One model on one device, served by one thread."
+    def __init__(self, settings: Settings):
+        super().__init__(settings)
         self.thread = threading.Thread(target=self._run, name="aura-engine", daemon=True)
         self._closed = False
         self._settled = threading.Event()
@@ -214,16 +262,11 @@ class Engine:
         "Queue a plan. NotReady, ShuttingDown, QueueFull: with `retry_after`; Invalid: a deadline that cannot be kept."
         if self.status is EngineState.draining:
             raise ShuttingDown("The engine is stopping; ask another or come back.", retry_after=10)
-        if not self.ready or self.turns is None:
-            raise NotReady(self.reason or self.progress.reason or "The model is loading.", retry_after=5)
-        runner = self.turns.runner
+        if self.status is EngineState.failed: raise NotReady(self.reason, retry_after=5)
+        runner = self.runner
         job = Job(plan, previews, plan.deadline or self.settings.deadline_seconds, client)
         self.queue.submit(job, runner.tasks_of(job), runner.cost)
         return job
-
-    def health(self) -> Health:
-        "The engine's state, cheap and safe to show (no secret, no path)."
-        return health_of(self)
 
     def drain(self, grace: float) -> None:
         "Refuse new work, wait up to `grace` seconds for what is running, fail the rest with ShuttingDown, and stop."
@@ -241,14 +284,13 @@ class Engine:
             self.thread.join(timeout=30)            # a step of a large model takes its time
 
     def _run(self) -> None:
-        "The engine thread."
         try:
             turns = self._prepare()
             if not self._closed: self.status = EngineState.ready
             self._settled.set()
             while self.queue.wait(lambda: self._closed) and not self._closed: turns.turn()
         except AuraError as e: self._fail(e.detail)
-        except BaseException as e:                  # also what libraries raise to end a program: nobody may be left waiting
+        except BaseException as e:                  # also what libraries raise to end a program
             log.exception("the engine thread stopped")
             self._fail(f"The engine stopped working: {reason_of(e)}")
         finally: self._settled.set()
@@ -270,22 +312,6 @@ class Engine:
         self.reason = reason
         self.queue.stop(EngineFailed(reason))
 
-    @property
-    def ready(self) -> bool: return self.status is EngineState.ready
-    @property
-    def runner(self) -> Runner:
-        "The loaded model at work; NotReady before there is one."
-        if self.turns is None: raise NotReady(self.reason or "The model is loading.", retry_after=5)
-        return self.turns.runner
-    @property
-    def parts(self) -> Components: return self.runner.parts
-    @property
-    def cost(self) -> StepCost: return self.runner.cost
-    @property
-    def row(self) -> Row | None: return self.turns.runner.parts.row if self.turns else None
-    @property
-    def gpu(self) -> bool: return bool(self.turns) and self.parts.device.type in ("cuda", "mps")
-
     def __enter__(self) -> Engine: return self
     def __exit__(self, *exc) -> None: self.close()
 
@@ -295,10 +321,12 @@ def optimizations_of(runner: Runner) -> tuple[str, ...]:
     best = runner.cost.step(runner.cost.native).best(64)
     batching = f"step-level batching, up to {best} rows a call"
     alone = "shortest work first (batching does not pay on this device)"
-    said = [*runner.parts.optimizations, batching if best > 1 else alone, "prompt cache", f"{torch.get_num_threads()} CPU threads"]
-    return (*said, "LoRA fused") if runner.parts.lora else tuple(said)
+    said = [*runner.parts.optimizations, batching if best > 1 else alone, "prompt cache"]
+    said.append(f"{torch.get_num_threads()} CPU threads")
+    if runner.parts.lora: said.append("LoRA fused")
+    return tuple(said)
 
-def warnings_of(engine: Engine) -> tuple[str, ...]:
+def warnings_of(engine: EngineView) -> tuple[str, ...]:
     "What somebody who runs this engine should know."
     said = list(engine.warnings)
     if engine.turns:
@@ -307,25 +335,29 @@ def warnings_of(engine: Engine) -> tuple[str, ...]:
     return tuple(said)
 
 # %% ../nbs/08d_engine.ipynb #c3564fe8
-def health_of(engine: Engine) -> Health:
-    "See `Engine.health`."
-    s, runner = engine.settings, engine.turns.runner if engine.turns else None
-    p = runner.parts if runner else None
-    cuda = p is not None and p.device.type == "cuda"
-    cost = runner.cost.step(runner.cost.native) if runner else {}
-    return Health(
+def health_of(engine: EngineView) -> Health:
+    "See `EngineView.health`."
+    s, loading = engine.settings, engine.status is EngineState.loading
+    known = Health(
         status=engine.status, ready=engine.ready, reason=engine.reason or engine.progress.reason or None,
-        loading=engine.progress.said() if engine.status is EngineState.loading else None,
-        device=p.device.type if p else None, gpu=engine.gpu, gpu_name=torch.cuda.get_device_name(p.device) if p and cuda else None,
-        model=s.model_id, revision=p.revision if p else s.revision, lora=s.lcm_lora_id, loras=tuple(s.loras),
-        family=p.row.name if p else None, scheduler=SAMPLERS[p.row.sampler].cls if p else None,
-        precision=p.precision if p else s.precision, backend=p.backend if p else None,
-        optimizations=optimizations_of(runner) if runner else (), warnings=warnings_of(engine),
-        limits=limits_of(p.row, engine.gpu) if p else None,
-        queue=engine.queue.load(runner.cost if runner else None),
-        step_cost={str(b): round(c, 4) for b, c in cost.items()}, memory=memory(),
+        loading=engine.progress.said() if loading else None, warnings=warnings_of(engine),
+        model=s.model_id, revision=s.revision, lora=s.lcm_lora_id, loras=tuple(s.loras), precision=s.precision,
+        device=None, gpu=False, gpu_name=None, family=None, scheduler=None, backend=None, optimizations=(), limits=None,
+        queue=QueueLoad(len(engine.queue.tasks)), step_cost={}, memory=memory(),
         version=__version__, build_id=os.environ.get("AURA_BUILD_ID") or os.environ.get("SPACE_COMMIT_SHA"),
         uptime_seconds=round(time.monotonic() - engine.started, 1))
+    return with_model(known, engine) if engine.turns else known
+
+# %% ../nbs/08d_engine.ipynb #799f3039
+def with_model(known: Health, engine: EngineView) -> Health:
+    "Health with what a loaded model adds."
+    p, cost = engine.parts, engine.cost
+    name = torch.cuda.get_device_name(p.device) if p.device.type == "cuda" else None
+    steps = {str(rows): round(seconds, 4) for rows, seconds in cost.step(cost.native).items()}
+    return replace(known, device=p.device.type, gpu=engine.gpu, gpu_name=name, revision=p.revision,
+                   family=p.row.name, scheduler=SAMPLERS[p.row.sampler].cls, precision=p.precision, backend=p.backend,
+                   optimizations=optimizations_of(engine.runner), limits=limits_of(p.row, engine.gpu),
+                   queue=engine.queue.load(cost), step_cost=steps)
 
 # %% ../nbs/08d_engine.ipynb #cbc3653f
 class Lease:

@@ -6,24 +6,52 @@
 from __future__ import annotations
 import asyncio, itertools, threading, time, uuid
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from typing import Any
 import numpy as np
 from PIL import Image as Pillow
-from .types import AuraError, Cancelled, Done, Event, Failed, Image, JobStatus, Plan, Preview, Step
+from .types import Cancelled, Done, Event, Failed, Image, JobStatus, Plan, Preview, Step
 
 # %% auto #0
-__all__ = ['PREVIEW_BYTES', 'EventLog', 'is_empty', 'bytes_in', 'Job', 'status_of']
+__all__ = ['PREVIEW_BYTES', 'News', 'GrowingLog', 'is_empty', 'bytes_in', 'PixelLog', 'status_after', 'Job']
 
 # %% ../nbs/08a_jobs.ipynb #67c54e30
-class EventLog:
+class News:
+    "Wakes whoever waits, in threads and in event loops."
+    def __init__(self):
+        self._threads = threading.Condition()
+        self._loops: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+
+    def tell(self) -> None:
+        "Wake everybody."
+        with self._threads:
+            self._threads.notify_all()
+            loops, self._loops = self._loops, []
+        for loop, event in loops:
+            try: loop.call_soon_threadsafe(event.set)
+            except RuntimeError: pass                   # that loop is closed, so nobody waits there any more
+
+    def wait(self, so: Callable[[], bool], timeout: float | None = None) -> bool:
+        "Wait in a thread until `so()`; False after `timeout` seconds."
+        with self._threads: return self._threads.wait_for(so, timeout)
+
+    async def wait_in_loop(self, so: Callable[[], bool]) -> None:
+        "Wait in an event loop until `so()`."
+        while not so():
+            event = asyncio.Event()
+            with self._threads:
+                if so(): return
+                self._loops.append((asyncio.get_running_loop(), event))
+            await event.wait()
+
+# %% ../nbs/08a_jobs.ipynb #42e97b1b
+class GrowingLog:
     "Events in the order they happened. `times` has the time.monotonic() of each."
     def __init__(self):
         self.log: list[Event] = []
         self.times: list[float] = []
-        self._news = threading.Condition()
-        self._wakers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
+        self._news = News()
 
     @property
     def done(self) -> bool:
@@ -32,59 +60,87 @@ class EventLog:
 
     def append(self, event: Event) -> None:
         "Add an event and wake all readers."
-        with self._news:
-            self.log.append(event)
-            self.times.append(time.monotonic())
-            self._news.notify_all()
-            wakers, self._wakers = self._wakers, []
-        for loop, waker in wakers:
-            try: loop.call_soon_threadsafe(waker.set)
-            except RuntimeError: pass                   # that loop is closed, so nobody reads there any more
+        self.times.append(time.monotonic())
+        self.log.append(event)
+        self._news.tell()
 
     def events(self, timeout: float | None = None) -> Iterator[Event]:
-        "All events from the first; waits for each (at most `timeout` seconds, then TimeoutError) and ends after Done."
+        "All events from the first to Done; waits for each, at most `timeout` seconds (then TimeoutError)."
         for i in itertools.count():
-            with self._news:
-                if not self._news.wait_for(lambda i=i: len(self.log) > i, timeout): raise TimeoutError("no event in time")
+            if not self._news.wait(lambda i=i: len(self.log) > i, timeout): raise TimeoutError("no event in time")
             event = self.log[i]
             if not is_empty(event): yield event
             if isinstance(event, Done): return
 
     async def __aiter__(self) -> AsyncIterator[Event]:
         for i in itertools.count():
-            while len(self.log) <= i: await self._more_than(i)
+            await self._news.wait_in_loop(lambda i=i: len(self.log) > i)
             event = self.log[i]
             if not is_empty(event): yield event
             if isinstance(event, Done): return
 
-    async def _more_than(self, known: int) -> None:
-        "Wait until there may be more than `known` events."
-        waker = asyncio.Event()
-        with self._news:
-            if len(self.log) > known: return
-            self._wakers.append((asyncio.get_running_loop(), waker))
-        await waker.wait()
-
-# %% ../nbs/08a_jobs.ipynb #42e97b1b
-PREVIEW_BYTES = 4 << 20
-
-def is_empty(event: Event | None) -> bool:
+# %% ../nbs/08a_jobs.ipynb #236bf488
+def is_empty(event: Event) -> bool:
     "Whether this was a preview or a picture that has been freed."
     return isinstance(event, (Preview, Image)) and event.image is None
 
-def bytes_in(value: Any) -> int:
-    "Bytes of the pixels that a PIL picture or an array holds; 0 for anything else."
-    if isinstance(value, np.ndarray): return value.nbytes
-    if isinstance(value, Pillow.Image): return value.width * value.height * len(value.getbands())
+def bytes_in(pixels: Any) -> int:
+    "Bytes that a PIL picture or an array holds; 0 for anything else."
+    if isinstance(pixels, np.ndarray): return pixels.nbytes
+    if isinstance(pixels, Pillow.Image): return pixels.width * pixels.height * len(pixels.getbands())
     return 0
 
 # %% ../nbs/08a_jobs.ipynb #2354bb67
-class Job(EventLog):
+PREVIEW_BYTES = 4 << 20
+
+class PixelLog(GrowingLog):
+    "A log that knows how many bytes of pixels it holds, and holds few previews."
+    def __init__(self):
+        super().__init__()
+        self._previews: deque[int] = deque()                # places of previews that are held
+        self._preview_bytes = 0
+
+    def append(self, event: Event) -> None:
+        "Add an event; free the oldest previews while there are too many bytes."
+        super().append(event)
+        if not isinstance(event, Preview): return
+        self._previews.append(len(self.log) - 1)
+        self._preview_bytes += bytes_in(event.image)
+        while self._preview_bytes > PREVIEW_BYTES and len(self._previews) > 1:
+            self._preview_bytes -= self._free(self._previews.popleft())
+
+    def free_pixels(self) -> None:
+        "Give all pixels back."
+        for place in range(len(self.log)): self._free(place)
+
+    @property
+    def pixel_bytes(self) -> int:
+        "Bytes of the pixels in this log."
+        return sum(bytes_in(e.image) for e in self.log if isinstance(e, (Preview, Image)))
+
+    def _free(self, place: int) -> int:
+        event = self.log[place]
+        if not isinstance(event, (Preview, Image)): return 0
+        self.log[place] = replace(event, image=None)
+        return bytes_in(event.image)
+
+# %% ../nbs/08a_jobs.ipynb #b5c1dd14
+def status_after(event: Event, status: JobStatus) -> JobStatus:
+    "The status of a job after one more event."
+    if isinstance(event, Step): return JobStatus.running
+    if isinstance(event, Failed): return JobStatus.cancelled if isinstance(event.error, Cancelled) else JobStatus.failed
+    if isinstance(event, Done) and not status.over: return JobStatus.succeeded
+    return status
+
+# %% ../nbs/08a_jobs.ipynb #87d1791e
+class Job(PixelLog):
     "What the engine does about one plan. `client` says whose it is; `previews` may be switched on at any time."
     def __init__(self, plan: Plan, previews: bool = False, seconds: float = float("inf"), client: str = ""):
         super().__init__()
         self.id = uuid.uuid4().hex
-        self.plan, self.previews, self.client = plan, previews, client
+        self.plan = plan
+        self.previews = previews
+        self.client = client
         self.seconds = seconds                              # given up after so long
         self.deadline = time.monotonic() + seconds
         self.cancelled = False
@@ -92,8 +148,6 @@ class Job(EventLog):
         self.cuts: list[str] = []                           # what did not fit into the prompt's chunks
         self.warnings: tuple[str, ...] = ()
         self._finished = threading.Event()
-        self._previews: deque[int] = deque()                # places of previews that are held
-        self._preview_bytes = 0
 
     def cancel(self) -> None:
         "Ask for an end; the work stops at the next step."
@@ -102,13 +156,9 @@ class Job(EventLog):
     def emit(self, event: Event) -> None:
         "Append an event (the engine's side). After Done nothing is."
         if self.done: return
-        if isinstance(event, Step): self.status = JobStatus.running
-        elif isinstance(event, Failed): self.status = status_of(event.error)
-        elif isinstance(event, Done):
-            self.warnings = event.warnings
-            if not self.status.over: self.status = JobStatus.succeeded
+        self.status = status_after(event, self.status)
+        if isinstance(event, Done): self.warnings = event.warnings
         self.append(event)
-        if isinstance(event, Preview): self._hold(event)
         if self.done: self._finished.set()
 
     def result(self, timeout: float | None = None) -> list[Image]:
@@ -122,31 +172,15 @@ class Job(EventLog):
     @property
     def nbytes(self) -> int:
         "Bytes of all pixels that this job holds: finished pictures, previews, pictures to start from."
-        shown = [e.image for e in self.log if isinstance(e, (Preview, Image))]
         given = {id(p.init): p.init for p in self.plan.pictures}
-        return sum(map(bytes_in, [*shown, *given.values()]))
+        return self.pixel_bytes + sum(map(bytes_in, given.values()))
 
     def free(self) -> None:
-        "Give all pixels back; the events keep their places."
+        "Give all pixels back: nobody wants this job any more."
         self.free_inputs()
-        for i, e in enumerate(self.log):
-            if isinstance(e, (Preview, Image)): self.log[i] = replace(e, image=None)
+        self.free_pixels()
 
     def free_inputs(self, index: int | None = None) -> None:
-        "Give back the pictures that this job starts from, or that of picture `index`: they are encoded, or will not be."
+        "Give back the pictures that this job starts from, or that of picture `index`."
         pictures = [replace(p, init=None) if index in (None, i) else p for i, p in enumerate(self.plan.pictures)]
         self.plan = replace(self.plan, pictures=tuple(pictures))
-
-    def _hold(self, preview: Preview) -> None:
-        "Note a preview just appended, and free the oldest while there are too many bytes."
-        self._previews.append(len(self.log) - 1)
-        self._preview_bytes += bytes_in(preview.image)
-        while self._preview_bytes > PREVIEW_BYTES and len(self._previews) > 1:
-            place = self._previews.popleft()
-            self._preview_bytes -= bytes_in(self.log[place].image)
-            self.log[place] = replace(self.log[place], image=None)
-
-# %% ../nbs/08a_jobs.ipynb #b5c1dd14
-def status_of(error: AuraError) -> JobStatus:
-    "How a job ends that ends with this error."
-    return JobStatus.cancelled if isinstance(error, Cancelled) else JobStatus.failed

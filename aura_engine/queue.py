@@ -13,7 +13,8 @@ from .trajectory import Trajectory
 from .types import AuraError, Done, Failed, Invalid, Picture, Queued, QueueFull, QueueLoad
 
 # %% auto #0
-__all__ = ['MOST_TASKS', 'Task', 'Shares', 'fair_order', 'Lateness', 'Turn', 'refusal', 'check_deadline', 'Waiting', 'Queue']
+__all__ = ['MOST_TASKS', 'Task', 'Shares', 'ClientLine', 'lines_of', 'fair_order', 'Lateness', 'Turn', 'refusal',
+           'check_deadline', 'TaskLine', 'Admission', 'Queue']
 
 # %% ../nbs/08b_queue.ipynb #51706455
 @dataclass(eq=False, kw_only=True)
@@ -59,28 +60,34 @@ class Shares:
         return now - max(task.arrived, self._clear.get(task.client, -math.inf))
 
 # %% ../nbs/08b_queue.ipynb #1eece887
-class _Line(list[E]):
-    "One client's tasks in its own order, taken from the front."
+class ClientLine(list[E]):
+    "One client's tasks in its own order; they are taken from the front."
     def __init__(self, owing: float):
         super().__init__()
-        self.front = self.owing = owing             # seconds of work up to the next one
+        self.owing = owing                          # seconds that the client has had too much
+        self.front = owing                          # and the work of its tasks so far
 
     def weigh(self, cost: StepCost, now: float, shares: Shares) -> float:
         "How late the next one should be served."
         self.front += remaining(self[0], cost)
         return self.front - AGEING * shares.waited(self[0], now)
 
-def fair_order(tasks: Sequence[E], cost: StepCost, now: float, shares: Shares) -> list[E]:
-    "All tasks in the order in which they should be served; sets what each one's client owes."
-    ordered = sorted(tasks, key=lambda t: urgency(t, cost, now))
-    lines: dict[str, _Line[E]] = {}
+def lines_of(ordered: Sequence[E], shares: Shares) -> list[ClientLine[E]]:
+    "Tasks by client; sets what each one's client owes."
+    lines: dict[str, ClientLine[E]] = {}
     for task in ordered:
-        line = lines.setdefault(task.client, _Line(shares.debt(task.client)))
+        line = lines.setdefault(task.client, ClientLine(shares.debt(task.client)))
         task.owing = line.owing
         line.append(task)
+    return list(lines.values())
+
+# %% ../nbs/08b_queue.ipynb #fd6a2129
+def fair_order(tasks: Sequence[E], cost: StepCost, now: float, shares: Shares) -> list[E]:
+    "All tasks in the order in which they should be served."
+    ordered = sorted(tasks, key=lambda t: urgency(t, cost, now))
+    lines = lines_of(ordered, shares)
     if len(lines) == 1: return ordered
-    # a merge: always the next of the client that weighs least
-    heap = [(line.weigh(cost, now, shares), n, line) for n, line in enumerate(lines.values())]
+    heap = [(line.weigh(cost, now, shares), n, line) for n, line in enumerate(lines)]
     heapq.heapify(heap)
     merged = []
     while heap:
@@ -110,12 +117,12 @@ class Lateness:
 # %% ../nbs/08b_queue.ipynb #66c6ce8e
 @dataclass(frozen=True)
 class Turn:
-    "Where a newcomer would stand: pictures `ahead` of it, its client's own among them, and predicted `seconds` to its end."
+    "Where a newcomer would stand: pictures `ahead` of it, `own`: its client's pictures in line, predicted seconds."
     ahead: int
     own: int
     own_work: float                                 # seconds of its client's work, itself included
     alone: float                                    # seconds if nobody else were there
-    seconds: float
+    seconds: float                                  # until it would be finished
 
     @property
     def pace(self) -> float:
@@ -134,6 +141,7 @@ def refusal(turn: Turn, limit: float) -> QueueFull | None:
                          f"this engine promises at most {limit:g}.", retry_after=max(1.0, turn.seconds - limit))
     return None
 
+# %% ../nbs/08b_queue.ipynb #e96638f4
 def check_deadline(asked: float, turn: Turn, most: float) -> None:
     "A request's own deadline: Invalid where this engine could never keep it, QueueFull where others' work prevents it."
     alone = math.ceil(100 * turn.alone) / 100
@@ -146,7 +154,7 @@ def check_deadline(asked: float, turn: Turn, most: float) -> None:
                         f"its deadline is {asked:g}.", retry_after=max(1.0, turn.seconds - asked))
 
 # %% ../nbs/08b_queue.ipynb #70c7121b
-class Waiting:
+class TaskLine:
     "The pictures in the engine, and what their clients have had."
     def __init__(self):
         self.tasks: list[Task] = []
@@ -185,48 +193,67 @@ class Waiting:
 # %% ../nbs/08b_queue.ipynb #be560dd7
 MOST_TASKS = 1024           # pictures in the engine, whoever they belong to
 
-class Queue(Waiting):
-    "Jobs in and out. `limit`: seconds that may be promised; `longest`: the longest deadline that may be asked for."
+class Admission:
+    "Promises and refusals. `limit`: seconds that may be promised; `longest`: the longest deadline."
     def __init__(self, limit: float, longest: float):
-        super().__init__()
         self.limit, self.longest = limit, longest
         self.lateness = Lateness()
         self.owed: set[str] = set()                 # ids of jobs whose client owed when they came
+
+    def turn_of(self, mine: Sequence[Task], tasks: Sequence[Task], cost: StepCost,
+                now: float, shares: Shares) -> Turn:
+        "Where these tasks would stand if they came now to those that are there."
+        there = [t for t in tasks if not t.job.cancelled]
+        order = fair_order([*there, *mine], cost, now, shares)
+        client = mine[0].client
+        own = [t for t in there if t.client == client]
+        ahead = max(order.index(t) for t in mine) + 1 - len(mine)
+        late = self.lateness.factor(shares.debt(client) > 0)
+        return Turn(ahead, len(own), own_work=work([*own, *mine], cost), alone=eta(mine, mine, cost),
+                    seconds=eta(mine, order, cost) * late)
+
+    def admit(self, job: Job, turn: Turn, waiting: int, owing: bool) -> Queued:
+        "The promise to a job, while so many pictures are waiting. QueueFull and Invalid refuse it."
+        if waiting >= MOST_TASKS:
+            raise QueueFull(f"{waiting} pictures are waiting.", retry_after=max(1.0, turn.seconds / 2))
+        if refused := refusal(turn, self.limit): raise refused
+        if job.plan.deadline is not None: check_deadline(job.plan.deadline, turn, self.longest)
+        if owing: self.owed.add(job.id)
+        return Queued(turn.ahead, round(turn.seconds, 3), tuple(p.seed for p in job.plan.pictures))
+
+    def learn(self, job: Job, finished: bool) -> None:
+        "A job has left. If it was `finished`, see how the promise was kept."
+        owed = job.id in self.owed
+        self.owed.discard(job.id)
+        first = job.log[0] if job.log else None
+        if not finished or not isinstance(first, Queued): return
+        self.lateness.observe(owed, first.eta_seconds, time.monotonic() - job.times[0])
+
+# %% ../nbs/08b_queue.ipynb #362aaffa
+class Queue(TaskLine):
+    "The engine's line: jobs in and out."
+    def __init__(self, limit: float, longest: float):
+        super().__init__()
+        self.admission = Admission(limit, longest)
         self.stopped: AuraError | None = None
 
     def submit(self, job: Job, tasks: list[Task], cost: StepCost) -> None:
         "Take a job in and tell it what to expect. QueueFull and Invalid refuse it."
         with self.turn:
             if self.stopped: raise self.stopped
-            turn = self.turn_of(tasks, cost, self.pass_time())
-            self._admit(job, turn)
-            if self.shares.debt(job.client): self.owed.add(job.id)
-            seeds = tuple(p.seed for p in job.plan.pictures)
-            job.emit(Queued(turn.ahead, round(turn.seconds, 3), seeds))
+            now = self.pass_time()
+            turn = self.admission.turn_of(tasks, self.tasks, cost, now, self.shares)
+            job.emit(self.admission.admit(job, turn, len(self.tasks), self.shares.debt(job.client) > 0))
             self.tasks = self.tasks + tasks
             self.turn.notify_all()
-
-    def turn_of(self, mine: list[Task], cost: StepCost, now: float) -> Turn:
-        "Where these tasks would stand if they came now."
-        there = [t for t in self.tasks if not t.job.cancelled]
-        order = fair_order(there + mine, cost, now, self.shares)
-        client = mine[0].client
-        own = [t for t in there if t.client == client]
-        late = self.lateness.factor(self.shares.debt(client) > 0)
-        ahead = max(order.index(t) for t in mine) + 1 - len(mine)
-        return Turn(ahead, len(own), own_work=work(own + mine, cost), alone=eta(mine, mine, cost),
-                    seconds=eta(mine, order, cost) * late)
 
     def end(self, job: Job, error: AuraError | None = None) -> None:
         "Take a job out, free what it starts from, and close its log."
         self.remove(lambda task: task.job is job)
+        self.admission.learn(job, finished=error is None)
         if error is not None: job.emit(Failed(error))
-        elif job.log and isinstance(first := job.log[0], Queued):
-            took = time.monotonic() - job.times[0]
-            self.lateness.observe(job.id in self.owed, first.eta_seconds, took)
-        self.owed.discard(job.id)
         job.free_inputs()
-        job.emit(Done(tuple(str(n) for n in job.plan.notes) + tuple(dict.fromkeys(job.cuts))))
+        job.emit(Done((*map(str, job.plan.notes), *dict.fromkeys(job.cuts))))
 
     def stop(self, error: AuraError) -> None:
         "Take no more jobs; those that wait end with `error`."
@@ -234,9 +261,3 @@ class Queue(Waiting):
             self.stopped = error
             self.turn.notify_all()
         for job in {task.job for task in self.tasks}: self.end(job, error)
-
-    def _admit(self, job: Job, turn: Turn) -> None:
-        if len(self.tasks) >= MOST_TASKS:
-            raise QueueFull(f"{len(self.tasks)} pictures are waiting.", retry_after=max(1.0, turn.seconds / 2))
-        if refused := refusal(turn, self.limit): raise refused
-        if job.plan.deadline is not None: check_deadline(job.plan.deadline, turn, self.longest)

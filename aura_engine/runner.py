@@ -18,14 +18,14 @@ from .jobs import Job
 from .loader import Components
 from .optimize import cache_folder, seal
 from .queue import Task
-from .trajectory import Noise, TextCache, Trajectory, advance, decode_batch, decode_latents, encode_picture
+from .trajectory import Decoded, Noise, TextCache, Trajectory, advance, decode_batch, decode_latents, encode_picture
 from .types import Degenerate, Picture, Receipt
 from .unet_input import UNetInput
 
 # %% auto #0
 __all__ = ['M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'M_ARENA_MAX', 'mallopt', 'keep_memory', 'one_heap', 'preview_matrix',
-           'preview_image', 'timed', 'Trial', 'try_out', 'key_of', 'curve_name', 'measured', 'costs_of', 'versions_of',
-           'receipt_of_task', 'Runner', 'spend', 'prepare_runner']
+           'preview_image', 'clocked', 'Trial', 'try_out', 'key_of', 'curve_name', 'measured_curves', 'costs_of',
+           'versions_of', 'receipt_of_task', 'spend', 'begin_task', 'Runner', 'prepare_runner']
 
 # %% ../nbs/08c_runner.ipynb #bda0bf3f
 M_TRIM_THRESHOLD = -1               # the names and numbers of glibc's malloc.h
@@ -52,7 +52,7 @@ def one_heap() -> bool:
 
 # %% ../nbs/08c_runner.ipynb #13db564b
 def preview_matrix(parts: Components, latents: torch.Tensor, versions: int = 4) -> np.ndarray:
-    "Least-squares map [C + 1, 3] from latents (and 1) to colours 0..255, fitted on `versions` of `latents` [1, C, h, w]."
+    "Least-squares map [C + 1, 3] from latents (and 1) to colours 0..255, fitted on the picture of `latents`."
     given, wanted = [], []
     for k in range(versions):
         noise = torch.randn(latents.shape, dtype=torch.float32, generator=torch.Generator().manual_seed(k))
@@ -71,7 +71,7 @@ def preview_image(matrix: np.ndarray, estimate: torch.Tensor) -> np.ndarray:
     return (np.clip(z, -30, 30) @ matrix[:-1] + matrix[-1]).clip(0, 255).astype("uint8")
 
 # %% ../nbs/08c_runner.ipynb #f5d56fb2
-def timed(f: Callable[..., Any], *args) -> tuple[Any, float]:
+def clocked(f: Callable[..., Any], *args) -> tuple[Any, float]:
     "What f(*args) gives, and its seconds."
     start = time.perf_counter()
     value = f(*args)
@@ -96,7 +96,7 @@ def try_out(parts: Components, texts: TextCache) -> Trial:
     t = Trajectory(parts, picture, texts)
     inputs = t.unet_input().first()
     while not t.done: advance([t], parts.unet)
-    (image, _), seconds = timed(decode_latents, parts, t.latents)
+    (image, _), seconds = clocked(decode_latents, parts, t.latents)
     return Trial(picture, inputs, t.latents, image, seconds)
 
 # %% ../nbs/08c_runner.ipynb #261631a6
@@ -110,13 +110,13 @@ def key_of(texts: TextCache, p: Picture) -> tuple[Key, int]:
 # %% ../nbs/08c_runner.ipynb #2b431a59
 def curve_name(parts: Components, settings: Settings, trial: Trial) -> str:
     "What the measured curves depend on."
-    of = (settings.model_id, parts.revision, parts.lora, parts.device, parts.precision, parts.backend, parts.optimizations,
-          tuple(trial.inputs.sample.shape), torch.__version__, torch.get_num_threads(), settings.max_batch)
+    of = (settings.model_id, parts.revision, parts.lora, parts.device, parts.precision, parts.backend,
+          parts.optimizations, tuple(trial.inputs.sample.shape), torch.__version__, torch.get_num_threads(), settings.max_batch)
     return "|".join(map(str, of))
 
 # %% ../nbs/08c_runner.ipynb #74048883
 @torch.inference_mode()
-def measured(parts: Components, settings: Settings, trial: Trial, file: CurveFile) -> tuple[Curve, Curve]:
+def measured_curves(parts: Components, settings: Settings, trial: Trial, file: CurveFile) -> tuple[Curve, Curve]:
     "The curves of a UNet call and of a decode."
     def step(rows: int) -> None:
         trial.inputs.pad(rows).call(parts.unet)
@@ -126,17 +126,19 @@ def measured(parts: Components, settings: Settings, trial: Trial, file: CurveFil
     steps = file.curve(name, step, most)
     decodes = file.curve(name + "|decode", decode, min(most, 8), trial.decode)
     if getattr(parts.unet, "sealed", True) is False:
-        for rows in steps: step(rows), step(rows)
+        for rows in steps:
+            step(rows)
+            step(rows)
     seal(parts)
     return steps, decodes
 
 # %% ../nbs/08c_runner.ipynb #5f52a083
 def costs_of(parts: Components, settings: Settings, trial: Trial, file: CurveFile) -> StepCost:
     "Measure everything that predictions need."
-    steps, decodes = measured(parts, settings, trial, file)
+    steps, decodes = measured_curves(parts, settings, trial, file)
     texts = TextCache(parts)                        # an empty one, so that the text is encoded again
-    _, begin = timed(Trajectory, parts, trial.picture, texts)
-    _, encode = timed(encode_picture, parts, trial.image, *trial.image.size, Noise(trial.picture))
+    _, begin = clocked(Trajectory, parts, trial.picture, texts)
+    _, encode = clocked(encode_picture, parts, trial.image, *trial.image.size, Noise(trial.picture))
     return StepCost(key_of(texts, trial.picture)[0], steps, decodes, begin, encode)
 
 # %% ../nbs/08c_runner.ipynb #8cb3c478
@@ -160,12 +162,34 @@ def receipt_of_task(task: Task, parts: Components, versions: dict[str, str], rep
         init_sha256=task.init_sha256, corrections=(*map(str, task.job.plan.notes), *repairs),
         timings={stage: round(seconds, 4) for stage, seconds in task.times.items()})
 
-# %% ../nbs/08c_runner.ipynb #3bf1d191
+# %% ../nbs/08c_runner.ipynb #1f25bff7
+def spend(task: Task, stage: str, seconds: float, share: float) -> None:
+    "A task was in a call of `stage` for `seconds`, of which `share` is its own."
+    task.times[stage] = task.times.get(stage, 0.0) + seconds
+    task.used += share
+
+# %% ../nbs/08c_runner.ipynb #aee425e8
+def begin_task(task: Task, parts: Components, texts: TextCache, text: float) -> float:
+    "Noise and first latents of a newcomer, whose text took `text` seconds -> seconds in all."
+    p = task.picture
+    spend(task, "queue", time.monotonic() - task.arrived, 0.0)
+    if p.init is not None: task.init_sha256 = hashlib.sha256(p.init.tobytes()).hexdigest()
+    trajectory, seconds = clocked(Trajectory, parts, p, texts)
+    spend(task, "text", text + seconds, text + seconds)
+    task.picture = trajectory.picture = replace(p, init=None)
+    task.trajectory, task.begin = trajectory, 0.0
+    task.job.free_inputs(task.index)
+    if trajectory.cut: task.job.cuts.append(f"the prompt was cut before: {trajectory.cut[:200]}")
+    return text + seconds
+
+# %% ../nbs/08c_runner.ipynb #15c31e47
 class Runner:
     "A loaded model at work. `cost` learns from every call; `texts` keeps encoded prompts."
-    def __init__(self, parts: Components, cost: StepCost, matrix: np.ndarray, texts: TextCache | None = None):
-        self.parts, self.cost, self.matrix = parts, cost, matrix
-        self.texts = texts or TextCache(parts)
+    def __init__(self, parts: Components, cost: StepCost, matrix: np.ndarray, texts: TextCache):
+        self.parts = parts
+        self.cost = cost
+        self.matrix = matrix                            # of previews
+        self.texts = texts
         self.versions = versions_of(parts)
         self.unet_calls = 0
 
@@ -182,8 +206,10 @@ class Runner:
     def begin(self, fresh: Sequence[Task]) -> None:
         "Texts, noise and first latents of newcomers."
         keys = [key for task in fresh for key in self.texts.keys(task.picture)]
-        _, seconds = timed(self.texts.fill, keys)
-        for task in fresh: self._begin(task, seconds / len(fresh))
+        _, seconds = clocked(self.texts.fill, keys)
+        for task in fresh:
+            init = task.picture.init is not None
+            self.cost.begin.observe(task.key, init, begin_task(task, self.parts, self.texts, seconds / len(fresh)))
 
     def step(self, batch: Sequence[Task], bucket: int) -> None:
         "One UNet call for a batch."
@@ -193,41 +219,24 @@ class Runner:
         if self.parts.device.type == "cuda": torch.cuda.synchronize(self.parts.device)
         seconds = time.perf_counter() - start
         self.unet_calls += 1
-        self.cost.observe_step(batch[0].key, bucket, seconds)
+        self.cost.step.observe(batch[0].key, bucket, seconds)
         rows = sum(task.rows for task in batch)
         for task in batch: spend(task, "steps", seconds, seconds * task.rows / rows)
 
-    def decode(self, batch: Sequence[Task], bucket: int) -> list[tuple[Pillow.Image, bool] | Degenerate]:
-        "Decode finished pictures in one call -> for each (RGB picture, whether it took a second try in fp32), or why not."
+    def decode(self, batch: Sequence[Task], bucket: int) -> list[Decoded | Degenerate]:
+        "Decode finished pictures in one call -> for each the picture, or why there is none."
         latents = torch.cat([task.trajectory.latents for task in batch if task.trajectory])
         padding = latents[:1].expand(bucket - len(batch), -1, -1, -1)
-        outcomes, seconds = timed(decode_batch, self.parts, torch.cat([latents, padding]))
-        self.cost.observe_decode(batch[0].key, bucket, seconds)
+        outcomes, seconds = clocked(decode_batch, self.parts, torch.cat([latents, padding]))
+        self.cost.decode.observe(batch[0].key, bucket, seconds)
         for task in batch: spend(task, "decode", seconds, seconds / len(batch))
         return outcomes[:len(batch)]
 
     def preview(self, task: Task) -> np.ndarray:
         "What a picture under way looks like now: uint8 [h, w, 3]."
-        assert task.trajectory is not None
-        return preview_image(self.matrix, task.trajectory.estimate)
-
-    def _begin(self, task: Task, text: float) -> None:
-        p, job = task.picture, task.job
-        spend(task, "queue", time.monotonic() - task.arrived, 0.0)
-        if p.init is not None: task.init_sha256 = hashlib.sha256(p.init.tobytes()).hexdigest()
-        trajectory, seconds = timed(Trajectory, self.parts, p, self.texts)
-        self.cost.observe_begin(task.key, p.init is not None, text + seconds)
-        spend(task, "text", text + seconds, text + seconds)
-        task.picture = trajectory.picture = replace(p, init=None)
-        task.trajectory, task.begin = trajectory, 0.0
-        job.free_inputs(task.index)
-        if trajectory.cut: job.cuts.append(f"the prompt was cut before: {trajectory.cut[:200]}")
-
-# %% ../nbs/08c_runner.ipynb #1f25bff7
-def spend(task: Task, stage: str, seconds: float, share: float) -> None:
-    "A task was in a call of `stage` for `seconds`, of which `share` is its own."
-    task.times[stage] = task.times.get(stage, 0.0) + seconds
-    task.used += share
+        t = task.trajectory
+        assert t is not None and t.estimate is not None
+        return preview_image(self.matrix, t.estimate)
 
 # %% ../nbs/08c_runner.ipynb #4049764e
 def prepare_runner(parts: Components, settings: Settings) -> Runner:

@@ -109,8 +109,8 @@ def test_pictures_that_finish_together_are_decoded_together(engine, monkeypatch)
     asked = [replace(APPLE, seed=70 + i) for i in range(4)]
     alone, sizes = [picture(engine, p) for p in asked], []
     native = engine.cost.native
-    monkeypatch.setitem(engine.cost.decodes, native, Curve({1: 10.0, 2: 10.0, 4: 10.0}))
-    monkeypatch.setitem(engine.cost.steps, native, Curve({1: 0.1, 2: 0.1, 4: 0.1, 8: 0.1}))
+    monkeypatch.setitem(engine.cost.decode.known, native, Curve({1: 10.0, 2: 10.0, 4: 10.0}))
+    monkeypatch.setitem(engine.cost.step.known, native, Curve({1: 0.1, 2: 0.1, 4: 0.1, 8: 0.1}))
     hook = engine.parts.vae.decoder.register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])))
     try:
         images = engine.submit(Plan(tuple(asked))).result(120)
@@ -149,14 +149,14 @@ def test_deadline():
 @pytest.fixture
 def gate(engine):
     """UNet calls wait for it -> (calls begun, event); afterwards the engine forgets what the waiting taught it of costs."""
-    calls, opened, steps, late = [], threading.Event(), dict(engine.cost.steps), engine.queue.lateness
-    engine.queue.lateness = Lateness()
+    calls, opened, steps, late = [], threading.Event(), dict(engine.cost.step.known), engine.queue.admission.lateness
+    engine.queue.admission.lateness = Lateness()
     hook = engine.parts.unet.register_forward_pre_hook(lambda m, args: (calls.append(1), opened.wait(60))[1] and None)
     yield calls, opened
     opened.set()
     while engine.health().queue.length: time.sleep(0.01)
     hook.remove()
-    engine.cost.steps, engine.queue.lateness = steps, late
+    engine.cost.step.known, engine.queue.admission.lateness = steps, late
 
 
 def alone(engine, p):

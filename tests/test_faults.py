@@ -447,7 +447,7 @@ def test_rows_36_37__who_hangs_up_costs_no_further_step(engine, live, accept):
 
 def test_a_requests_own_deadline(engine, live):
     """504 for one that was not done in time, one queued and one running; 429 with Retry-After at the door; 422 for what this engine could never do."""
-    (url, calls, gate), engine.queue.lateness = live, Lateness()
+    (url, calls, gate), engine.queue.admission.lateness = live, Lateness()
     ask = lambda seconds, **more: httpx.post(url + "/generate", json={"prompt": "an owl", "steps": 20, "deadlineSeconds": seconds, **more}, timeout=120)
     too_short = is_problem(ask(1e-4), 422)["errors"][0]
     least = float(re.search(r"at least ([0-9.e-]+)", too_short["allowed"])[1])
@@ -768,9 +768,9 @@ def test_row_56__also_413_429_500_and_503(engine):
     hook = engine.parts.unet.register_forward_hook(lambda m, a, out: (out[0] * float("nan"),))
     try: bad, = inside(engine, {"prompt": "x"}, **origin)
     finally: hook.remove()
-    limit, engine.queue.limit = engine.queue.limit, 1.0
+    limit, engine.queue.admission.limit = engine.queue.admission.limit, 1.0
     try: crowd = inside(engine, *[{"prompt": "x", "steps": 50, "n": 4}] * 12, at_once=True, **origin)
-    finally: engine.queue.limit = limit
+    finally: engine.queue.admission.limit = limit
     full = next(r for r in crowd if r.status_code != 200)
     asleep, = inside(Engine(load_settings(SD_MODEL_ID="embedded")), {"prompt": "x"}, **origin)
     large, = inside(engine, big, **origin)
