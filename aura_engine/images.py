@@ -339,7 +339,7 @@ _ORIENTATION = 0x0112
 
 def _turn(im: Image.Image) -> Image.Transpose | None:
     "How to turn a picture so that it stands upright."
-    try: return _TURNS.get(im.getexif().get(_ORIENTATION))
+    try: return _TURNS.get(int(im.getexif().get(_ORIENTATION, 1)))
     except Exception: return None                # a damaged EXIF block raises anything, and says nothing
 
 # %% ../nbs/03a_images.ipynb #ca7b6731
@@ -424,7 +424,8 @@ def receipt_of(data: bytes, loc: str = "image") -> Receipt:
 def _read_receipt(data: bytes, part: Part, loc: str) -> Receipt:
     text, check = data[part.body + len(_RECEIPT_CHUNK) + 4:part.end - 4], data[part.end - 4:part.end]
     whole = len(text) <= MAX_RECEIPT and zlib.crc32(data[part.start + 4:part.end - 4]) == int.from_bytes(check, "big")
-    try: return Receipt.from_json(json.loads(text) if whole else None)
+    if not whole: _no_receipt(data, loc)
+    try: return Receipt.from_json(json.loads(text))
     except (ValueError, TypeError, AttributeError, RecursionError, Invalid): _no_receipt(data, loc)
 
 # %% ../nbs/03a_images.ipynb #254bfbd0

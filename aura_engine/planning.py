@@ -11,17 +11,18 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from PIL import Image
-from pydantic import Field, ValidationError, model_validator
-from .images import decode, from_base64, receipt_of
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, ValidationError, model_validator
+from .images import decode, decode_cost, facts_of, from_base64, receipt_of
 from .models import EMBEDDED, NARROWEST, SAMPLERS, Row, executed_steps, fit_size, makes, size_for
 from .types import (MAX_PROMPT, MAX_SEED, FieldError, GenerateRequest, Invalid, Note, Picture, Plan, Prompt, Receipt,
-    RefineConfig, RefineRequest, Words, _Request, field_errors, shown)
+    RefineConfig, RefineRequest, RequestModel, Steps, Words, field_errors, shown)
 
 # %% auto #0
-__all__ = ['CLOSELY', 'MOST_HELPED', 'COMPARED', 'known_words', 'is_slip', 'shorter_by_one', 'letter_pairs', 'Vocabulary',
-           'vocabulary', 'meant', 'alike', 'some', 'understood', 'clamp', 'allowed_lora', 'plan', 'prepare', 'sized',
+__all__ = ['CLOSELY', 'MOST_HELPED', 'MOST_VERSIONS', 'Label', 'COMPARED', 'MOST_DIFFERENCES', 'known_words', 'is_slip',
+           'shorter_by_one', 'letter_pairs', 'Vocabulary', 'vocabulary', 'meant', 'alike', 'some', 'understood',
+           'clamp', 'allowed_lora', 'plan', 'prepare', 'sized', 'pictures_cost', 'refine_cost', 'PictureRecipe',
            'Replayed', 'ReplayRequest', 'replay_plan', 'differences']
 
 # %% ../nbs/03b_planning.ipynb #b19b3380
@@ -276,10 +277,44 @@ def sized(todo: Plan) -> Plan:
     pictures = (replace(p, init=p.init.resize((p.width, p.height), Image.Resampling.LANCZOS)) for p in todo.pictures)
     return replace(todo, pictures=tuple(pictures))
 
+# %% ../nbs/03b_planning.ipynb #0886c2e1
+def pictures_cost(texts: Mapping[str, str], row: Row) -> tuple[float, int]:
+    """(seconds of one core, bytes) that decoding base64 pictures for `row` takes; `texts` by the name of the field.
+
+    Invalid names a picture that is over a limit."""
+    seconds = 0.0
+    peak = kept = 0                              # bytes
+    for loc, text in texts.items():
+        spent, held = decode_cost(facts_of(from_base64(text, loc), loc), row.native)
+        seconds += spent
+        peak = max(peak, held)
+        kept += 4 * (2 * row.native) ** 2        # four bytes a pixel, at no more than twice the native side
+    return seconds, peak + kept
+
+# %% ../nbs/03b_planning.ipynb #ff7aebc1
+def refine_cost(request: RefineRequest, row: Row) -> tuple[float, int]:
+    "(seconds of one core, bytes) that `prepare` takes; Invalid as there."
+    return pictures_cost({f"images.{i}": text for i, text in enumerate(request.images)}, row)
+
 # %% ../nbs/03b_planning.ipynb #6870bc95
-class Replayed(_Request):
-    "A receipt from outside, checked like a request: what makes the picture, and what is compared afterwards."
-    model_config = {**_Request.model_config, "extra": "ignore", "strict": False}
+MOST_VERSIONS = 40                               # packages that a receipt may name
+Label = Annotated[str, StringConstraints(max_length=300)]      # the name of a model, a package, a device
+
+
+def _few_versions(value: Any) -> Any:
+    "Refuse a long list before its entries are looked at."
+    if isinstance(value, dict) and len(value) > MOST_VERSIONS: raise ValueError(f"at most {MOST_VERSIONS} versions")
+    return value
+
+# %% ../nbs/03b_planning.ipynb #c88df3f3
+def _known_sampler(name: str) -> str:
+    if name not in SAMPLERS: raise ValueError(" or ".join(SAMPLERS))
+    return name
+
+# %% ../nbs/03b_planning.ipynb #e1613a93
+class PictureRecipe(RequestModel):
+    "What of a receipt makes its picture again."
+    model_config = {**RequestModel.model_config, "extra": "ignore"}
     prompt: Prompt
     negative_prompt: Prompt
     width: int = Field(ge=64, le=4096)
@@ -289,17 +324,22 @@ class Replayed(_Request):
     strength: float | None = Field(None, ge=0.05, le=1)
     seed: int = Field(ge=0, le=MAX_SEED)
     temperature: float = Field(ge=0, le=2)
-    scheduler: Literal[tuple(SAMPLERS)]
-    model: str
-    revision: str | None = None
-    lora: str | None = None
-    precision: str
-    backend: str
-    device: str
-    versions: dict[str, str]
-    lora_alias: str | None = None
-    lora_source: str | None = None
-    init_sha256: str | None = None
+    scheduler: Annotated[Label, AfterValidator(_known_sampler)] = Field(json_schema_extra={"enum": [*SAMPLERS]})
+    lora_alias: Label | None = None
+    steps_asked: Steps | None = None
+
+# %% ../nbs/03b_planning.ipynb #2e7c0e87
+class Replayed(PictureRecipe):
+    "A receipt from outside, checked like a request."
+    model: Label
+    revision: Label | None = None
+    lora: Label | None = None
+    precision: Label
+    backend: Label
+    device: Label
+    versions: Annotated[dict[Label, Label], BeforeValidator(_few_versions)]
+    lora_source: Label | None = None
+    init_sha256: Label | None = None
 
     def receipt(self) -> Receipt:
         "The receipt it is."
@@ -311,12 +351,12 @@ def _either(one: str, other: str) -> dict[str, Any]:
     return {"required": [one], "properties": {one: {"not": {"type": "null"}}, other: {"type": "null"}}}
 
 # %% ../nbs/03b_planning.ipynb #e77e50da
-class ReplayRequest(_Request):
+class ReplayRequest(RequestModel):
     """Body of POST /replay: a `receipt`, or an `image` (base64 PNG of ours) that holds one.
 
     `init`: the picture a refinement started from."""
     _one_of_two = {"oneOf": [_either("receipt", "image"), _either("image", "receipt")]}
-    model_config = {**_Request.model_config, "json_schema_extra": _one_of_two}
+    model_config = {**RequestModel.model_config, "json_schema_extra": _one_of_two}
     receipt: Replayed | None = None
     image: str | None = Field(None, json_schema_extra={"format": "picture"})
     init: str | None = Field(None, json_schema_extra={"format": "picture"})
@@ -373,19 +413,24 @@ def replay_plan(ask: ReplayRequest, row: Row) -> tuple[Receipt, Plan]:
     lora = allowed_lora(r.lora_alias, row, "receipt.loraAlias")
     scheduler = None if r.scheduler == row.sampler else r.scheduler
     picture = Picture(r.prompt, r.width, r.height, r.steps, r.guidance_scale, r.seed, r.temperature, r.negative_prompt,
-                      r.strength, _start(ask, r, row), scheduler, lora)
+                      r.strength, _start(ask, r, row), scheduler, lora, r.steps_asked)
     return r.receipt(), Plan((picture,))
 
 # %% ../nbs/03b_planning.ipynb #f2cae18a
 COMPARED = ("model", "revision", "lora", "lora_source", "precision", "backend", "device", "init_sha256")
+MOST_DIFFERENCES = 20
 
 
 def differences(old: Receipt, new: Receipt) -> list[str]:
     "What keeps a replay from being promised, as warnings."
-    pairs = {name: (getattr(old, name), getattr(new, name)) for name in COMPARED}
-    for package in old.versions.keys() | new.versions.keys():
-        pairs[f"version of {package}"] = old.versions.get(package), new.versions.get(package)
-    out = []
-    for name, (then, now) in sorted(pairs.items()):
-        if then != now: out.append(f"{name}: {shown(then, 60)} then, {shown(now, 60)} now; the picture may differ")
-    return out
+    pairs = [(name, getattr(old, name), getattr(new, name)) for name in COMPARED]
+    for package in sorted(old.versions.keys() | new.versions.keys()):
+        pairs.append((f"version of {shown(package, 40)[1:-1]}", old.versions.get(package), new.versions.get(package)))
+    changed = [_changed(*pair) for pair in pairs if pair[1] != pair[2]]
+    more = len(changed) - MOST_DIFFERENCES
+    if more > 0: changed[MOST_DIFFERENCES:] = [f"{more} more values have changed."]
+    return changed
+
+# %% ../nbs/03b_planning.ipynb #0b5dda36
+def _changed(name: str, then: Any, now: Any) -> str:
+    return f"The picture may differ: {name} was {shown(then, 60)} then, and is {shown(now, 60)} now."
