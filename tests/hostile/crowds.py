@@ -1,0 +1,22 @@
+"""Many requests of one client: each is in order, together they are more than a share."""
+import json
+
+from .attack import MiB, http, question, row
+from .bodies import receipt
+
+
+def jobs(n, **headers):
+    """Long jobs, each of four pictures and as many steps as there are."""
+    body = json.dumps({"route": "generate", "request": {"prompt": "an owl", "n": 4, "steps": 50}}).encode()
+    return lambda host: [http(host, "/jobs", body, **{k: v(i) for k, v in headers.items()}) for i in range(n)]
+
+
+SHAPES = [(64 + 8 * i, 128) for i in range(17)]
+
+
+CROWDS = (
+    row("17 shapes", "shapes that are compiled", lambda host: [question(host, "/replay", receipt=receipt(width=w, height=h)) for w, h in SHAPES], (200, 422, 429), cpu=60, rss=500 * MiB, answer=MiB),
+    row("200 refused requests", "work of one client", lambda host: [question(host, prompt="", steps=1)] * 200, {422, 429}, cpu=6, at_once=8),
+    row("60 jobs of 200 steps", "work that waits", jobs(60), {202, 429}, cpu=60, at_once=4),
+    row("60 jobs of 200 steps under forged addresses", "shares of clients", jobs(60, x_forwarded_for=lambda i: f"203.0.113.{i}", forwarded=lambda i: f"for=203.0.113.{i}", x_real_ip=lambda i: f"203.0.113.{i}"), {202, 429}, cpu=60, at_once=4),
+)

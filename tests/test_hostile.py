@@ -1,0 +1,237 @@
+"""Nothing a stranger sends may slow anyone else: the corpus of tests/hostile against one server, with a victim beside it.
+
+What is counted: processor seconds and memory of the server process, bytes of answers, statuses. Never the time on the wall.
+`pytest tests/test_hostile.py -k NAME` runs one row. What was seen is left in build/hostile.json.
+"""
+import base64, io, json, os, random, re, statistics, threading, time
+from dataclasses import dataclass, field
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from conftest import ROOT
+from hostile import CORPUS, Answer, Target
+from hostile.attack import HANGS, http, question
+
+MiB = 2**20
+VICTIM, LOOKOUT = "127.0.0.2", "127.0.0.3"             # other addresses than the attacker's: other clients
+LAG = 2.0                                               # processor seconds that may pass while /health is answered
+QUESTION = {"prompt": "a red apple", "seed": 11, "steps": 4}
+
+
+@dataclass
+class Watched:
+    """A server and what can be measured of it; `seen` is the table of what happened."""
+    server: object
+    seen: list[dict] = field(default_factory=list)
+    at_rest: int = 0
+    picture: object = None
+
+    @property
+    def target(self): return Target(self.server.url)
+
+    @property
+    def process(self): return psutil.Process(self.server.process.pid)
+
+    def cpu(self) -> float:
+        used = self.process.cpu_times()
+        return used.user + used.system + used.children_user + used.children_system
+
+    def rss(self) -> int: return self.process.memory_info().rss
+
+    def forget_peak(self) -> None:
+        """The kernel's peak of this process begins anew."""
+        with open(f"/proc/{self.server.process.pid}/clear_refs", "w") as f: f.write("5")
+
+    def peak(self) -> int:
+        with open(f"/proc/{self.server.process.pid}/status") as f: return int(re.search(r"VmHWM:\s+(\d+) kB", f.read())[1]) * 1024
+
+    def waiting(self) -> int: return json.loads(self.target.exchange(http(self.target.host, "/health", kind="", method="GET"), LOOKOUT).body)["queue"]["length"]
+
+    def idle(self, seconds=120) -> None:
+        end = time.monotonic() + seconds
+        while self.waiting(): assert time.monotonic() < end, "the engine still works for nobody"; time.sleep(0.1)
+
+    def ask(self, source=VICTIM, **changed) -> Answer:
+        return self.target.exchange(question(self.target.host, **QUESTION | changed), source, patience=300)
+
+
+def pixels(answer):
+    data = json.loads(answer.body)["images"][0]
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB"), int)
+
+
+def watched(server):
+    """Warm it up with every kind of honest request, then look at what it is when it rests."""
+    w = Watched(server)
+    w.picture = pixels(w.ask())
+    start = base64.b64encode(base64.b64decode(json.loads(w.ask().body)["images"][0])).decode()
+    for shape in ("4:3", "3:4", "16:9"): assert w.ask(aspectRatio=shape, n=2).status == 200
+    assert w.target.exchange(question(w.target.host, "/refine", refinePrompt="a fox", images=[start]), VICTIM).status == 200
+    w.idle()
+    w.at_rest = w.rss()
+    return w
+
+
+@pytest.fixture(scope="module")
+def open_server(make_server):
+    w = watched(make_server(AURA_LOG_LEVEL="info"))
+    yield w
+    if w.seen:
+        (ROOT / "build").mkdir(exist_ok=True)
+        (ROOT / "build/hostile.json").write_text(json.dumps(w.seen, indent=1))
+
+
+@pytest.fixture(scope="module")
+def locked_server(make_server): return Watched(make_server(AURA_API_KEY="sesame"))
+
+
+class Lookout:
+    """Asks /health while something happens: how often it was answered, and the most processor time that passed meanwhile."""
+    def __init__(self, w): self.w, self.lags, self.bad, self.end = w, [], [], threading.Event()
+
+    def __enter__(self):
+        self.thread = threading.Thread(target=self.look, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exc):
+        self.end.set()
+        self.thread.join()
+
+    def look(self):
+        while not self.end.is_set():
+            before = self.w.cpu()
+            answer = self.w.target.exchange(http(self.w.target.host, "/health", kind="", method="GET"), LOOKOUT)
+            self.lags.append(self.w.cpu() - before)
+            if answer.status != 200: self.bad.append(answer.status)
+            self.end.wait(0.1)
+
+
+def clear_up(w, answers):
+    """Take back the jobs that were accepted."""
+    for a in answers:
+        if a.status == 202: w.target.exchange(http(w.target.host, f"/jobs/{json.loads(a.body)['id']}", kind="", method="DELETE"))
+
+
+def wrong_with(attack, answers, cpu, grown, lookout):
+    """What the server did that it should not, in words."""
+    out = []
+    got = [a.status for a in answers]
+    if bad := sorted({s for s in got if s not in attack.right}):
+        shown = next(a for a in answers if a.status == bad[0])
+        out.append(f"answered {['HANGS' if s == HANGS else s for s in bad]}, right are {sorted(attack.right)}: {shown.body[:300]!r}")
+    if most := max((a.size for a in answers), default=0) if max((a.size for a in answers), default=0) > attack.answer else 0:
+        out.append(f"an answer of {most:,} bytes, allowed {attack.answer:,}")
+    if cpu > attack.cpu: out.append(f"{cpu:.1f} s of processor time, allowed {attack.cpu} s")
+    if grown > attack.rss: out.append(f"grew by {grown / MiB:.0f} MiB, allowed {attack.rss / MiB:.0f} MiB")
+    if lookout.bad: out.append(f"/health answered {sorted(set(lookout.bad))}")
+    if lookout.lags and max(lookout.lags) > LAG: out.append(f"/health waited for {max(lookout.lags):.1f} s of processor time, allowed {LAG}")
+    return out
+
+
+@pytest.mark.parametrize("attack", CORPUS, ids=str)
+def test_an_attack_meets_its_budget_and_a_victim_gets_its_picture(attack, request):
+    w = request.getfixturevalue("locked_server" if attack.keyed else "open_server")
+    answers = []
+    w.forget_peak()
+    cpu, rss = w.cpu(), w.rss()
+    with Lookout(w) as lookout:
+        work = threading.Thread(target=lambda: answers.extend(attack.run(w.target)))
+        work.start()
+        time.sleep(0.2)
+        victim = None if attack.keyed else w.ask()
+        work.join()
+        after = None if attack.keyed or not any(a.status == 202 for a in answers) else w.ask()      # while the attacker's work waits
+    spent, grown = w.cpu() - cpu, w.peak() - rss
+    clear_up(w, answers)
+    w.idle()
+    wrong = wrong_with(attack, answers, spent, grown, lookout)
+    if not answers: wrong.append("nothing was sent")
+    for seen in filter(None, (victim, after)):
+        if seen.status != 200: wrong.append(f"the victim got {seen.status}: {seen.body[:300]!r}")
+        elif np.abs(pixels(seen) - w.picture).max() > 4: wrong.append("the victim got another picture")
+    w.seen.append({"attack": attack.name, "budget": attack.budget, "right": sorted(attack.right), "seen": sorted({a.status for a in answers}), "cpu": round(spent, 2), "cpu allowed": attack.cpu,
+                   "grown MiB": round(grown / MiB), "lag": round(max(lookout.lags, default=0), 2), "victim": victim and victim.status, "wrong": wrong})
+    assert not wrong, "\n".join(wrong)
+
+
+def test_afterwards_all_is_as_before(open_server):
+    """No answer of the server's own failure, no traceback, its memory back, and the picture still the same."""
+    w = open_server
+    if len(w.seen) < len(CORPUS) // 2: pytest.skip("only a part of the corpus was run before")
+    assert np.abs(pixels(w.ask()) - w.picture).max() <= 4
+    end = time.monotonic() + 30
+    while w.rss() > 1.1 * w.at_rest and time.monotonic() < end: time.sleep(0.5)
+    assert w.rss() <= 1.1 * w.at_rest, f"{w.rss() / MiB:.0f} MiB, {w.at_rest / MiB:.0f} MiB before"
+    metrics = w.target.exchange(http(w.target.host, "/metrics", kind="", method="GET"), LOOKOUT).body.decode()
+    assert not re.findall(r'aura_requests_total\{code="5.*', metrics)
+    assert "Traceback" not in w.server.log.read_text(encoding="utf-8", errors="replace")
+
+
+# a soak: honest clients alone, then with the corpus
+
+HONEST = ("a fox", "an owl on a tree", "a blue rocket", "a cat with a hat")
+
+
+@dataclass
+class Honest:
+    """A client that asks for a picture, looks at it for a while, and asks again."""
+    w: Watched
+    source: str
+    end: float
+    pause: float
+    waited: list[float] = field(default_factory=list)
+    refused: list[int] = field(default_factory=list)
+
+    def __call__(self):
+        r = random.Random(self.source)
+        while time.monotonic() < self.end:
+            began = time.monotonic()
+            answer = self.w.ask(self.source, prompt=r.choice(HONEST), seed=r.randrange(1000))
+            self.waited.append(time.monotonic() - began)
+            if answer.status != 200: self.refused.append(answer.status)
+            time.sleep(self.pause * r.uniform(0.5, 1.5))
+
+
+def honest_load(w, seconds, beside=None):
+    """Three honest clients for `seconds` -> (how long each of their requests took, refusals)."""
+    clients = [Honest(w, f"127.0.1.{i}", time.monotonic() + seconds, 1.0) for i in range(1, 4)]
+    threads = [threading.Thread(target=c) for c in clients]
+    for t in threads: t.start()
+    if beside: beside(time.monotonic() + seconds)
+    for t in threads: t.join()
+    return [s for c in clients for s in c.waited], [s for c in clients for s in c.refused]
+
+
+def p95(times): return statistics.quantiles(times, n=20)[-1]
+
+
+@pytest.mark.slow
+def test_soak(make_server, record_property):
+    """AURA_SOAK_MINUTES (3): a quarter of it honest clients alone, the rest with the corpus beside them."""
+    seconds = 60 * float(os.environ.get("AURA_SOAK_MINUTES", 3))
+    w, statuses = watched(make_server()), []
+    alone, refused_alone = honest_load(w, seconds / 4)
+
+    def corpus(end):
+        r = random.Random(5)
+        rows = [a for a in CORPUS if not a.keyed]
+        while time.monotonic() < end:
+            attack = r.choice(rows)
+            answers = attack.run(w.target)
+            statuses.extend((attack.name, a.status) for a in answers)
+            clear_up(w, answers)
+
+    mixed, refused = honest_load(w, seconds * 3 / 4, corpus)
+    w.idle()
+    time.sleep(5)
+    said = {"alone": len(alone), "mixed": len(mixed), "attacks": len(statuses), "p95 alone": round(p95(alone), 2), "p95 mixed": round(p95(mixed), 2), "ratio": round(p95(mixed) / p95(alone), 2),
+            "MiB at rest": w.at_rest // MiB, "MiB after": w.rss() // MiB}
+    record_property("soak", said)
+    print("soak:", json.dumps(said))
+    assert not refused_alone and not refused, refused
+    assert not [x for x in statuses if x[1] >= 500 or x[1] == HANGS]
+    assert w.rss() <= 1.1 * w.at_rest, said
