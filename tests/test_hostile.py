@@ -69,7 +69,10 @@ def watched(server):
     w.picture = pixels(w.ask())
     start = base64.b64encode(base64.b64decode(json.loads(w.ask().body)["images"][0])).decode()
     for shape in ("4:3", "3:4", "16:9"): assert w.ask(aspectRatio=shape, n=2).status == 200
-    assert w.target.exchange(question(w.target.host, "/refine", refinePrompt="a fox", images=[start]), VICTIM).status == 200
+    photo = io.BytesIO()
+    Image.effect_noise((4000, 3000), 60).convert("RGB").save(photo, "JPEG", quality=80)
+    for picture in (start, base64.b64encode(photo.getvalue()).decode()):
+        assert w.target.exchange(question(w.target.host, "/refine", refinePrompt="a fox", images=[picture]), VICTIM).status == 200
     w.idle()
     w.at_rest = w.rss()
     return w
