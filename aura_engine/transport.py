@@ -5,14 +5,13 @@
 # %% ../nbs/12a_transport.ipynb #50d060c9
 from __future__ import annotations
 import asyncio
-import io
 import ipaddress
 import os
 import re
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, Unpack
 from urllib.request import getproxies
@@ -22,7 +21,7 @@ from dotenv import dotenv_values, find_dotenv
 from httpx_sse import EventSource
 from PIL import Image as Pillow
 from pydantic import BaseModel, ValidationError
-from .images import decode, from_base64, receipt_of, to_base64
+from .images import decode, encode, from_base64, from_pil, receipt_of, to_base64
 from .planning import ReplayRequest, differences, plan, prepare, replay_plan
 from .types import (
     Asleep, AuraError, Done, Event, Failed, FieldError, GenerateRequest, Health, Image, Invalid, NotReady, Plan,
@@ -30,10 +29,9 @@ from .types import (
 
 # %% auto #0
 __all__ = ['Ask', 'ROUTES', 'GUIDE', 'SPACE_PAGE', 'AN_ADDRESS', 'CLOUD_VARIABLE', 'QUICK', 'PATIENT', 'Replay', 'checked',
-           'picture_file', 'as_base64', 'GenerateOptions', 'generation', 'refinement', 'repetition', 'body_of',
-           'error_from', 'error_in', 'is_near', 'event_of', 'events_in', 'engine_url', 'cloud_url', 'Proxy',
-           'proxy_for', 'Door', 'connections', 'Wire', 'Probed', 'Remote', 'Broken', 'InProcess', 'until_ready',
-           'planned']
+           'as_base64', 'GenerateOptions', 'generation', 'refinement', 'repetition', 'body_of', 'error_from',
+           'error_in', 'is_near', 'event_of', 'events_in', 'engine_url', 'cloud_url', 'Proxy', 'proxy_for', 'Door',
+           'connections', 'Wire', 'Probed', 'Remote', 'Broken', 'InProcess', 'until_ready', 'planned']
 
 # %% ../nbs/12a_transport.ipynb #b90302ca
 @dataclass(frozen=True)
@@ -56,20 +54,9 @@ def checked(cls: type[_Request], **given: Any) -> _Request:
         raise Invalid(" ".join(f.msg + "." for f in wrong), wrong) from None
 
 # %% ../nbs/12a_transport.ipynb #a1e95b95
-def picture_file(im: Pillow.Image) -> bytes:
-    "A PIL picture as PNG bytes that keep alpha, 16 bits and the EXIF orientation."
-    plain = im
-    # What PNG cannot hold: CMYK and float pictures, which have no alpha, and a palette with alpha.
-    if im.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"):
-        plain = im.convert("RGBA" if im.has_transparency_data else "RGB")
-    out = io.BytesIO()
-    plain.save(out, "PNG", compress_level=1, exif=im.getexif())
-    return out.getvalue()
-
-# %% ../nbs/12a_transport.ipynb #d3031dae
 def as_base64(picture: Pillow.Image | bytes | str | Path) -> str:
     "A picture as people have it (PIL, file bytes, a path, base64) -> base64."
-    if isinstance(picture, Pillow.Image): return to_base64(picture_file(picture))
+    if isinstance(picture, Pillow.Image): return to_base64(encode(from_pil(picture)))
     if isinstance(picture, (bytes, bytearray)): return to_base64(bytes(picture))
     # Base64 has no dot, and a path to a picture has its suffix.
     if isinstance(picture, str) and "." not in picture: return picture
