@@ -29,18 +29,19 @@ from .types import AuraError, Image, Invalid, Queued, Receipt, Step
 
 # %% auto #0
 __all__ = ['Local', 'CLOUD_HELP', 'Cloud', 'Mode', 'OFFLINE_HELP', 'Offline', 'ApiKey', 'AsJson', 'Quiet', 'OR_ELSE', 'STDOUT',
-           'cli', 'Version', 'OUT_HELP', 'Out', 'Negative', 'Seed', 'Steps', 'Guidance', 'Lora', 'Temperature', 'Words',
-           'Aspect', 'Resolution', 'HowMany', 'Becoming', 'Given', 'Strength', 'Own', 'INIT_HELP', 'Init',
-           'HEALTH_ROWS', 'Origin', 'Host', 'Port', 'AS_IT_IS', 'FAULT', 'columns', 'queue_line', 'Meter', 'Bars',
-           'in_panel', 'errors_told', 'client_for', 'check_writable', 'slug_of', 'Destination', 'save_to', 'line_of',
-           'report_pictures', 'words_of', 'print_version', 'generate_command', 'refine_command', 'replay_command',
-           'health_table', 'health_command', 'serve_command', 'hand_over', 'bench_command', 'deploy_command', 'main']
+           'ABOUT', 'HELP_NAMES', 'cli', 'VERSION', 'Version', 'OUT_HELP', 'Out', 'Negative', 'Seed', 'Steps',
+           'Guidance', 'Lora', 'Temperature', 'Words', 'Aspect', 'Resolution', 'HowMany', 'Becoming', 'GIVEN_HELP',
+           'Given', 'Strength', 'Own', 'INIT_HELP', 'Init', 'HEALTH_ROWS', 'Origin', 'Host', 'Port', 'AS_IT_IS',
+           'FAULT', 'columns', 'queue_line', 'Meter', 'Bars', 'in_panel', 'errors_told', 'client_for', 'check_writable',
+           'slug_of', 'Destination', 'save_to', 'line_of', 'report_pictures', 'words_of', 'print_version',
+           'generate_command', 'refine_command', 'replay_command', 'health_table', 'health_command', 'serve_command',
+           'hand_over', 'bench_command', 'deploy_command', 'main']
 
 # %% ../nbs/17_cli.ipynb #ad84d76c
 def columns() -> list[Any]:
     "What a progress bar shows."
-    return [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(20), TextColumn("{task.fields[count]}"),
-            TimeElapsedColumn()]
+    what = TextColumn("{task.description}")
+    return [SpinnerColumn(), what, BarColumn(20), TextColumn("{task.fields[count]}"), TimeElapsedColumn()]
 
 def queue_line(event: Queued) -> str:
     "A place in the queue in words."
@@ -64,8 +65,9 @@ class Meter:
     def step(self, e: Step) -> None:
         "Move the bar of a picture."
         if e.index not in self.bars:
-            self.bars[e.index] = self.progress.add_task(f"picture {e.index + 1}", total=e.steps, count="")
-        self.progress.update(self.bars[e.index], completed=e.step, total=e.steps, count=f"step {e.step} of {e.steps}")
+            self.bars[e.index] = self.progress.add_task(f"picture {e.index + 1}", count="")
+        count = f"step {e.step} of {e.steps}"
+        self.progress.update(self.bars[e.index], completed=e.step, total=e.steps, count=count)
 
 # %% ../nbs/17_cli.ipynb #93b99dd9
 class Bars(Meter):
@@ -81,11 +83,13 @@ class Bars(Meter):
         if isinstance(event, Notice):
             self.say(event.text)
             # A wait can take minutes, so it is said in a log file too.
-            if event.kind == "waits" and not self.err.is_terminal: self.err.print(escape(event.text), highlight=False)
+            unseen = event.kind == "waits" and not self.err.is_terminal
+            if unseen: self.err.print(escape(event.text), highlight=False)
         elif isinstance(event, Queued): self.say(queue_line(event))
         elif isinstance(event, Step): self.step(event)
         elif isinstance(event, Image) and event.index in self.bars:
-            self.progress.update(self.bars[event.index], description=f"picture {event.index + 1} is done")
+            done = f"picture {event.index + 1} is done"
+            self.progress.update(self.bars[event.index], description=done)
 
 # %% ../nbs/17_cli.ipynb #5ec3472f
 def in_panel(help: str, *names: str, **more: Any) -> Any:
@@ -111,7 +115,8 @@ def errors_told(as_json: bool, offline: bool = False) -> Iterator[None]:
     try: yield
     except AuraError as e:
         hint = f" {OR_ELSE}" if e.code == "unreachable" and not offline else ""
-        typer.echo(json.dumps(e.problem()) if as_json else f"{e.title}: {e.detail}{hint}", err=not as_json)
+        said = json.dumps(e.problem()) if as_json else f"{e.title}: {e.detail}{hint}"
+        typer.echo(said, err=not as_json)
         raise typer.Exit(1) from None
     except SettingsError as e:
         typer.echo(str(e), err=True)
@@ -127,11 +132,11 @@ def client_for(local: str, cloud: str | None, mode: str, offline: bool, api_key:
 STDOUT = Path("-")
 
 def check_writable(path: Path) -> None:
-    "Invalid unless a file can be written at `path`. Nothing is left behind; missing folders count as writable."
+    "Invalid unless a file can be written at `path`, whose folders may be missing. Nothing is left behind."
     # The nearest folder that is there; those below it would be made.
     folder = next(p for p in (path.parent, *path.parent.absolute().parents) if p.exists())
     try:
-        # Tried, not asked: what os.access says of /proc, of a full or read-only disk and of root is of no use.
+        # Tried, because os.access is wrong about /proc, about a full or read-only disk, and for root.
         if path.exists(): path.open("ab").close()
         else: tempfile.TemporaryFile(dir=folder).close()
     except OSError as e: raise Invalid(f"{path} cannot be written: {e.strerror or e}.") from None
@@ -191,8 +196,9 @@ def report_pictures(made: Pictures, to: Destination, as_json: bool) -> None:
     files = save_to(to, made)
     piped = to.out == STDOUT
     if as_json:
-        said = {"files": [str(f) for f in files], "engine": made.engine, "url": made.url, "seconds": made.seconds,
-                "warnings": list(made.warnings), "receipts": [r and r.to_json() for r in made.receipts]}
+        said = {"files": [str(f) for f in files], "engine": made.engine, "url": made.url,
+                "seconds": made.seconds, "warnings": list(made.warnings),
+                "receipts": [r and r.to_json() for r in made.receipts]}
         return typer.echo(json.dumps(said), err=piped)
     for warning in made.warnings: typer.echo(f"note: {warning}", err=True)
     for file, receipt in zip(files, made.receipts): typer.echo(line_of(file, receipt, made), err=piped)
@@ -206,8 +212,9 @@ def words_of(prompt: str) -> str:
     except UnicodeDecodeError: raise Invalid("The prompt from stdin is not UTF-8 text.") from None
 
 # %% ../nbs/17_cli.ipynb #d014dace
-cli = typer.Typer(no_args_is_help=True, help="Pictures from words, by an engine on this machine or in the cloud.",
-                  pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+ABOUT = "Pictures from words, by an engine on this machine or in the cloud."
+HELP_NAMES = {"help_option_names": ["-h", "--help"]}
+cli = typer.Typer(no_args_is_help=True, help=ABOUT, pretty_exceptions_enable=False, context_settings=HELP_NAMES)
 
 def print_version(wanted: bool) -> None:
     "Print the version and end, when it was asked for."
@@ -215,7 +222,8 @@ def print_version(wanted: bool) -> None:
     typer.echo(__version__)
     raise typer.Exit()
 
-Version = Annotated[bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")]
+VERSION = typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
+Version = Annotated[bool, VERSION]
 
 @cli.callback()
 def _top(version: Version = False) -> None: pass
@@ -225,11 +233,11 @@ OUT_HELP = ("File to write: .png (with its receipt inside), .jpg or .webp; a fol
             "Several become name-1, name-2 …")
 Out = Annotated[Path | None, typer.Option("--out", "-o", help=OUT_HELP)]
 Negative = Annotated[str, typer.Option(help="What should not be there.")]
-Seed = Annotated[int | None, typer.Option(help="The same seed and prompt make the same picture. Default: a new one.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed makes the same picture. Default: a new one.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps. Default: the model's own.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale. Default: the model's own.")]
-Lora = Annotated[str | None, typer.Option(help="A LoRA of the engine (its SD_LORAS), by its alias. Default: none.")]
-Temperature = Annotated[float, typer.Option(help="0: always the same picture for a prompt; 1: a fresh one (0-2).")]
+Lora = Annotated[str | None, typer.Option(help="A LoRA of the engine (its SD_LORAS), by its alias.")]
+Temperature = Annotated[float, typer.Option(help="0: always the same picture; 1: a fresh one (0-2).")]
 
 # %% ../nbs/17_cli.ipynb #d50c1803
 Words = Annotated[str, typer.Argument(help="What to draw; - reads it from stdin.")]
@@ -241,14 +249,15 @@ HowMany = Annotated[int, typer.Option("--count", "-n", help="How many (1-4).")]
 @cli.command("generate")
 def generate_command(
         prompt: Words, out: Out = None, negative: Negative = "", aspect: Aspect = "1:1",
-        temperature: Temperature = 0.7, resolution: Resolution = "standard", seed: Seed = None, n: HowMany = 1,
-        steps: Steps = None, guidance: Guidance = None, lora: Lora = None, local: Local = LOCAL, cloud: Cloud = None,
-        mode: Mode = "auto", offline: Offline = False, api_key: ApiKey = None, as_json: AsJson = False,
-        quiet: Quiet = False) -> None:
+        temperature: Temperature = 0.7, resolution: Resolution = "standard", seed: Seed = None,
+        n: HowMany = 1, steps: Steps = None, guidance: Guidance = None, lora: Lora = None,
+        local: Local = LOCAL, cloud: Cloud = None, mode: Mode = "auto", offline: Offline = False,
+        api_key: ApiKey = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
     "Make pictures from a prompt."
     with errors_told(as_json, offline):
         to = Destination(out, words_of(prompt), n)
         to.check()
+        # The bars end before anything is reported, or they would write over it.
         with client_for(local, cloud, mode, offline, api_key) as client, Bars(quiet or as_json) as bars:
             made = client.generate(
                 to.prompt, aspect_ratio=aspect, temperature=temperature, resolution=resolution,
@@ -258,24 +267,26 @@ def generate_command(
 
 # %% ../nbs/17_cli.ipynb #c6e72e77
 Becoming = Annotated[str, typer.Argument(help="What it should become; - reads it from stdin.")]
-Given = Annotated[list[Path], typer.Argument(help="1 to 4 pictures (PNG, JPEG, WebP).", exists=True, dir_okay=False)]
+GIVEN_HELP = "1 to 4 pictures (PNG, JPEG, WebP)."
+Given = Annotated[list[Path], typer.Argument(help=GIVEN_HELP, exists=True, dir_okay=False)]
 Strength = Annotated[float, typer.Option(help="How far from the picture it may go (0.05-1).")]
 
 # %% ../nbs/17_cli.ipynb #4975efa0
 @cli.command("refine")
 def refine_command(
-        prompt: Becoming, images: Given, out: Out = None, strength: Strength = 0.5, negative: Negative = "",
-        temperature: Temperature = 0.7, seed: Seed = None, steps: Steps = None, guidance: Guidance = None,
-        lora: Lora = None, local: Local = LOCAL, cloud: Cloud = None, mode: Mode = "auto", offline: Offline = False,
-        api_key: ApiKey = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
+        prompt: Becoming, images: Given, out: Out = None, strength: Strength = 0.5,
+        negative: Negative = "", temperature: Temperature = 0.7, seed: Seed = None, steps: Steps = None,
+        guidance: Guidance = None, lora: Lora = None, local: Local = LOCAL, cloud: Cloud = None,
+        mode: Mode = "auto", offline: Offline = False, api_key: ApiKey = None, as_json: AsJson = False,
+        quiet: Quiet = False) -> None:
     "Make new pictures from given ones."
     with errors_told(as_json, offline):
         to = Destination(out, words_of(prompt), len(images))
         to.check()
         with client_for(local, cloud, mode, offline, api_key) as client, Bars(quiet or as_json) as bars:
             made = client.refine(
-                to.prompt, images, strength=strength, negative_prompt=negative, temperature=temperature, seed=seed,
-                steps=steps, guidance_scale=guidance, lora=lora, on_event=bars)
+                to.prompt, images, strength=strength, negative_prompt=negative, temperature=temperature,
+                seed=seed, steps=steps, guidance_scale=guidance, lora=lora, on_event=bars)
         report_pictures(made, to, as_json)
 
 # %% ../nbs/17_cli.ipynb #7eb09728
@@ -323,6 +334,7 @@ def health_command(local: Local = LOCAL, cloud: Cloud = None, mode: Mode = "auto
     said = {name: report.to_json() for name, report in reports.items()}
     if as_json: typer.echo(json.dumps(said))
     else: Console().print(health_table(said))
+    # The status of the command is the answer to a script's question.
     if not any(report.ready for report in reports.values()): raise typer.Exit(1)
 
 # %% ../nbs/17_cli.ipynb #431b07a0
@@ -332,7 +344,7 @@ Port = Annotated[int | None, typer.Option(help="Default: PORT, or 7860.")]
 @cli.command("serve")
 def serve_command(host: Host = "127.0.0.1", port: Port = None) -> None:
     "Start an engine here. Everything else is set by environment variables."
-    from aura_engine.server import main as run      # with the web framework, which other commands do without
+    from aura_engine.server import main as run      # with the web framework; no other command needs it
     if port is not None: os.environ["PORT"] = str(port)
     typer.echo(f"starting at http://{host}:{os.environ.get('PORT', '7860')} (Ctrl-C stops it)", err=True)
     run(["--host", host])

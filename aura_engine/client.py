@@ -68,12 +68,14 @@ class Pictures:
         path = Path(path)
         paths = [path]
         # One picture keeps the name it was given.
-        if len(self.images) > 1: paths = [path.with_stem(f"{path.stem}-{i + 1}") for i in range(len(self.images))]
+        several = range(1, len(self.images) + 1)
+        if len(several) > 1: paths = [path.with_stem(f"{path.stem}-{i}") for i in several]
         return [save_picture(im, p, r) for im, p, r in zip(self.images, paths, self.receipts)]
 
     def _repr_mimebundle_(self, include=None, exclude=None):
         labels = [f"seed {r.seed}" for r in self.receipts if r]      # an older backend gives no receipts
-        return grid(self.images, labels=labels if len(labels) == len(self.images) else ())._repr_mimebundle_()
+        known = len(labels) == len(self.images)
+        return grid(self.images, labels=labels if known else ())._repr_mimebundle_()
 
 # %% ../nbs/12b_client.ipynb #8b2b3685
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ COMES_BACK = {"asleep", "not_ready", "queue_full", "shutting_down"}
 # %% ../nbs/12b_client.ipynb #36e04bcb
 def open_door(name: str, where: Any, api_key: str | None = None) -> Door:
     "The door of an address, of an `Engine`, or of the process's own engine for 'offline'."
-    if where == OFFLINE:
+    if where == OFFLINE:                     # one engine a process, however many clients ask for it
         from aura_engine.config import load_settings
         from aura_engine.engine import shared_engine      # imports torch
         return InProcess(name, shared_engine(load_settings()))
@@ -116,7 +118,7 @@ def cloud_door(cloud: str | None, api_key: str | None, needed: bool) -> Door | N
 
 # %% ../nbs/12b_client.ipynb #b10d36ad
 async def fitted(door: Door, ask: Ask) -> tuple[Ask, tuple[str, ...]]:
-    "-> (the question as this engine can answer it, what was changed). Raises when a probed engine does not answer."
+    "-> (the question as this engine can answer it, what was changed). Raises when a probe is not answered."
     doubtful = door.trouble is not None and door.trouble.code in ("unreachable", "asleep")
     high = ask if isinstance(ask, GenerateRequest) and ask.resolution == "high" else None
     if high is None and not doubtful: return ask, ()
@@ -159,7 +161,7 @@ def own_fault(error: AuraError) -> bool:
 # %% ../nbs/12b_client.ipynb #db95b246
 @dataclass
 class Round:
-    "A question on its way from engine to engine: `failed` could not, one `answered`, `last` is told what was made."
+    "A question on its way: `failed` are the engines that could not, `last` is told what was made."
     ask: Ask
     rest: float
     last: LastMade
@@ -217,7 +219,7 @@ def awake(doors: list[Door]) -> list[Door]:
 
 # %% ../nbs/12b_client.ipynb #51d40f77
 class Chooser:
-    "The engines of a client and the choice between them. `last`: the pictures it made. See `AsyncAuraClient`."
+    "The engines of a client and the choice between them. `last`: the pictures it made."
     def __init__(self, doors: list[Door], patience: float = 300, rest: float = 30):
         self.doors = doors
         self.patience = patience
@@ -244,7 +246,7 @@ class Chooser:
 
 # %% ../nbs/12b_client.ipynb #ede05760
 ADVICE = {
-    "unreachable": "Start an engine on this machine with `aura serve`; for a Space, check its address and its page.",
+    "unreachable": "Start an engine here with `aura serve`. For a Space, check its address and its page.",
     "asleep": "A Space wakes when it is asked. The first picture then takes a minute or two.",
     "loading": "The model is being read. It will be ready by itself.",
     "failed": "Mend the setting that the reason names, and start the engine again.",
@@ -262,7 +264,7 @@ def detail_of(error: AuraError | None) -> str | None: return error.detail if err
 # %% ../nbs/12b_client.ipynb #2612d073
 @dataclass(frozen=True)
 class EngineReport:
-    "How one engine is: its `health`, or the `error` that came instead. `trouble` is the last error of a question."
+    "How one engine is: its `health`, or the `error` instead. `trouble`: the last error of a question."
     name: str
     url: str
     health: Health | None = None
@@ -292,7 +294,8 @@ class EngineReport:
 
     def to_json(self) -> dict[str, Any]:
         "The report as JSON: the fields of /health, and `url`, `trouble`, `advice`."
-        said = self.health.to_json() if self.health else {"status": self.status, "ready": False, "reason": self.reason}
+        silent = {"status": self.status, "ready": False, "reason": self.reason}
+        said = self.health.to_json() if self.health else silent
         return said | {"url": self.url, "trouble": detail_of(self.trouble), "advice": self.advice,
                        "originAllowed": self.origin_allowed}
 
@@ -335,7 +338,8 @@ async def collected(events: AsyncIterator[Event | Notice], on_event: OnEvent | N
         if isinstance(e, Done): warnings = e.warnings
     done = [made[i] for i in sorted(made)]
     seconds = round(time.monotonic() - began, 3)
-    return Pictures([e.image for e in done], [e.receipt for e in done], warnings, by.engine, by.url, seconds)
+    images = [e.image for e in done]
+    return Pictures(images, [e.receipt for e in done], warnings, by.engine, by.url, seconds)
 
 # %% ../nbs/12b_client.ipynb #ad72c1c8
 def doors_of(local: Any, cloud: str | None, mode: str, api_key: str | None) -> list[Door]:
@@ -402,18 +406,20 @@ class AsyncAuraClient(Chooser):
         """A picture from each given one.
 
         `images`: one picture or a list of up to four, each a PIL picture, file bytes, a path or base64.
-        `strength`: 0.05 to 1, how far from the given picture the answer may go. The others are those of `generate`.
+        `strength`: 0.05 to 1, how far from the given picture the answer may go.
+        The others are those of `generate`.
         """
         ask = refinement(
             prompt, images, strength=strength, negative_prompt=negative_prompt, seed=seed, steps=steps,
-            guidance_scale=guidance_scale, temperature=temperature, lora=lora, deadline_seconds=deadline_seconds)
+            guidance_scale=guidance_scale, temperature=temperature, lora=lora,
+            deadline_seconds=deadline_seconds)
         return await self.collect(ask, on_event)
 
     async def replay(self, receipt: Any, init: Any = None, *, on_event: OnEvent | None = None) -> Pictures:
         """The picture of a receipt again; `warnings` say what may differ.
 
-        `receipt`: a `Receipt`, its JSON, or a PNG (bytes or path) that holds one. `init`: the picture a refinement
-        started from.
+        `receipt`: a `Receipt`, its JSON, or a PNG (bytes or path) that holds one.
+        `init`: the picture a refinement started from.
         """
         return await self.collect(repetition(receipt, init), on_event)
 
@@ -443,6 +449,7 @@ class Background:
     "An event loop in a thread of its own, for code without `await`."
     def __init__(self):
         self.loop = asyncio.new_event_loop()
+        # A daemon, so that a program that forgets `close` still ends.
         self.thread = threading.Thread(target=self.loop.run_forever, name="aura-client", daemon=True)
         self.thread.start()
 
@@ -536,18 +543,19 @@ class AuraClient(Background):
         """A picture from each given one.
 
         `images`: one picture or a list of up to four, each a PIL picture, file bytes, a path or base64.
-        `strength`: 0.05 to 1, how far from the given picture the answer may go. The others are those of `generate`.
+        `strength`: 0.05 to 1, how far from the given picture the answer may go.
+        The others are those of `generate`.
         """
         return self.wait(self.aio.refine(
             prompt, images, strength=strength, negative_prompt=negative_prompt, seed=seed, steps=steps,
-            guidance_scale=guidance_scale, temperature=temperature, lora=lora, deadline_seconds=deadline_seconds,
-            on_event=on_event))
+            guidance_scale=guidance_scale, temperature=temperature, lora=lora,
+            deadline_seconds=deadline_seconds, on_event=on_event))
 
     def replay(self, receipt: Any, init: Any = None, *, on_event: OnEvent | None = None) -> Pictures:
         """The picture of a receipt again; `warnings` say what may differ.
 
-        `receipt`: a `Receipt`, its JSON, or a PNG (bytes or path) that holds one. `init`: the picture a refinement
-        started from.
+        `receipt`: a `Receipt`, its JSON, or a PNG (bytes or path) that holds one.
+        `init`: the picture a refinement started from.
         """
         return self.wait(self.aio.replay(receipt, init, on_event=on_event))
 

@@ -89,7 +89,8 @@ def refinement(prompt: str, images: Any, **options: Any) -> RefineRequest:
     "The body of `/refine`. `images`: one picture or a list; options are those of `AuraClient.refine`."
     if not isinstance(images, (list, tuple)): images = [images]
     config = checked(RefineConfig, **options)
-    return checked(RefineRequest, refine_prompt=prompt, images=[as_base64(p) for p in images], config=config)
+    pictures = [as_base64(p) for p in images]
+    return checked(RefineRequest, refine_prompt=prompt, images=pictures, config=config)
 
 # %% ../nbs/12a_transport.ipynb #9138ff36
 def repetition(receipt: Receipt | Mapping[str, Any] | bytes | str | Path, init: Any = None) -> Replay:
@@ -158,12 +159,14 @@ def _proxy_said(r: httpx.Response, who: str, after: float | None) -> AuraError:
         if word in words: return Unreachable(f"{who} {meaning}")
     page = r.headers.get("content-type", "").startswith("text/html")
     waking = page and r.status_code < 500 and _WAKING.search(words)
-    if r.status_code in (502, 503, 504) or waking: return Asleep(f"{who} is asleep or starting.", retry_after=after)
+    if r.status_code in (502, 503, 504) or waking:
+        return Asleep(f"{who} is asleep or starting.", retry_after=after)
     if r.status_code == 429:
-        return Asleep(f"A proxy before {who[0].lower() + who[1:]} asks to come back later.", retry_after=after)
+        return Asleep(f"{who} is busy: a proxy before it asks to come back later.", retry_after=after)
     if r.status_code in (401, 403, 404):
-        return Unreachable(f"{who} is not there (HTTP {r.status_code}). Is the address right, and the Space public?")
-    return Unreachable(f"{who} is something else: it answered HTTP {r.status_code} without being an engine of ours.")
+        return Unreachable(f"{who} is not there (HTTP {r.status_code}). Is the address right, the Space public?")
+    said = f"it answered HTTP {r.status_code} without being an engine of ours"
+    return Unreachable(f"{who} is something else: {said}.")
 
 # %% ../nbs/12a_transport.ipynb #df768c73
 def _stranger(r: httpx.Response) -> Unreachable:
@@ -215,7 +218,8 @@ async def events_in(r: httpx.Response, name: str) -> AsyncGenerator[Event]:
             if event is not None: yield event
             if isinstance(event, Done): return
     raise Unreachable(f"The {name} engine stopped in the middle of its answer.")
-def _garbled(name: str) -> Unreachable: return Unreachable(f"The {name} engine sent an answer that cannot be read.")
+def _garbled(name: str) -> Unreachable:
+    return Unreachable(f"The {name} engine sent an answer that cannot be read.")
 
 # %% ../nbs/12a_transport.ipynb #8fc3dbb7
 def _events_of_json(r: httpx.Response, name: str) -> list[Event]:
@@ -308,7 +312,7 @@ def _matches(rule: str, host: str, port: int | None) -> bool:
 # %% ../nbs/12a_transport.ipynb #d332e662
 @dataclass
 class Door:
-    "One engine: `name` and `url` for people, and the memory of its last error. Times are `time.monotonic()` seconds."
+    "One engine: `name` and `url` for people, its last error, and until when it rests (`time.monotonic()`)."
     name: str
     url: str
     trouble: AuraError | None = None
@@ -348,7 +352,7 @@ QUICK = httpx.Timeout(30, connect=5)         # a stream has a heartbeat every 10
 PATIENT = httpx.Timeout(900, connect=5)      # plain JSON has none
 
 def connections(url: str, api_key: str | None = None) -> httpx.AsyncClient:
-    "Connections to one address. Raises `Unreachable`, which names the variable of the environment that is in the way."
+    "Connections to one address. Raises `Unreachable`, which names the variable that is in the way."
     proxy = proxy_for(url)
     # As bytes, because a key may hold any character and httpx would take text for ASCII.
     headers = [(b"authorization", f"Bearer {api_key}".encode())] if api_key else []
@@ -360,7 +364,7 @@ def connections(url: str, api_key: str | None = None) -> httpx.AsyncClient:
         variable = proxy.variable if proxy else "The address"
         raise Unreachable(f"{variable} names a proxy that cannot be used: {e}") from None
     except OSError as e:
-        raise Unreachable(f"The certificates that SSL_CERT_FILE or SSL_CERT_DIR names cannot be read: {e}") from None
+        raise Unreachable(f"The certificates of SSL_CERT_FILE or SSL_CERT_DIR cannot be read: {e}") from None
 
 # %% ../nbs/12a_transport.ipynb #755c8604
 class Wire(Door):
@@ -414,7 +418,8 @@ class Remote(Probed):
         "The answer to a question. Raises `Unreachable`, `Asleep` or what the engine said."
         accept = {"accept": "text/event-stream, application/json;q=0.5"}
         patience = PATIENT if isinstance(ask, Replay) else QUICK
-        question = self.http.stream("POST", ROUTES[type(ask)], json=body_of(ask), headers=accept, timeout=patience)
+        route = ROUTES[type(ask)]
+        question = self.http.stream("POST", route, json=body_of(ask), headers=accept, timeout=patience)
         try:
             async with question as r:
                 if r.status_code != 200:

@@ -21,11 +21,13 @@ LAG = 2.0                                               # processor seconds that
 QUESTION = {"prompt": "a red apple", "seed": 11, "steps": 4}
 
 
+SEEN: list[dict] = []                                    # the table of what happened
+
+
 @dataclass
 class Watched:
-    """A server and what can be measured of it; `seen` is the table of what happened."""
+    """A server and what can be measured of it."""
     server: object
-    seen: list[dict] = field(default_factory=list)
     at_rest: int = 0
     picture: object = None
 
@@ -82,9 +84,9 @@ def watched(server):
 def open_server(make_server):
     w = watched(make_server(AURA_LOG_LEVEL="info"))
     yield w
-    if w.seen:
+    if SEEN:
         (ROOT / "build").mkdir(exist_ok=True)
-        (ROOT / "build/hostile.json").write_text(json.dumps(w.seen, indent=1))
+        (ROOT / "build/hostile.json").write_text(json.dumps(SEEN, indent=1))
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +158,7 @@ def test_an_attack_meets_its_budget_and_a_victim_gets_its_picture(attack, reques
     for seen in filter(None, (victim, after)):
         if seen.status != 200: wrong.append(f"the victim got {seen.status}: {seen.body[:300]!r}")
         elif np.abs(pixels(seen) - w.picture).max() > 4: wrong.append("the victim got another picture")
-    w.seen.append({"attack": attack.name, "budget": attack.budget, "right": sorted(attack.right), "seen": sorted({a.status for a in answers}), "cpu": round(spent, 2), "cpu allowed": attack.cpu,
+    SEEN.append({"attack": attack.name, "budget": attack.budget, "right": sorted(attack.right), "seen": sorted({a.status for a in answers}), "cpu": round(spent, 2), "cpu allowed": attack.cpu,
                    "grown MiB": round(grown / MiB), "lag": round(max(lookout.lags, default=0), 2), "victim": victim and victim.status, "wrong": wrong})
     assert not wrong, "\n".join(wrong)
 
@@ -164,7 +166,7 @@ def test_an_attack_meets_its_budget_and_a_victim_gets_its_picture(attack, reques
 def test_afterwards_all_is_as_before(open_server):
     """No answer of the server's own failure, no traceback, its memory back, and the picture still the same."""
     w = open_server
-    if len(w.seen) < len(CORPUS) // 2: pytest.skip("only a part of the corpus was run before")
+    if len(SEEN) < len(CORPUS) // 2: pytest.skip("only a part of the corpus was run before")
     assert np.abs(pixels(w.ask()) - w.picture).max() <= 4
     end = time.monotonic() + 30
     while w.rss() > 1.1 * w.at_rest and time.monotonic() < end: time.sleep(0.5)

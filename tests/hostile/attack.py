@@ -1,5 +1,5 @@
 """A row of the corpus, and how its requests are sent: raw, so that nothing corrects them on the way."""
-import json, select, socket, time
+import json, re, select, socket, time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 MiB = 2**20
 SILENT = 0                                   # the connection ended without an answer
 HANGS = -1                                   # nothing came for as long as anybody would wait
+INTERIM = re.compile(rb"\A(?:HTTP/1\.1 1\d\d [^\r]*\r\n(?:[^\r]+\r\n)*\r\n)+")      # every client reads over these
 
 
 @dataclass(frozen=True)
@@ -57,19 +58,19 @@ def _talk(s: socket.socket, left: memoryview, half_close: bool, patience: float)
                 data = s.recv(MiB)
                 if not data: break
                 size += len(data)
-                if len(start) < MiB: start += data
-                if _whole(start, size): break
+                if len(start) < MiB: start = INTERIM.sub(b"", start + data)
+                if _whole(start): break
         except (BrokenPipeError, ConnectionResetError): break
     first = start.split(b"\r\n", 1)[0].split(b" ")
     return Answer(int(first[1]) if len(first) > 1 and first[1].isdigit() else SILENT, size, start)
 
 
-def _whole(start: bytes, size: int) -> bool:
-    """Whether an answer with a Content-Length is there to its end."""
+def _whole(start: bytes) -> bool:
+    """Whether an answer with a Content-Length is there to its end. A longer one than MiB is read until the server closes."""
     head, sep, _ = start.partition(b"\r\n\r\n")
     if not sep: return False
     for line in head.lower().split(b"\r\n"):
-        if line.startswith(b"content-length:"): return size >= len(head) + 4 + int(line.split(b":")[1])
+        if line.startswith(b"content-length:"): return len(start) >= len(head) + 4 + int(line.split(b":")[1])
     return False
 
 
@@ -138,7 +139,7 @@ class Siege(Attack):
 
 def _so_far(s: socket.socket) -> Answer:
     s.settimeout(0.05)
-    try: data = s.recv(65536)
+    try: data = INTERIM.sub(b"", s.recv(65536))
     except OSError: return Answer(SILENT, 0)
     first = data.split(b"\r\n", 1)[0].split(b" ")
     return Answer(int(first[1]) if len(first) > 1 and first[1].isdigit() else SILENT, len(data), data)

@@ -12,10 +12,11 @@ def jobs(n, **headers):
 
 
 SHAPES = [(64 + 8 * i, 128) for i in range(17)]
-
+RATIOS = ["1:3", "2:5", "3:7", "1:2", "4:7", "3:5", "2:3", "3:4", "4:5", "1:1", "5:4", "4:3", "3:2", "5:3", "7:4", "2:1", "3:1"]
 
 CROWDS = (
     row("17 shapes", "shapes that are compiled", lambda host: [question(host, "/replay", receipt=receipt(width=w, height=h)) for w, h in SHAPES], (200, 422, 429), cpu=60, rss=500 * MiB, answer=MiB),
+    row("17 aspect ratios", "shapes that are compiled", lambda host: [question(host, prompt="an owl", steps=1, aspectRatio=r) for r in RATIOS], {200, 429}, cpu=60, rss=500 * MiB, answer=MiB),
     row("200 refused requests", "work of one client", lambda host: [question(host, prompt="", steps=1)] * 200, {422, 429}, cpu=6, at_once=8),
     row("60 jobs of 200 steps", "work that waits", jobs(60), {202, 429}, cpu=60, at_once=4),
     row("60 jobs of 200 steps under forged addresses", "shares of clients", jobs(60, x_forwarded_for=lambda i: f"203.0.113.{i}", forwarded=lambda i: f"for=203.0.113.{i}", x_real_ip=lambda i: f"203.0.113.{i}"), {202, 429}, cpu=60, at_once=4),
