@@ -1634,7 +1634,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'aura_engine.transport.events_in': ('transport.html#events_in', 'aura_engine/transport.py'),
                                        'aura_engine.transport.generation': ('transport.html#generation', 'aura_engine/transport.py'),
                                        'aura_engine.transport.is_near': ('transport.html#is_near', 'aura_engine/transport.py'),
-                                       'aura_engine.transport.picture_file': ('transport.html#picture_file', 'aura_engine/transport.py'),
                                        'aura_engine.transport.planned': ('transport.html#planned', 'aura_engine/transport.py'),
                                        'aura_engine.transport.proxy_for': ('transport.html#proxy_for', 'aura_engine/transport.py'),
                                        'aura_engine.transport.refinement': ('transport.html#refinement', 'aura_engine/transport.py'),
