@@ -5,34 +5,40 @@
 # %% ../nbs/00_config.ipynb #4ed181dd
 from __future__ import annotations
 import difflib, os, re
+from collections.abc import Mapping
 from ipaddress import ip_address, ip_network
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 # %% auto #0
-__all__ = ['DEFAULT_ORIGINS', 'LOOPBACK', 'normalise_origin', 'parse_origins', 'listening_address', 'parse_proxies', 'Settings',
-           'setting_names', 'settings_table', 'SettingsError', 'load_settings', 'unknown_settings']
+__all__ = ['DEFAULT_ORIGINS', 'DEFAULT_PORTS', 'LOOPBACK', 'ALIAS', 'SECRETS', 'normalise_origin', 'parse_origins',
+           'listening_address', 'is_network', 'parse_proxies', 'parse_loras', 'ModelSettings', 'Settings',
+           'setting_names', 'settings_table', 'SettingsError', 'complaint', 'load_settings', 'unknown_settings']
 
 # %% ../nbs/00_config.ipynb #eb521c57
 DEFAULT_ORIGINS = ("http://localhost:5173", "http://127.0.0.1:5173")      # where the guide's frontend runs
+DEFAULT_PORTS = {"http": 80, "https": 443}                                # a browser leaves these out
 
 def normalise_origin(text: str) -> str:
-    "'HTTPS://A.example/ ' -> 'https://a.example'; '*' stays; anything with a path, or no origin at all, is a ValueError."
+    "'HTTPS://A.example/ ' -> 'https://a.example'. '*' stays. A path, or no origin at all, is a ValueError."
     text = text.strip()
     if text == "*": return text
     # A browser sends one whole origin, and it is compared whole.
     if "*" in text: raise ValueError(f"{text!r} has a wildcard inside; list each origin, or say '*' for all")
     parts = urlsplit(text)
-    if parts.scheme.lower() not in ("http", "https") or not parts.hostname or parts.path not in ("", "/") or parts.query or parts.fragment or "@" in parts.netloc:
+    scheme = parts.scheme.lower()
+    beyond = parts.path not in ("", "/") or parts.query or parts.fragment or "@" in parts.netloc
+    if scheme not in DEFAULT_PORTS or not parts.hostname or beyond:
         raise ValueError(f"{text!r} is not an origin; write scheme://host or scheme://host:port")
-    default = {"http": 80, "https": 443}[parts.scheme.lower()]
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    return f"{parts.scheme.lower()}://{host}" + (f":{parts.port}" if parts.port and parts.port != default else "")
+    port = f":{parts.port}" if parts.port and parts.port != DEFAULT_PORTS[scheme] else ""
+    return f"{scheme}://{host}{port}"
 
+# %% ../nbs/00_config.ipynb #efb73780
 def parse_origins(text: str | None) -> tuple[str, ...]:
-    "Comma-separated origins, normalised, without repeats. None: the development origins; '': no other origin at all."
+    "Comma-separated origins, normalised, without repeats. None: the development origins. '': no other origin at all."
     if text is None: return DEFAULT_ORIGINS
     return tuple(dict.fromkeys(normalise_origin(o) for o in text.split(",") if o.strip()))
 
@@ -47,106 +53,154 @@ def listening_address(text: str) -> str:
     return text
 
 # %% ../nbs/00_config.ipynb #ee69ef19
+def is_network(text: str) -> bool:
+    "Whether `text` is an IP address or a network such as 10.0.0.0/8."
+    try: ip_network(text)
+    except ValueError: return False
+    return True
+
 def parse_proxies(text: str) -> tuple[str, ...]:
     "Comma-separated addresses, networks, or the word 'private'. Anything else is a ValueError."
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     for name in names:
-        if name == "private": continue
-        try: ip_network(name)
-        except ValueError: raise ValueError(f"{name!r} is no address and no network; write 10.0.0.7, 10.0.0.0/8 or private") from None
+        if name == "private" or is_network(name): continue
+        raise ValueError(f"{name!r} is no address and no network; write 10.0.0.7, 10.0.0.0/8 or private")
     return names
 
 # %% ../nbs/00_config.ipynb #5193c543
-class Settings(BaseSettings):
-    "All settings of one engine; frozen. Made by `load_settings`."
+ALIAS = re.compile(r"[\w.-]{1,60}")
+
+def parse_loras(text: str) -> dict[str, str]:
+    "'ink=owner/ink, oil=/models/oil' -> {'ink': 'owner/ink', 'oil': '/models/oil'}; ValueError says what is wrong."
+    loras: dict[str, str] = {}
+    for pair in filter(str.strip, text.split(",")):
+        alias, _, source = pair.partition("=")
+        alias = alias.strip()
+        if not ALIAS.fullmatch(alias) or not source.strip():
+            raise ValueError("write alias=id,alias=id; an alias is up to 60 letters, digits, - _ .")
+        if alias in loras: raise ValueError("an alias is there twice")
+        loras[alias] = source.strip()
+    return loras
+
+# %% ../nbs/00_config.ipynb #f513149f
+class ModelSettings(BaseSettings):
+    "Which model runs, and how. The model is a Hub id, a folder or a file; 'embedded' ships with the package."
     model_config = SettingsConfigDict(frozen=True, extra="ignore", case_sensitive=True)
-    model_id: str = Field("embedded", alias="SD_MODEL_ID", description="Hub id, folder or .safetensors file; 'embedded' is the model in the package")
-    lcm_lora_id: str | None = Field(None, alias="SD_LCM_LORA_ID", description="LCM-LoRA to fuse: few steps from an ordinary model")
-    precision: Literal["auto", "fp16", "bf16", "fp32"] = Field("auto", alias="SD_PRECISION", description="auto: fp16 on CUDA; on a CPU bf16 for large models where it is measured faster, else fp32")
-    device: str = Field("auto", alias="SD_DEVICE", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$", description="auto, cpu, mps, cuda or cuda:N")
-    torch_compile: bool | Literal["force"] = Field(False, alias="TORCH_COMPILE", description="1: compile the UNet on CUDA; force: on a CPU too, where it is slower")
-    allow_origins: Annotated[tuple[str, ...], NoDecode] = Field(DEFAULT_ORIGINS, alias="ALLOW_ORIGINS", description="web origins that may call the engine, comma-separated")
-    host: str = Field(LOOPBACK, alias="HOST", description="address to listen on; 0.0.0.0 lets other machines in, as in the container image")
-    port: int = Field(7860, alias="PORT", ge=0, le=65535, description="TCP port; 0 takes a free one")
+    model_id: str = Field("embedded", alias="SD_MODEL_ID",
+        description="Hub id, folder or .safetensors file; 'embedded' is the model in the package")
+    lcm_lora_id: str | None = Field(None, alias="SD_LCM_LORA_ID",
+        description="LCM-LoRA to fuse: few steps from an ordinary model")
+    precision: Literal["auto", "fp16", "bf16", "fp32"] = Field("auto", alias="SD_PRECISION",
+        description="auto: fp16 on CUDA; on a CPU bf16 for large models where it is measured faster, else fp32")
+    device: str = Field("auto", alias="SD_DEVICE", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        description="auto, cpu, mps, cuda or cuda:N")
+    torch_compile: bool | Literal["force"] = Field(False, alias="TORCH_COMPILE",
+        description="1: compile the UNet on CUDA; force: on a CPU too, where it is slower")
     revision: str | None = Field(None, alias="SD_REVISION", description="commit of the model on the Hub")
     vae_id: str | None = Field(None, alias="SD_VAE_ID", description="another VAE: Hub id or folder")
-    backend: Literal["auto", "torch", "openvino"] = Field("auto", alias="SD_BACKEND", description="what runs UNet and decoder; auto: OpenVINO for small models when it is installed, else torch")
-    loras: Annotated[dict[str, str], NoDecode] = Field({}, alias="SD_LORAS", description="alias=id,alias=id: LoRAs that a request may name by alias")
-    api_key: SecretStr | None = Field(None, alias="AURA_API_KEY", description="when set, /generate and /refine need it as a Bearer token")
-    proxies: Annotated[tuple[str, ...], NoDecode] = Field((), alias="AURA_PROXIES", description="proxies whose X-Forwarded-For is believed: addresses or networks, comma-separated; private: every private network")
-    max_queue_seconds: float = Field(120, alias="AURA_MAX_QUEUE_SECONDS", gt=0, le=86400, description="refuse work beyond this many predicted seconds")
-    deadline_seconds: float = Field(600, alias="AURA_DEADLINE_SECONDS", gt=0, le=86400, description="give a request up after this long; a request may ask for less")
-    grace_seconds: float = Field(20, alias="AURA_GRACE_SECONDS", ge=0, le=600, description="time to finish work when asked to stop")
-    max_batch: int = Field(16, alias="AURA_MAX_BATCH", ge=1, le=64, description="most UNet rows in one step")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", alias="AURA_LOG_LEVEL", description="log threshold")
+    backend: Literal["auto", "torch", "openvino"] = Field("auto", alias="SD_BACKEND",
+        description="what runs UNet and decoder; auto: OpenVINO for small models when it is installed, else torch")
+    loras: Annotated[dict[str, str], NoDecode] = Field({}, alias="SD_LORAS",
+        description="alias=id,alias=id: LoRAs that a request may name by alias")
 
     @model_validator(mode="before")
     @classmethod
     def _empty_is_unset(cls, data: dict) -> dict:
+        # A Space cannot remove a variable, only empty it. No origins at all is a choice, though.
         return {k: v for k, v in data.items() if v != "" or k == "ALLOW_ORIGINS"}
 
-    @field_validator("allow_origins", mode="before")
+    @field_validator("precision", "device", "backend", mode="before")
     @classmethod
-    def _origins(cls, v): return parse_origins(v) if isinstance(v, str) else v
-
-    @field_validator("proxies", mode="before")
-    @classmethod
-    def _proxies(cls, v): return parse_proxies(v) if isinstance(v, str) else v
-
-    @field_validator("host", mode="before")
-    @classmethod
-    def _host(cls, v): return listening_address(v) if isinstance(v, str) else v
-
-    @field_validator("precision", "log_level", "device", "backend", mode="before")
-    @classmethod
-    def _lower(cls, v): return v.strip().lower() if isinstance(v, str) else v
+    def _lower(cls, v: Any) -> Any: return v.strip().lower() if isinstance(v, str) else v
 
     @field_validator("loras", mode="before")
     @classmethod
-    def _loras(cls, v):
-        if not isinstance(v, str): return v
-        pairs = [[x.strip() for x in p.partition("=")[::2]] for p in v.split(",") if p.strip()]
-        if any(not (re.fullmatch(r"[\w.-]{1,60}", a) and i) for a, i in pairs): raise ValueError("write alias=id,alias=id; an alias is up to 60 letters, digits, - _ .")
-        if len(dict(pairs)) < len(pairs): raise ValueError("an alias is there twice")
-        return dict(pairs)
+    def _pairs(cls, v: Any) -> Any: return parse_loras(v) if isinstance(v, str) else v
 
-# %% ../nbs/00_config.ipynb #f513149f
+# %% ../nbs/00_config.ipynb #fcc40b84
+class Settings(ModelSettings):
+    "All settings of one engine, frozen. Made by `load_settings`."
+    allow_origins: Annotated[tuple[str, ...], NoDecode] = Field(DEFAULT_ORIGINS, alias="ALLOW_ORIGINS",
+        description="web origins that may call the engine, comma-separated")
+    host: str = Field(LOOPBACK, alias="HOST",
+        description="address to listen on; 0.0.0.0 lets other machines in, as in the container image")
+    port: int = Field(7860, alias="PORT", ge=0, le=65535, description="TCP port; 0 takes a free one")
+    api_key: SecretStr | None = Field(None, alias="AURA_API_KEY",
+        description="when set, /generate and /refine need it as a Bearer token")
+    proxies: Annotated[tuple[str, ...], NoDecode] = Field((), alias="AURA_PROXIES",
+        description="proxies whose X-Forwarded-For is believed: addresses or networks, comma-separated; "
+                    "private: every private network")
+    max_queue_seconds: float = Field(120, alias="AURA_MAX_QUEUE_SECONDS", gt=0, le=86400,
+        description="refuse work beyond this many predicted seconds")
+    deadline_seconds: float = Field(600, alias="AURA_DEADLINE_SECONDS", gt=0, le=86400,
+        description="give a request up after this long; a request may ask for less")
+    grace_seconds: float = Field(20, alias="AURA_GRACE_SECONDS", ge=0, le=600,
+        description="time to finish work when asked to stop")
+    max_batch: int = Field(16, alias="AURA_MAX_BATCH", ge=1, le=64, description="most UNet rows in one step")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", alias="AURA_LOG_LEVEL",
+        description="log threshold")
+
+    @field_validator("allow_origins", mode="before")
+    @classmethod
+    def _origins(cls, v: Any) -> Any: return parse_origins(v) if isinstance(v, str) else v
+
+    @field_validator("proxies", mode="before")
+    @classmethod
+    def _proxies(cls, v: Any) -> Any: return parse_proxies(v) if isinstance(v, str) else v
+
+    @field_validator("host", mode="before")
+    @classmethod
+    def _host(cls, v: Any) -> Any: return listening_address(v) if isinstance(v, str) else v
+
+    @field_validator("log_level", mode="before")
+    @classmethod
+    def _lower_level(cls, v: Any) -> Any: return v.strip().lower() if isinstance(v, str) else v
+
+# %% ../nbs/00_config.ipynb #5bb9f53a
 def setting_names() -> list[str]:
     "Every environment variable the engine reads."
-    return [f.alias for f in Settings.model_fields.values()]
+    return [str(f.alias) for f in Settings.model_fields.values()]
 
 def settings_table() -> str:
     "All settings as a markdown table."
     rows = ["| variable | default | meaning |", "| --- | --- | --- |"]
     for f in Settings.model_fields.values():
         default = ",".join(f.default) if isinstance(f.default, tuple) else f.default
-        rows.append(f"| `{f.alias}` | {'' if default in (None, {}, '') else f'`{default}`'} | {f.description} |")
+        shown = "" if default in (None, {}, "") else f"`{default}`"
+        rows.append(f"| `{f.alias}` | {shown} | {f.description} |")
     return "\n".join(rows)
 
 # %% ../nbs/00_config.ipynb #4317e3c7
 class SettingsError(ValueError):
-    "One or more variables are wrong; the text has a line for each: name, what was given, what is allowed."
+    "One or more variables are wrong. The text has a line for each: name, what was given, what is allowed."
 
-def _complain(error: ValidationError) -> str:
-    secret = {"AURA_API_KEY"}
+SECRETS = ("AURA_API_KEY",)
+
+def complaint(error: ValidationError) -> str:
+    "A line for each wrong variable. A secret's value is not shown."
+    meanings = {f.alias: f.description for f in Settings.model_fields.values()}
     lines = []
     for e in error.errors(include_url=False):
         name = str(e["loc"][0])
-        field = next((f for f in Settings.model_fields.values() if f.alias == name), None)
-        given = "(not shown)" if name in secret else repr(e["input"])[:80]
-        lines.append(f"{name}: given {given}; {e['msg'].removeprefix('Value error, ')}" + (f" ({field.description})" if field else ""))
+        given = "(not shown)" if name in SECRETS else repr(e["input"])[:80]
+        meaning = f" ({meanings[name]})" if name in meanings else ""
+        lines.append(f"{name}: given {given}; {e['msg'].removeprefix('Value error, ')}{meaning}")
     return "\n".join(lines)
 
-def load_settings(**given) -> Settings:
-    "Settings from the environment; keyword arguments (by variable name) come first. Raises SettingsError."
+# %% ../nbs/00_config.ipynb #d3515cf4
+def load_settings(**given: Any) -> Settings:
+    "Settings from the environment. Keyword arguments (by variable name) come first. Raises SettingsError."
     try: return Settings(**given)
-    except ValidationError as e: raise SettingsError(_complain(e)) from None
+    except ValidationError as e: raise SettingsError(complaint(e)) from None
 
-def unknown_settings(env=None) -> list[str]:
+# %% ../nbs/00_config.ipynb #a0bbc872
+def unknown_settings(env: Mapping[str, str] | None = None) -> list[str]:
     "A warning for every SD_* or AURA_* variable that the engine does not know, with the nearest name it does."
-    known, out = [*setting_names(), "AURA_BUILD_ID"], []                   # that one is part of the image
+    known = [*setting_names(), "AURA_BUILD_ID"]                   # the last one is part of the image
+    warnings = []
     for name in sorted(env if env is not None else os.environ):
-        if name.startswith(("SD_", "AURA_")) and name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            out.append(f"{name} is not a setting of this engine" + (f"; did you mean {near[0]}?" if near else ""))
-    return out
+        if not name.startswith(("SD_", "AURA_")) or name in known: continue
+        near = difflib.get_close_matches(name, known, 1)
+        guess = f"; did you mean {near[0]}?" if near else ""
+        warnings.append(f"{name} is not a setting of this engine{guess}")
+    return warnings
