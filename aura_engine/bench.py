@@ -4,12 +4,15 @@
 
 # %% ../nbs/14_bench.ipynb #c66810d6
 from __future__ import annotations
-import argparse, json, math, os, platform, queue, random, threading, time
-from importlib.util import find_spec
+import argparse, json, math, os, platform, queue, random, socket, subprocess, sys, threading, time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
+from typing import Any, NamedTuple
 import numpy as np, torch
 from .config import load_settings
 from .engine import Engine
@@ -19,105 +22,213 @@ from .trajectory import TextCache, Trajectory
 from .types import Picture, Plan, Preview
 
 # %% auto #0
-__all__ = ['LOCK', 'BATCHING', 'LOCK_OURS', 'ENGINE', 'ENGINE_OV', 'BARS_AT', 'SHARE', 'RESULTS', 'machine', 'median_seconds',
-           'pin', 'allow', 'Baseline', 'Stepwise', 'Taken', 'mixture', 'arrivals', 'poisson', 'closed_loop', 'summary',
-           'overhead', 'eta_errors', 'health_latency', 'preview_cost', 'contenders_on', 'compare', 'table', 'bars',
-           'bars_table', 'main']
+__all__ = ['ISA', 'ENGINE_SETTINGS', 'SUBJECTS', 'Contender', 'LOCK', 'BATCHING', 'LOCK_OURS', 'ENGINE', 'ENGINE_OV', 'BUSY',
+           'FULL', 'LOADS', 'SHARE', 'TESTED', 'HAS_OPENVINO', 'BENCH_RESULTS', 'COLUMNS', 'processor', 'machine',
+           'median_seconds', 'pin', 'allow', 'one_thread', 'stock_pipeline', 'pipeline_around', 'StockPipelines',
+           'Waiting', 'Baseline', 'Stepwise', 'shuffled_deck', 'mixture', 'arrivals', 'Taken', 'ask', 'Served',
+           'poisson', 'closed_loop', 'Summary', 'percentile', 'summary', 'bare_seconds', 'overhead', 'eta_errors',
+           'preview_cost', 'free_address', 'wait_for', 'server_process', 'keep_busy', 'health_latency', 'Load',
+           'LoadRow', 'contenders_on', 'close_engines_of', 'put_on', 'capacity_of', 'decode_curve', 'engine_facts',
+           'warm_up', 'race_all', 'compare', 'markdown_table', 'load_rows', 'bench_table', 'Bar', 'bars_table',
+           'ratio_of', 'bench_bars', 'main']
 
 # %% ../nbs/14_bench.ipynb #516328ba
-def machine(gpu: bool = True) -> dict:
-    "What a figure needs beside it: processor, instruction sets, cores, threads, versions; `gpu`: the GPU's name, too (asking begins to use it)."
-    import diffusers
-    cpu = next((ln.split(":")[1].strip() for ln in Path("/proc/cpuinfo").read_text().splitlines() if ln.startswith("model name")), platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
-    caps = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return {"cpu": cpu, "isa": [k for k in ("avx2", "avx512_f", "avx512_bf16", "amx_bf16") if caps.get(k)], "cores": os.cpu_count(), "torchThreads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if gpu and torch.cuda.is_available() else None, "python": platform.python_version(), "torch": torch.__version__, "diffusers": diffusers.__version__}
+def processor() -> str:
+    "The processor's name."
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [ln.split(":")[1].strip() for ln in lines if ln.startswith("model name")]
+    return names[0] if names else platform.processor()
 
-def median_seconds(call, repeats: int = 10, warmups: int = 2) -> float:
+# %% ../nbs/14_bench.ipynb #8ff34868
+ISA = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16")       # instruction sets that change what is fast
+
+def machine(gpu: bool = True) -> dict[str, Any]:
+    "Processor, instruction sets, cores, threads, versions; with `gpu` the GPU's name, too."
+    import diffusers
+    can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    card = torch.cuda.get_device_name() if gpu and torch.cuda.is_available() else None
+    return {"cpu": processor(), "isa": [name for name in ISA if can.get(name)], "cores": os.cpu_count(),
+            "torchThreads": torch.get_num_threads(), "gpu": card, "python": platform.python_version(),
+            "torch": torch.__version__, "diffusers": diffusers.__version__}
+
+# %% ../nbs/14_bench.ipynb #593c8fd4
+def median_seconds(call: Callable[[], Any], repeats: int = 10, warmups: int = 2) -> float:
     "Median wall time of `call()` after warm-ups."
     for _ in range(warmups): call()
     times = []
-    for _ in range(repeats): start = time.perf_counter(); call(); times.append(time.perf_counter() - start)
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
     return float(np.median(times))
 
-# %% ../nbs/14_bench.ipynb #593c8fd4
+# %% ../nbs/14_bench.ipynb #061f7c16
 def pin(core: int | None) -> None:
-    "One torch thread for the calling thread, on one core (Linux); None leaves the core open."
+    "One torch thread for the calling thread, on one core; None leaves the core open."
     torch.set_num_threads(1)
-    if core is not None and hasattr(os, "sched_setaffinity"): os.sched_setaffinity(threading.get_native_id(), {core})
+    if core is None or not hasattr(os, "sched_setaffinity"): return
+    os.sched_setaffinity(threading.get_native_id(), {core})
 
+# %% ../nbs/14_bench.ipynb #d19cd558
 def allow(cores: set[int]) -> set[int]:
-    "Let the calling thread, and those it will start, run on `cores` only (Linux; an empty set changes nothing) -> where it was allowed before."
+    "Let the calling thread, and those it will start, run on `cores` only (empty: no change) -> before."
     if not hasattr(os, "sched_getaffinity"): return set()
     before = os.sched_getaffinity(0)
     try: os.sched_setaffinity(0, cores or before)
     except OSError: pass                                     # none of them is ours
     return before
 
-class _Pipelines:
-    "diffusers' own pipelines on a model (the embedded one): as `from_pretrained` loads it, or around `parts`."
-    def __init__(self, parts: Components | None = None, model=EMBEDDED, device: str = "cpu", dtype: torch.dtype = torch.float32):
-        with quiet():
-            import diffusers
-            pipe = diffusers.DiffusionPipeline.from_pretrained(model, dtype=dtype).to(device)
-            if parts: pipe = diffusers.StableDiffusionPipeline(parts.vae, parts.text_encoders[0], parts.tokenizers[0], parts.unet, parts.scheduler(), None, None, requires_safety_checker=False)
-            self.txt2img, self.img2img = pipe, diffusers.StableDiffusionImg2ImgPipeline(**pipe.components, requires_safety_checker=False)
+# %% ../nbs/14_bench.ipynb #f16cd943
+@contextmanager
+def one_thread(kept_free: int | None) -> Iterator[None]:
+    "Torch on one thread, and the calling thread off the core `kept_free`; as before in the end."
+    threads, allowed = torch.get_num_threads(), allow(set())
+    torch.set_num_threads(1)
+    allow(allowed - {kept_free})
+    try: yield
+    finally:
+        torch.set_num_threads(threads)
+        allow(allowed)
+
+# %% ../nbs/14_bench.ipynb #399990ce
+def stock_pipeline(model: str | Path, device: str, dtype: torch.dtype) -> Any:
+    "A diffusers pipeline as `from_pretrained` loads it."
+    import diffusers
+    with quiet(): return diffusers.DiffusionPipeline.from_pretrained(model, dtype=dtype).to(device)
+
+def pipeline_around(parts: Components) -> Any:
+    "diffusers' pipeline loop around the engine's components."
+    import diffusers
+    ours: dict[str, Any] = dict(vae=parts.vae, text_encoder=parts.text_encoders[0], tokenizer=parts.tokenizers[0],
+                                unet=parts.unet, scheduler=parts.scheduler())
+    rest: dict[str, Any] = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    with quiet(): return diffusers.StableDiffusionPipeline(**ours, **rest)
+
+# %% ../nbs/14_bench.ipynb #dffc5341
+class StockPipelines:
+    "diffusers' own pipelines on a model: as `from_pretrained` loads it, or around `parts`."
+    def __init__(self, parts: Components | None = None, model: str | Path = EMBEDDED, device: str = "cpu",
+                 dtype: torch.dtype = torch.float32):
+        import diffusers
+        self.txt2img: Any = pipeline_around(parts) if parts else stock_pipeline(model, device, dtype)
+        shared = self.txt2img.components
+        self.img2img: Any = diffusers.StableDiffusionImg2ImgPipeline(**shared, requires_safety_checker=False)
         for p in (self.txt2img, self.img2img): p.set_progress_bar_config(disable=True)
         self.most = SAMPLERS[ROWS["embedded"].sampler].max_steps
 
-    def __call__(self, pictures: list[Picture]) -> list:
+    def __call__(self, pictures: Sequence[Picture]) -> list[Any]:
         "Several pictures of one route, step count and guidance in one pipeline call."
-        p, kw = pictures[0], dict(prompt=[q.prompt for q in pictures], guidance_scale=pictures[0].guidance_scale, generator=[torch.Generator().manual_seed(q.seed) for q in pictures])
-        if p.init is None: return self.txt2img(num_inference_steps=p.steps, width=p.width, height=p.height, **kw).images
-        return self.img2img(image=[q.init for q in pictures], strength=p.strength, num_inference_steps=executed_steps(p.steps, p.strength, self.most)[1], **kw).images
+        p = pictures[0]
+        seeds = [torch.Generator().manual_seed(q.seed) for q in pictures]
+        prompts = [q.prompt for q in pictures]
+        given: dict[str, Any] = dict(prompt=prompts, guidance_scale=p.guidance_scale, generator=seeds)
+        if p.init is None:
+            return self.txt2img(num_inference_steps=p.steps, width=p.width, height=p.height, **given).images
+        steps = executed_steps(p.steps, p.strength or 1.0, self.most)[1]
+        starts = [q.init for q in pictures]
+        return self.img2img(image=starts, strength=p.strength, num_inference_steps=steps, **given).images
 
 # %% ../nbs/14_bench.ipynb #124efb94
+@dataclass(frozen=True, eq=False)
+class Waiting:
+    "A picture that somebody waits for."
+    picture: Picture
+    future: Future[None]
+
+    def kind(self) -> tuple[Any, ...]:
+        "Pictures of one kind can share a pipeline call."
+        return self.picture.init is None, self.picture.steps, self.picture.guidance_scale
+
+# %% ../nbs/14_bench.ipynb #0f8acde2
 class Baseline:
-    "One pipeline (on `parts`, or as loaded; `model`: folder, device, dtype), one worker thread. `window` seconds to collect, at most `most` requests a call, equal (route, steps, guidance) only."
-    def __init__(self, parts: Components | None = None, window: float = 0.0, most: int = 1, core: int | None = None, **model):
-        self.pipes, self.window, self.most, self.inbox, self.core = _Pipelines(parts, **model), window, most, queue.SimpleQueue(), core
+    """One pipeline (on `parts`, or as loaded: see `StockPipelines`) and one worker thread on `core`.
+
+    It collects requests for `window` seconds, and runs at most `most` of one kind in a call."""
+    def __init__(self, parts: Components | None = None, window: float = 0.0, most: int = 1,
+                 core: int | None = None, **model: Any):
+        self.pipes, self.core = StockPipelines(parts, **model), core
+        self.window, self.most = window, most
+        self.inbox: queue.SimpleQueue[Waiting] = queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
 
     def __call__(self, picture: Picture) -> float | None:
         "Make a picture; -> None, for there is no preview."
-        future: Future = Future()
-        self.inbox.put((picture, future))
-        future.result()
+        waiting = Waiting(picture, Future())
+        self.inbox.put(waiting)
+        waiting.future.result()
+        return None
+
+    def _collect(self, held: list[Waiting]) -> None:
+        "Wait for a first request if there is none, then for company until the window closes."
+        if not held: held.append(self.inbox.get())
+        end = time.monotonic() + self.window
+        while len(held) < self.most and (left := end - time.monotonic()) > 0:
+            try: held.append(self.inbox.get(timeout=left))
+            except queue.Empty: return
 
     def _work(self) -> None:
         pin(self.core)
-        held = []
+        held: list[Waiting] = []
         while True:
-            if not held: held.append(self.inbox.get())
-            end = time.monotonic() + self.window
-            while (left := end - time.monotonic()) > 0 and len(held) < self.most:
-                try: held.append(self.inbox.get(timeout=left))
-                except queue.Empty: break
-            kind = lambda h: (h[0].init is None, h[0].steps, h[0].guidance_scale)
-            batch = [h for h in held if kind(h) == kind(held[0])][: self.most]
-            held = [h for h in held if not any(h is b for b in batch)]
-            try: self.pipes([p for p, _ in batch])
+            self._collect(held)
+            batch = [w for w in held if w.kind() == held[0].kind()][: self.most]
+            held = [w for w in held if w not in batch]
+            try: self.pipes([w.picture for w in batch])
             except Exception as e:
-                for _, future in batch: future.set_exception(e)
+                for w in batch: w.future.set_exception(e)
             else:
-                for _, future in batch: future.set_result(None)
+                for w in batch: w.future.set_result(None)
 
-# %% ../nbs/14_bench.ipynb #0f8acde2
+# %% ../nbs/14_bench.ipynb #fd32a641
+ENGINE_SETTINGS = {"SD_MODEL_ID": "embedded", "SD_DEVICE": "cpu", "AURA_MAX_QUEUE_SECONDS": "3600"}
+
 class Stepwise:
-    "The engine on the embedded model (or what other `settings` say), its thread on `core`."
-    def __init__(self, backend: str = "torch", core: int | None = None, previews: bool = True, **settings):
+    "The engine on the embedded model, or what other `settings` say."
+    def __init__(self, backend: str = "torch", core: int | None = None, previews: bool = True,
+                 **settings: Any):
         self.previews = previews
-        self.engine = Engine(load_settings(**{"SD_MODEL_ID": "embedded", "SD_DEVICE": "cpu", "SD_BACKEND": backend, "AURA_MAX_QUEUE_SECONDS": "3600", **settings})).start()
+        asked = {**ENGINE_SETTINGS, "SD_BACKEND": backend, **settings}
+        self.engine = Engine(load_settings(**asked)).start()
         if not self.engine.wait_ready(300): raise RuntimeError(self.engine.reason)
-        if core is not None and hasattr(os, "sched_setaffinity"): os.sched_setaffinity(self.engine.thread.native_id, {core})
+        if core is not None and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(self.engine.thread.native_id or 0, {core})
 
     def __call__(self, picture: Picture) -> float | None:
         "Make a picture; -> seconds from the submission to the first preview (None without previews)."
         job = self.engine.submit(Plan((picture,)), previews=self.previews)
         job.result(600)
-        return next((t - job.times[0] for t, e in zip(job.times, job.log) if isinstance(e, Preview)), None)
+        previews = [t for t, event in zip(job.times, job.log) if isinstance(event, Preview)]
+        return previews[0] - job.times[0] if previews else None
 
-# %% ../nbs/14_bench.ipynb #fd32a641
+# %% ../nbs/14_bench.ipynb #1a349b30
+SUBJECTS = ["a fox", "a red apple on a blue background", "a rocket", "an owl on white", "a cupcake on pink"]
+
+def shuffled_deck(n: int, rng: random.Random) -> list[tuple[int, bool]]:
+    "(steps, whether it refines) of `n` pictures: in every eight of them each number of steps, and two refinements."
+    cards: list[tuple[int, bool]] = []
+    while len(cards) < n:
+        steps = rng.sample(range(1, 9), 8)
+        cards += zip(steps, rng.sample([True] * 2 + [False] * 6, 8))
+    return cards[:n]
+
+# %% ../nbs/14_bench.ipynb #907a6f25
+def mixture(n: int, photo: Any, seed: int = 0) -> list[Picture]:
+    "`n` pictures to make: 1-8 steps, a quarter of them refinements of `photo`."
+    rng, pictures = random.Random(seed), []
+    for k, (steps, refined) in enumerate(shuffled_deck(n, rng)):
+        picture = Picture(rng.choice(SUBJECTS), 128, 128, steps=steps, guidance_scale=1.0, seed=k, temperature=1.0)
+        pictures.append(replace(picture, init=photo, strength=0.5) if refined else picture)
+    return pictures
+
+# %% ../nbs/14_bench.ipynb #7e3eb2dd
+def arrivals(n: int, rate: float, seed: int = 0) -> list[float]:
+    "Seconds at which `n` Poisson requests arrive, stretched so that they take exactly n / `rate`."
+    rng = random.Random(seed)
+    at = list(accumulate(rng.expovariate(1.0) for _ in range(n)))
+    return [t * n / rate / at[-1] for t in at]
+
+# %% ../nbs/14_bench.ipynb #95aa8fa4
 @dataclass(frozen=True)
 class Taken:
     "One request as its client saw it: seconds to the picture, to the first preview."
@@ -125,183 +236,372 @@ class Taken:
     latency: float
     preview: float | None
 
-def mixture(n: int, photo, seed: int = 0) -> list[Picture]:
-    "`n` pictures to make: 1-8 steps, a quarter of them refinements of `photo`."
-    rng = random.Random(seed)
-    things = ["a fox", "a red apple on a blue background", "a rocket", "an owl on white", "a cupcake on pink"]
-    deck = [card for _ in range(0, n, 8) for card in zip(rng.sample(range(1, 9), 8), rng.sample([True] * 2 + [False] * 6, 8))]
-    return [Picture(rng.choice(things), 128, 128, steps=steps, guidance_scale=1.0, seed=i, temperature=1.0, **(dict(init=photo, strength=0.5) if refine else {})) for i, (steps, refine) in enumerate(deck[:n])]
+Contender = Callable[[Picture], float | None]              # takes a picture, blocks, -> seconds to a preview
 
-def arrivals(n: int, rate: float, seed: int = 0) -> list[float]:
-    "Seconds at which `n` Poisson requests arrive, stretched so that they take exactly n / `rate`."
-    rng = random.Random(seed)
-    at = list(accumulate(rng.expovariate(1.0) for _ in range(n)))
-    return [t * n / rate / at[-1] for t in at]
-
-def _ask(contender, picture: Picture) -> Taken:
+def ask(contender: Contender, picture: Picture) -> Taken:
+    "Let a contender make a picture."
     start = time.monotonic()
     preview = contender(picture)
     return Taken(picture.steps, time.monotonic() - start, preview)
 
-def poisson(contender, pictures: list[Picture], rate: float, seed: int = 0) -> tuple[list[Taken], float]:
-    "Requests at `rate` per second -> (what each client saw, seconds in all)."
-    futures, start = [], time.monotonic()
-    with ThreadPoolExecutor(len(pictures)) as pool:
-        for at, p in zip(arrivals(len(pictures), rate, seed), pictures, strict=True):
-            time.sleep(max(0.0, start + at - time.monotonic()))
-            futures.append(pool.submit(_ask, contender, p))
-        return [f.result() for f in futures], time.monotonic() - start
-
-def closed_loop(contender, pictures: list[Picture], clients: int) -> tuple[list[Taken], float]:
-    "`clients` ask one after the other until all pictures are made."
-    start = time.monotonic()
-    with ThreadPoolExecutor(clients) as pool: return list(pool.map(lambda p: _ask(contender, p), pictures)), time.monotonic() - start
-
-# %% ../nbs/14_bench.ipynb #95aa8fa4
-def summary(taken: list[Taken], seconds: float) -> dict:
-    "Throughput (pictures/s) and latency percentiles in milliseconds; `short`: requests of at most two steps."
-    ms = np.array([t.latency for t in taken]) * 1e3
-    short = [t.latency * 1e3 for t in taken if t.steps <= 2]
-    previews = [t.preview * 1e3 for t in taken if t.preview is not None]
-    q = lambda a, p: round(float(np.percentile(a, p)), 1) if len(a) else None
-    return {"throughput": round(len(taken) / seconds, 2), "p50": q(ms, 50), "p95": q(ms, 95), "p99": q(ms, 99), "mean": round(float(ms.mean()), 1), "short_p95": q(short, 95), "first_preview_p50": q(previews, 50)}
+# %% ../nbs/14_bench.ipynb #f926715c
+@dataclass(frozen=True)
+class Served:
+    "What each client of a load saw, and how many seconds all of it took."
+    taken: list[Taken]
+    seconds: float
 
 # %% ../nbs/14_bench.ipynb #bbf4a74d
-def overhead(engine: Engine, picture: Picture, repeats: int = 40, core: int | None = None) -> dict:
-    "Milliseconds a picture takes through the engine, and as bare UNet and VAE calls; interleaved, medians."
-    parts, t = engine.parts, Trajectory(engine.parts, picture, TextCache(engine.parts))
-    inputs = t.unet_input()
-    @torch.inference_mode()
-    def bare():
-        start = time.perf_counter()
-        for _ in range(picture.steps): inputs.call(parts.unet)
-        parts.vae.decode(t.latents)
-        return time.perf_counter() - start
-    with ThreadPoolExecutor(1, initializer=pin, initargs=(core,)) as pool:
-        pairs = [(pool.submit(bare).result(), median_seconds(lambda: engine.submit(Plan((picture,))).result(), 1, 0)) for _ in range(repeats + 3)][3:]
-    b, e = (1e3 * float(np.median([p[i] for p in pairs])) for i in (0, 1))
-    return {"bare_ms": round(b, 2), "engine_ms": round(e, 2), "overhead": round(float(np.median([e / b for b, e in pairs])) - 1, 3), "steps": picture.steps}
+def poisson(contender: Contender, pictures: Sequence[Picture], rate: float, seed: int = 0) -> Served:
+    "Requests at `rate` per second, whether or not earlier ones were answered."
+    futures, start = [], time.monotonic()
+    with ThreadPoolExecutor(len(pictures)) as pool:
+        for at, picture in zip(arrivals(len(pictures), rate, seed), pictures, strict=True):
+            time.sleep(max(0.0, start + at - time.monotonic()))
+            futures.append(pool.submit(ask, contender, picture))
+        return Served([f.result() for f in futures], time.monotonic() - start)
 
-def eta_errors(engine: Engine, pictures: list[Picture], rate: float) -> dict:
-    "How far the promised seconds were from the real ones under a Poisson load: real / promised - 1, and its size, as medians and quartiles."
-    jobs, start = [], time.monotonic()
-    for at, p in zip(arrivals(len(pictures), rate, 1), pictures, strict=True): time.sleep(max(0.0, start + at - time.monotonic())); jobs.append(engine.submit(Plan((p,))))
-    for j in jobs: j.result(600)
-    e = np.array([(j.times[-1] - j.times[0]) / j.log[0].eta_seconds - 1 for j in jobs])
-    return {"median": round(float(np.median(e)), 3), "quartiles": [round(float(np.percentile(e, q)), 3) for q in (25, 75)], "median_size": round(float(np.median(np.abs(e))), 3)}
+# %% ../nbs/14_bench.ipynb #8fb70915
+def closed_loop(contender: Contender, pictures: Sequence[Picture], clients: int) -> Served:
+    "`clients` ask one after the other until all pictures are made."
+    start = time.monotonic()
+    with ThreadPoolExecutor(clients) as pool:
+        taken = list(pool.map(lambda p: ask(contender, p), pictures))
+    return Served(taken, time.monotonic() - start)
 
 # %% ../nbs/14_bench.ipynb #74479371
-def health_latency(seconds: float = 15, clients: int = 8) -> dict:
-    "Milliseconds of GET /health (p50, p99, most) on a server process whose engine `clients` keep busy for `seconds`."
-    import httpx, socket, subprocess, sys
-    with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
-    url, env = f"http://127.0.0.1:{port}", os.environ | {"PORT": str(port), "SD_MODEL_ID": "embedded", "SD_BACKEND": "torch", "AURA_LOG_LEVEL": "error"}
-    server = subprocess.Popen([sys.executable, "-c", "from aura_engine.server import main; main(['--host', '127.0.0.1'])"], env=env, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(600):
-            try:
-                if httpx.get(url + "/ready").status_code == 200: break
-            except httpx.TransportError: pass
-            time.sleep(0.1)
-        end, times = time.monotonic() + seconds, []
-        def ask(i):
-            while time.monotonic() < end: httpx.post(url + "/generate", json={"prompt": "a fox", "seed": i}, timeout=120).raise_for_status()
-        with ThreadPoolExecutor(clients) as pool, httpx.Client() as web:
-            busy = [pool.submit(ask, i) for i in range(clients)]
-            time.sleep(1)
-            while time.monotonic() < end: start = time.perf_counter(); web.get(url + "/health").raise_for_status(); times.append(time.perf_counter() - start); time.sleep(0.02)
-            for b in busy: b.result()
-    finally: server.terminate(); server.wait(30)
-    return {"samples": len(times), **{k: round(1e3 * float(np.percentile(times, q)), 1) for k, q in (("p50", 50), ("p99", 99), ("most", 100))}}
+@dataclass(frozen=True)
+class Summary:
+    "Pictures a second, and latencies in milliseconds; `short`: requests of at most two steps."
+    throughput: float
+    p50: float | None
+    p95: float | None
+    p99: float | None
+    mean: float
+    short_p95: float | None
+    first_preview_p50: float | None
 
-def preview_cost(engine: Engine, picture: Picture, repeats: int = 30) -> float:
-    "Share of a picture's time that previews add; interleaved, medians."
-    with_, without = [], []
-    for _ in range(repeats):
-        for times, previews in ((with_, True), (without, False)):
-            job = engine.submit(Plan((picture,)), previews=previews)
-            job.result()
-            times.append(job.times[-1] - job.times[0])
-    return round(float(np.median(with_) / np.median(without)) - 1, 4)
+def percentile(seconds: Sequence[float], q: float) -> float | None:
+    "A percentile in milliseconds; None of nothing."
+    return round(1e3 * float(np.percentile(seconds, q)), 1) if len(seconds) else None
+
+# %% ../nbs/14_bench.ipynb #a9d036d4
+def summary(served: Served) -> Summary:
+    "What a load looked like to its clients."
+    latency = [t.latency for t in served.taken]
+    short = [t.latency for t in served.taken if t.steps <= 2]
+    previews = [t.preview for t in served.taken if t.preview is not None]
+    return Summary(
+        throughput=round(len(latency) / served.seconds, 2), mean=round(1e3 * float(np.mean(latency)), 1),
+        p50=percentile(latency, 50), p95=percentile(latency, 95), p99=percentile(latency, 99),
+        short_p95=percentile(short, 95), first_preview_p50=percentile(previews, 50))
 
 # %% ../nbs/14_bench.ipynb #320047e9
-LOCK, BATCHING, LOCK_OURS, ENGINE, ENGINE_OV = "lock + pipeline", "request batching 50 ms", "lock + pipeline, our components", "step-level (this engine)", "step-level, OpenVINO"
-BARS_AT = (("poisson", 0.8), ("closed", 32))
-SHARE = {("poisson", 0.5): 0.5, ("poisson", 0.8): 2.5, ("closed", 1): 0.5, ("closed", 32): 1.5}      # of the requests; the rest takes 1
+def bare_seconds(engine: Engine, picture: Picture) -> Callable[[], float]:
+    "A function that runs the picture's UNet calls and its decode, without the engine -> seconds."
+    parts = engine.parts
+    trajectory = Trajectory(parts, picture, TextCache(parts))
+    given = trajectory.unet_input()
+    @torch.inference_mode()
+    def bare() -> float:
+        start = time.perf_counter()
+        for _ in range(picture.steps): given.call(parts.unet)
+        parts.vae.decode(trajectory.latents)
+        return time.perf_counter() - start
+    return bare
 
-def contenders_on(core: int | None, openvino: bool) -> dict:
-    "Name -> what takes a picture and blocks until it is there."
-    engine = Stepwise("torch", core)
-    made = {LOCK: Baseline(core=core), BATCHING: Baseline(None, 0.05, 8, core), LOCK_OURS: Baseline(engine.engine.parts, core=core), ENGINE: engine}
-    return made | ({ENGINE_OV: Stepwise("openvino", core)} if openvino else {})
+# %% ../nbs/14_bench.ipynb #d7598ccb
+def overhead(engine: Engine, picture: Picture, repeats: int = 40,
+             core: int | None = None) -> dict[str, float]:
+    "Milliseconds a picture takes through the engine, and as bare calls; interleaved, medians."
+    bare, ours, theirs = bare_seconds(engine, picture), [], []
+    with ThreadPoolExecutor(1, initializer=pin, initargs=(core,)) as pool:
+        for _ in range(repeats + 3):
+            theirs.append(pool.submit(bare).result())
+            ours.append(median_seconds(lambda: engine.submit(Plan((picture,))).result(), 1, 0))
+    e, b = np.array(ours[3:]), np.array(theirs[3:])              # the first three are warm-ups
+    more = round(float(np.median(e / b)) - 1, 3)
+    return {"bare_ms": round(1e3 * float(np.median(b)), 2), "engine_ms": round(1e3 * float(np.median(e)), 2),
+            "overhead": more, "steps": picture.steps}
 
-def compare(n: int = 60, loads=(0.5, 0.8, 1.2), clients=(1, 8, 32), core: int | None = 0, openvino: bool = find_spec("openvino") is not None, say=print) -> dict:
-    "The whole comparison on the embedded model (torch fp32, one thread, `n` requests a load, more at those of the bars) -> a JSON-able dict."
-    threads, allowed = torch.get_num_threads(), allow(allow(set()) - {core})
-    torch.set_num_threads(1)
-    contenders, rows = contenders_on(core, openvino), []
-    engine = contenders[ENGINE].engine
-    photo = engine.submit(Plan((mixture(1, None)[0],))).result()[0].image
-    pictures = mixture(math.ceil(n * max(SHARE.values())), photo)
-    for c in contenders.values(): closed_loop(c, pictures[:6], 1); closed_loop(c, pictures[:16], 8)     # warm-up
-    taken, seconds = closed_loop(contenders[LOCK], pictures[:n], 1)
-    capacity = len(taken) / seconds
-    for load in [("poisson", x) for x in loads] + [("closed", c) for c in clients]:
-        for name, c in contenders.items():
-            if name == ENGINE_OV and load not in BARS_AT: continue
-            mine = pictures[:math.ceil(n * SHARE.get(load, 1))]
-            result = poisson(c, mine, load[1] * capacity) if load[0] == "poisson" else closed_loop(c, mine, load[1])
-            rows.append({"load": load[0], "level": load[1], "contender": name, "requests": len(mine), **summary(*result)})
-            say(rows[-1])
-    own = max(r["throughput"] for r in rows if r["contender"] == ENGINE and r["load"] == "closed")
-    apple = replace(pictures[0], steps=4, init=None, strength=None)
-    out = {"machine": machine(), "model": "embedded, 128x128, fp32, 1-8 steps mixed, 25 % refinements, 1 torch thread", "requests": n, "capacity": round(capacity, 2), "rows": rows,
-           "overhead": overhead(engine, apple, core=core), "previewCost": preview_cost(engine, apple), "eta": eta_errors(engine, pictures[:n], 0.8 * own),
-           "stepCost": engine.health().step_cost, "decodeCost": {str(b): round(s, 4) for b, s in engine.cost.decode(engine.cost.native).items()}, "optimizations": list(engine.health().optimizations)}
-    for c in contenders.values():
-        if isinstance(c, Stepwise): c.engine.close()
-    torch.set_num_threads(threads); allow(allowed)
-    return out | ({"healthMs": health_latency()} if n > 20 else {})
+# %% ../nbs/14_bench.ipynb #f414bc66
+def eta_errors(engine: Engine, pictures: Sequence[Picture], rate: float) -> dict[str, Any]:
+    "Real over promised seconds - 1 under a Poisson load: median, quartiles, and the median of its size."
+    jobs, start = [], time.monotonic()
+    for at, picture in zip(arrivals(len(pictures), rate, 1), pictures, strict=True):
+        time.sleep(max(0.0, start + at - time.monotonic()))
+        jobs.append(engine.submit(Plan((picture,))))
+    for job in jobs: job.result(600)
+    error = np.array([(job.times[-1] - job.times[0]) / job.log[0].eta_seconds - 1 for job in jobs])
+    quartiles = [round(float(x), 3) for x in np.percentile(error, (25, 75))]
+    size = round(float(np.median(np.abs(error))), 3)
+    return {"median": round(float(np.median(error)), 3), "quartiles": quartiles, "median_size": size}
 
 # %% ../nbs/14_bench.ipynb #6828b628
-RESULTS = Path("bench/results.json")
-
-def table(results: dict) -> str:
-    "The rows of a run as a markdown table."
-    keys = ["throughput", "p50", "p95", "p99", "short_p95", "first_preview_p50"]
-    head = "| load | contender | pictures/s | p50 ms | p95 ms | p99 ms | p95 of ≤ 2 steps | first preview p50 |\n| --- | --- | --- | --- | --- | --- | --- | --- |"
-    name = lambda r: f"Poisson {r['level']:.0%} of capacity" if r["load"] == "poisson" else f"{r['level']} clients"
-    return "\n".join([head] + [f"| {name(r)} | {r['contender']} | " + " | ".join("" if r[k] is None else f"{r[k]:g}" for k in keys) + " |" for r in results["rows"]])
+def preview_cost(engine: Engine, picture: Picture, repeats: int = 30) -> float:
+    "Share of a picture's time that previews add; interleaved, medians."
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(repeats):
+        for previews in (True, False):
+            job = engine.submit(Plan((picture,)), previews=previews)
+            job.result()
+            seconds[previews].append(job.times[-1] - job.times[0])
+    return round(float(np.median(seconds[True]) / np.median(seconds[False])) - 1, 4)
 
 # %% ../nbs/14_bench.ipynb #3d56e832
-def bars(results: dict) -> list[dict]:
-    "What was asked, what was measured, whether it was met: rows of `bar`, `limit`, `measured`, `met`."
-    row = {(r["load"], r["level"], r["contender"]): r for r in results["rows"]}
-    def ratio(load, what, other):
-        mine, theirs = (row[*load, c][what] for c in (ENGINE, other))
-        return mine / theirs if mine and theirs else None
-    busy, full = BARS_AT
-    asked = [("throughput, 32 clients, × the lock", ">=", 1.8, ratio(full, "throughput", LOCK)), ("p95 at 80 % load, × the lock", "<=", 0.5, ratio(busy, "p95", LOCK)),
-             ("p95 at 80 % load, × request batching", "<=", 0.75, ratio(busy, "p95", BATCHING)), ("p95 of ≤ 2 steps at 80 % load, × the lock", "<=", 0.4, ratio(busy, "short_p95", LOCK)),
-             ("overhead over bare UNet and VAE calls, batch 1", "<=", 0.05, results["overhead"]["overhead"]), ("error of the promised time, median size", "<=", 0.3, results["eta"].get("median_size")),
-             ("what previews add to a picture", "<=", 0.05, results["previewCost"]), ("/health of a saturated server, p99, ms", "<=", 50.0, results.get("healthMs", {}).get("p99"))]
-    return [{"bar": name, "limit": f"{sign} {limit:g}", "measured": round(x, 3), "met": x >= limit if sign == ">=" else x <= limit} for name, sign, limit, x in asked if x is not None]
+def free_address() -> tuple[str, int]:
+    "An address of this machine that nobody listens on."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()
 
-def bars_table(results: dict) -> str:
-    "`bars` as a markdown table."
-    return "\n".join(["| bar | asked | measured | met |", "| --- | --- | --- | --- |"] + [f"| {b['bar']} | {b['limit'].replace('>=', '≥').replace('<=', '≤')} | {b['measured']:g} | {'yes' if b['met'] else 'no'} |" for b in bars(results)])
+def wait_for(url: str, seconds: float = 60) -> None:
+    "Return when the URL answers with 200, or when the time is over."
+    import httpx
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            if httpx.get(url).status_code == 200: return
+        except httpx.TransportError: pass                       # it does not listen yet
+        time.sleep(0.1)
 
-def main(argv=None) -> None:
+# %% ../nbs/14_bench.ipynb #bb9710bc
+@contextmanager
+def server_process(**settings: str) -> Iterator[str]:
+    "A server on the embedded model in a process of its own -> its URL, when it is ready."
+    host, port = free_address()
+    url = f"http://{host}:{port}"
+    code = f"from aura_engine.server import main; main(['--host', '{host}'])"
+    given = {"PORT": str(port), "SD_MODEL_ID": "embedded", "AURA_LOG_LEVEL": "error", **settings}
+    argv = [sys.executable, "-c", code]
+    process = subprocess.Popen(argv, env=os.environ | given, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(url + "/ready")
+        yield url
+    finally:
+        process.terminate()
+        process.wait(30)
+
+# %% ../nbs/14_bench.ipynb #fbc28f13
+def keep_busy(url: str, seed: int, end: float) -> None:
+    "Ask for pictures, one after the other, until the clock says `end`."
+    import httpx
+    body = {"prompt": "a fox", "seed": seed}
+    while time.monotonic() < end: httpx.post(url + "/generate", json=body, timeout=120).raise_for_status()
+
+# %% ../nbs/14_bench.ipynb #05a7f70a
+def health_latency(seconds: float = 15, clients: int = 8) -> dict[str, Any]:
+    "Milliseconds of GET /health (p50, p99, most) on a server that `clients` keep busy for `seconds`."
+    import httpx
+    times: list[float] = []
+    with server_process(SD_BACKEND="torch") as url, ThreadPoolExecutor(clients) as pool, httpx.Client() as web:
+        end = time.monotonic() + seconds
+        busy = [pool.submit(keep_busy, url, seed, end) for seed in range(clients)]
+        time.sleep(1)
+        while time.monotonic() < end:
+            times.append(median_seconds(lambda: web.get(url + "/health").raise_for_status(), 1, 0))
+            time.sleep(0.02)
+        for b in busy: b.result()
+    shares = {"p50": 50, "p99": 99, "most": 100}
+    return {"samples": len(times), **{name: percentile(times, q) for name, q in shares.items()}}
+
+# %% ../nbs/14_bench.ipynb #a1737847
+class Load(NamedTuple):
+    "Poisson arrivals at a share `level` of the lock's capacity, or a closed loop of `level` clients."
+    kind: str                                  # poisson or closed
+    level: float
+
+LOCK = "lock + pipeline"
+BATCHING = "request batching 50 ms"
+LOCK_OURS = "lock + pipeline, our components"
+ENGINE = "step-level (this engine)"
+ENGINE_OV = "step-level, OpenVINO"
+BUSY, FULL = Load("poisson", 0.8), Load("closed", 32)            # the loads that the bars are about
+LOADS = (Load("poisson", 0.5), BUSY, Load("poisson", 1.2), Load("closed", 1), Load("closed", 8), FULL)
+SHARE = {Load("poisson", 0.5): 0.5, BUSY: 2.5, Load("closed", 1): 0.5, FULL: 1.5}    # of the requests; else 1
+
+# %% ../nbs/14_bench.ipynb #5faa2609
+@dataclass(frozen=True)
+class LoadRow(Summary):
+    "A contender under a load."
+    load: str = ""
+    level: float = 0.
+    contender: str = ""
+    requests: int = 0
+
+# %% ../nbs/14_bench.ipynb #a599635b
+def contenders_on(core: int | None, openvino: bool) -> dict[str, Any]:
+    "Name -> what takes a picture and blocks until it is there."
+    engine = Stepwise("torch", core)
+    made: dict[str, Any] = {LOCK: Baseline(core=core)}
+    made[BATCHING] = Baseline(window=0.05, most=8, core=core)
+    made[LOCK_OURS] = Baseline(engine.engine.parts, core=core)
+    made[ENGINE] = engine
+    if openvino: made[ENGINE_OV] = Stepwise("openvino", core)
+    return made
+
+# %% ../nbs/14_bench.ipynb #8016d77e
+def close_engines_of(contenders: dict[str, Any]) -> None:
+    "Stop the engines among the contenders."
+    for c in contenders.values():
+        if isinstance(c, Stepwise): c.engine.close()
+
+# %% ../nbs/14_bench.ipynb #537dd0e7
+def put_on(name: str, contender: Contender, load: Load, pictures: Sequence[Picture],
+           capacity: float) -> LoadRow:
+    "Put a load on a contender; `capacity` of the lock in pictures a second."
+    if load.kind == "poisson": served = poisson(contender, pictures, load.level * capacity)
+    else: served = closed_loop(contender, pictures, int(load.level))
+    seen = asdict(summary(served))
+    return LoadRow(**seen, load=load.kind, level=load.level, contender=name, requests=len(pictures))
+
+# %% ../nbs/14_bench.ipynb #e2082cb9
+def capacity_of(contender: Contender, pictures: Sequence[Picture]) -> float:
+    "Pictures a second that one client gets."
+    served = closed_loop(contender, pictures, 1)
+    return len(served.taken) / served.seconds
+
+# %% ../nbs/14_bench.ipynb #d4957684
+def decode_curve(engine: Engine) -> dict[str, float]:
+    "Seconds of a decode by the number of pictures in it."
+    return {str(b): round(s, 4) for b, s in engine.cost.decode(engine.cost.native).items()}
+
+# %% ../nbs/14_bench.ipynb #3ff2ec5a
+def engine_facts(engine: Engine, pictures: Sequence[Picture], rate: float, core: int | None) -> dict[str, Any]:
+    "What is measured of the engine alone; the promise under Poisson arrivals of `rate` a second."
+    apple, said = replace(pictures[0], steps=4, init=None, strength=None), engine.health()
+    decode = decode_curve(engine)
+    return {"overhead": overhead(engine, apple, core=core), "previewCost": preview_cost(engine, apple),
+            "eta": eta_errors(engine, pictures, rate), "stepCost": said.step_cost, "decodeCost": decode,
+            "optimizations": list(said.optimizations)}
+
+# %% ../nbs/14_bench.ipynb #04ae4254
+def warm_up(contenders: dict[str, Any], pictures: Sequence[Picture]) -> None:
+    "A few pictures through each contender, alone and together."
+    for contender in contenders.values():
+        closed_loop(contender, pictures[:6], 1)
+        closed_loop(contender, pictures[:16], 8)
+
+def race_all(contenders: dict[str, Any], loads: Sequence[Load], pictures: Sequence[Picture], n: int,
+             say: Callable[[LoadRow], Any]) -> tuple[list[LoadRow], float]:
+    "Put every load on every contender -> rows, and the lock's capacity in pictures a second."
+    capacity, rows = capacity_of(contenders[LOCK], pictures[:n]), []
+    for load in loads:
+        asked = pictures[:math.ceil(n * SHARE.get(load, 1))]
+        for name, contender in contenders.items():
+            if name == ENGINE_OV and load not in (BUSY, FULL): continue
+            rows.append(put_on(name, contender, load, asked, capacity))
+            say(rows[-1])
+    return rows, capacity
+
+# %% ../nbs/14_bench.ipynb #e5c36621
+TESTED = "embedded, 128x128, fp32, 1-8 steps mixed, 25 % refinements, 1 torch thread"
+HAS_OPENVINO = find_spec("openvino") is not None
+
+def compare(n: int = 60, loads: Sequence[Load] = LOADS, core: int | None = 0, openvino: bool = HAS_OPENVINO,
+            say: Callable[[LoadRow], Any] = print) -> dict[str, Any]:
+    "The whole comparison on the embedded model, one torch thread -> what is stored as JSON."
+    with one_thread(kept_free=core):
+        contenders = contenders_on(core, openvino)
+        engine: Engine = contenders[ENGINE].engine
+        photo = engine.submit(Plan((mixture(1, None)[0],))).result()[0].image
+        pictures = mixture(math.ceil(n * max(SHARE.values())), photo)
+        warm_up(contenders, pictures)
+        rows, capacity = race_all(contenders, loads, pictures, n, say)
+        own = max(r.throughput for r in rows if r.contender == ENGINE and r.load == "closed")
+        facts = engine_facts(engine, pictures[:n], 0.8 * own, core)
+        close_engines_of(contenders)
+    if n > 20: facts["healthMs"] = health_latency()             # a trial does not wait for a server
+    return {"machine": machine(), "model": TESTED, "requests": n, "capacity": round(capacity, 2),
+            "rows": [asdict(r) for r in rows], **facts}
+
+# %% ../nbs/14_bench.ipynb #7c654020
+BENCH_RESULTS = Path("bench/results.json")
+COLUMNS = {"throughput": "pictures/s", "p50": "p50 ms", "p95": "p95 ms", "p99": "p99 ms",
+           "short_p95": "p95 of ≤ 2 steps", "first_preview_p50": "first preview p50"}
+
+# %% ../nbs/14_bench.ipynb #371c1879
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    "A table in markdown; None is an empty cell."
+    lines = [head, ["---"] * len(head), *rows]
+    cells = [["" if value is None else str(value) for value in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+# %% ../nbs/14_bench.ipynb #380b9ac7
+def load_rows(results: dict[str, Any]) -> list[LoadRow]:
+    "The rows of a stored run."
+    return [LoadRow(**r) for r in results["rows"]]
+
+# %% ../nbs/14_bench.ipynb #1b5545c5
+def bench_table(results: dict[str, Any]) -> str:
+    "The rows of a run as a markdown table."
+    rows = []
+    for r in load_rows(results):
+        load = f"Poisson {r.level:.0%} of capacity" if r.load == "poisson" else f"{r.level:g} clients"
+        values = [getattr(r, column) for column in COLUMNS]
+        rows.append([load, r.contender, *(None if v is None else f"{v:g}" for v in values)])
+    return markdown_table(["load", "contender", *COLUMNS.values()], rows)
+
+# %% ../nbs/14_bench.ipynb #66f78b74
+@dataclass(frozen=True)
+class Bar:
+    "What was asked (`sign` and `limit`) and what was measured; None where it was not."
+    name: str
+    sign: str                                  # ≥ or ≤
+    limit: float
+    measured: float | None
+
+    @property
+    def met(self) -> bool:
+        "Whether the measurement is on the right side of the limit."
+        if self.measured is None: return False
+        return self.measured >= self.limit if self.sign == "≥" else self.measured <= self.limit
+
+# %% ../nbs/14_bench.ipynb #db834c22
+def bars_table(bars: Sequence[Bar]) -> str:
+    "Bars that were measured as a markdown table."
+    rows = []
+    for b in bars:
+        if b.measured is None: continue
+        met = "yes" if b.met else "no"
+        rows.append([b.name, f"{b.sign} {b.limit:g}", f"{round(b.measured, 3):g}", met])
+    return markdown_table(["bar", "asked", "measured", "met"], rows)
+
+# %% ../nbs/14_bench.ipynb #ab42cdc8
+def ratio_of(rows: Sequence[LoadRow], load: Load, what: str, other: str) -> float | None:
+    "What the engine has of `what` under a load, over what `other` has."
+    found = {r.contender: getattr(r, what) for r in rows if (r.load, r.level) == load}
+    mine, theirs = found.get(ENGINE), found.get(other)
+    return mine / theirs if mine and theirs else None
+
+# %% ../nbs/14_bench.ipynb #94ccdb77
+def bench_bars(results: dict[str, Any]) -> list[Bar]:
+    "The bars of this engine, as a run has them."
+    rows, health = load_rows(results), results.get("healthMs", {})
+    return [
+        Bar("throughput, 32 clients, × the lock", "≥", 1.8, ratio_of(rows, FULL, "throughput", LOCK)),
+        Bar("p95 at 80 % load, × the lock", "≤", 0.5, ratio_of(rows, BUSY, "p95", LOCK)),
+        Bar("p95 at 80 % load, × request batching", "≤", 0.75, ratio_of(rows, BUSY, "p95", BATCHING)),
+        Bar("p95 of ≤ 2 steps at 80 % load, × the lock", "≤", 0.4, ratio_of(rows, BUSY, "short_p95", LOCK)),
+        Bar("overhead over bare UNet and VAE calls, batch 1", "≤", 0.05, results["overhead"]["overhead"]),
+        Bar("error of the promised time, median size", "≤", 0.3, results["eta"].get("median_size")),
+        Bar("what previews add to a picture", "≤", 0.05, results["previewCost"]),
+        Bar("/health of a saturated server, p99, ms", "≤", 50.0, health.get("p99")),
+    ]
+
+# %% ../nbs/14_bench.ipynb #a846b4ad
+def main(argv: list[str] | None = None) -> None:
     "`python -m aura_engine.bench`: run the comparison and store it."
-    ap = argparse.ArgumentParser(description="Compare the engine with one pipeline behind a lock and with request-level batching.")
-    ap.add_argument("--requests", type=int, default=64, help="requests a load (half or more of them, by load); eights keep the mixture even")
-    ap.add_argument("--core", type=int, default=0, help="the core that every contender works on; the load is made on the others")
-    ap.add_argument("--out", type=Path, default=Path("nbs") / RESULTS)
+    ap = argparse.ArgumentParser(description="Compare the engine with a pipeline behind a lock and with "
+                                             "request-level batching.")
+    ap.add_argument("--requests", type=int, default=64, help="requests a load; eights keep the mixture even")
+    ap.add_argument("--core", type=int, default=0, help="the core that every contender works on")
+    ap.add_argument("--out", type=Path, default=Path("nbs") / BENCH_RESULTS)
     a = ap.parse_args(argv)
     results = compare(a.requests, core=a.core)
     a.out.parent.mkdir(parents=True, exist_ok=True)
     a.out.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(results), bars_table(results), sep="\n\n")
+    print(bench_table(results), bars_table(bench_bars(results)), sep="\n\n")
 
 # %% ../nbs/14_bench.ipynb #99a54120
 #| eval: false

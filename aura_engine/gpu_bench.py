@@ -4,473 +4,770 @@
 
 # %% ../nbs/18_gpu.ipynb #dbfe435a
 from __future__ import annotations
-import argparse, json, multiprocessing, os, random, shutil, signal, tempfile, time, traceback, warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import argparse, json, multiprocessing, os, random, shutil, signal, subprocess, tempfile, time, traceback, warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, NamedTuple
 import numpy as np, torch
-from . import optimize
-from .bench import Baseline, Stepwise, closed_loop, machine, median_seconds, summary
-from .loader import quiet
-from .optimize import CompiledUNet, GraphedUNet
+from .bench import Bar, Baseline, Contender, Stepwise
+from .bench import bars_table, closed_loop, decode_curve, machine, markdown_table, median_seconds, summary
+from .engine import Engine
+from .loader import Components, quiet
+from .compiling import CompiledUNet, GraphedUNet
+from .optimize import TECHNIQUES
 from .trajectory import TextCache, Trajectory, advance, decode_batch
-from .unet_input import UNetInput
 from .types import Picture, Plan
-from .waterfall import SIZES, filled, random_model
+from .unet_input import UNetInput
+from .waterfall import FOUR_LEVELS, SIZES, Architecture, filled, random_model
 
 # %% auto #0
-__all__ = ['SDXL_UNET', 'REAL', 'TINY', 'SEARCH', 'EIGHT_BITS', 'STAGES', 'RESULTS', 'Size', 'settled', 'seconds_of', 'unet_call',
-           'flops_of', 'error_of', 'limits', 'variants', 'waterfall_of', 'unet', 'sdxl', 'decode_row', 'vae',
-           'compiled_of', 'compiled', 'compiled_sdxl', 'autotuned', 'quantized', 'save_model', 'requests', 'race',
-           'pixels', 'gaps', 'in_company', 'crowd', 'engine_report', 'engine', 'embedded', 'graphs', 'engine_compiled',
-           'Stage', 'run_stage', 'hardware', 'run', 'main', 'rows_of', 'matrix_rate', 'unet_table', 'picture_table',
-           'decode_table', 'race_table', 'bars', 'report']
+__all__ = ['SDXL_UNET', 'SIX_SIZES', 'TINY_SDXL', 'REAL_SIZE', 'TINY_SIZE', 'Tell', 'PLAIN_UNET', 'SEARCH', 'EIGHT_BITS',
+           'RACE_THINGS', 'STAGES', 'Told', 'GPU_RESULTS', 'WHOLE', 'BenchSize', 'settled', 'seconds_of', 'unet_call',
+           'flops_of', 'error_of', 'limits', 'Variant', 'new_unet_of', 'unet_variants', 'answer_of', 'waterfall_of',
+           'speed', 'new_vae', 'decode_times', 'decode_row', 'unet_stage', 'vae_stage', 'sdxl_stage', 'Compiling',
+           'repeated', 'compiled_rows', 'compile_and_time', 'compiled_stage', 'compiled_sdxl_stage', 'autotuned_stage',
+           'in_eight_bits', 'quantized_stage', 'saved_model', 'requests_of', 'Entered', 'race', 'picture_gaps',
+           'in_company', 'compare_crowd', 'engine_report', 'measured_engine', 'stock', 'engine_stage', 'embedded_stage',
+           'without_graphs', 'graphs_stage', 'engine_compiled_stage', 'GpuStage', 'Record', 'listen', 'run_stage',
+           'gpu_card', 'installed', 'hardware', 'import_all', 'ResultsFile', 'run_stages', 'main', 'stage_rows',
+           'timed_rows', 'matrix_rate', 'variant_cells', 'unet_table', 'picture_lines', 'picture_table', 'decode_table',
+           'race_table', 'best_share', 'race_ratio', 'gpu_bars', 'ends_table', 'gpu_report']
 
 # %% ../nbs/18_gpu.ipynb #4b147af1
-SDXL_UNET = dict(sample_size=128, block_out_channels=(320, 640, 1280), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-                 up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(5, 10, 20), transformer_layers_per_block=(1, 2, 10), cross_attention_dim=2048,
-                 use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)
+SDXL_UNET: dict[str, Any] = dict(
+    sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048,
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    attention_head_dim=(5, 10, 20), transformer_layers_per_block=(1, 2, 10), use_linear_projection=True,
+    addition_embed_type="text_time", addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)
+SIX_SIZES = 6                                  # numbers about size and crop that an SDXL UNet is told
+
+# %% ../nbs/18_gpu.ipynb #11436d18
 @dataclass(frozen=True)
-class Size:
-    "What a run measures: the name of SD 1.5's configurations in `waterfall.SIZES`, SDXL's UNet, the device, batches, how often."
+class BenchSize:
+    "What a run measures and how often; `name` is one of `waterfall.SIZES`."
     name: str = "sd15"
-    sdxl: dict = field(default_factory=lambda: SDXL_UNET)
+    sdxl: dict[str, Any] = field(default_factory=lambda: SDXL_UNET)
     device: str = "cuda"
     precision: str = "bf16"
     batches: tuple[int, ...] = (1, 4, 8, 16)
     repeats: int = 10
-    matrix: int = 8192
-    megabytes: int = 4096
+    matrix: int = 8192                         # side of the large matrices
+    megabytes: int = 4096                      # that are copied
     clients: int = 32
     pictures: int = 128
     compiler: str = "inductor"
 
     @property
-    def sd15(self) -> dict: return SIZES[self.name]["unet"]
+    def sd15(self) -> Architecture: return SIZES[self.name]
+
     @property
     def dtype(self) -> torch.dtype: return {"bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+
     @property
     def cuda(self) -> bool: return self.device.startswith("cuda")
 
-REAL = Size()
-TINY = Size("small", dict(SIZES["small"]["unet"], addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 32),
-            device="cpu", batches=(1, 8), repeats=1, matrix=64, megabytes=1, clients=4, pictures=8, compiler="eager")
+# %% ../nbs/18_gpu.ipynb #bd4ae49d
+TINY_SDXL = SIZES["small"].unet | dict(addition_embed_type="text_time", addition_time_embed_dim=8,
+                                       projection_class_embeddings_input_dim=SIX_SIZES * 8 + 32)
+REAL_SIZE = BenchSize()
+TINY_SIZE = BenchSize("small", TINY_SDXL, device="cpu", batches=(1, 8), repeats=1, matrix=64, megabytes=1,
+                      clients=4, pictures=8, compiler="eager")
 
-# %% ../nbs/18_gpu.ipynb #917ce0b9
-def settled(size: Size) -> None:
+# %% ../nbs/18_gpu.ipynb #f5f81e83
+def settled(size: BenchSize) -> None:
     "Wait for the device."
     if size.cuda: torch.cuda.synchronize()
 
-def seconds_of(call: Callable, size: Size, warmups: int = 3) -> float:
+def seconds_of(call: Callable[[], Any], size: BenchSize, warmups: int = 3) -> float:
     "Median seconds of a call and the wait for it."
-    return median_seconds(lambda: (call(), settled(size)), size.repeats, warmups)
+    def timed() -> None:
+        call()
+        settled(size)
+    return median_seconds(timed, size.repeats, warmups)
 
-def unet_call(config: dict, batch: int, size: Size, dtype: torch.dtype, seed: int = 0) -> UNetInput:
-    "Random inputs of a UNet: the same numbers in every dtype."
-    g, (side, width) = torch.Generator().manual_seed(seed), (config["sample_size"], config["cross_attention_dim"])
-    draw = lambda *shape: torch.randn(*shape, generator=g).to(size.device, dtype)
-    sample, time, text = draw(batch, 4, side, side), torch.full((batch,), 499.0, device=size.device), draw(batch, 77, width)
-    if "addition_embed_type" not in config: return UNetInput(sample, time, text)
-    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
-    sizes = torch.full((batch, 6), 1024.0, device=size.device, dtype=dtype)
-    return UNetInput(sample, time, text, draw(batch, pooled), sizes)
+# %% ../nbs/18_gpu.ipynb #db652107
+def unet_call(config: dict[str, Any], batch: int, size: BenchSize, dtype: torch.dtype,
+              seed: int = 0) -> UNetInput:
+    "Random inputs of a UNet, `batch` rows."
+    g = torch.Generator().manual_seed(seed)
+    side, width = config["sample_size"], config["cross_attention_dim"]
+    def draw(*shape: int) -> torch.Tensor: return torch.randn(*shape, generator=g).to(size.device, dtype)
+    sample, time_ = draw(batch, 4, side, side), torch.full((batch,), 499.0, device=size.device)
+    text = draw(batch, 77, width)
+    if "addition_embed_type" not in config: return UNetInput(sample, time_, text)
+    pooled = config["projection_class_embeddings_input_dim"] - SIX_SIZES * config["addition_time_embed_dim"]
+    sizes = torch.full((batch, SIX_SIZES), 1024.0, device=size.device, dtype=dtype)
+    return UNetInput(sample, time_, text, draw(batch, pooled), sizes)
 
-def flops_of(call: Callable) -> int:
+# %% ../nbs/18_gpu.ipynb #917ce0b9
+def flops_of(call: Callable[[], Any]) -> int:
     "Floating point operations of convolutions, matrix products and attention in a call."
     from torch.utils.flop_counter import FlopCounterMode
     with torch.no_grad(), FlopCounterMode(display=False) as counter: call()
     return counter.get_total_flops()
 
-def error_of(out: torch.Tensor, ref: torch.Tensor) -> dict:
+def error_of(out: torch.Tensor, ref: torch.Tensor) -> dict[str, float]:
     "How far an answer is from fp32's, in units of the answer's own spread."
     gap, spread = (out.float() - ref).abs(), ref.std()
-    return {"error_max": round((gap.max() / spread).item(), 5), "error_mean": round((gap.mean() / spread).item(), 6)}
+    largest, mean = (gap.max() / spread).item(), (gap.mean() / spread).item()
+    return {"error_max": round(largest, 5), "error_mean": round(mean, 6)}
 
 # %% ../nbs/18_gpu.ipynb #05280d7e
-def limits(size: Size, tell: Callable) -> None:
+Tell = Callable[[dict[str, Any]], Any]
+
+def limits(size: BenchSize, tell: Tell) -> None:
     "The rate of a large matrix product, and of a copy."
     n = size.matrix
     for dtype in dict.fromkeys((size.dtype, torch.float32)):
-        a, b = (torch.randn(n, n, device=size.device, dtype=dtype) for _ in "ab")
-        tell({"what": f"matrix product, {str(dtype)[6:]}", "teraflops": round(2 * n ** 3 / seconds_of(lambda: a @ b, size) / 1e12, 3)})      # noqa: B023
+        a, b = torch.randn(2, n, n, device=size.device).to(dtype)
+        seconds = seconds_of(lambda: a @ b, size)                             # noqa: B023
+        tell({"what": f"matrix product, {str(dtype)[6:]}", "teraflops": round(2 * n ** 3 / seconds / 1e12, 3)})
     x = torch.ones(size.megabytes << 20, dtype=torch.uint8, device=size.device)
     y = torch.empty_like(x)
-    tell({"what": "copy, read and written", "gigabytes": round(2 * x.numel() / seconds_of(lambda: y.copy_(x), size) / 1e9, 1)})
+    seconds = seconds_of(lambda: y.copy_(x), size)
+    tell({"what": "copy, read and written", "gigabytes": round(2 * x.numel() / seconds / 1e9, 1)})
 
 # %% ../nbs/18_gpu.ipynb #a64a999a
-SEARCH = "+ cuDNN search (fp16)"
+PLAIN_UNET, SEARCH = "fp32, as loaded", "+ cuDNN search (fp16)"
 
-def variants(config: dict, size: Size):
-    "Yields (name, call of one input, dtype): the same UNet, one technique more each time."
+class Variant(NamedTuple):
+    "A UNet, made faster in one more way."
+    name: str
+    unet: Any
+    dtype: torch.dtype
+
+def new_unet_of(config: dict[str, Any], size: BenchSize) -> Any:
+    "A UNet with random fp32 weights on the device."
     import diffusers
-    make = lambda: filled(diffusers.UNet2DConditionModel, device=size.device, **config)
-    unet = make()
-    yield "fp32, as loaded", lambda given: given.call(unet), torch.float32
-    with quiet(): unet.to(size.dtype)
-    yield size.precision, lambda given: given.call(unet), size.dtype
-    unet.to(memory_format=torch.channels_last)
-    yield "+ channels last", lambda given: given.call(unet), size.dtype
-    unet.fuse_qkv_projections()
-    yield "+ fused QKV", lambda given: given.call(unet), size.dtype
-    if not size.cuda: return
-    graphed = GraphedUNet(unet)
-    yield "+ CUDA graph", lambda given: given.call(graphed), size.dtype
-    graphed, unet = None, make().to(torch.float16, memory_format=torch.channels_last)
-    unet.fuse_qkv_projections()
-    graphed = GraphedUNet(unet)
-    yield "the same in fp16", lambda given: given.call(graphed), torch.float16
-    torch.backends.cudnn.benchmark = True
-    graphed.forget()
-    yield SEARCH, lambda given: given.call(graphed), torch.float16
+    return filled(diffusers.UNet2DConditionModel, device=size.device, **config)
 
 # %% ../nbs/18_gpu.ipynb #ac9d489a
+def unet_variants(config: dict[str, Any], size: BenchSize) -> Iterator[Variant]:
+    "The same UNet, one technique more each time."
+    unet = new_unet_of(config, size)
+    yield Variant(PLAIN_UNET, unet, torch.float32)
+    with quiet(): unet.to(size.dtype)
+    yield Variant(size.precision, unet, size.dtype)
+    unet.to(memory_format=torch.channels_last)
+    yield Variant("+ channels last", unet, size.dtype)
+    unet.fuse_qkv_projections()
+    yield Variant("+ fused QKV", unet, size.dtype)
+    if not size.cuda: return
+    yield Variant("+ CUDA graph", GraphedUNet(unet), size.dtype)
+    unet = new_unet_of(config, size).to(torch.float16, memory_format=torch.channels_last)
+    unet.fuse_qkv_projections()
+    graphed = GraphedUNet(unet)
+    yield Variant("the same in fp16", graphed, torch.float16)
+    torch.backends.cudnn.benchmark = True
+    graphed.forget()
+    yield Variant(SEARCH, graphed, torch.float16)
+
+# %% ../nbs/18_gpu.ipynb #f12a79b6
+def answer_of(v: Variant, config: dict[str, Any], size: BenchSize) -> torch.Tensor:
+    "What a variant says to two rows; a CUDA graph answers from the third call on."
+    given = unet_call(config, 2, size, v.dtype)
+    for _ in range(2): given.call(v.unet)
+    return given.call(v.unet).float()
+
+# %% ../nbs/18_gpu.ipynb #a67a4250
 @torch.inference_mode()
-def waterfall_of(config: dict, size: Size, tell: Callable, batches=None, skip: tuple[str, ...] = ()) -> None:
-    "Seconds, operations per second and error of each variant at each batch."
-    reference, flops, seconds = None, 0, {}
-    for name, call, dtype in variants(config, size):
-        if name in skip and reference is not None: continue
-        if not flops: flops = flops_of(lambda: call(unet_call(config, 1, size, dtype)))      # noqa: B023
-        given = unet_call(config, 2, size, dtype)
-        for _ in "123": out = call(given)                                     # a CUDA graph answers from the third call on
-        if reference is None: reference = out.float()
-        if name in skip: continue
-        for b in (8,) if name == SEARCH else batches or size.batches:         # it takes seconds for each shape
-            given = unet_call(config, b, size, dtype)
-            seconds[b] = seconds_of(lambda: call(given), size)                # noqa: B023
-            tell({"variant": name, "batch": b, "ms": round(1e3 * seconds[b], 3), "teraflops": round(b * flops / seconds[b] / 1e12, 3), **error_of(out, reference)})
+def waterfall_of(config: dict[str, Any], size: BenchSize, tell: Tell, batches: Sequence[int],
+                 skip: Sequence[str] = ()) -> None:
+    "Milliseconds, operations a second and error of each variant at each batch; `skip` names some."
+    reference, flops = torch.empty(0), 0
+    for v in unet_variants(config, size):
+        if v.name == PLAIN_UNET:
+            reference = answer_of(v, config, size)
+            flops = flops_of(lambda: unet_call(config, 1, size, v.dtype).call(v.unet))      # noqa: B023
+        if v.name in skip: continue
+        error = error_of(answer_of(v, config, size), reference)
+        for b in (8,) if v.name == SEARCH else batches:
+            given = unet_call(config, b, size, v.dtype)
+            seconds = seconds_of(lambda: given.call(v.unet), size)                          # noqa: B023
+            tell({"variant": v.name, "batch": b, **speed(seconds, b * flops), **error})
 
-def unet(size: Size, tell: Callable) -> None:
-    "SD 1.5's UNet at 512 px."
-    waterfall_of(size.sd15, size, tell)
-
-def sdxl(size: Size, tell: Callable) -> None:
-    "SDXL's UNet at 1024 px without guidance (Lightning), and what its VAE costs."
-    waterfall_of(size.sdxl, size, tell, [b for b in size.batches if b <= 8], skip=("fp32, as loaded", SEARCH))
-    side = size.sdxl["sample_size"]
-    for name, dtype in ((size.precision, size.dtype), ("fp32", torch.float32)): decode_row(size, tell, f"full VAE, {8 * side} px, {name}", False, side, 1, dtype)
+# %% ../nbs/18_gpu.ipynb #e48a335d
+def speed(seconds: float, flops: int) -> dict[str, float]:
+    "Milliseconds of a call, and its rate."
+    return {"ms": round(1e3 * seconds, 3), "teraflops": round(flops / seconds / 1e12, 3)}
 
 # %% ../nbs/18_gpu.ipynb #e1544edf
-@torch.inference_mode()
-def decode_row(size: Size, tell: Callable, what: str, tiny: bool, side: int, batch: int, dtype: torch.dtype) -> None:
-    "Milliseconds of one decode."
+def new_vae(tiny: bool, size: BenchSize, dtype: torch.dtype) -> Any:
+    "SD's autoencoder or the tiny one, with random weights, channels last."
     import diffusers
-    four = {} if tiny else dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
-    with quiet(): made = filled(diffusers.AutoencoderTiny if tiny else diffusers.AutoencoderKL, device=size.device, **SIZES[size.name]["tiny_vae" if tiny else "vae"], **four).to(dtype, memory_format=torch.channels_last)
-    z = torch.randn(batch, 4, side, side, device=size.device, dtype=dtype)
-    seconds = seconds_of(lambda: made.decode(z, return_dict=False), size, 2)
-    tell({"variant": what, "batch": batch, "ms": round(1e3 * seconds, 3), "ms_a_picture": round(1e3 * seconds / batch, 3)})
+    with quiet():
+        if tiny: vae = filled(diffusers.AutoencoderTiny, device=size.device, **size.sd15.tiny_vae)
+        else: vae = filled(diffusers.AutoencoderKL, device=size.device, **size.sd15.vae, **FOUR_LEVELS)
+        return vae.to(dtype, memory_format=torch.channels_last)
 
-def vae(size: Size, tell: Callable) -> None:
-    "Decoding at 512 px."
-    side = size.sd15["sample_size"]
-    for tiny in (False, True):
-        for batch in (1, 8): decode_row(size, tell, f"{'tiny' if tiny else 'full'} VAE, {8 * side} px, {size.precision}", tiny, side, batch, size.dtype)
+def decode_times(seconds: float, batch: int) -> dict[str, Any]:
+    "Milliseconds of a decode and of each picture in it."
+    return {"batch": batch, "ms": round(1e3 * seconds, 3), "ms_a_picture": round(1e3 * seconds / batch, 3)}
+
+# %% ../nbs/18_gpu.ipynb #82d804b0
+@torch.inference_mode()
+def decode_row(size: BenchSize, tell: Tell, tiny: bool, side: int, batch: int, dtype: torch.dtype) -> None:
+    "Time one decode of `batch` latents of `side`."
+    decoder, precision = new_vae(tiny, size, dtype), {torch.float32: "fp32"}.get(dtype, size.precision)
+    z = torch.randn(batch, 4, side, side, device=size.device, dtype=dtype)
+    seconds = seconds_of(lambda: decoder.decode(z, return_dict=False), size, 2)
+    what = f"{'tiny' if tiny else 'full'} VAE, {8 * side} px, {precision}"
+    tell({"variant": what, **decode_times(seconds, batch)})
 
 # %% ../nbs/18_gpu.ipynb #83cda062
-@torch.inference_mode()
-def compiled_of(config: dict, size: Size, tell: Callable, batches, change: Callable = lambda unet: None, of: str = "", **how) -> None:
-    "Seconds to compile, milliseconds with and without a CUDA graph, error, number of graphs; of a UNet to which `change` was done, called `of`."
-    import diffusers
-    from torch._dynamo.utils import counters
-    counters.clear()
-    unet = filled(diffusers.UNet2DConditionModel, device=size.device, **config)
-    reference, flops = unet_call(config, 2, size, torch.float32).call(unet).float(), flops_of(lambda: unet_call(config, 1, size, torch.float32).call(unet))
-    with quiet(): unet.to(size.dtype, memory_format=torch.channels_last)
-    unet.fuse_qkv_projections()
-    change(unet)
-    fast = CompiledUNet(unet, backend=size.compiler, **how)
-    for b in batches:
-        given, start = unet_call(config, b, size, size.dtype), time.perf_counter()
-        given.call(fast); settled(size)
-        row = {"batch": b, "compile_s": round(time.perf_counter() - start, 1)}
-        for name, call in (("torch.compile", fast), ("torch.compile + CUDA graph", GraphedUNet(fast)))[:1 + size.cuda]:
-            seconds = seconds_of(lambda: given.call(call), size)        # noqa: B023
-            out = UNetInput.cat([unet_call(config, 2, size, size.dtype)] * (b // 2 or 1)).change(lambda v: v[:b]).call(call)        # noqa: B023
-            tell({"variant": of + name + "".join(f", {v}" for v in how.values()), **row, "ms": round(1e3 * seconds, 3), "teraflops": round(b * flops / seconds / 1e12, 3), **error_of(out, reference.repeat(b // 2 or 1, 1, 1, 1)[:b])})
-    made, fast.sealed = counters["stats"]["unique_graphs"], True
-    for b in (*batches, *(b + 1 for b in batches)): unet_call(config, 1, size, size.dtype, seed=5).pad(b).call(fast)
-    tell({"variant": of + "graphs", "shapes": len(batches), "graphs": made, "recompiles": counters["stats"]["unique_graphs"] - made})
+def unet_stage(size: BenchSize, tell: Tell) -> None:
+    "SD 1.5's UNet at 512 px."
+    waterfall_of(size.sd15.unet, size, tell, size.batches)
 
-def compiled(size: Size, tell: Callable) -> None:
-    "SD 1.5's UNet compiled, batch 8 and 1."
-    compiled_of(size.sd15, size, tell, (8, 1))
+def vae_stage(size: BenchSize, tell: Tell) -> None:
+    "Decoding at 512 px."
+    for tiny in (False, True):
+        for batch in (1, 8): decode_row(size, tell, tiny, size.sd15.unet["sample_size"], batch, size.dtype)
 
-def compiled_sdxl(size: Size, tell: Callable) -> None:
-    "SDXL's UNet compiled, batch 4."
-    compiled_of(size.sdxl, size, tell, (4,))
-
-def autotuned(size: Size, tell: Callable) -> None:
-    "SD 1.5's UNet with every kernel chosen by trying (minutes of compiling), batch 8."
-    compiled_of(size.sd15, size, tell, (8,), **({"mode": "max-autotune-no-cudagraphs"} if size.compiler == "inductor" else {}))
+# %% ../nbs/18_gpu.ipynb #901e5c0e
+def sdxl_stage(size: BenchSize, tell: Tell) -> None:
+    "SDXL's UNet at 1024 px without guidance, and what its VAE costs."
+    waterfall_of(size.sdxl, size, tell, [b for b in size.batches if b <= 8], skip=(PLAIN_UNET, SEARCH))
+    for dtype in (size.dtype, torch.float32): decode_row(size, tell, False, size.sdxl["sample_size"], 1, dtype)
 
 # %% ../nbs/18_gpu.ipynb #190ef77e
-EIGHT_BITS = {"int8": "Int8DynamicActivationInt8WeightConfig", "fp8": "Float8DynamicActivationFloat8WeightConfig"}
+@dataclass(frozen=True)
+class Compiling:
+    "What is compiled, and how."
+    config: dict[str, Any]                     # of the UNet
+    batches: Sequence[int]
+    change: Callable[[Any], Any] = lambda unet: None      # done to the UNet first
+    name: str = ""                             # of that change
+    mode: str | None = None                    # of the compiler
 
-def quantized(size: Size, tell: Callable) -> None:
-    "SD 1.5's UNet with linear layers in eight bits by torchao (`pip install torchao`), compiled, batch 8."
-    for kind, name in EIGHT_BITS.items():
-        try:
-            import torchao.quantization as ao
-            compiled_of(size.sd15, size, tell, (8,), lambda unet: ao.quantize_(unet, getattr(ao, name)()), f"{kind} + ")       # noqa: B023
-        except Exception as e: tell({"variant": kind, "why": f"{type(e).__name__}: {str(e)[:200]}"})
+    def prepared(self, size: BenchSize) -> tuple[Any, torch.Tensor, int]:
+        "The UNet ready to be compiled, fp32's answer to two rows, and the operations of one."
+        unet = new_unet_of(self.config, size)
+        two, one = (unet_call(self.config, rows, size, torch.float32) for rows in (2, 1))
+        reference, flops = two.call(unet).float(), flops_of(lambda: one.call(unet))
+        with quiet(): unet.to(size.dtype, memory_format=torch.channels_last)
+        unet.fuse_qkv_projections()
+        self.change(unet)
+        return unet, reference, flops
 
 # %% ../nbs/18_gpu.ipynb #00b6bd52
-def save_model(size: Size) -> Path:
-    "A random-weight SD 1.5 as a diffusers folder, in memory where the system has such a disk -> its path (the caller removes its parent)."
-    shm = Path("/dev/shm")
-    room = os.access(shm, os.W_OK) and shutil.disk_usage(shm).free > 8 << 30
-    return random_model(Path(tempfile.mkdtemp(dir=shm if room else None)) / "model", size.name, size.device, size.dtype)
+def repeated(given: UNetInput, rows: int) -> UNetInput:
+    "Two rows repeated until there are `rows`."
+    return UNetInput.cat([given] * (rows // 2 or 1)).change(lambda value: value[:rows])
 
-def requests(n: int, side: int, steps, guidance: float = 1.0, init=None) -> list[Picture]:
-    "`n` pictures with prompts of their own; `steps`: a number, or (least, most) to draw from."
-    rng, things = random.Random(0), ("a fox", "a red apple", "a rocket", "an owl", "a cupcake")
-    number = lambda: steps if isinstance(steps, int) else rng.randint(*steps)
-    return [Picture(f"{rng.choice(things)} {i}", side, side, steps=number(), guidance_scale=guidance, seed=i, temperature=1.0, scheduler="lcm", **(dict(init=init, strength=0.5) if init and i % 4 == 3 else {})) for i in range(n)]
+# %% ../nbs/18_gpu.ipynb #93067092
+def compiled_rows(how: Compiling, fast: Any, batch: int, size: BenchSize, reference: torch.Tensor,
+                  flops: int) -> Iterator[dict[str, Any]]:
+    "The first call, which compiles, then times without and with a CUDA graph."
+    given, start = unet_call(how.config, batch, size, size.dtype), time.perf_counter()
+    given.call(fast)
+    settled(size)
+    compiling, mode = round(time.perf_counter() - start, 1), f", {how.mode}" if how.mode else ""
+    two = repeated(unet_call(how.config, 2, size, size.dtype), batch)
+    calls = {"torch.compile": fast} | ({"torch.compile + CUDA graph": GraphedUNet(fast)} if size.cuda else {})
+    for name, call in calls.items():
+        seconds = seconds_of(lambda: given.call(call), size)                  # noqa: B023
+        error = error_of(two.call(call), reference.repeat(batch // 2 or 1, 1, 1, 1)[:batch])
+        row = {"variant": how.name + name + mode, "batch": batch, "compile_s": compiling}
+        yield {**row, **speed(seconds, batch * flops), **error}
 
-def race(contenders: dict, pictures: list[Picture], clients: int, load: str, tell: Callable) -> None:
-    "The same closed loop for each: name -> (what takes a picture, how many of the pictures it gets)."
-    for name, (contender, n) in contenders.items():
-        closed_loop(contender, pictures[:8], clients)            # warm
-        tell({"contender": name, "load": load, "clients": clients, "requests": n, **summary(*closed_loop(contender, pictures[:n], clients))})
+# %% ../nbs/18_gpu.ipynb #d77e1337
+@torch.inference_mode()
+def compile_and_time(how: Compiling, size: BenchSize, tell: Tell) -> None:
+    "Rows of a compiled UNet, and how many graphs there are before and after calls of other kinds."
+    from torch._dynamo.utils import counters
+    counters.clear()
+    unet, reference, flops = how.prepared(size)
+    more: dict[str, Any] = {"mode": how.mode} if how.mode else {}
+    fast: Any = CompiledUNet(unet, backend=size.compiler, **more)
+    for batch in how.batches:
+        for row in compiled_rows(how, fast, batch, size, reference, flops): tell(row)
+    made, fast.sealed = counters["stats"]["unique_graphs"], True
+    another = unet_call(how.config, 1, size, size.dtype, seed=5)
+    for rows in (*how.batches, *(b + 1 for b in how.batches)): another.pad(rows).call(fast)
+    again = counters["stats"]["unique_graphs"] - made
+    tell({"variant": how.name + "graphs", "shapes": len(how.batches), "graphs": made, "recompiles": again})
+
+# %% ../nbs/18_gpu.ipynb #ca08472e
+def compiled_stage(size: BenchSize, tell: Tell) -> None:
+    "SD 1.5's UNet compiled, batch 8 and 1."
+    compile_and_time(Compiling(size.sd15.unet, (8, 1)), size, tell)
+
+def compiled_sdxl_stage(size: BenchSize, tell: Tell) -> None:
+    "SDXL's UNet compiled, batch 4."
+    compile_and_time(Compiling(size.sdxl, (4,)), size, tell)
+
+def autotuned_stage(size: BenchSize, tell: Tell) -> None:
+    "SD 1.5's UNet with every kernel chosen by trying, batch 8."
+    mode = "max-autotune-no-cudagraphs" if size.compiler == "inductor" else None
+    compile_and_time(Compiling(size.sd15.unet, (8,), mode=mode), size, tell)
+
+# %% ../nbs/18_gpu.ipynb #983c1a6b
+EIGHT_BITS = {"int8": "Int8DynamicActivationInt8WeightConfig", "fp8": "Float8DynamicActivationFloat8WeightConfig"}
+
+def in_eight_bits(kind: str) -> Callable[[Any], Any]:
+    "A change to a UNet: its linear layers in eight bits by torchao (`pip install torchao`)."
+    import torchao.quantization as ao
+    return lambda unet: ao.quantize_(unet, getattr(ao, EIGHT_BITS[kind])())
+
+def quantized_stage(size: BenchSize, tell: Tell) -> None:
+    "SD 1.5's UNet in eight bits, compiled, batch 8."
+    for kind in EIGHT_BITS:
+        try: compile_and_time(Compiling(size.sd15.unet, (8,), in_eight_bits(kind), f"{kind} + "), size, tell)
+        except Exception as e: tell({"variant": kind, "why": f"{type(e).__name__}: {str(e)[:200]}"})
+
+# %% ../nbs/18_gpu.ipynb #903629b6
+@contextmanager
+def saved_model(size: BenchSize) -> Iterator[Path]:
+    "A random-weight SD 1.5 as a diffusers folder, in memory where the system has such a disk; removed in the end."
+    memory = Path("/dev/shm")
+    room = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 8 << 30
+    with tempfile.TemporaryDirectory(dir=memory if room else None, ignore_cleanup_errors=True) as folder:
+        yield random_model(Path(folder) / "model", size.name, size.device, size.dtype)
+
+# %% ../nbs/18_gpu.ipynb #38606857
+RACE_THINGS = ("a fox", "a red apple", "a rocket", "an owl", "a cupcake")
+
+def requests_of(n: int, side: int, steps: int | tuple[int, int], init: Any = None) -> list[Picture]:
+    "`n` pictures with prompts of their own; `steps`: a number, or (least, most) to draw from; refinements of `init`."
+    rng, pictures = random.Random(0), []
+    for i in range(n):
+        prompt, number = f"{rng.choice(RACE_THINGS)} {i}", steps if isinstance(steps, int) else rng.randint(*steps)
+        p = Picture(prompt, side, side, steps=number, guidance_scale=1.0, seed=i, temperature=1.0, scheduler="lcm")
+        pictures.append(replace(p, init=init, strength=0.5) if init and i % 4 == 3 else p)
+    return pictures
+
+# %% ../nbs/18_gpu.ipynb #b569dd13
+class Entered(NamedTuple):
+    "A contender of a race, and how many of the pictures it gets."
+    name: str
+    contender: Contender
+    pictures: int
+
+def race(entered: Iterable[Entered], pictures: list[Picture], clients: int, load: str, tell: Tell) -> None:
+    "The same closed loop for each."
+    for e in entered:
+        closed_loop(e.contender, pictures[:8], clients)          # warm
+        served = closed_loop(e.contender, pictures[:e.pictures], clients)
+        row = {"contender": e.name, "load": load, "clients": clients, "requests": e.pictures}
+        tell({**row, **asdict(summary(served))})
 
 # %% ../nbs/18_gpu.ipynb #915b5d49
-def pixels(image) -> np.ndarray: return np.asarray(image, dtype=int)
-
-def gaps(pairs) -> dict:
+def picture_gaps(pairs: Iterable[tuple[Any, Any]]) -> dict[str, float]:
     "Largest and mean difference of values of 255, and the share of values that differ by more than 2."
-    g = np.stack([np.abs(pixels(a) - pixels(b)) for a, b in pairs])
-    return {"max": int(g.max()), "mean": round(float(g.mean()), 4), "over_2": round(float((g > 2).mean()), 6)}
+    gaps = np.stack([np.abs(np.asarray(a, int) - np.asarray(b, int)) for a, b in pairs])
+    over = round(float((gaps > 2).mean()), 6)
+    return {"max": int(gaps.max()), "mean": round(float(gaps.mean()), 4), "over_2": over}
 
-def in_company(parts, picture: Picture, others: list[Picture], bucket: int):
+# %% ../nbs/18_gpu.ipynb #3ee9a165
+def in_company(parts: Components, picture: Picture, others: Sequence[Picture], bucket: int) -> Any:
     "A picture made in calls of `bucket` rows with `others` of as many steps."
     texts = TextCache(parts)
-    ts = [Trajectory(parts, p, texts) for p in (picture, *others)]
-    while not ts[0].done: advance(ts, parts.unet, bucket)
-    z = torch.cat([t.latents for t in ts])
-    return decode_batch(parts, torch.cat([z, z[:1].expand(bucket - len(z), -1, -1, -1)]))[0][0]
-
-def crowd(engine, size: Size, tell: Callable, side: int, n: int = 16) -> None:
-    "A mixed crowd against each picture alone; one picture among strangers against the same alone, at one batch size."
-    first = engine.submit(Plan((requests(1, side, 2)[0],))).result(600)[0].image
-    asked = requests(n, side, (1, 8), init=first)
-    jobs = [engine.submit(Plan((p,))) for p in asked]
-    together = [j.result(600)[0].image for j in jobs]
-    alone = [engine.submit(Plan((p,))).result(600)[0].image for p in asked]
-    tell({"what": "a mixed crowd against each alone", "pictures": n, **gaps(zip(together, alone))})
-    four = requests(8, side, 4)
-    tell({"what": "strangers in the call, the same 8 rows", "pictures": 1, **gaps([(in_company(engine.parts, four[0], four[1:], 8), in_company(engine.parts, four[0], [], 8))])})
-
-def engine_report(engine) -> dict:
-    "What /health says of speed, and the decode's curve."
-    said = engine.health().to_json()
-    return {k: said[k] for k in ("stepCost", "optimizations", "precision", "warnings", "gpuName")} | {"decodeCost": {str(b): round(s, 4) for b, s in engine.cost.decode(engine.cost.native).items()}}
+    together = [Trajectory(parts, p, texts) for p in (picture, *others)]
+    while not together[0].done: advance(together, parts.unet, bucket)
+    z = torch.cat([t.latents for t in together])
+    drawn: Any = decode_batch(parts, torch.cat([z, z[:1].expand(bucket - len(z), -1, -1, -1)]))
+    return drawn[0][0]
 
 # %% ../nbs/18_gpu.ipynb #4dcf5e7a
-def engine(size: Size, tell: Callable) -> None:
-    "The engine with SD 1.5 (LCM, 4 steps) under 32 clients, against the lock and against request batching."
-    start, folder = time.perf_counter(), save_model(size)
-    tell({"what": "saved a model", "seconds": round(time.perf_counter() - start, 1)})
-    try:
-        start = time.perf_counter()
-        ours = Stepwise(previews=False, SD_MODEL_ID=str(folder), SD_DEVICE=size.device, SD_PRECISION=size.precision)
-        tell({"what": "loaded, tested, measured", "seconds": round(time.perf_counter() - start, 1), **engine_report(ours.engine)})
-        side = ours.engine.row.native
-        crowd(ours.engine, size, tell, side)
-        stock = [Baseline(window=w, most=m, model=folder, device=size.device, dtype=size.dtype) for w, m in ((0.0, 1), (0.05, 8))]
-        contenders = {"engine": (ours, size.pictures), "lock + pipeline": (stock[0], max(4, size.pictures * 2 // 5)), "request batching 50 ms": (stock[1], max(4, size.pictures * 3 // 5))}
-        race(contenders, requests(size.pictures, side, 4), size.clients, "4 steps", tell)
-        race({k: contenders[k] for k in ("engine", "lock + pipeline")} , requests(12, side, 4), 1, "4 steps", tell)
-        race(contenders, requests(size.pictures, side, (1, 8)), size.clients, "1-8 steps", tell)
-        tell({"what": "after the race", **engine_report(ours.engine), "memory_gb": round(torch.cuda.max_memory_allocated() / 2 ** 30, 2) if size.cuda else None})
-        ours.engine.close()
-    finally: shutil.rmtree(folder.parent, ignore_errors=True)
-
-def embedded(size: Size, tell: Callable) -> None:
-    "The engine with the embedded model."
-    ours = Stepwise(previews=False, SD_DEVICE=size.device, SD_PRECISION="auto")
-    tell({"what": "ready", **engine_report(ours.engine)})
-    side, dtype = ours.engine.row.native, torch.float16 if size.cuda else torch.float32
-    crowd(ours.engine, size, tell, side)
-    contenders = {"engine": (ours, 2 * size.pictures), "lock + pipeline": (Baseline(device=size.device, dtype=dtype), size.pictures)}
-    for clients in (1, size.clients): race(contenders, requests(2 * size.pictures, side, 4), clients, "4 steps", tell)
-    ours.engine.close()
+def compare_crowd(engine: Engine, tell: Tell, side: int, n: int = 16) -> None:
+    "A mixed crowd against each picture alone; one picture among strangers against the same alone."
+    def made(p: Picture) -> Any: return engine.submit(Plan((p,)))
+    def image(job: Any) -> Any: return job.result(600)[0].image
+    first = image(made(requests_of(1, side, 2)[0]))
+    asked = requests_of(n, side, (1, 8), init=first)
+    together = [image(job) for job in [made(p) for p in asked]]
+    alone = [image(made(p)) for p in asked]
+    tell({"what": "a mixed crowd against each alone", "pictures": n, **picture_gaps(zip(together, alone))})
+    one, *strangers = requests_of(8, side, 4)
+    pair = in_company(engine.parts, one, strangers, 8), in_company(engine.parts, one, [], 8)
+    tell({"what": "strangers in the call, the same 8 rows", "pictures": 1, **picture_gaps([pair])})
 
 # %% ../nbs/18_gpu.ipynb #20668525
-def graphs(size: Size, tell: Callable) -> None:
-    "The engine with the embedded model, with CUDA graphs and without."
-    for name in ("CUDA graphs", "no CUDA graphs"):
-        if name.startswith("no"): optimize.TECHNIQUES[:] = [t for t in optimize.TECHNIQUES if t.name != "CUDA graphs"]      # in this process, which ends with the stage
-        ours = Stepwise(previews=False, SD_DEVICE=size.device, SD_PRECISION="auto")
-        tell({"what": name, **engine_report(ours.engine)})
-        if not name.startswith("no"): crowd(ours.engine, size, tell, ours.engine.row.native)
-        for clients, n in ((1, size.pictures * 3 // 8), (size.clients, size.pictures * 3 // 2)): race({name: (ours, n)}, requests(size.pictures * 3 // 2, ours.engine.row.native, 4), clients, "4 steps", tell)
-        ours.engine.close()
+def engine_report(engine: Engine) -> dict[str, Any]:
+    "What /health says of speed, and the decode's curve."
+    said = engine.health().to_json()
+    keys = ("stepCost", "optimizations", "precision", "warnings", "gpuName")
+    return {k: said[k] for k in keys} | {"decodeCost": decode_curve(engine)}
 
-def engine_compiled(size: Size, tell: Callable) -> None:
-    "The engine with the embedded model and TORCH_COMPILE=1: what is compiled at the start, and that nothing is afterwards."
-    from torch._dynamo.utils import counters
+# %% ../nbs/18_gpu.ipynb #478335a9
+@contextmanager
+def measured_engine(tell: Tell, what: str, more: Callable[[], dict[str, Any]] = dict,
+                    **settings: Any) -> Iterator[Stepwise]:
+    "An engine with these settings, ready; a row says how long that took, and what `more` says."
     start = time.perf_counter()
-    ours = Stepwise(previews=False, SD_DEVICE=size.device, TORCH_COMPILE="1", AURA_MAX_BATCH="4")
-    made = counters["stats"]["unique_graphs"]
-    tell({"what": "ready", "seconds": round(time.perf_counter() - start, 1), "graphs": made, **engine_report(ours.engine)})
-    race({"engine": (ours, size.pictures)}, requests(size.pictures, ours.engine.row.native, (1, 8)), size.clients, "1-8 steps", tell)
-    crowd(ours.engine, size, tell, ours.engine.row.native)
-    tell({"what": "after the race", "graphs": counters["stats"]["unique_graphs"], "recompiles": counters["stats"]["unique_graphs"] - made})
-    ours.engine.close()
+    ours = Stepwise(previews=False, **settings)
+    seconds = round(time.perf_counter() - start, 1)
+    tell({"what": what, "seconds": seconds, **more(), **engine_report(ours.engine)})
+    try: yield ours
+    finally: ours.engine.close()
+
+# %% ../nbs/18_gpu.ipynb #26015fdb
+def stock(size: BenchSize, folder: Path, window: float = 0., most: int = 1) -> Baseline:
+    "The stock pipeline from a folder behind a lock, or behind request batching."
+    return Baseline(window=window, most=most, model=folder, device=size.device, dtype=size.dtype)
+
+# %% ../nbs/18_gpu.ipynb #46435412
+def engine_stage(size: BenchSize, tell: Tell) -> None:
+    "The engine with SD 1.5 (LCM, 4 steps) under many clients, against the lock and against request batching."
+    with saved_model(size) as folder:
+        how: dict[str, Any] = dict(SD_MODEL_ID=str(folder), SD_DEVICE=size.device, SD_PRECISION=size.precision)
+        with measured_engine(tell, "loaded, tested, measured", **how) as ours:
+            side, n = ours.engine.parts.row.native, size.pictures
+            compare_crowd(ours.engine, tell, side)
+            lock = Entered("lock + pipeline", stock(size, folder), max(4, n * 2 // 5))
+            batching = Entered("request batching 50 ms", stock(size, folder, 0.05, 8), max(4, n * 3 // 5))
+            entered = [Entered("engine", ours, n), lock, batching]
+            race(entered, requests_of(n, side, 4), size.clients, "4 steps", tell)
+            race(entered[:2], requests_of(12, side, 4), 1, "4 steps", tell)
+            race(entered, requests_of(n, side, (1, 8)), size.clients, "1-8 steps", tell)
+            memory = round(torch.cuda.max_memory_allocated() / 2 ** 30, 2) if size.cuda else None
+            tell({"what": "after the race", **engine_report(ours.engine), "memory_gb": memory})
 
 # %% ../nbs/18_gpu.ipynb #cde83cd0
+def embedded_stage(size: BenchSize, tell: Tell) -> None:
+    "The engine with the embedded model."
+    with measured_engine(tell, "ready", SD_DEVICE=size.device, SD_PRECISION="auto") as ours:
+        side, dtype = ours.engine.parts.row.native, torch.float16 if size.cuda else torch.float32
+        compare_crowd(ours.engine, tell, side)
+        lock = Baseline(device=size.device, dtype=dtype)
+        entered = [Entered("engine", ours, 2 * size.pictures), Entered("lock + pipeline", lock, size.pictures)]
+        asked = requests_of(2 * size.pictures, side, 4)
+        for clients in (1, size.clients): race(entered, asked, clients, "4 steps", tell)
+
+# %% ../nbs/18_gpu.ipynb #70991f33
+def without_graphs() -> None:
+    "Take CUDA graphs out of the techniques, in this process, which ends with the stage."
+    TECHNIQUES[:] = [t for t in TECHNIQUES if t.name != "CUDA graphs"]
+
+def graphs_stage(size: BenchSize, tell: Tell) -> None:
+    "The engine with the embedded model, with CUDA graphs and without."
+    for name in ("CUDA graphs", "no CUDA graphs"):
+        if name.startswith("no"): without_graphs()
+        with measured_engine(tell, name, SD_DEVICE=size.device, SD_PRECISION="auto") as ours:
+            side, many = ours.engine.parts.row.native, size.pictures * 3 // 2
+            if not name.startswith("no"): compare_crowd(ours.engine, tell, side)
+            for clients, n in ((1, many // 4), (size.clients, many)):
+                race([Entered(name, ours, n)], requests_of(many, side, 4), clients, "4 steps", tell)
+
+# %% ../nbs/18_gpu.ipynb #73719a0d
+def _graphs_made() -> int:
+    from torch._dynamo.utils import counters
+    return counters["stats"]["unique_graphs"]
+
+# %% ../nbs/18_gpu.ipynb #0bbe3c53
+def engine_compiled_stage(size: BenchSize, tell: Tell) -> None:
+    "The engine with the embedded model and TORCH_COMPILE=1: what is compiled at the start, and afterwards."
+    more: dict[str, Any] = dict(SD_DEVICE=size.device, TORCH_COMPILE="1", AURA_MAX_BATCH="4")
+    with measured_engine(tell, "ready", lambda: {"graphs": _graphs_made()}, **more) as ours:
+        made, side = _graphs_made(), ours.engine.parts.row.native
+        asked = requests_of(size.pictures, side, (1, 8))
+        race([Entered("engine", ours, size.pictures)], asked, size.clients, "1-8 steps", tell)
+        compare_crowd(ours.engine, tell, side)
+        tell({"what": "after the race", "graphs": _graphs_made(), "recompiles": _graphs_made() - made})
+
+# %% ../nbs/18_gpu.ipynb #a4f5753b
 @dataclass(frozen=True)
-class Stage:
-    "A function, the seconds it needs at least, and is given at most."
-    run: Callable[[Size, Callable], None]
+class GpuStage:
+    "A function; with less than `least` seconds left it is not begun, after `most` it is stopped."
+    run: Callable[[BenchSize, Tell], None]
     least: float
     most: float
 
-STAGES = {"limits": Stage(limits, 3, 25), "unet": Stage(unet, 15, 60), "vae": Stage(vae, 5, 25), "engine": Stage(engine, 30, 90), "compiled": Stage(compiled, 45, 150), "sdxl": Stage(sdxl, 15, 45),
-          "embedded": Stage(embedded, 12, 75), "graphs": Stage(graphs, 10, 60), "engine_compiled": Stage(engine_compiled, 40, 120), "compiled_sdxl": Stage(compiled_sdxl, 90, 240), "quantized": Stage(quantized, 90, 300), "autotuned": Stage(autotuned, 150, 500)}
+STAGES = {
+    "limits": GpuStage(limits, 3, 25),
+    "unet": GpuStage(unet_stage, 15, 60),
+    "vae": GpuStage(vae_stage, 5, 25),
+    "engine": GpuStage(engine_stage, 30, 90),
+    "compiled": GpuStage(compiled_stage, 45, 150),
+    "sdxl": GpuStage(sdxl_stage, 15, 45),
+    "embedded": GpuStage(embedded_stage, 12, 75),
+    "graphs": GpuStage(graphs_stage, 10, 60),
+    "engine_compiled": GpuStage(engine_compiled_stage, 40, 120),
+    "compiled_sdxl": GpuStage(compiled_sdxl_stage, 90, 240),
+    "quantized": GpuStage(quantized_stage, 90, 300),
+    "autotuned": GpuStage(autotuned_stage, 150, 500),
+}
 
-def _child(name: str, size: Size, pipe) -> None:
-    "One stage in a process of its own: rows and the error, if there is one, go through the pipe."
-    os.setpgrp()                                             # whatever it starts is stopped with it
+# %% ../nbs/18_gpu.ipynb #cc14267b
+@dataclass
+class Record:
+    "What is kept of a stage."
+    status: str = "stopped: out of time"
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    seconds: float = 0.
+    when: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M"))
+    error: dict[str, str] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        "As it is stored; an error only where there was one."
+        return {k: v for k, v in asdict(self).items() if v is not None}
+
+    def takes(self, kind: str, value: Any) -> bool:
+        "Note what came through the pipe -> whether more may come."
+        if kind == "row":
+            self.rows.append(value)
+            return True
+        self.status = "done" if kind == "end" else "failed"
+        if kind == "error": self.error = value
+        return False
+
+# %% ../nbs/18_gpu.ipynb #15484398
+def _child(name: str, size: BenchSize, pipe: Connection) -> None:
+    os.setpgrp()                                                # whatever it starts is stopped with it
     try:
         warnings.simplefilter("ignore")
         STAGES[name].run(size, lambda row: pipe.send(("row", row)))
         pipe.send(("end", None))
     except BaseException as e:
-        pipe.send(("error", {"class": type(e).__name__, "text": str(e)[:1500], "at": traceback.format_exc()[-1500:]}))
-    os._exit(0)                                              # no destructors, no threads to wait for
+        said = {"class": type(e).__name__, "text": str(e)[:1500], "at": traceback.format_exc()[-1500:]}
+        pipe.send(("error", said))
+    os._exit(0)                                                 # no destructors, no threads to wait for
 
-def run_stage(name: str, size: Size, seconds: float, told: Callable, method: str = "fork") -> dict:
-    "Run a stage for at most `seconds` -> {status, seconds, rows, error}; `told(record)` after each row."
-    context, start = multiprocessing.get_context(method), time.monotonic()
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(name, size, theirs))
-    record = {"status": "stopped: out of time", "when": time.strftime("%Y-%m-%d %H:%M"), "rows": []}
-    process.start(); theirs.close()
+# %% ../nbs/18_gpu.ipynb #e2ce2313
+Told = Callable[[Record], Any]
+
+def listen(pipe: Connection, record: Record, seconds: float, told: Told) -> None:
+    "Read rows into the record for at most `seconds`; `told(record)` after each."
+    start = time.monotonic()
     try:
-        while (left := start + seconds - time.monotonic()) > 0 and ours.poll(left):
-            kind, value = ours.recv()
-            if kind == "row": record["rows"].append(value); record["seconds"] = round(time.monotonic() - start, 1); told(record)
-            else: record["status"] = "done" if kind == "end" else "failed"
-            if kind == "error": record["error"] = value
-            if kind != "row": break
-    except EOFError: record["status"], record["error"] = "failed", {"class": "process", "text": "ended without a word (killed, or crashed)"}
+        while (left := start + seconds - time.monotonic()) > 0 and pipe.poll(left):
+            more = record.takes(*pipe.recv())
+            record.seconds = round(time.monotonic() - start, 1)
+            if not more: return
+            told(record)
+    except EOFError:
+        record.takes("error", {"class": "process", "text": "ended without a word (killed, or crashed)"})
+
+# %% ../nbs/18_gpu.ipynb #767df813
+def run_stage(name: str, size: BenchSize, seconds: float, told: Told, method: str = "fork") -> Record:
+    "Run a stage for at most `seconds`."
+    context: Any = multiprocessing.get_context(method)
+    ours, theirs = context.Pipe(duplex=False)
+    process, record, start = context.Process(target=_child, args=(name, size, theirs)), Record(), time.monotonic()
+    process.start()
+    theirs.close()
+    listen(ours, record, seconds, told)
     process.join(2)
     try: os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError): process.kill()
-    return record | {"seconds": round(time.monotonic() - start, 1)}
+    record.seconds = round(time.monotonic() - start, 1)
+    return record
 
-# %% ../nbs/18_gpu.ipynb #0bbe3c53
-def hardware() -> dict:
+# %% ../nbs/18_gpu.ipynb #13b3951a
+def gpu_card() -> str:
+    "The GPU's name, driver and memory, from its own tool; empty where there is none."
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    try: return subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError): return ""
+
+def installed(name: str) -> str | None:
+    "The version of a package; None without it."
+    try: return version(name)
+    except PackageNotFoundError: return None
+
+# %% ../nbs/18_gpu.ipynb #38452f96
+def hardware() -> dict[str, Any]:
     "Machine, versions and date, read without touching the GPU."
-    import subprocess
-    from importlib.metadata import PackageNotFoundError, version
-    def have(name):
-        try: return version(name)
-        except PackageNotFoundError: return None
-    try: said = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"], capture_output=True, text=True, timeout=20).stdout.strip()
-    except (OSError, subprocess.SubprocessError): said = ""
     known = {k: v for k, v in machine(gpu=False).items() if k not in ("gpu", "isa", "torchThreads")}
-    return {"gpu": said or None, **known, "cuda": torch.version.cuda, **{n: have(n) for n in ("triton", "transformers", "torchao")}, "when": time.strftime("%Y-%m-%d %H:%M")}
+    packages = {name: installed(name) for name in ("triton", "transformers", "torchao")}
+    return {"gpu": gpu_card() or None, **known, "cuda": torch.version.cuda, **packages,
+            "when": time.strftime("%Y-%m-%d %H:%M")}
 
-def run(out: Path, budget: float, size: Size = REAL, names: list[str] | None = None, say: Callable = print) -> dict:
-    "Run the stages (all, or `names`) within `budget` seconds; `out` is written after every row, and keeps what it has of other stages."
+def import_all() -> None:
+    "Import what stages need, once, before they fork."
     import diffusers, transformers
-    for n in ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "AutoencoderTiny", "LCMScheduler"): getattr(diffusers, n)      # imported here, once
-    transformers.CLIPTextModel, transformers.CLIPTokenizer   # noqa: B018
-    start, method = time.monotonic(), "fork"
-    results = json.loads(out.read_text()) if out.exists() else {"stages": {}}
-    results |= {"machine": hardware(), "size": "tiny" if size is TINY else "real"}
-    def keep(name, record):
-        results["stages"][name] = record
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.with_suffix(".part").write_text(json.dumps(results, indent=1) + "\n"); out.with_suffix(".part").replace(out)
-    def told(name): return lambda record: (keep(name, record), say(f"{time.monotonic() - start:6.1f} s {name}: {json.dumps(record['rows'][-1])[:300]}"))
-    for name in names or list(STAGES):
-        stage, left = STAGES[name], budget - (time.monotonic() - start)
-        if left < stage.least: record = {"status": f"not run: {left:.0f} s were left", "rows": []}
-        else: record = run_stage(name, size, min(stage.most, left), told(name), method)
-        if method == "fork" and "forked subprocess" in record.get("error", {}).get("text", ""):
-            method = "spawn"
-            record = run_stage(name, size, min(stage.most, budget - (time.monotonic() - start)), told(name), method)
-        if record["rows"] or not results["stages"].get(name, {}).get("rows"): keep(name, record)      # a run that did not get there does not wipe one that did
-        say(f"{time.monotonic() - start:6.1f} s {name}: {record['status']} {record.get('error', {}).get('class', '')} {record.get('error', {}).get('text', '')[:300]}")
-    return results
+    for name in ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "AutoencoderTiny", "LCMScheduler"):
+        getattr(diffusers, name)
+    _ = transformers.CLIPTextModel, transformers.CLIPTokenizer
 
-# %% ../nbs/18_gpu.ipynb #a4f5753b
-def main(argv=None) -> None:
+# %% ../nbs/18_gpu.ipynb #9a738852
+class ResultsFile:
+    "The stored results of all stages, and the clock of one run."
+    def __init__(self, path: Path, size: BenchSize, say: Callable[[str], Any]):
+        self.path, self.say = path, say
+        self.start = time.monotonic()
+        self.results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"stages": {}}
+        self.results |= {"machine": hardware(), "size": "tiny" if size is TINY_SIZE else "real"}
+
+    def spent(self) -> float: return time.monotonic() - self.start
+
+    def keep(self, name: str, record: Record) -> None:
+        "Store a stage; nothing over something is not stored."
+        stages = self.results["stages"]
+        if not record.rows and stages.get(name, {}).get("rows"): return
+        stages[name] = record.to_json()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_suffix(".part")
+        unfinished.write_text(json.dumps(self.results, indent=1) + "\n")
+        unfinished.replace(self.path)
+
+    def row(self, name: str, record: Record) -> None:
+        "Store and say a new row."
+        self.keep(name, record)
+        self.say(f"{self.spent():6.1f} s {name}: {json.dumps(record.rows[-1])[:300]}")
+
+    def end(self, name: str, record: Record) -> None:
+        "Store and say how a stage ended."
+        self.keep(name, record)
+        error = record.error or {"class": "", "text": ""}
+        self.say(f"{self.spent():6.1f} s {name}: {record.status} {error['class']} {error['text'][:300]}")
+
+# %% ../nbs/18_gpu.ipynb #680f19c4
+def run_stages(out: Path, budget: float, size: BenchSize = REAL_SIZE, names: Sequence[str] = (),
+               say: Callable[[str], Any] = print) -> dict[str, Any]:
+    "Run the stages (all, or `names`) within `budget` seconds; `out` keeps what it has of other stages."
+    import_all()
+    file, method = ResultsFile(out, size, say), "fork"
+    for name in names or list(STAGES):
+        stage, left = STAGES[name], budget - file.spent()
+        def told(record: Record, name: str = name) -> None: file.row(name, record)
+        if left < stage.least: record = Record(f"not run: {left:.0f} s were left")
+        else: record = run_stage(name, size, min(stage.most, left), told, method)
+        if method == "fork" and record.error and "forked subprocess" in record.error["text"]:
+            method = "spawn"
+            record = run_stage(name, size, min(stage.most, budget - file.spent()), told, method)
+        file.end(name, record)
+    return file.results
+
+# %% ../nbs/18_gpu.ipynb #78d0f80f
+def main(argv: list[str] | None = None) -> None:
     "`python -m aura_engine.gpu_bench`."
-    os.environ |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "HF_HUB_OFFLINE": "1"}      # asking whether there is a GPU must not begin to use it
-    ap = argparse.ArgumentParser(description="Measure the engine on a CUDA device, with random weights of the real architectures.")
-    ap.add_argument("--out", type=Path, default=Path("nbs/bench/gpu.json"), help="results; what is there of other stages is kept")
-    ap.add_argument("--budget", type=float, default=230, help="seconds for all stages together")
-    ap.add_argument("--stages", nargs="+", choices=list(STAGES), help="only these (default: all, in this order)")
-    ap.add_argument("--tiny", action="store_true", help="tiny models on the CPU: that it runs, not how fast")
+    os.environ |= {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "HF_HUB_OFFLINE": "1"}
+    ap = argparse.ArgumentParser(description="Measure the engine on a CUDA device, with random weights of the real "
+                                             "architectures.")
+    add = ap.add_argument
+    add("--out", type=Path, default=Path("nbs/bench/gpu.json"), help="results; what is there of other stages is kept")
+    add("--budget", type=float, default=230, help="seconds for all stages together")
+    add("--stages", nargs="+", choices=list(STAGES), default=(), help="only these (default: all, in this order)")
+    add("--tiny", action="store_true", help="tiny models on the CPU: that it runs, not how fast")
     a = ap.parse_args(argv)
-    results = run(a.out, a.budget, TINY if a.tiny else REAL, a.stages)
-    print(report(results))
+    print(gpu_report(run_stages(a.out, a.budget, TINY_SIZE if a.tiny else REAL_SIZE, a.stages)))
 
 # %% ../nbs/18_gpu.ipynb #aa0e24b7
-RESULTS = Path("bench/gpu.json")
+GPU_RESULTS = Path("bench/gpu.json")
 
-def rows_of(results: dict, stage: str, *needs: str) -> list[dict]:
+def stage_rows(results: dict[str, Any], stage: str, *needs: str) -> list[dict[str, Any]]:
     "Rows of a stage that have these keys."
-    return [r for r in results.get("stages", {}).get(stage, {}).get("rows", []) if all(r.get(n) is not None for n in needs)]
+    rows = results.get("stages", {}).get(stage, {}).get("rows", [])
+    return [r for r in rows if all(r.get(n) is not None for n in needs)]
 
-def matrix_rate(results: dict) -> float | None:
-    "Teraflops of the large product in the precision of the run."
-    return next((r["teraflops"] for r in rows_of(results, "limits", "teraflops")), None)
-
-def unet_table(results: dict, stages=("unet", "compiled", "quantized", "autotuned")) -> str:
-    "UNet calls as a markdown table, a variant a line."
-    rate, rows = matrix_rate(results) or float("nan"), [r for s in stages for r in rows_of(results, s, "teraflops")]
-    batches, by = sorted({r["batch"] for r in rows}), {(r["variant"], r["batch"]): r for r in rows}
-    cell = lambda r: f"{r['ms']:.1f} ms, {r['teraflops'] / rate:.0%}" if r else ""
-    head = [f"| UNet call | {' | '.join(f'batch {b}' for b in batches)} | largest error | mean error | compiled in |", "| --- |" + " --- |" * (len(batches) + 3)]
-    def line(name):
-        mine = [r for r in rows if r["variant"] == name]
-        return f"| {name} | {' | '.join(cell(by.get((name, b))) for b in batches)} | {max(r['error_max'] for r in mine):.3f} | {max(r['error_mean'] for r in mine):.4f} | {', '.join(str(r['compile_s']) + ' s' for r in mine if 'compile_s' in r)} |"
-    return "\n".join(head + [line(n) for n in dict.fromkeys(r["variant"] for r in rows)])
-
-def picture_table(results: dict) -> str:
-    "Four steps and a decode with the full VAE, from the fastest variant at each batch: milliseconds of the batch, pictures a second."
-    lines = ["| | batch | fastest variant | 4 steps, ms | decode of one, ms | pictures/s |", "| --- | --- | --- | --- | --- | --- |"]
-    for name, stages, decodes in (("SD 1.5, 512 px", ("unet", "compiled", "autotuned"), "vae"), ("SDXL, 1024 px", ("sdxl", "compiled_sdxl"), "sdxl")):
-        decode = min((r["ms_a_picture"] for r in rows_of(results, decodes, "ms_a_picture") if "full" in r["variant"]), default=None)
-        rows = [r for s in stages for r in rows_of(results, s, "teraflops")]
-        for b in sorted({r["batch"] for r in rows} if decode else ()):
-            r = min((r for r in rows if r["batch"] == b), key=lambda r: r["ms"])
-            lines.append(f"| {name} | {b} | {r['variant']} | {4 * r['ms']:.1f} | {decode:.1f} | {1e3 * b / (4 * r['ms'] + b * decode):.1f} |")
-    return "\n".join(lines)
-
-def decode_table(results: dict) -> str:
-    "Decodes as a markdown table."
-    return "\n".join(["| decode | batch | ms a picture |", "| --- | --- | --- |"] + [f"| {r['variant']} | {r['batch']} | {r['ms_a_picture']:.2f} |" for s in ("vae", "sdxl") for r in rows_of(results, s, "ms_a_picture")])
-
-def race_table(results: dict, stage: str) -> str:
-    "A closed loop as a markdown table."
-    keys = ("throughput", "p50", "p95", "p99")
-    return "\n".join(["| | load | clients | pictures/s | p50 ms | p95 ms | p99 ms |", "| --- | --- | --- | --- | --- | --- | --- |"] + [f"| {r['contender']} | {r['load']} | {r['clients']} | " + " | ".join(f"{r[k]:g}" for k in keys) + " |" for r in rows_of(results, stage, "contender")])
+def timed_rows(results: dict[str, Any], stages: Sequence[str]) -> list[dict[str, Any]]:
+    "UNet calls of several stages."
+    return [r for stage in stages for r in stage_rows(results, stage, "teraflops") if "batch" in r]
 
 # %% ../nbs/18_gpu.ipynb #5e2b2360
-def bars(results: dict) -> list[dict]:
-    "What was asked of a GPU, what was measured, whether it was met; what was not measured has no row."
-    rate = matrix_rate(results)
-    best = max((r for s in ("unet", "compiled", "autotuned") for r in rows_of(results, s, "teraflops") if r["batch"] == 8), key=lambda r: r["teraflops"], default=None)
-    full = {(r["contender"], r["load"]): r["throughput"] for r in rows_of(results, "engine", "contender") if r["clients"] > 1}
-    times = {load: full["engine", load] / full["lock + pipeline", load] for load in ("4 steps", "1-8 steps") if ("engine", load) in full and ("lock + pipeline", load) in full}
-    again = [r["recompiles"] for s in ("compiled", "engine_compiled") for r in rows_of(results, s, "recompiles")]
-    company = [r["max"] for s in ("engine", "embedded", "graphs") for r in rows_of(results, s, "max") if "strangers" in r["what"]]
-    asked = [("UNet of SD 1.5, batch 8, of the matrix rate", ">=", 0.55, best and rate and best["teraflops"] / rate), *((f"throughput, many clients, {load}, × lock and pipeline", ">=", 3.0, x) for load, x in times.items()),
-             ("recompiles after the warm-up", "<=", 0, sum(again) if again else None), ("difference that company makes at one batch size", "<=", 0, max(company) if company else None)]
-    return [{"bar": name, "limit": f"{sign} {limit:g}", "measured": round(x, 3), "met": x >= limit if sign == ">=" else x <= limit} for name, sign, limit, x in asked if x is not None]
+def matrix_rate(results: dict[str, Any]) -> float | None:
+    "Teraflops of the large product in the precision of the run."
+    rows = stage_rows(results, "limits", "teraflops")
+    return rows[0]["teraflops"] if rows else None
 
-def report(results: dict) -> str:
-    "The whole run as markdown: the machine, each stage's end, tables, bars."
-    ends = "\n".join(["| stage | | seconds | when |", "| --- | --- | --- | --- |"] + [f"| {n} | {s['status']}{' (' + s['error']['class'] + ')' if 'error' in s else ''} | {s.get('seconds', '')} | {s.get('when', '')} |" for n, s in results["stages"].items()])
-    marks = "\n".join(["| bar | asked | measured | met |", "| --- | --- | --- | --- |"] + [f"| {b['bar']} | {b['limit'].replace('>=', '≥').replace('<=', '≤')} | {b['measured']:g} | {'yes' if b['met'] else 'no'} |" for b in bars(results)])
-    return "\n\n".join([", ".join(f"{k} {v}" for k, v in results["machine"].items() if v), ends, unet_table(results), unet_table(results, ("sdxl", "compiled_sdxl")), decode_table(results), picture_table(results), race_table(results, "engine"), race_table(results, "embedded"), race_table(results, "graphs"), marks])
+# %% ../nbs/18_gpu.ipynb #ffd314cc
+def variant_cells(rows: list[dict[str, Any]], batches: Sequence[int], rate: float) -> list[str]:
+    "The line of one variant: a cell a batch, errors, seconds of compiling."
+    at = {r["batch"]: f"{r['ms']:.1f} ms, {r['teraflops'] / rate:.0%}" for r in rows}
+    errors = [f"{max(r['error_max'] for r in rows):.3f}", f"{max(r['error_mean'] for r in rows):.4f}"]
+    compiling = ", ".join(f"{r['compile_s']} s" for r in rows if "compile_s" in r)
+    return [rows[0]["variant"], *(at.get(b, "") for b in batches), *errors, compiling]
+
+# %% ../nbs/18_gpu.ipynb #1bfead2f
+def unet_table(results: dict[str, Any], stages: Sequence[str] = ("unet", "compiled", "quantized", "autotuned")) -> str:
+    "UNet calls as a markdown table."
+    rate, rows = matrix_rate(results) or float("nan"), timed_rows(results, stages)
+    batches, variants = sorted({r["batch"] for r in rows}), dict.fromkeys(r["variant"] for r in rows)
+    lines = [variant_cells([r for r in rows if r["variant"] == name], batches, rate) for name in variants]
+    columns = [f"batch {b}" for b in batches]
+    return markdown_table(["UNet call", *columns, "largest error", "mean error", "compiled in"], lines)
+
+# %% ../nbs/18_gpu.ipynb #0ee13630
+WHOLE = {                                      # a picture's UNet stages, and the stage of its decode
+    "SD 1.5, 512 px": (("unet", "compiled", "autotuned"), "vae"),
+    "SDXL, 1024 px": (("sdxl", "compiled_sdxl"), "sdxl"),
+}
+
+# %% ../nbs/18_gpu.ipynb #906b02ff
+def picture_lines(results: dict[str, Any], name: str) -> list[list[str]]:
+    "A line a batch: the variant, milliseconds of four steps and of a decode, pictures a second."
+    stages, decodes = WHOLE[name]
+    full = [r["ms_a_picture"] for r in stage_rows(results, decodes, "ms_a_picture") if "full" in r["variant"]]
+    rows, lines = timed_rows(results, stages) if full else [], []
+    for b in sorted({r["batch"] for r in rows}):
+        best = min((r for r in rows if r["batch"] == b), key=lambda r: r["ms"])
+        steps, decode = 4 * best["ms"], min(full)
+        rate = 1e3 * b / (steps + b * decode)
+        lines.append([name, str(b), best["variant"], f"{steps:.1f}", f"{decode:.1f}", f"{rate:.1f}"])
+    return lines
+
+# %% ../nbs/18_gpu.ipynb #6e92f173
+def picture_table(results: dict[str, Any]) -> str:
+    "Whole pictures as a markdown table."
+    head = ["", "batch", "fastest variant", "4 steps, ms", "decode of one, ms", "pictures/s"]
+    return markdown_table(head, [line for name in WHOLE for line in picture_lines(results, name)])
+
+# %% ../nbs/18_gpu.ipynb #f230a630
+def decode_table(results: dict[str, Any]) -> str:
+    "Decodes as a markdown table."
+    rows = [r for stage in ("vae", "sdxl") for r in stage_rows(results, stage, "ms_a_picture")]
+    lines = [[r["variant"], r["batch"], f"{r['ms_a_picture']:.2f}"] for r in rows]
+    return markdown_table(["decode", "batch", "ms a picture"], lines)
+
+def race_table(results: dict[str, Any], stage: str) -> str:
+    "A closed loop as a markdown table."
+    lines = []
+    for r in stage_rows(results, stage, "contender"):
+        figures = [f"{r[k]:g}" for k in ("throughput", "p50", "p95", "p99")]
+        lines.append([r["contender"], r["load"], r["clients"], *figures])
+    return markdown_table(["", "load", "clients", "pictures/s", "p50 ms", "p95 ms", "p99 ms"], lines)
+
+# %% ../nbs/18_gpu.ipynb #5caeb5bf
+def best_share(results: dict[str, Any]) -> float | None:
+    "The highest share of the matrix rate that SD 1.5's UNet reached at batch 8."
+    rate, rows = matrix_rate(results), timed_rows(results, ("unet", "compiled", "autotuned"))
+    eight = [r["teraflops"] for r in rows if r["batch"] == 8]
+    return max(eight) / rate if rate and eight else None
+
+def race_ratio(results: dict[str, Any], load: str) -> float | None:
+    "The engine's throughput over the lock's, many clients."
+    rows = [r for r in stage_rows(results, "engine", "contender") if r["clients"] > 1 and r["load"] == load]
+    found = {r["contender"]: r["throughput"] for r in rows}
+    if not {"engine", "lock + pipeline"} <= set(found): return None
+    return found["engine"] / found["lock + pipeline"]
+
+# %% ../nbs/18_gpu.ipynb #b0421243
+def gpu_bars(results: dict[str, Any]) -> list[Bar]:
+    "The bars, as a run has them."
+    again = [r["recompiles"] for s in ("compiled", "engine_compiled") for r in stage_rows(results, s, "recompiles")]
+    crowds = [r for s in ("engine", "embedded", "graphs") for r in stage_rows(results, s, "max")]
+    company = [r["max"] for r in crowds if "strangers" in r["what"]]
+    races = [Bar(f"throughput, many clients, {load}, × lock and pipeline", "≥", 3.0, race_ratio(results, load))
+             for load in ("4 steps", "1-8 steps")]
+    return [
+        Bar("UNet of SD 1.5, batch 8, of the matrix rate", "≥", 0.55, best_share(results)), *races,
+        Bar("recompiles after the warm-up", "≤", 0, sum(again) if again else None),
+        Bar("difference that company makes at one batch size", "≤", 0, max(company, default=None)),
+    ]
+
+# %% ../nbs/18_gpu.ipynb #d8ddab44
+def ends_table(results: dict[str, Any]) -> str:
+    "How each stage ended."
+    lines = []
+    for name, stage in results["stages"].items():
+        error = f" ({stage['error']['class']})" if "error" in stage else ""
+        lines.append([name, stage["status"] + error, stage.get("seconds"), stage.get("when")])
+    return markdown_table(["stage", "", "seconds", "when"], lines)
+
+def gpu_report(results: dict[str, Any]) -> str:
+    "A run as markdown."
+    where = ", ".join(f"{k} {v}" for k, v in results["machine"].items() if v)
+    tables = [unet_table(results), unet_table(results, ("sdxl", "compiled_sdxl")), decode_table(results)]
+    races = [race_table(results, stage) for stage in ("engine", "embedded", "graphs")]
+    parts = [where, ends_table(results), *tables, picture_table(results), *races, bars_table(gpu_bars(results))]
+    return "\n\n".join(parts)
 
 # %% ../nbs/18_gpu.ipynb #78cf9bcd
 #| eval: false

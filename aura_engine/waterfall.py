@@ -20,16 +20,17 @@ from .config import load_settings
 from .engine import Engine
 from .loader import Components, load, quiet
 from .models import EMBEDDED
-from .optimize import hushed, optimize
+from .optimize import optimize
+from .static_graphs import hushed
 from .trajectory import TextCache, Trajectory, advance, decode_latents
 from .types import Picture, Plan
 
 # %% auto #0
 __all__ = ['SD15', 'SMALL_SD', 'SIZES', 'FOUR_LEVELS', 'PROMPT', 'STEPS', 'Draw', 'Entrant', 'COPIED', 'REAL', 'TINY', 'PAIR',
-           'PACKAGES', 'WATERFALL_HEAD', 'WATERFALL_RESULTS', 'Architecture', 'filled', 'random_text', 'random_model',
-           'diffusers_fp32', 'engine_with', 'AsFunction', 'GraphPart', 'graph_parts', 'copy_configs', 'export_genai',
-           'genai', 'missing', 'Timed', 'time_pictures', 'WaterfallRow', 'alone_on_one_thread', 'run_contender',
-           'ColdStart', 'prepare_graphs', 'cold_start', 'serve_draws', 'in_turn', 'apart', 'compared',
+           'PACKAGES', 'EVERY_ROW', 'WATERFALL_HEAD', 'WATERFALL_RESULTS', 'Architecture', 'filled', 'random_text',
+           'random_model', 'diffusers_fp32', 'engine_with', 'AsFunction', 'GraphPart', 'graph_parts', 'copy_configs',
+           'export_genai', 'genai', 'missing', 'Timed', 'time_pictures', 'WaterfallRow', 'alone_on_one_thread',
+           'run_contender', 'ColdStart', 'compile_for', 'cold_start', 'serve_draws', 'in_turn', 'apart', 'compared',
            'measure_waterfall', 'waterfall_cells', 'waterfall_line', 'waterfall_table', 'waterfall_bars',
            'waterfall_arguments', 'pair_again', 'main']
 
@@ -68,8 +69,9 @@ FOUR_LEVELS = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=
 
 # %% ../nbs/16_waterfall.ipynb #00e685fb
 def filled(cls: Callable[..., Any], *args: Any, device: str = "cpu", **config: Any) -> Any:
-    """A model of random fp32 weights, made on `device`: norms 1, biases 0, all else uniform, of half the variance that
-    would keep the signal's."""
+    """A model of random fp32 weights, made on `device`.
+
+    Norms are 1, biases 0, all else is uniform, of half the variance that would keep the signal's."""
     with torch.device("meta"): model = cls(*args, **config)
     model = model.to_empty(device=device).eval().requires_grad_(False)
     g = torch.Generator(device).manual_seed(0)
@@ -97,12 +99,12 @@ def random_model(folder: Path, name: str = "sd15", device: str = "cpu",
         return filled(cls, *args, device=device, **config).to(dtype)
     with quiet():
         words, text = random_text(size, make)
-        noise = diffusers.PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                                        steps_offset=1, skip_prk_steps=True)
+        noise: Any = diffusers.PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                             steps_offset=1, skip_prk_steps=True)
         vae = make(diffusers.AutoencoderKL, **size.vae, **FOUR_LEVELS)
-        unet, nothing = make(diffusers.UNet2DConditionModel, **size.unet), dict(requires_safety_checker=False)
-        pipe: Any = diffusers.StableDiffusionPipeline
-        pipe(vae, text, words, unet, noise, None, None, **nothing).save_pretrained(folder)
+        unet, pipe = make(diffusers.UNet2DConditionModel, **size.unet), diffusers.StableDiffusionPipeline
+        nothing: dict[str, Any] = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        pipe(vae, text, words, unet, noise, **nothing).save_pretrained(folder)
         make(diffusers.AutoencoderTiny, **size.tiny_vae).save_pretrained(folder / "tiny_vae")
     return folder
 
@@ -121,7 +123,8 @@ def diffusers_fp32(folder: Path, px: int) -> Iterator[Draw]:
     pipe.set_progress_bar_config(disable=True)
     def draw(seed: int, steps: int = STEPS) -> Image.Image:
         noise = torch.Generator().manual_seed(seed)
-        return pipe(PROMPT, height=px, width=px, num_inference_steps=steps, guidance_scale=1.0, generator=noise).images[0]
+        made = pipe(PROMPT, height=px, width=px, num_inference_steps=steps, guidance_scale=1.0, generator=noise)
+        return made.images[0]
     draw(0, 1)                                                  # warm
     yield draw
 
@@ -148,6 +151,7 @@ class AsFunction(torch.nn.Module):
 
     def forward(self, *values: torch.Tensor) -> torch.Tensor: return self.call(self.model, *values)
 
+# %% ../nbs/16_waterfall.ipynb #1b1087b1
 @dataclass(frozen=True)
 class GraphPart:
     "A part of a pipeline to export: its folder, the module, how it is called, example inputs by name."
@@ -167,7 +171,8 @@ def graph_parts(pipe: Any) -> list[GraphPart]:
         GraphPart("unet", pipe.unet, lambda m, x, t, text: m(x, t, text, return_dict=False)[0], asked),
         GraphPart("vae_decoder", pipe.vae, lambda m, z: m.decode(z, return_dict=False)[0],
                   {"latent_sample": latents[:1]}),
-        GraphPart("text_encoder", pipe.text_encoder, lambda m, ids: m(ids).last_hidden_state, {"input_ids": tokens}),
+        GraphPart("text_encoder", pipe.text_encoder, lambda m, ids: m(ids).last_hidden_state,
+                  {"input_ids": tokens}),
     ]
 
 # %% ../nbs/16_waterfall.ipynb #c1b83d20
@@ -188,13 +193,15 @@ def export_genai(folder: Path, out: Path) -> Path:
     from openvino_tokenizers import convert_tokenizer
     with quiet():
         pipe: Any = diffusers.StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
-        diffusers.LCMScheduler.from_config(pipe.scheduler.config).save_pretrained(out / "scheduler")
+        sampler: Any = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
+    sampler.save_pretrained(out / "scheduler")
     copy_configs(folder, out)
     spelling: Any = convert_tokenizer(pipe.tokenizer, with_detokenizer=False)
     ov.save_model(spelling, out / "tokenizer" / "openvino_tokenizer.xml")
     for part in graph_parts(pipe):
         with hushed(), torch.inference_mode():
-            graph = ov.convert_model(AsFunction(part.module, part.call), example_input=tuple(part.given.values()))
+            traced = AsFunction(part.module, part.call)
+            graph = ov.convert_model(traced, example_input=tuple(part.given.values()))
         for port, key in zip(graph.inputs, part.given): port.get_tensor().set_names({key})
         ov.save_model(graph, out / part.name / "openvino_model.xml", compress_to_fp16=False)
     return out
@@ -248,12 +255,13 @@ def missing(name: str) -> str | None:
 # %% ../nbs/16_waterfall.ipynb #930598d6
 @dataclass(frozen=True)
 class Timed:
-    "Median seconds of a picture by the wall clock and by the processor's, of how many, and the one of seed 1."
-    seconds: float
-    cpu: float
-    rounds: int
-    picture: np.ndarray                        # uint8 [H, W, 3]
+    "Median seconds of a picture."
+    seconds: float                             # by the wall clock
+    cpu: float                                 # of the processor
+    rounds: int                                # pictures made
+    picture: np.ndarray                        # of seed 1, uint8 [H, W, 3]
 
+# %% ../nbs/16_waterfall.ipynb #02b36894
 def time_pictures(draw: Draw, rounds: int) -> Timed:
     "Time pictures of the seeds 1, 2, ..."
     wall, cpu, first, begin = [], [], np.empty(0), time.perf_counter()
@@ -268,7 +276,7 @@ def time_pictures(draw: Draw, rounds: int) -> Timed:
 # %% ../nbs/16_waterfall.ipynb #6cdb3bd2
 @dataclass(frozen=True)
 class WaterfallRow:
-    "A contender; times in seconds. `gain`, and the `max` and `mean` error, are against the first of its model."
+    "A contender; times in seconds. `gain`, `max` and `mean` compare it with the first of its model."
     name: str
     px: int
     start: float
@@ -286,7 +294,9 @@ def alone_on_one_thread(cache: Path) -> None:
     os.environ["XDG_CACHE_HOME"] = str(cache)
     torch.set_num_threads(1)
 
-def run_contender(name: str, folder: Path, px: int, rounds: int, cache: Path) -> tuple[WaterfallRow, np.ndarray]:
+# %% ../nbs/16_waterfall.ipynb #5829b963
+def run_contender(name: str, folder: Path, px: int, rounds: int,
+                  cache: Path) -> tuple[WaterfallRow, np.ndarray]:
     "One contender's row (without a comparison) and its picture of seed 1."
     alone_on_one_thread(cache)
     begin = time.perf_counter()
@@ -306,12 +316,13 @@ class ColdStart:
     picture: float                             # until one has been, without the engine's self-test and curves
 
 # %% ../nbs/16_waterfall.ipynb #935b6c78
-def prepare_graphs(parts: Components, trajectory: Trajectory) -> None:
+def compile_for(parts: Components, trajectory: Trajectory) -> None:
     "Compile the graphs that a picture will need."
-    rows, unet = tuple(trajectory.latents.shape), parts.unet
-    unet.graphs.prepare(rows, (1, unet.config["block_out_channels"][0]), tuple(trajectory.conditions.text.shape))
-    parts.vae.decode.graphs.prepare(rows)
+    latents, text, unet = trajectory.latents.shape, trajectory.conditions.text.shape, parts.unet
+    unet.graphs.prepare(tuple(latents), (1, unet.config["block_out_channels"][0]), tuple(text))
+    parts.vae.decode.graphs.prepare(tuple(latents))
 
+# %% ../nbs/16_waterfall.ipynb #a5ecd107
 def cold_start(folder: Path, px: int, cache: Path) -> ColdStart:
     "Load, read the graphs, draw: in this process, whose imports are counted from its beginning."
     alone_on_one_thread(cache)
@@ -322,7 +333,7 @@ def cold_start(folder: Path, px: int, cache: Path) -> ColdStart:
     used, parts = time.process_time(), optimize(load(settings), settings)
     asked = Picture(PROMPT, px, px, steps=STEPS, guidance_scale=1.0, seed=1, scheduler="lcm")
     t = Trajectory(parts, asked, TextCache(parts))
-    prepare_graphs(parts, t)
+    compile_for(parts, t)
     ready, cpu = time.perf_counter(), time.process_time() - used
     while not t.done: advance([t], parts.unet)
     decode_latents(parts, t.latents)
@@ -331,7 +342,7 @@ def cold_start(folder: Path, px: int, cache: Path) -> ColdStart:
 
 # %% ../nbs/16_waterfall.ipynb #e8266d8d
 def serve_draws(name: str, folder: Path, px: int, cache: Path, pipe: Any) -> None:
-    "In a process of its own: a picture for every seed that comes, its processor seconds back; None ends it."
+    "A picture for every seed that comes through the pipe, its processor seconds back; None ends it."
     alone_on_one_thread(cache)
     with (REAL | TINY)[name](folder, px) as draw:
         draw(0)
@@ -343,7 +354,7 @@ def serve_draws(name: str, folder: Path, px: int, cache: Path, pipe: Any) -> Non
 
 # %% ../nbs/16_waterfall.ipynb #c45d2278
 def in_turn(names: tuple[str, str], folder: Path, px: int, pairs: int, cache: Path) -> dict[str, Any]:
-    "Two contenders, a picture each in turn, who begins changing -> names, seconds, median of second over first."
+    "Two contenders, a picture each in turn, who begins changing -> names, seconds, median ratio."
     spawn, ends, cpu = get_context("spawn"), [], []
     for name in names:
         mine, other = spawn.Pipe()
@@ -363,17 +374,22 @@ def in_turn(names: tuple[str, str], folder: Path, px: int, pairs: int, cache: Pa
 # %% ../nbs/16_waterfall.ipynb #7cb7603b
 def apart(call: Callable[..., Any], *args: Any) -> Any:
     "call(*args) in a fresh process."
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool: return pool.submit(call, *args).result()
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(call, *args).result()
 
-def compared(row: WaterfallRow, picture: np.ndarray, first: tuple[WaterfallRow, np.ndarray]) -> WaterfallRow:
+# %% ../nbs/16_waterfall.ipynb #2ae66cf4
+def compared(row: WaterfallRow, picture: np.ndarray,
+             first: tuple[WaterfallRow, np.ndarray]) -> WaterfallRow:
     "The row with its gain and error over the first of its model."
     gain = first[0].cpu / row.cpu
     if "tiny" in row.name: return replace(row, gain=gain)       # another VAE is another picture
     gap = np.abs(picture.astype(int) - first[1].astype(int))
     return replace(row, gain=gain, max=int(gap.max()), mean=float(gap.mean()))
 
-# %% ../nbs/16_waterfall.ipynb #2ae66cf4
-def measure_waterfall(work: Path, size: str = "sd15", rounds: int = 3, names: Sequence[str] = tuple(REAL | TINY),
+# %% ../nbs/16_waterfall.ipynb #f8831842
+EVERY_ROW = tuple(REAL | TINY)
+
+def measure_waterfall(work: Path, size: str = "sd15", rounds: int = 3, names: Sequence[str] = EVERY_ROW,
                       run: Callable[..., Any] = apart, say: Callable[[str], Any] = print) -> dict[str, Any]:
     "Make the model in `work` (12 GB for `sd15`), run the contenders `names` -> what is stored as JSON."
     folder, px, cache = work / size, SIZES[size].px, work / "cache"
@@ -388,14 +404,18 @@ def measure_waterfall(work: Path, size: str = "sd15", rounds: int = 3, names: Se
         rows.append(compared(row, picture, first.setdefault(where, (row, picture))))
         say(waterfall_line(rows[-1]))
     ran = {r.name for r in rows}
-    out = {"machine": machine(), "size": size, "steps": STEPS, "rows": [asdict(r) for r in rows], "absent": absent}
+    out = {"machine": machine(), "size": size, "steps": STEPS, "absent": absent}
+    out["rows"] = [asdict(r) for r in rows]
     if run is apart and ran.issuperset(PAIR): out["pair"] = in_turn(PAIR, folder, px, 2 * rounds, cache)
-    if any("OpenVINO bf16" in name for name in ran): out["cold"] = asdict(run(cold_start, folder, px, cache))
+    if any("OpenVINO bf16" in name for name in ran):
+        out["cold"] = asdict(run(cold_start, folder, px, cache))
     return out
 
 # %% ../nbs/16_waterfall.ipynb #41ad3c0b
-WATERFALL_HEAD = ["", "picture, s", "processor, s", "times as fast", "largest error", "mean error", "start, s", "memory, GB"]
+WATERFALL_HEAD = ["", "picture, s", "processor, s", "times as fast", "largest error", "mean error",
+                  "start, s", "memory, GB"]
 
+# %% ../nbs/16_waterfall.ipynb #7ba29b8d
 def waterfall_cells(r: WaterfallRow) -> list[str]:
     "What a row shows."
     errors = ["another VAE", ""] if r.max is None or r.mean is None else [str(r.max), f"{r.mean:.2f}"]
@@ -436,15 +456,16 @@ WATERFALL_RESULTS = Path("bench/waterfall.json")
 
 def waterfall_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     "The command line of `python -m aura_engine.waterfall`."
-    ap = argparse.ArgumentParser(prog="python -m aura_engine.waterfall", description="Time the engine on SD 1.5's architecture "
-                                 "(random weights, 512 px, 4 LCM steps) beside diffusers and openvino-genai.")
+    about = ("Time the engine on SD 1.5's architecture (random weights, 512 px, 4 LCM steps) beside diffusers and "
+             "openvino-genai.")
+    ap = argparse.ArgumentParser(prog="python -m aura_engine.waterfall", description=about)
     add = ap.add_argument
     add("--size", choices=list(SIZES), default="sd15",
         help="sd15 needs 10 GB of memory and 12 GB of disk; small is a trial of seconds")
     add("--rounds", type=int, default=3, help="pictures a contender (fewer when they take over a minute)")
     add("--core", type=int, help="the core that everything runs on (default: any one)")
     add("--only", action="append", choices=list(REAL | TINY), help="only this row (may be given again)")
-    add("--in-turn", action="store_true", help="only the two contenders in turn, added to the figures that are there")
+    add("--in-turn", action="store_true", help="only the two contenders in turn, added to stored figures")
     add("--work", type=Path, help="folder for the model and its conversions, kept; default: a temporary one")
     add("--out", type=Path, default=Path("nbs") / WATERFALL_RESULTS)
     return ap.parse_args(argv)
@@ -467,7 +488,8 @@ def main(argv: list[str] | None = None) -> None:
         if a.in_turn: results = pair_again(work, a)
         else:
             rows = tuple(a.only or REAL | TINY)
-            results = measure_waterfall(work, a.size, a.rounds, rows, say=lambda text: print(text, flush=True))
+            def say(text: str) -> None: print(text, flush=True)
+            results = measure_waterfall(work, a.size, a.rounds, rows, say=say)
     a.out.parent.mkdir(parents=True, exist_ok=True)
     a.out.write_text(json.dumps(results, indent=1) + "\n")
     print(waterfall_table(results), bars_table(waterfall_bars(results)), sep="\n\n")
