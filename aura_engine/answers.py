@@ -4,8 +4,8 @@
 
 # %% ../nbs/09d_answers.ipynb #48221a30
 from __future__ import annotations
-import asyncio, io, logging, re, time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+import asyncio, io, logging, os, re, time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -18,9 +18,10 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 # %% auto #0
 __all__ = ['log', 'T', 'REASONS', 'LONG_WAITS', 'STEPS', 'Ask', 'Finish', 'KINDS', 'UNBUFFERED', 'Metrics', 'Stopwatch', 'Api',
-           'unready', 'add_gauges', 'Order', 'order_of', 'Work', 'begin', 'follow', 'file_of', 'Files', 'files_of',
-           'answer_kind', 'Told', 'sse_frame', 'preview_jpeg', 'told', 'tell', 'heartbeat', 'event_stream',
-           'sse_events', 'one_picture', 'respond']
+           'unready', 'add_gauges', 'Order', 'order_of', 'Work', 'pictures_in', 'cost_of', 'place_order', 'attended',
+           'hung_up', 'deadline_of', 'begin', 'follow', 'file_of', 'Files', 'files_of', 'answer_kind', 'Told',
+           'sse_frame', 'preview_jpeg', 'told', 'tell', 'heartbeat', 'event_stream', 'sse_events', 'one_picture',
+           'respond']
 
 # %% ../nbs/09d_answers.ipynb #824b34f6
 from PIL import Image as Pillow
@@ -28,11 +29,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from starlette.background import BackgroundTask
 from .config import Settings
 from .errors import Shape, as_error, in_config, request_id
-from .images import MIME, as_file, to_base64
-from .intake import Arrivals
+from .images import MIME, as_file, decode_cost, facts_of, from_base64, to_base64
+from .intake import Arrivals, DecodeCost, PictureLine
 from .models import Row
 from .planning import ReplayRequest, differences, plan, prepare, replay_plan
-from .types import (AuraError, Cancelled, Done, EngineState, Event, Failed, GenerateRequest, Health, Image, Invalid, NotReady,
+from .types import (AuraError, Cancelled, DeadlineExceeded, Done, EngineState, Event, Failed, GenerateRequest, Health, Image, Invalid, NotReady,
                                Plan, Preview, Queued, Receipt, RefineRequest, ShuttingDown, Step)
 from .walls import client_of
 
@@ -99,11 +100,12 @@ class Stopwatch:
 
 # %% ../nbs/09d_answers.ipynb #3a7ea0dd
 class Api:
-    "What the handlers of one app share: the engine, its settings, metrics, the room for bodies, and threads."
+    "What the handlers of one app share: engine, settings, metrics, room for bodies, the line for pictures, threads."
     def __init__(self, engine, shapes: dict[str, Shape] | None = None):
         self.engine, self.shapes = engine, shapes or {}
         self.settings: Settings = engine.settings
         self.metrics, self.arrivals = Metrics(), Arrivals()
+        self.line = PictureLine(slots=max(1, (os.cpu_count() or 1) // 4))     # the model needs the processor too
         self.encoders = ThreadPoolExecutor(2, "encode")       # finished pictures
         self.readers = ThreadPoolExecutor(2, "read")          # what comes in
 
@@ -168,12 +170,60 @@ class Work:
     job: Any
     order: Order
 
-async def begin(api: Api, ask: Ask, client: str = "", previews: bool = False) -> Work:
-    "Plan a checked request and hand it to the engine. Raises NotReady, QueueFull, Invalid with the fields' paths in the body."
+# %% ../nbs/09d_answers.ipynb #6eeeba65
+def pictures_in(ask: Ask) -> dict[str, str]:
+    "The pictures of a request that have to be decoded, as base64, by the path of their field."
+    if isinstance(ask, RefineRequest): return {f"images.{i}": text for i, text in enumerate(ask.images)}
+    return {"init": ask.init} if isinstance(ask, ReplayRequest) and ask.init else {}
+
+def cost_of(ask: Ask, row: Row) -> DecodeCost:
+    "What decoding the pictures of a request will take. Invalid when one of them is none that is read here."
+    seconds, size, peak = 0.0, 0, 0
+    for loc, text in pictures_in(ask).items():
+        needs, held = decode_cost(facts_of(from_base64(text, loc), loc), row.native)
+        seconds, size, peak = seconds + needs, size + len(text), max(peak, held)
+    return DecodeCost(seconds, size + peak)
+
+# %% ../nbs/09d_answers.ipynb #143a0eaa
+async def place_order(api: Api, ask: Ask, client: str) -> Order:
+    "The order of a request, made beside the event loop. Raises NotReady, PicturesFull, Invalid."
+    row, gpu = api.row(), api.engine.gpu
+    cost = await api.read(cost_of, ask, row)
+    if cost.seconds: order = await api.line.run(client, cost, order_of, ask, row, gpu)
+    else: order = await api.read(order_of, ask, row, gpu)
+    log.debug("plan", extra={"prompts": [p.prompt for p in order.plan.pictures]})
+    return order
+
+# %% ../nbs/09d_answers.ipynb #63f41e4c
+async def attended(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    "The result of `work`, which is cancelled when the client hangs up first. Raises Cancelled then."
+    task, gone = asyncio.create_task(work), asyncio.create_task(hung_up(request))
     try:
-        order = await api.read(order_of, ask, api.row(), api.engine.gpu)
-        log.debug("plan", extra={"prompts": [p.prompt for p in order.plan.pictures]})
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done(): raise Cancelled("The client left before its pictures were read.")
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+
+async def hung_up(request: Request) -> None:
+    "Return when the client of a request, whose body has been read, hangs up."
+    while (await request.receive())["type"] != "http.disconnect": pass
+
+# %% ../nbs/09d_answers.ipynb #cdadde0d
+def deadline_of(ask: Ask) -> float | None:
+    "The seconds after which nobody wants the answer; None: the engine's own limit."
+    if isinstance(ask, ReplayRequest): return None
+    return ask.config.deadline_seconds if isinstance(ask, RefineRequest) else ask.deadline_seconds
+
+async def begin(request: Request, ask: Ask, previews: bool = False) -> Work:
+    "Plan a checked request and hand it to the engine. Raises NotReady, QueueFull, DeadlineExceeded, Invalid."
+    api, client, seconds = request.app.state.api, client_of(request), deadline_of(ask)
+    try:
+        async with asyncio.timeout(max(seconds or api.settings.deadline_seconds, 1.0)):
+            order = await attended(request, place_order(api, ask, client))
         return Work(api.engine.submit(order.plan, previews=previews, client=client), order)
+    except TimeoutError: raise DeadlineExceeded("The pictures of this request were not read in time.") from None
     except Invalid as error:
         if isinstance(ask, RefineRequest): raise in_config(error) from None
         raise
@@ -192,7 +242,7 @@ async def follow(api: Api, job, request: Request | None = None) -> AsyncGenerato
         if not job.done: job.cancel()
 
 async def _cancel_on_hangup(request: Request, job) -> None:
-    while (await request.receive())["type"] != "http.disconnect": pass
+    await hung_up(request)
     job.cancel()
 
 # %% ../nbs/09d_answers.ipynb #8b57603d
@@ -351,7 +401,7 @@ async def respond(request: Request, ask: Ask) -> Response:
     api: Api = request.app.state.api
     kind = answer_kind(request.headers.get("accept", ""))
     if kind not in ("json", "events"): one_picture(ask)
-    work = await begin(api, ask, client_of(request), previews=kind == "events")
+    work = await begin(request, ask, previews=kind == "events")
     if kind == "events": return event_stream(api, sse_events(api, work, request_id(request)), work.job)
     if kind in MIME: work = replace(work, order=replace(work.order, format=kind))
     made = await files_of(api, work, request)

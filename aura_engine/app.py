@@ -183,6 +183,8 @@ routes = (
     Route("GET", "/examples", get_examples, ok=dict[str, list[str]]),
     Route("GET", "/", get_page, media=("text/html",)),
     Route("HEAD", "/", get_page, media=("text/html",)),
+    Route("HEAD", "/health", get_health),
+    Route("HEAD", "/ready", get_ready, errors=(503,)),
     Route("GET", "/studio/{name}", get_page_file, media=("text/javascript", "text/css"), errors=(404,)),
 )
 

@@ -199,7 +199,7 @@ async def openai_answer(request: Request, ask: ImagesRequest, own: GenerateReque
                         kind: str) -> Response:
     "Run a request of our own and answer as OpenAI does."
     api: Api = request.app.state.api
-    work = await begin(api, own, client_of(request), previews=ask.stream and ask.partial_images > 0)
+    work = await begin(request, own, previews=ask.stream and ask.partial_images > 0)
     if ask.stream: return event_stream(api, openai_stream(api, work, ask, kind), work.job)
     made = await files_of(api, work, request, to_size(size_asked(ask.size)))
     return JSONResponse(openai_json(ask, made))
@@ -286,7 +286,7 @@ async def post_inputs(request: Request, body: HfRequest) -> Response:
     own = translated(GenerateRequest, prompt=body.inputs, **own_shape(size, api.row().native), seed=given.seed,
                      steps=given.num_inference_steps, guidanceScale=given.guidance_scale, lora=given.lora,
                      negativePrompt=given.negative_prompt, format=format)
-    made = await files_of(api, await begin(api, own, client_of(request)), request, to_size(size))
+    made = await files_of(api, await begin(request, own), request, to_size(size))
     return Response(made.files[0], media_type=MIME[format], headers={"cache-control": "no-store"})
 
 # %% ../nbs/10_compat.ipynb #ffe566af

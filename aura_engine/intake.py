@@ -5,19 +5,22 @@
 # %% ../nbs/09c_intake.ipynb #b3e56e60
 from __future__ import annotations
 import asyncio, json, re, secrets, time
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from fastapi import Request
 from starlette.datastructures import FormData
 from starlette.types import Message
 from .types import Invalid, Malformed, QueueFull, TooLarge, Words
 
+T = TypeVar("T")
+
 # %% auto #0
-__all__ = ['SMALL', 'LARGE', 'LONG', 'VALUES', 'JSON_TYPE', 'size_named', 'too_large', 'BodiesFull', 'Arriving', 'slowest',
+__all__ = ['T', 'SMALL', 'LARGE', 'LONG', 'VALUES', 'JSON_TYPE', 'size_named', 'too_large', 'BodiesFull', 'Arriving', 'slowest',
            'Arrivals', 'announced', 'read_body', 'Carved', 'carve', 'parse_json', 'check_type', 'read_form',
-           'PicturesFull', 'DecodeCost', 'Waiting', 'PictureLine', 'total']
+           'PicturesFull', 'DecodeCost', 'Waiting', 'admit', 'PictureLine']
 
 # %% ../nbs/09c_intake.ipynb #0da1155d
 SMALL, LARGE = 64 * 2**10, 32 * 2**20
@@ -230,41 +233,45 @@ class DecodeCost:
 
 @dataclass(eq=False)
 class Waiting:
-    "A request in the line; `turn` is done when it may go on."
+    "A request in the line. `turn` is done when its pictures may be decoded."
     client: str
     cost: DecodeCost
     turn: asyncio.Future[None]
 
 # %% ../nbs/09c_intake.ipynb #3be98c38
+def admit(there: Sequence[Waiting], client: str, cost: DecodeCost, most: DecodeCost) -> None:
+    "Raise PicturesFull when a request would make the line too long, or one client's part of it."
+    if not there: return
+    for name, share, line in (("Other", 1.0, there), ("Your other", 0.5, [w for w in there if w.client == client])):
+        seconds = sum(w.cost.seconds for w in line) + cost.seconds
+        size = sum(w.cost.bytes for w in line) + cost.bytes
+        if line and (seconds > share * most.seconds or size > share * most.bytes):
+            raise PicturesFull(f"{name} pictures have to be read first.", retry_after=max(1.0, seconds / 2))
+
+# %% ../nbs/09c_intake.ipynb #3753712d
 class PictureLine:
-    "Turns for decoding: `slots` at once, at most `seconds` and `bytes` of work in line. Only the event loop touches it."
-    def __init__(self, slots: int, seconds: float = 20.0, bytes: int = 2**29):
-        self.slots, self.seconds, self.bytes = slots, seconds, bytes
+    "Turns for decoding: `slots` at once, and at most so much in line. Only the event loop touches it."
+    def __init__(self, slots: int = 1, most: DecodeCost = DecodeCost(20.0, 2**29)):
+        self.slots, self.most = slots, most
+        self.pool = ThreadPoolExecutor(slots, "decode")
         self.waiting: list[Waiting] = []
         self.running: list[Waiting] = []
         self.spent: dict[str, float] = {}                     # seconds by client, since the line was last empty
 
-    @asynccontextmanager
-    async def turn(self, client: str, cost: DecodeCost) -> AsyncIterator[None]:
-        "Wait for a turn and hold it while the block runs. PicturesFull when the line is too long."
-        self._admit(client, cost)
-        me = Waiting(client, cost, asyncio.get_running_loop().create_future())
+    async def run(self, client: str, cost: DecodeCost, f: Callable[..., T], *args: Any) -> T:
+        "Wait for a turn and run `f(*args)` in a thread. PicturesFull when the line is too long."
+        admit([*self.waiting, *self.running], client, cost, self.most)
+        loop = asyncio.get_running_loop()
+        me = Waiting(client, cost, loop.create_future())
         self.waiting.append(me)
         self._call()
-        try:
-            await me.turn
-            yield
-        finally: self._leave(me)
-
-    def _admit(self, client: str, cost: DecodeCost) -> None:
-        there = [*self.waiting, *self.running]
-        if not there: return
-        mine = total([w for w in there if w.client == client], cost)
-        whole = total(there, cost)
-        if whole.seconds > self.seconds or whole.bytes > self.bytes:
-            raise PicturesFull("Other pictures have to be read first.", retry_after=max(1.0, whole.seconds - self.seconds))
-        if mine.seconds > self.seconds / 2 or mine.bytes > self.bytes / 2:
-            raise PicturesFull("Your other pictures have to be read first.", retry_after=max(1.0, mine.seconds / 2))
+        try: await me.turn
+        except asyncio.CancelledError:
+            self._leave(me)
+            raise
+        work = loop.run_in_executor(self.pool, f, *args)
+        work.add_done_callback(lambda done: (done.cancelled() or done.exception(), self._leave(me)))
+        return await asyncio.shield(work)
 
     def _call(self) -> None:
         "Give free slots to those whose client has had the least; of these, to who came first."
@@ -280,9 +287,3 @@ class PictureLine:
             if me in line: line.remove(me)
         if not self.waiting and not self.running: self.spent.clear()
         self._call()
-
-# %% ../nbs/09c_intake.ipynb #3753712d
-def total(waiting: Iterable[Waiting], cost: DecodeCost) -> DecodeCost:
-    "What these requests cost together, with one more."
-    costs = [w.cost for w in waiting] + [cost]
-    return DecodeCost(sum(c.seconds for c in costs), sum(c.bytes for c in costs))

@@ -224,7 +224,7 @@ async def post_job(request: Request, body: AnyJob) -> Response:
     "Start a job and answer at once: 202 with the address to ask for it."
     api, store, client = request.app.state.api, request.app.state.jobs, client_of(request)
     store.open(client)
-    try: work = await begin(api, body.request, client, body.previews)
+    try: work = await begin(request, body.request, body.previews)
     except Invalid as error: raise Invalid.of(e.under("request.") for e in error.errors) from None
     kept = store.kept[work.job.id] = KeptJob(work, client)
     kept.task = asyncio.create_task(watch_job(api, kept, work))

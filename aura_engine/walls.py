@@ -49,6 +49,8 @@ class Stamp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http": return await self.app(scope, receive, send)
+        if scope["path"].startswith("//"):                    # an address with a slash at its end, and a path after it
+            scope = {**scope, "path": "/" + scope["path"].lstrip("/")}
         given = Headers(scope=scope).get("x-request-id", "")
         rid = given if ID.fullmatch(given) else secrets.token_hex(8)
         scope.setdefault("state", {})["request_id"] = rid
