@@ -10,22 +10,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from .downloads import Unusable
-from .models import SAMPLERS, XL, Row
+from .models import Row
 
 # %% auto #0
-__all__ = ['MOST_HEADER', 'WEIGHTS', 'KINDS', 'NO_SIGNAL', 'SIGMAS', 'EDM', 'STATISTICS', 'DECIDED', 'betas', 'last_sigma',
-           'Tensor', 'header', 'check_types', 'Kind', 'kind_of', 'check_kind', 'Facts', 'facts_of_configs',
-           'facts_of_header', 'config_in', 'facts', 'check_facts', 'row_by_facts']
+__all__ = ['MOST_HEADER', 'WEIGHTS', 'KINDS', 'NO_SIGNAL', 'SIGMAS', 'VELOCITY', 'EDM', 'STATISTICS', 'cosine_betas', 'betas',
+           'last_sigma', 'Tensor', 'header', 'check_types', 'Kind', 'has_name', 'kind_of', 'check_kind', 'Facts',
+           'facts_of_configs', 'facts_of_header', 'said_by_file', 'config_in', 'facts', 'check_facts', 'row_by_facts']
 
 # %% ../nbs/04b_facts.ipynb #80eb892c
+def cosine_betas(n: int) -> list[float]:
+    "The squared cosine schedule of n steps."
+    def bar(t: float) -> float: return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+    return [min(1 - bar((i + 1) / n) / bar(i / n), 0.999) for i in range(n)]
+
+# %% ../nbs/04b_facts.ipynb #7d31b3e5
 def betas(config: Mapping[str, Any]) -> list[float]:
     "The training betas that a scheduler's configuration describes."
     n, name = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
     first, last = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
     if config.get("trained_betas"): return list(config["trained_betas"])
-    if name == "squaredcos_cap_v2":
-        def bar(t: float) -> float: return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
-        return [min(1 - bar((i + 1) / n) / bar(i / n), 0.999) for i in range(n)]
+    if name == "squaredcos_cap_v2": return cosine_betas(n)
     root = 0.5 if name == "scaled_linear" else 1.0
     lo, hi = first**root, last**root
     return [(lo + (hi - lo) * i / (n - 1)) ** (1 / root) for i in range(n)]
@@ -75,6 +79,7 @@ class Kind:
     refused: str = ""
 
 _UNET, _FIRST = "model.diffusion_model.", "model.diffusion_model.input_blocks.0.0.weight"
+_CHANGES = "it changes a model: name it in SD_LORAS, or in SD_LCM_LORA_ID when it is a method"
 _NOT_SD = "this engine serves Stable Diffusion 1.5 and SDXL"
 KINDS = (
     Kind("a FLUX model", ("double_blocks.", "single_blocks."), _NOT_SD),
@@ -85,8 +90,8 @@ KINDS = (
     Kind("a ControlNet", ("control_model.",), "it steers another model and draws nothing alone"),
     Kind("a textual inversion", ("emb_params",), "it is a word for a prompt, and no model"),
     Kind("a LoHa or LoKr", ("lora_unet_", "lokr_"), "only LoRAs are taken, and those as SD_LORAS"),
-    Kind("a LoRA", ("lora_",), "it changes a model: name it in SD_LORAS, or in SD_LCM_LORA_ID when it is a method"),
-    Kind("a LoRA", ("unet.", "lora"), "it changes a model: name it in SD_LORAS, or in SD_LCM_LORA_ID when it is a method"),
+    Kind("a LoRA", ("lora_",), _CHANGES),
+    Kind("a LoRA", ("unet.", "lora"), _CHANGES),
     Kind("SDXL's refiner", (_UNET, "conditioner.embedders.0.model."), "it finishes another model's pictures"),
     Kind("an SDXL checkpoint", (_UNET, "conditioner.embedders.1.")),
     Kind("a Stable Diffusion 2 checkpoint", (_UNET, "cond_stage_model.model.")),
@@ -98,12 +103,17 @@ KINDS = (
 )
 
 # %% ../nbs/04b_facts.ipynb #e9d32f66
+def has_name(names: list[str], mark: str) -> bool:
+    "Whether a tensor's name begins with `mark`, or has it as a later part when it is a LoRA's."
+    later = f".{mark}" if mark.startswith("lo") else "\0"
+    return any(name.startswith(mark) or later in name for name in names)
+
+# %% ../nbs/04b_facts.ipynb #c2da73ea
 def kind_of(names: Iterable[str]) -> Kind:
     "What a file is, by the names of its tensors."
     names = list(names)
     for kind in KINDS:
-        marks = [any(n.startswith(mark) or mark.startswith("lo") and f".{mark}" in n for n in names) for mark in kind.names]
-        if all(marks): return kind
+        if all(has_name(names, mark) for mark in kind.names): return kind
     return Kind("none of the files that this engine knows", (), f"{_NOT_SD}, as a checkpoint or a diffusers folder")
 
 def check_kind(file: Path, table: Mapping[str, Tensor]) -> Kind:
@@ -116,7 +126,7 @@ def check_kind(file: Path, table: Mapping[str, Tensor]) -> Kind:
 
 # %% ../nbs/04b_facts.ipynb #906ee21e
 NO_SIGNAL = 100.0                                 # a last sigma beyond this is pure noise, as far as a sampler can tell
-SIGMAS = ("use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas", "use_karras_sigmas")
+SIGMAS = ("use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas", "use_karras_sigmas")   # our samplers decide
 
 @dataclass(frozen=True)
 class Facts:
@@ -158,6 +168,18 @@ def facts_of_header(table: Mapping[str, Tensor]) -> dict[str, Any]:
     if "ztsnr" in table: said["rescale_betas_zero_snr"] = True
     return said
 
+# %% ../nbs/04b_facts.ipynb #314b71e0
+VELOCITY = ("vpred", "v-pred", "v_pred", "vprediction", "v-prediction")
+
+def said_by_file(file: Path, prediction: str) -> list[str]:
+    "Sentences about a single file that is read as predicting `prediction`."
+    if any(prediction == value for value in facts_of_header(header(file)).values()):
+        return [f"{file.name} says in its header that it predicts v"]
+    named = any(word in file.name.lower() for word in VELOCITY)
+    if not named or prediction == "v_prediction": return []
+    return [f"{file.name} is read as predicting {prediction}, because its header says nothing; its name says v: "
+            "SD_PREDICTION=v_prediction if that is right"]
+
 # %% ../nbs/04b_facts.ipynb #55a79d53
 def config_in(folder: Path, name: str) -> dict[str, Any]:
     "A configuration of a folder, {} when there is none."
@@ -178,7 +200,6 @@ def facts(source: str | Path) -> Facts:
 # %% ../nbs/04b_facts.ipynb #66f9c24f
 EDM = "it has an EDM noise schedule ({}, as playground-v2.5 has), which this engine does not draw with"
 STATISTICS = "its VAE has latents with a mean and a deviation of their own (as playground-v2.5), which is not served"
-DECIDED = "{}: our sampler decides how steps are spaced"
 
 def check_facts(found: Facts) -> None:
     "Unusable when a checkpoint asks for arithmetic that is not ours."
@@ -189,8 +210,6 @@ def check_facts(found: Facts) -> None:
 
 def row_by_facts(row: Row, found: Facts) -> tuple[Row, list[str]]:
     "(the row as the facts want it, sentences about what was changed or not used)."
-    notes = [DECIDED.format(", ".join(found.sigmas))] if set(found.sigmas) - {"use_karras_sigmas"} else []
-    if found.prediction != "epsilon": notes.append(f"the model predicts {found.prediction}, as its files say")
-    if not found.pure_noise or row.sampler != "dpm": return row, notes
+    if not found.pure_noise or row.sampler != "dpm": return row, []
     why = "its noise schedule ends in pure noise"
-    return replace(row, sampler="euler"), [*notes, f"sampler euler, trailing, instead of {row.sampler}: {why}"]
+    return replace(row, sampler="euler"), [f"sampler euler, trailing, instead of {row.sampler}: {why}"]

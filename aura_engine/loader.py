@@ -12,16 +12,18 @@ from typing import Any
 import torch
 from .config import Settings
 from .downloads import Progress, Unusable, blame
+from .facts import SIGMAS, facts_of_configs, row_by_facts
 from .loras import Loras, fuse_lora, keep_loras
 from .models import (
     SAMPLERS, VAES, Row, Sampler, check_source, detect, is_local, is_named, resolve_id, row_for)
 from .reader import LOADING, quiet, reading              # noqa: F401  whoever loads may need them
 from .reader import Reader, diffusers_classes, read_folder, read_single
-from .types import ModelError
+from .types import Invalid, ModelError
 
 # %% auto #0
 __all__ = ['DTYPES', 'OURS_TO_SAY', 'devices', 'pick_device', 'pick_precision', 'has_bf16', 'scheduler_of', 'Components',
-           'read_pipeline', 'read_vae', 'encoders_of', 'recognised', 'commit_of', 'load', 'placed']
+           'read_pipeline', 'read_vae', 'encoders_of', 'recognised', 'within', 'row_by_settings', 'commit_of', 'load',
+           'placed']
 
 # %% ../nbs/04e_loader.ipynb #0d7e3511
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -57,7 +59,7 @@ def has_bf16() -> bool:
     return bool(caps.get("avx512_bf16") or caps.get("amx_bf16"))
 
 # %% ../nbs/04e_loader.ipynb #13a70df5
-OURS_TO_SAY = ("use_karras_sigmas", "timestep_spacing", "algorithm_type")      # the sampler's row has them
+OURS_TO_SAY = (*SIGMAS, "timestep_spacing", "algorithm_type", "variance_type")      # the sampler's row has them
 
 def scheduler_of(schedule: dict[str, Any], sampler: Sampler) -> Any:
     "A fresh diffusers scheduler: a model's noise schedule with what the sampler overrides."
@@ -109,10 +111,12 @@ class Components:
         return scheduler_of(self.schedule, SAMPLERS[name or self.row.sampler])
 
 # %% ../nbs/04e_loader.ipynb #21ea27eb
-def read_pipeline(reader: Reader, model: str, row: Row | None) -> tuple[Any, Path]:
+def read_pipeline(reader: Reader, model: str, row: Row | None, settings: Settings) -> tuple[Any, Path]:
     "(diffusers pipeline, where it came from) of a model id, folder or file."
-    if row and row.base: return read_folder(reader, row.base, model if is_local(model) else row.unet)
-    pipe, where = (read_single if model.endswith(".safetensors") else read_folder)(reader, model)
+    base = settings.base_id or (row.base if row else None)
+    if base: return read_folder(reader, base, row.unet if row and row.unet and not is_local(model) else model)
+    if model.endswith(".safetensors"): pipe, where = read_single(reader, model, settings.vae_id)
+    else: pipe, where = read_folder(reader, model)
     channels = pipe.unet.config.in_channels
     if channels != pipe.vae.config.latent_channels:
         raise Unusable(f"its UNet takes {channels} channels, not only a noisy picture (an inpainting or editing model)")
@@ -133,11 +137,34 @@ def encoders_of(pipe: Any, name: str) -> list[Any]:
     return [one for one in both if one is not None]
 
 # %% ../nbs/04e_loader.ipynb #55c7fe91
-def recognised(row: Row | None, pipe: Any, settings: Settings) -> Row:
-    "The row of a pipeline: the known one, or what its configuration tells; with the aliases that a request may name."
+def recognised(row: Row | None, pipe: Any, settings: Settings) -> tuple[Row, list[str]]:
+    "(the row of a pipeline, notes): the known one or what its configuration tells, by its facts and by the settings."
     tokens = pipe.tokenizer.model_max_length
     row = row or detect(type(pipe).__name__, pipe.unet.config, settings.lcm_lora_id, tokens)
-    return replace(row, loras=tuple(settings.loras)) if settings.loras else row
+    row, notes = row_by_facts(row, facts_of_configs(pipe.scheduler.config, pipe.unet.config, pipe.vae.config))
+    row, own = row_by_settings(row, settings)
+    return (replace(row, loras=tuple(settings.loras)) if settings.loras else row), [*notes, *own]
+
+# %% ../nbs/04e_loader.ipynb #d2204542
+def within(name: str, given: float, bounds: tuple[float, float, float]) -> tuple[Any, Any, Any]:
+    "`bounds` with another default. Invalid when it is outside of them."
+    least, _, most = bounds
+    if not least <= given <= most: raise Invalid.value(name, given=given, allowed=f"{least:g} to {most:g}")
+    return least, given, most
+
+def row_by_settings(row: Row, settings: Settings) -> tuple[Row, list[str]]:
+    "(the row with a checkpoint's own defaults, a sentence for each). Invalid outside the row's bounds."
+    changed: dict[str, Any] = {}
+    if settings.sampler:
+        if settings.sampler not in SAMPLERS:
+            raise Invalid.value("SD_SAMPLER", given=settings.sampler, allowed=", ".join(SAMPLERS))
+        changed["sampler"] = settings.sampler
+    if settings.steps is not None: changed["steps"] = within("SD_STEPS", settings.steps, row.steps)
+    if settings.guidance is not None: changed["guidance"] = within("SD_GUIDANCE", settings.guidance, row.guidance)
+    if not changed: return row, []
+    set_here = {"SD_SAMPLER": settings.sampler, "SD_STEPS": settings.steps, "SD_GUIDANCE": settings.guidance}
+    said = ", ".join(f"{name}={value}" for name, value in set_here.items() if value is not None)
+    return replace(row, **changed), [f"{said}, instead of {row.sampler}, {row.steps[1]} steps, guidance {row.guidance[1]:g}"]
 
 # %% ../nbs/04e_loader.ipynb #04c18f8e
 def commit_of(where: Path) -> str | None:
@@ -152,10 +179,11 @@ def load(settings: Settings, progress: Progress | None = None) -> Components:
     device = pick_device(settings.device)
     precision, notes = pick_precision(settings.precision, device)
     if moved: notes.append(moved)
-    reader = Reader(DTYPES[precision], progress or Progress(), model, settings.revision)
+    reader = Reader(DTYPES[precision], progress or Progress(), model, settings.revision, settings.prediction, notes)
     row, lora = row_for(model, settings.lcm_lora_id), settings.lcm_lora_id
-    with blame("SD_MODEL_ID", settings.model_id): pipe, where = read_pipeline(reader, model, row)
-    row = recognised(row, pipe, settings)
+    with blame("SD_MODEL_ID", settings.model_id): pipe, where = read_pipeline(reader, model, row, settings)
+    row, said = recognised(row, pipe, settings)
+    notes += said
     if lora:
         with blame("SD_LCM_LORA_ID", lora): fuse_lora(reader, pipe, lora, row)
     loras, vae = keep_loras(reader, pipe, settings.loras), pipe.vae

@@ -34,8 +34,10 @@ SAMPLERS = {
     "ddim": Sampler("DDIMScheduler", {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}),
     "euler": Sampler("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
     "euler-x0": Sampler("EulerDiscreteScheduler", {"timestep_spacing": "trailing", "prediction_type": "sample"}),
+    "euler-a": Sampler("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}),
     "tcd": Sampler("TCDScheduler", _LCM_CONFIG, max_steps=50, step=(("eta", 1.0),)),
     "dpm": Sampler("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}),
+    "dpm-sde": Sampler("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}),
 }
 
 # %% ../nbs/02_models.ipynb #7f6c65ab
@@ -161,7 +163,7 @@ XL_ROWS = (
     *(lightning(steps) for steps in (1, 2, 4, 8)),
     *(lightning_lora(steps) for steps in (2, 4, 8)),
     *(hyper(_sdxl, "Hyper-SDXL", steps) for steps in (1, 2, 4, 8)),
-    distilled(_sdxl, "sdxl-turbo", 1, "euler", most=4, native=512, ids=("stabilityai/sdxl-turbo",), note=_NOT_FREE),
+    distilled(_sdxl, "sdxl-turbo", 1, "euler-a", most=4, native=512, ids=("stabilityai/sdxl-turbo",), note=_NOT_FREE),
     _ssd,
     lcm_lora(_ssd, "latent-consistency/lcm-lora-ssd-1b"),
     lcm_model(_ssd, base=SSD_ID, unet="latent-consistency/lcm-ssd-1b"),

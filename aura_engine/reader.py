@@ -6,19 +6,21 @@
 from __future__ import annotations
 import json, re, threading, warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 import torch
 from .downloads import Progress, Unusable, Want, class_names, fetch, names_in, true_cause
+from .facts import (
+    SIGMAS, check_facts, check_kind, check_types, config_in, facts_of_configs, facts_of_header, header, said_by_file)
 from .models import INCLUDED, PICKLED, SD15_ID, is_local
 
 # %% auto #0
-__all__ = ['PARTS', 'SERVED', 'WEIGHTS', 'NO_PICKLES', 'LOADING', 'NO_CHECKPOINT', 'NO_PICKLED_FILE', 'NO_DIFFUSERS', 'UNUSED',
+__all__ = ['PARTS', 'SERVED', 'WEIGHTS', 'NO_PICKLES', 'LOADING', 'NO_VAE', 'NO_PICKLED_FILE', 'NO_DIFFUSERS', 'UNUSED',
            'whole_sets', 'weight_files', 'read_json', 'served_index', 'pipeline_files', 'quiet', 'reading',
-           'diffusers_classes', 'header_shapes', 'checkpoint_kind', 'nothing_else', 'config_and_weights', 'Reader',
-           'read_unet', 'read_folder', 'configuration_of', 'read_single']
+           'diffusers_classes', 'Checkpoint', 'recognise', 'nothing_else', 'config_and_weights', 'Reader',
+           'read_scheduler', 'read_unet', 'read_folder', 'configuration_of', 'read_single']
 
 # %% ../nbs/04c_reader.ipynb #1afc7159
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
@@ -112,22 +114,25 @@ def diffusers_classes() -> Any:
     return diffusers
 
 # %% ../nbs/04c_reader.ipynb #e2d0f50c
-NO_CHECKPOINT = ("the file holds no whole Stable Diffusion checkpoint "
-                 "(a LoRA belongs into SD_LCM_LORA_ID, a VAE into SD_VAE_ID)")
+NO_VAE = "{} has no VAE of its own: name one in SD_VAE_ID"
 
-def header_shapes(file: Path) -> dict[str, tuple[int, ...]]:
-    "Name -> shape of every tensor in a safetensors file; reads its header only."
-    from safetensors import safe_open
-    with safe_open(file, "pt") as f: return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+@dataclass
+class Checkpoint:
+    "A single checkpoint that was recognised: the Hub id of its configuration, what its header adds to it, and its VAE."
+    repo: str
+    schedule: dict[str, Any]
+    has_vae: bool
 
 # %% ../nbs/04c_reader.ipynb #b6faa16a
-def checkpoint_kind(file: Path) -> str:
-    "The Hub id whose configuration fits a single checkpoint, by the names and shapes in its header."
+def recognise(file: Path) -> Checkpoint:
+    "What a single checkpoint is. Unusable, with the kind's name, for a file of another kind."
     from diffusers.loaders.single_file_utils import fetch_diffusers_config
-    shapes = header_shapes(file)
-    if not any(k.startswith("model.diffusion_model.") for k in shapes): raise Unusable(NO_CHECKPOINT)
-    known_by = {k: SimpleNamespace(shape=shape) for k, shape in shapes.items()}
-    return fetch_diffusers_config(known_by)["pretrained_model_name_or_path"]
+    table = header(file)
+    check_types(file, table)
+    check_kind(file, table)
+    known_by = {name: SimpleNamespace(shape=tensor.shape) for name, tensor in table.items()}
+    repo = fetch_diffusers_config(known_by)["pretrained_model_name_or_path"]
+    return Checkpoint(repo, facts_of_header(table), any(name.startswith("first_stage_model.") for name in table))
 
 # %% ../nbs/04c_reader.ipynb #ef52ad2f
 NO_PICKLED_FILE = "pickled files can run code when they are read; only safetensors are taken"
@@ -153,6 +158,8 @@ class Reader:
     progress: Progress
     model: str = ""
     revision: str | None = None
+    prediction: str | None = None                          # what the UNet predicts, where the files do not say
+    notes: list[str] = field(default_factory=list)         # what a person should know about what was read
 
     @property
     def half(self) -> bool:
@@ -191,6 +198,19 @@ class Reader:
             return cls.from_pretrained(folder, dtype=self.dtype, use_safetensors=True, local_files_only=True,
                                        variant=variant, **given)
 
+# %% ../nbs/04c_reader.ipynb #0087fdd0
+def read_scheduler(reader: Reader, folder: Path, more: dict[str, Any] | None = None) -> Any:
+    "The scheduler of a diffusers folder, with `more` in its configuration. Unusable when the facts cannot be served."
+    config = {**config_in(folder, "scheduler/scheduler_config.json"), **(more or {})}
+    if reader.prediction: config["prediction_type"] = reader.prediction
+    found = facts_of_configs(config, config_in(folder, "unet/config.json"), config_in(folder, "vae/config.json"))
+    check_facts(found)
+    strange = [name for name in found.sigmas if name != "use_karras_sigmas"]
+    if strange: reader.notes.append(f"{', '.join(strange)}: not used, our sampler decides how steps are spaced")
+    cls = getattr(diffusers_classes(), config.get("_class_name", ""), None)
+    if cls is None: raise Unusable(f"its scheduler, {config.get('_class_name')}, is unknown")
+    return cls.from_config({k: v for k, v in config.items() if k not in (*SIGMAS, "variance_type")})
+
 # %% ../nbs/04c_reader.ipynb #113d4e4d
 def read_unet(reader: Reader, source: str, config: Path) -> Any:
     "A distilled UNet. `config`: the folder with the base's configuration."
@@ -215,13 +235,14 @@ def read_folder(reader: Reader, source: str, unet: str | None = None) -> tuple[A
     reader.progress.stage, reader.progress.file = "reading", ""
     names, index = want(names_in(folder), folder), served_index(folder)
     given: dict[str, Any] = {part: None for part in UNUSED if part in index}
+    given["scheduler"] = read_scheduler(reader, folder)
     if unet: given["unet"] = read_unet(reader, unet, folder / "unet")
     return reader.from_folder(diffusers_classes().DiffusionPipeline, folder, names, **given), folder
 
 # %% ../nbs/04c_reader.ipynb #4131e655
-def configuration_of(reader: Reader, file: Path) -> Path:
+def configuration_of(reader: Reader, file: Path, repo: str) -> Path:
     "The folder with the configuration of a single checkpoint: beside the file, or its family's on the Hub."
-    repo, beside = checkpoint_kind(file), file.with_suffix("")
+    beside = file.with_suffix("")
     if (beside / "model_index.json").is_file(): return beside
     def want(names: list[str], at: Path) -> list[str]: return pipeline_files(names, at, False, PARTS)
     try: return fetch(repo, "model_index.json", want, reader.progress)
@@ -230,12 +251,18 @@ def configuration_of(reader: Reader, file: Path) -> Path:
                        f"a folder with it named {file.stem}, beside the file, will do") from e
 
 # %% ../nbs/04c_reader.ipynb #84809e4e
-def read_single(reader: Reader, source: str) -> tuple[Any, Path]:
-    "(pipeline, file) from one original-layout .safetensors file."
+def read_single(reader: Reader, source: str, vae: str | None = None) -> tuple[Any, Path]:
+    "(pipeline, file) from one original-layout .safetensors file. `vae`: where one comes from that the file lacks."
     file = reader.located(source, "", nothing_else)
-    config = configuration_of(reader, file)
+    found = recognise(file)
+    config = configuration_of(reader, file, found.repo)
+    given: dict[str, Any] = {"scheduler": read_scheduler(reader, config, found.schedule)}
+    reader.notes += said_by_file(file, given["scheduler"].config.prediction_type)
+    if not found.has_vae:
+        if vae is None: raise Unusable(NO_VAE.format(file.name))
+        given["vae"] = reader.model_of(vae)
     pipeline = getattr(diffusers_classes(), served_index(config)["_class_name"])
     reader.progress.stage = "reading"
     with reading():
-        made = pipeline.from_single_file(str(file), config=str(config), dtype=reader.dtype, local_files_only=True)
+        made = pipeline.from_single_file(str(file), config=str(config), dtype=reader.dtype, local_files_only=True, **given)
     return made, file

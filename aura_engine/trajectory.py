@@ -171,7 +171,7 @@ def estimate_of(out: Any) -> torch.Tensor:
     return next(value for name in names if (value := getattr(out, name, None)) is not None)
 
 # %% ../nbs/06_trajectory.ipynb #42309307
-FIRST_ORDER = ("LCMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "TCDScheduler")
+FIRST_ORDER = ("LCMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "TCDScheduler")
 
 def most_steps(scheduler: Any) -> int:
     "How long this scheduler's timetable may be."
@@ -389,6 +389,14 @@ class Trajectory:
         time = self.clock[self.k:self.k + 1].expand(self.rows)
         return UNetInput(sample, time, given.text, given.pooled, given.time_ids, given.guidance)
 
+    def remember(self, answer: torch.Tensor) -> None:
+        "Use the UNet's answer with a multistep sampler, which keeps it for the next step."
+        given = {}
+        if self.sampler.config.get("algorithm_type", "").startswith("sde"):
+            given["variance_noise"] = self.noise.draw(tuple(self.latents.shape)).to(self.latents.device)
+        step = self.sampler.step(answer, self.timesteps[self.k], self.latents, return_dict=False, **given)
+        self.latents, self.estimate = step[0], self.sampler.model_outputs[-1]
+
     def guided(self, answer: torch.Tensor) -> torch.Tensor:
         "The UNet's answer for this picture's rows -> one answer [1, C, h, w], with guidance applied."
         if self.rows == 1: return answer
@@ -409,8 +417,7 @@ def advance(batch: list[Trajectory], unet: Any, bucket: int = 0) -> None:
             tabled.append(t)
             answers.append(answer)
         else:
-            t.latents = t.sampler.step(answer, t.timesteps[t.k], t.latents, return_dict=False)[0]
-            t.estimate = t.sampler.model_outputs[-1]
+            t.remember(answer)
     if tabled: take(tabled, torch.cat(answers))
     for t in batch: t.k += 1
 

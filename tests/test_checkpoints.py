@@ -1,0 +1,206 @@
+"""Checkpoints as people have them: what their files say decides, and what is not served is refused by its name.
+
+The right pictures come from stock diffusers pipelines with the scheduler configurations that their makers publish, and never from our loader.
+"""
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import tiny
+from aura_engine.config import load_settings
+from aura_engine.facts import facts, last_sigma
+from aura_engine.loader import load
+from aura_engine.models import ROWS
+from aura_engine.trajectory import TextCache, Trajectory, advance
+from aura_engine.types import Invalid, ModelError, Picture
+
+FOX = Picture("a fox", 128, 128, steps=25, guidance_scale=4.0, seed=3, temperature=1.0)
+
+# scheduler/scheduler_config.json as published
+COMMON = {"beta_end": 0.012, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "num_train_timesteps": 1000, "steps_offset": 1}
+OFFICIAL = {
+    "sdxl": {**COMMON, "_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear", "prediction_type": "epsilon", "sample_max_value": 1.0, "set_alpha_to_one": False,
+             "skip_prk_steps": True, "timestep_spacing": "leading", "trained_betas": None, "use_karras_sigmas": False},
+    "noob-vpred": {**COMMON, "_class_name": "EulerDiscreteScheduler", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "use_karras_sigmas": False},
+    "cosine": {**COMMON, "_class_name": "DDIMScheduler", "beta_schedule": "squaredcos_cap_v2", "prediction_type": "epsilon", "timestep_spacing": "leading"},
+    "sdxl-turbo": {**COMMON, "_class_name": "EulerAncestralDiscreteScheduler", "prediction_type": "epsilon", "timestep_spacing": "trailing"},
+    "playground": {**COMMON, "_class_name": "EDMDPMSolverMultistepScheduler", "algorithm_type": "dpmsolver++", "prediction_type": "epsilon", "sigma_data": 0.5, "sigma_max": 80.0, "sigma_min": 0.002},
+}
+
+
+def saved(folder, kind, schedule):
+    tiny.save(folder, kind)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(schedule))
+    return folder
+
+
+def loaded(model, **how): return load(load_settings(**{"SD_MODEL_ID": str(model), "SD_DEVICE": "cpu", **how}))
+
+
+def drawn(parts, p):
+    t = Trajectory(parts, p, TextCache(parts))
+    while not t.done: advance([t], parts.unet)
+    return t.latents
+
+
+def stock(folder, scheduler, p):
+    """The makers' way: a stock pipeline of the folder with their scheduler."""
+    cls = diffusers.StableDiffusionXLPipeline if (folder / "text_encoder_2").exists() else diffusers.StableDiffusionPipeline
+    more = dict(add_watermarker=False) if cls is diffusers.StableDiffusionXLPipeline else dict(safety_checker=None)
+    pipe = cls.from_pretrained(folder, scheduler=scheduler, **more)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(p.prompt, width=p.width, height=p.height, num_inference_steps=p.steps, guidance_scale=p.guidance_scale,
+                generator=torch.Generator().manual_seed(p.seed), output_type="latent").images
+
+
+def close(one, two): return (one - two).abs().max() <= 1e-4 * two.abs().max().clamp(min=10)
+
+
+@pytest.mark.parametrize("kind, name", [("sdxl", "noob-vpred"), ("sd15", "cosine")])
+@pytest.mark.parametrize("steps", [25, 8])
+def test_a_schedule_that_ends_in_noise_is_drawn_with_euler(tmp_path, kind, name, steps):
+    """Row 1: no IndexError at 21 to 40 steps, and the picture is that of the makers' sampler with trailing steps."""
+    folder = saved(tmp_path / "model", kind, OFFICIAL[name])
+    parts = loaded(folder)
+    assert parts.row.sampler == "euler" and any("ends in pure noise" in n for n in parts.notes)
+    official = diffusers.EulerDiscreteScheduler.from_config(OFFICIAL[name], timestep_spacing="trailing")
+    p = replace(FOX, steps=steps)
+    assert close(drawn(parts, p), stock(folder, official, p))
+
+
+def test_an_ordinary_schedule_stays_as_its_family(tmp_path):
+    parts = loaded(saved(tmp_path / "model", "sdxl", OFFICIAL["sdxl"]))
+    assert parts.row.sampler == "dpm" and not parts.notes
+    alphas = diffusers.DDIMScheduler.from_config(OFFICIAL["sdxl"]).alphas_cumprod[-1].item()
+    assert last_sigma(OFFICIAL["sdxl"]) == pytest.approx(((1 - alphas) / alphas) ** 0.5, rel=1e-3)
+    alphas = diffusers.DDIMScheduler.from_config(OFFICIAL["cosine"]).alphas_cumprod[-1].item()
+    assert last_sigma(OFFICIAL["cosine"]) == pytest.approx(((1 - alphas) / alphas) ** 0.5, rel=1e-2)
+
+
+def test_turbo_is_drawn_as_its_configuration_says(tmp_path):
+    """Row 6: the published configuration is EulerAncestral with trailing steps."""
+    folder = saved(tmp_path / "stabilityai" / "sdxl-turbo", "sdxl", OFFICIAL["sdxl-turbo"])
+    parts = loaded(folder)
+    assert parts.row.name == "sdxl-turbo"
+    for steps in (1, 4):
+        p = replace(FOX, steps=steps, guidance_scale=0.0)
+        assert close(drawn(parts, p), stock(folder, diffusers.EulerAncestralDiscreteScheduler.from_config(OFFICIAL["sdxl-turbo"]), p))
+
+
+def test_sde_steps_draw_their_noise_from_the_seed(tmp_path):
+    """Row 10: a merge that wants DPM++ SDE says so; noise comes from the picture's seed, as in the stock pipeline."""
+    folder = saved(tmp_path / "model", "sdxl", OFFICIAL["sdxl"])
+    parts = loaded(folder, SD_SAMPLER="dpm-sde", SD_STEPS="6", SD_GUIDANCE="2")
+    assert (parts.row.sampler, parts.row.steps, parts.row.guidance) == ("dpm-sde", (1, 6, 100), (1, 2.0, 15))
+    assert any("SD_SAMPLER=dpm-sde, SD_STEPS=6, SD_GUIDANCE=2.0" in n for n in parts.notes)
+    official = diffusers.DPMSolverMultistepScheduler.from_config(OFFICIAL["sdxl"], algorithm_type="sde-dpmsolver++", use_karras_sigmas=True, timestep_spacing="linspace")
+    p = replace(FOX, steps=6, guidance_scale=2.0)
+    assert close(drawn(parts, p), stock(folder, official, p)) and torch.equal(drawn(parts, p), drawn(parts, p))
+
+
+@pytest.mark.parametrize("how, words", [({"SD_SAMPLER": "heun"}, "SD_SAMPLER: given 'heun', allowed: lcm"), ({"SD_STEPS": "50", "SD_SAMPLER": "euler"}, None), ({"SD_GUIDANCE": "19"}, "SD_GUIDANCE: given 19.0, allowed: 1 to 15")])
+def test_own_defaults_have_guard_rails(tmp_path, how, words):
+    folder = saved(tmp_path / "model", "sdxl", OFFICIAL["sdxl"])
+    if words is None: assert loaded(folder, **how).row.steps == (1, 50, 100)
+    else:
+        with pytest.raises(Invalid) as e: loaded(folder, **how)
+        assert words in e.value.detail
+
+
+@pytest.mark.parametrize("how", ["edm", "statistics"])
+def test_another_arithmetic_is_refused_by_name(tmp_path, how):
+    """Row 4: playground-v2.5 is an SDXL class; its pictures were garbage without a word."""
+    folder = saved(tmp_path / "model", "sdxl", OFFICIAL["playground" if how == "edm" else "sdxl"])
+    if how == "statistics":
+        config = json.loads((folder / "vae" / "config.json").read_text())
+        (folder / "vae" / "config.json").write_text(json.dumps(config | {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}))
+    with pytest.raises(ModelError, match="playground-v2.5"): loaded(folder)
+
+
+@pytest.mark.parametrize("more", [{"use_exponential_sigmas": True}, {"use_beta_sigmas": True}, {"use_flow_sigmas": True}, {"variance_type": "learned_range"}])
+def test_ways_of_spacing_that_our_sampler_decides_are_told(tmp_path, more):
+    """Row 12: some of these need scipy, some raise in diffusers; the picture does not depend on them."""
+    (name, value), = more.items()
+    schedule = {**OFFICIAL["sdxl"], "_class_name": "DPMSolverMultistepScheduler", **more}
+    parts, plain = loaded(saved(tmp_path / "model", "sdxl", schedule)), loaded(saved(tmp_path / "plain", "sdxl", OFFICIAL["sdxl"]))
+    assert value != True or any(name in n for n in parts.notes)                     # noqa: E712
+    p = replace(FOX, steps=4)
+    assert torch.equal(drawn(parts, p), drawn(plain, p))
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    at = tmp_path_factory.mktemp("single")
+    return tiny.single(tiny.save(at / "model", "sdxl-deep"), at / "plain.safetensors")
+
+
+def copied(single, name, change):
+    """The same checkpoint under another name, its tensors changed, with its configuration beside it."""
+    file = single.with_name(name)
+    save_file(change(load_file(single)), file)
+    if not file.with_suffix("").exists(): file.with_suffix("").symlink_to(single.with_suffix(""))
+    return file
+
+
+def test_a_single_file_says_v_in_its_header(single):
+    """Row 5: merges of the v-prediction family carry empty tensors that say so."""
+    file = copied(single, "noob.safetensors", lambda s: s | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)})
+    assert facts(file).prediction == "v_prediction" and facts(file).pure_noise
+    parts = loaded(file)
+    assert parts.schedule["prediction_type"] == "v_prediction" and parts.row.sampler == "euler" and any("header" in n for n in parts.notes)
+    official = diffusers.EulerDiscreteScheduler.from_config(OFFICIAL["noob-vpred"])
+    made = parts.scheduler()
+    made.set_timesteps(20), official.set_timesteps(20)
+    assert torch.allclose(made.sigmas, official.sigmas) and made.config.prediction_type == "v_prediction"
+
+
+def test_a_name_that_contradicts_the_header_is_told_and_a_setting_decides(single):
+    file = copied(single, "some-vpred.safetensors", lambda s: s)
+    parts = loaded(file)
+    assert parts.schedule["prediction_type"] == "epsilon" and any("SD_PREDICTION=v_prediction" in n for n in parts.notes)
+    parts = loaded(file, SD_PREDICTION="v_prediction")
+    assert parts.scheduler().config.prediction_type == "v_prediction" and not any("its name says" in n for n in parts.notes)
+
+
+REFUSED = {
+    "a FLUX model": {"double_blocks.0.x": 1, "single_blocks.0.x": 1}, "a Stable Diffusion 3 model": {"model.diffusion_model.joint_blocks.0.x": 1}, "a Z-Image model": {"cap_embedder.0.weight": 1},
+    "a LoHa or LoKr": {"lora_unet_a.lokr_w1": 1}, "a LoRA": {"lora_unet_a.lora_down.weight": 1}, "SDXL's refiner": {"model.diffusion_model.x": 1, "conditioner.embedders.0.model.x": 1},
+    "a ControlNet": {"control_model.x": 1}, "a VAE": {"decoder.x": 1, "encoder.x": 1}, "a UNet alone": {"down_blocks.0.x": 1, "mid_block.x": 1}, "a textual inversion": {"emb_params": 1},
+    "none of the files": {"x": 1}}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_files_of_other_kinds_are_refused_by_name(tmp_path, kind):
+    """Row 13: what the file is, and what would do, instead of a reason that is not one."""
+    save_file({k: torch.zeros(n) for k, n in REFUSED[kind].items()}, file := tmp_path / "file.safetensors")
+    with pytest.raises(ModelError, match=f"file.safetensors is {kind}"): loaded(file)
+
+
+def test_nine_channels_are_refused_by_what_they_are(single):
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    file = copied(single, "inpaint.safetensors", lambda s: s | {first: torch.zeros(s[first].shape[0], 9, 3, 3)})
+    with pytest.raises(ModelError, match="inpainting or editing model: its UNet takes 9 channels"): loaded(file)
+
+
+def test_a_checkpoint_without_a_vae_takes_the_one_that_is_named(single, tmp_path):
+    """Row 13: NoVAE files."""
+    file = copied(single, "novae.safetensors", lambda s: {k: v for k, v in s.items() if not k.startswith("first_stage_model.")})
+    with pytest.raises(ModelError, match="novae.safetensors has no VAE of its own: name one in SD_VAE_ID"): loaded(file)
+    tiny.vae().save_pretrained(tmp_path / "vae")
+    want = load_file(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(loaded(file, SD_VAE_ID=str(tmp_path / "vae")).vae.state_dict()["decoder.conv_in.weight"], want["decoder.conv_in.weight"])
+
+
+def test_weights_of_other_types_are_refused_with_the_file(single):
+    file = copied(single, "eight.safetensors", lambda s: {k: v.to(torch.float8_e4m3fn) if v.ndim == 4 else v for k, v in s.items()})
+    with pytest.raises(ModelError, match=r"eight.safetensors holds weights of type F8_E4M3"): loaded(file)
+
+
+def test_every_row_has_a_sampler_that_exists():
+    from aura_engine.models import SAMPLERS
+    assert {row.sampler for row in ROWS.values()} <= set(SAMPLERS) and all(hasattr(diffusers, s.cls) for s in SAMPLERS.values()) and Path
