@@ -98,6 +98,15 @@ class ModelSettings(BaseSettings):
         description="1: compile the UNet on CUDA; force: on a CPU too, where it is slower")
     revision: str | None = Field(None, alias="SD_REVISION", description="commit of the model on the Hub")
     vae_id: str | None = Field(None, alias="SD_VAE_ID", description="another VAE: Hub id or folder")
+    base_id: str | None = Field(None, alias="SD_BASE_ID",
+        description="base of a model that is a UNet alone: Hub id or folder")
+    sampler: str | None = Field(None, alias="SD_SAMPLER",
+        description="the checkpoint's own sampler, where it differs from its family's")
+    steps: int | None = Field(None, alias="SD_STEPS", ge=1, le=100, description="the checkpoint's own number of steps")
+    guidance: float | None = Field(None, alias="SD_GUIDANCE", ge=0, le=20,
+        description="the checkpoint's own guidance scale")
+    prediction: Literal["epsilon", "v_prediction"] | None = Field(None, alias="SD_PREDICTION",
+        description="what the UNet predicts, where its files do not say")
     backend: Literal["auto", "torch", "openvino"] = Field("auto", alias="SD_BACKEND",
         description="what runs UNet and decoder; auto: OpenVINO for small models when it is installed, else torch")
     loras: Annotated[dict[str, str], NoDecode] = Field({}, alias="SD_LORAS",
