@@ -1,19 +1,42 @@
-FROM python:3.11-slim
+# To pin the base as well: a Space variable, or --build-arg, BASE_IMAGE=python:3.11-slim@sha256:…
+ARG BASE_IMAGE=python:3.11-slim
+# hadolint ignore=DL3006
+FROM ${BASE_IMAGE}
+
+LABEL org.opencontainers.image.title="aura_engine" \
+      org.opencontainers.image.description="A literate text-to-image engine" \
+      org.opencontainers.image.licenses="Apache-2.0"
 
 RUN useradd -m -u 1000 user
 WORKDIR /home/user/app
 
-# A Space variable of this name reaches the build: CPU wheels unless it says otherwise (a CUDA torch is several GB more).
-# Empty, or "pypi" (a Space has no empty variables), means pip's usual index.
-ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
-RUN PIP_INDEX_URL="${TORCH_INDEX_URL#pypi}" pip install --no-cache-dir torch==2.13.0
+# Which wheels of torch: cpu, cu126 and the like (names of its own indexes), an index's address, or pypi for pip's usual one.
+# A Space variable of this name reaches the build. A CUDA torch is several GB more, and runs on older drivers the lower its number is.
+ARG TORCH_INDEX_URL=cpu
+RUN case "$TORCH_INDEX_URL" in \
+      ""|pypi) index= ;; \
+      *://*) index="$TORCH_INDEX_URL" ;; \
+      *) index="https://download.pytorch.org/whl/$TORCH_INDEX_URL" ;; \
+    esac; \
+    PIP_INDEX_URL="$index" pip install --no-cache-dir torch==2.13.0
 
-COPY requirements.txt ./
-# More packages, such as openvino for SD_BACKEND=openvino.
+# TORCH_COMPILE=1 needs a C compiler on a GPU; without a GPU it is not worth its 200 MB.
+# hadolint ignore=DL3008
+RUN case "$TORCH_INDEX_URL" in \
+      *cpu) ;; \
+      *) apt-get update && apt-get install -y --no-install-recommends gcc g++ libc6-dev && rm -rf /var/lib/apt/lists/* ;; \
+    esac
+
+# Everything else by version and hash (tools/lock.py), so that this commit gives the same image in a year.
+COPY requirements.lock ./
+RUN pip install --no-cache-dir --no-deps --require-hashes -r requirements.lock
+
+# More packages, such as openvino for SD_BACKEND=openvino; not in the lock.
 ARG EXTRA_PACKAGES=
-RUN pip install --no-cache-dir -r requirements.txt $EXTRA_PACKAGES
+# hadolint ignore=DL3013,SC2086
+RUN if [ -n "$EXTRA_PACKAGES" ]; then pip install --no-cache-dir $EXTRA_PACKAGES; fi
 
-# The app runs as uid 1000 and may write only under its home.
+# The app runs as uid 1000 and may write only under its home. HOST: a container's port is what decides who may call.
 USER 1000
 ENV HOME=/home/user \
     HOST=0.0.0.0 \
@@ -27,12 +50,13 @@ ENV HOME=/home/user \
 # There already, so that a volume mounted on it belongs to uid 1000.
 RUN mkdir "$XDG_CACHE_HOME"
 
-COPY --chown=1000:1000 app.py ./
+COPY --chown=1000:1000 app.py requirements.txt ./
 COPY --chown=1000:1000 aura_engine ./aura_engine
 
 # Names the code in /health; the deployer writes it.
 ARG AURA_BUILD_ID=
 ENV AURA_BUILD_ID=$AURA_BUILD_ID
+LABEL org.opencontainers.image.revision=$AURA_BUILD_ID
 
 EXPOSE 7860
 HEALTHCHECK --interval=30s --timeout=10s --start-period=120s \

@@ -6,12 +6,15 @@
 from __future__ import annotations
 import ast, contextlib, hashlib, json, re, sys
 from collections.abc import Iterator, Mapping
+from datetime import date
 from importlib import metadata
 from pathlib import Path
+from packaging.requirements import Requirement
 
 # %% auto #0
-__all__ = ['EXITS', 'ROLLED_BACK', 'UPLOAD', 'WEIGHTS', 'LARGEST', 'NEEDED', 'DeployError', 'upload_set', 'build_id', 'stamp',
-           'modules_named', 'packages_of', 'imported', 'plain_name', 'installed_by', 'stale_modules', 'faults']
+__all__ = ['EXITS', 'ROLLED_BACK', 'UPLOAD', 'WEIGHTS', 'LARGEST', 'LOCK_AGAIN', 'LOCK_DAYS', 'NEEDED', 'DeployError',
+           'upload_set', 'build_id', 'stamp', 'modules_named', 'packages_of', 'imported', 'plain_name', 'installed_by',
+           'locked_versions', 'lock_age', 'stale_modules', 'faults']
 
 # %% ../nbs/15a_bundle.ipynb #1fb2960c
 EXITS = {
@@ -46,6 +49,7 @@ UPLOAD = (
     ".dockerignore",
     "app.py",
     "requirements.txt",
+    "requirements.lock",
     "LICENSE",
     "aura_engine/*.py",
     "aura_engine/assets/**/*",
@@ -143,6 +147,42 @@ def installed_by(requirements: str) -> tuple[set[str], bool]:
             known.add(name)
     return out, known.issuperset(lines)
 
+# %% ../nbs/15a_bundle.ipynb #1f3a39ae
+def locked_versions(lock: str) -> dict[str, str]:
+    "The lock's packages -> their versions; one without a hash is a ValueError."
+    out = {}
+    for block in re.findall(r"(?m)^[\w.-]+==.*(?:\n[ \t]+.*)*", lock):
+        name, version = re.match(r"([\w.-]+)==([^\s;\\]+)", block).groups()
+        if "--hash=sha256:" not in block: raise ValueError(f"requirements.lock: {name} has no hash")
+        out[plain_name(name)] = version
+    return out
+
+# %% ../nbs/15a_bundle.ipynb #84cc1cc4
+LOCK_AGAIN = "`python tools/lock.py` writes it anew"
+
+
+def _lock_faults(files: Mapping[str, bytes]) -> Iterator[str]:
+    try: locked = locked_versions(files["requirements.lock"].decode())
+    except ValueError as e:
+        yield f"{e}; {LOCK_AGAIN}"
+        return
+    for line in files["requirements.txt"].decode().splitlines():
+        if not line.strip() or line.startswith(("#", "torch")): continue
+        wish = Requirement(line)
+        version = locked.get(plain_name(wish.name))
+        if version is None: yield f"requirements.lock lacks {wish.name}; {LOCK_AGAIN}"
+        elif not wish.specifier.contains(version, prereleases=True):
+            yield f"requirements.lock has {wish.name} {version}, not {wish.specifier}; {LOCK_AGAIN}"
+
+# %% ../nbs/15a_bundle.ipynb #c2c11887
+LOCK_DAYS = 90
+
+
+def lock_age(lock: str, today: date) -> int | None:
+    "Days since the lock was written; None when it does not say."
+    found = re.search(r"(?m)^# Locked on (\d{4}-\d\d-\d\d)", lock)
+    return (today - date.fromisoformat(found[1])).days if found else None
+
 # %% ../nbs/15a_bundle.ipynb #5b1b848d
 def _as_exported(code: str) -> str:
     code = re.sub(r"(?m)^from __future__.*$|^#\|.*$", "", code)
@@ -169,7 +209,7 @@ def stale_modules(source: str | Path) -> list[str]:
     return out
 
 # %% ../nbs/15a_bundle.ipynb #aac352ac
-NEEDED = ("Dockerfile", ".dockerignore", "app.py", "requirements.txt", "aura_engine/__init__.py")
+NEEDED = ("Dockerfile", ".dockerignore", "app.py", "requirements.txt", "requirements.lock", "aura_engine/__init__.py")
 _TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY-----|\bAKIA[A-Z0-9]{16}\b")
 
 
@@ -216,4 +256,5 @@ def faults(files: Mapping[str, bytes], source: str | Path) -> list[str]:
     lacking = [name for name in NEEDED if name not in files]
     if lacking: return [f"{name} is missing; --source names the project's folder" for name in lacking]
     stale = [f"aura_engine/ is not what nbs/{name} exports: run nbdev_export" for name in stale_modules(source)]
-    return [*_content_faults(files), *_docker_faults(files), *_code_faults(files), *stale]
+    docker = [*_content_faults(files), *_docker_faults(files)]
+    return [*docker, *_lock_faults(files), *_code_faults(files), *stale]

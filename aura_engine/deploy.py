@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse, contextlib, html, json, os, re, sys, tempfile, time, traceback, warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ __all__ = ['ADDRESS', 'Step', 'PICTURE', 'set_one', 'commit_files', 'create_spac
 import httpx
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 from .config import parse_origins
-from .bundle import EXITS, ROLLED_BACK, DeployError, build_id, faults, upload_set
+from .bundle import (EXITS, LOCK_AGAIN, LOCK_DAYS, ROLLED_BACK, DeployError, build_id, faults, lock_age,
+                                upload_set)
 from .hub import (Cleaner, SpaceHub, SpaceState, creation_settings, find_token, git_oid, last_words, log_lines,
                              look_at, redactor, stored_token)
 from .deploy_plan import (HIDDEN, DeployOptions, DeployPlan, SpaceChange, costs, has_gpu, objections,
@@ -313,6 +315,8 @@ def checked_files(o: DeployOptions, say: Say) -> dict[str, bytes]:
     if wrong: raise DeployError("preflight", "not fit to be uploaded:\n" + "\n".join(wrong))
     megabytes = sum(map(len, files.values())) / 1e6
     say("check", f"{len(files)} files, {megabytes:.1f} MB, build {build_id(files)}")
+    age = lock_age(files["requirements.lock"].decode(), date.today())
+    if age is None or age > LOCK_DAYS: say("check", f"requirements.lock is {age} days old; {LOCK_AGAIN}")
     folder = Path(o.env_file).resolve().parent
     if o.env_file and not os.access(folder, os.W_OK):
         raise DeployError("preflight", f"--env-file: {folder.name or folder} cannot be written to")

@@ -597,7 +597,7 @@ def _final_settings(state: SpaceState, target: SpaceTarget, o: DeployOptions) ->
         if state.variables.get(name) != value: yield SpaceChange("set", "variable", name, "", value)
 
 # %% ../nbs/15c_deploy_plan.ipynb #e7756bc1
-BUILT_IN = {"TORCH_INDEX_URL", "EXTRA_PACKAGES"}        # variables that the image's build reads
+BUILT_IN = {"TORCH_INDEX_URL", "EXTRA_PACKAGES", "BASE_IMAGE"}         # variables that the image's build reads
 
 
 def all_changes(state: SpaceState, target: SpaceTarget, o: DeployOptions,

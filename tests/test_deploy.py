@@ -4,6 +4,7 @@ What a person would do is run as a process; variations call the same `main` in t
 """
 import contextlib, io, json, multiprocessing, os, re, shutil, signal, stat, subprocess, sys, time
 from dataclasses import replace
+from datetime import date
 from importlib import metadata
 from unittest.mock import patch
 
@@ -20,6 +21,7 @@ SPACE = "ada/aura"
 GUIDE = ("--origins", "http://localhost:5173")
 FILES = {
     ".dockerignore": "*\n!app.py\n!requirements.txt\n!aura_engine\n", "app.py": "import aura_engine.server\n", "requirements.txt": "fastapi\nuvicorn\n",
+    "requirements.lock": "# Locked on 2026-11-26\nfastapi==0.165.0 --hash=sha256:00\nuvicorn==0.54.0 --hash=sha256:00\n",
     "aura_engine/__init__.py": "", "aura_engine/server.py": "import fastapi\n", "aura_engine/assets/page/index.html": "<title>aura</title>",
     "aura_engine/assets/embedded/model.safetensors": "weights",
 }
@@ -272,13 +274,27 @@ def test_wrong_and_missing_token(hub, tree):
 @pytest.mark.parametrize("name, text, says", [
     ("aura_engine/keys.py", "key = 'hf_" + "q" * 34 + "'", "looks like a token"), ("aura_engine/assets/big.bin", "x" * 1_000_001, "only the embedded weights"),
     ("aura_engine/server.py", "import torch_of_tomorrow", "no line of requirements"), ("aura_engine/server.py", "def", "cannot read"), ("app.py", None, "app.py is missing"),
-    ("Dockerfile", "ARG AURA_BUILD_ID=\nEXPOSE 8000\n", "EXPOSE"), ("Dockerfile", "EXPOSE 7860\n", "AURA_BUILD_ID"), ("Dockerfile", "ARG AURA_BUILD_ID=\nCOPY src ./\nEXPOSE 7860\n", "copies src"),
+    ("Dockerfile", "ARG AURA_BUILD_ID=\nEXPOSE 8000\n", "EXPOSE"), ("Dockerfile", "EXPOSE 7860\n", "AURA_BUILD_ID"), ("Dockerfile", "ARG AURA_BUILD_ID=\nCOPY src ./\nEXPOSE 7860\n", "copies src"), ("requirements.lock", "fastapi==0.165.0 --hash=sha256:00\n", "lacks uvicorn"),
+    ("requirements.lock", "fastapi==0.165.0\nuvicorn==0.54.0 --hash=sha256:00\n", "fastapi has no hash"),
 ])
 def test_preflight_offline(tree, name, text, says):
     (tree / name).unlink(missing_ok=True)
     if text is not None: (tree / name).write_text(text)
     with pytest.raises(deploy.DeployError, match=says) as e: deploy.Deployment(deploy.DeployOptions(SPACE, source=tree), lambda *_: None).check()
     assert e.value.code == 3
+
+
+def test_the_lock_is_what_the_image_installs():
+    """It holds all that the requirements bring, by version and hash, fits them, and the Dockerfile installs nothing beside it but torch and what is asked for."""
+    locked = bundle.locked_versions((ROOT / "requirements.lock").read_text())
+    bring, complete = bundle.installed_by((ROOT / "requirements.txt").read_text())
+    of_torch = bundle.installed_by("torch\n")[0]
+    elsewhere = {"colorama", "exceptiongroup", "httpx2-jsfetch", "tomli"}          # for Windows, a browser, an older Python
+    assert complete and not bring - of_torch - set(locked) - elsewhere and "torch" not in locked
+    docker = (ROOT / "Dockerfile").read_text()
+    assert re.findall(r"pip install --no-cache-dir (.*?)(?:;.*)?$", docker, re.M) == [
+        "torch==2.13.0", "--no-deps --require-hashes -r requirements.lock", "$EXTRA_PACKAGES"]
+    assert bundle.lock_age((ROOT / "requirements.lock").read_text(), date(2027, 1, 1)) < 366
 
 
 def test_a_package_that_is_not_its_notebooks(tree):
@@ -755,7 +771,8 @@ def test_it_runs_where_only_its_own_packages_are():
     assert bare.returncode == 1 and "Traceback" not in bare.stderr and all(n in bare.stderr for n in needs.split())
     files = bundle.upload_set(ROOT)
     bad = {**files, "requirements.txt": b"fastapi\n"}
-    assert bundle.faults(bad, ROOT / "tests") and not bundle.faults({**bad, "requirements.txt": b"package-of-tomorrow\n"}, ROOT / "tests")
+    tomorrow = {"requirements.txt": b"package-of-tomorrow\n", "requirements.lock": b"package-of-tomorrow==1 --hash=sha256:00\n"}
+    assert bundle.faults(bad, ROOT / "tests") and not bundle.faults({**bad, **tomorrow}, ROOT / "tests")
 
 
 def test_the_build_id_names_the_content(tree):

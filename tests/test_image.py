@@ -75,9 +75,11 @@ def pip_mounts(folder):
 @functools.cache
 def torch_index():
     """Where the build gets torch: TORCH_INDEX_URL, else the Dockerfile's own address, else, where that cannot be reached, this machine's index."""
-    own = re.search(r"^ARG TORCH_INDEX_URL=(.*)$", (ROOT / "Dockerfile").read_text(), re.M)[1]
+    text = (ROOT / "Dockerfile").read_text()
+    own = re.search(r"^ARG TORCH_INDEX_URL=(.*)$", text, re.M)[1]
+    address = re.search(r'index="(https.*?)\$TORCH_INDEX_URL"', text)[1] + own
     if given := os.environ.get("TORCH_INDEX_URL"): return given
-    try: urllib.request.urlopen(own + "/torch/", timeout=10).close()
+    try: urllib.request.urlopen(address + "/torch/", timeout=10).close()
     except OSError: return "pypi"
     return own
 
