@@ -12,7 +12,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 # %% auto #0
-__all__ = ['EXITS', 'ROLLED_BACK', 'UPLOAD', 'WEIGHTS', 'LARGEST', 'LOCK_AGAIN', 'LOCK_DAYS', 'NEEDED', 'DeployError',
+__all__ = ['EXITS', 'ROLLED_BACK', 'UPLOAD', 'WEIGHTS_FOLDER', 'LARGEST', 'LOCK_AGAIN', 'LOCK_DAYS', 'MUST_HAVE', 'DeployError',
            'upload_set', 'build_id', 'stamp', 'modules_named', 'packages_of', 'imported', 'plain_name', 'installed_by',
            'locked_versions', 'lock_age', 'stale_modules', 'faults']
 
@@ -36,12 +36,16 @@ ROLLED_BACK = 20        # added to the number of a failure whose changes were un
 class DeployError(Exception):
     """A deployment that did not happen. The text says what was found and what to do.
 
-    `kind` is a name from `EXITS` and `code` its number. `status` is the Hub's HTTP status, if the Hub refused."""
+    `kind` is a name from `EXITS`, `code` its number, `status` the Hub's HTTP status if the Hub refused."""
     def __init__(self, kind: str, text: str, status: int | None = None):
         super().__init__(text)
         self.kind = kind
         self.code = EXITS[kind]
         self.status = status
+
+    def add(self, *lines: str) -> None:
+        "Say more: what was done about it, what it costs."
+        self.args = ("\n".join([str(self), *lines]),)
 
 # %% ../nbs/15a_bundle.ipynb #20586a75
 UPLOAD = (
@@ -54,7 +58,7 @@ UPLOAD = (
     "aura_engine/*.py",
     "aura_engine/assets/**/*",
 )
-WEIGHTS = "aura_engine/assets/embedded/"
+WEIGHTS_FOLDER = "aura_engine/assets/embedded/"
 LARGEST = 1_000_000     # bytes of a file that is not a weight: more is a mistake, such as a checkpoint
 
 
@@ -75,7 +79,9 @@ def upload_set(source: str | Path) -> dict[str, bytes]:
     for pattern in UPLOAD:
         for path in root.glob(pattern):
             if path.is_file() and not _stays(path.relative_to(root)): found.add(path)
-    return {path.relative_to(root).as_posix(): _with_plain_newlines(path.read_bytes()) for path in sorted(found)}
+    out = {}
+    for path in sorted(found): out[path.relative_to(root).as_posix()] = _with_plain_newlines(path.read_bytes())
+    return out
 
 # %% ../nbs/15a_bundle.ipynb #e7b104c4
 def build_id(files: Mapping[str, bytes]) -> str:
@@ -151,9 +157,9 @@ def installed_by(requirements: str) -> tuple[set[str], bool]:
 def locked_versions(lock: str) -> dict[str, str]:
     "The lock's packages -> their versions; one without a hash is a ValueError."
     out = {}
-    for block in re.findall(r"(?m)^[\w.-]+==.*(?:\n[ \t]+.*)*", lock):
-        name, version = re.match(r"([\w.-]+)==([^\s;\\]+)", block).groups()
-        if "--hash=sha256:" not in block: raise ValueError(f"requirements.lock: {name} has no hash")
+    # A package is a line, and its hashes are indented lines under it.
+    for name, version, hashes in re.findall(r"(?m)^([\w.-]+)==([^\s;\\]+)(.*(?:\n[ \t]+.*)*)", lock):
+        if "--hash=sha256:" not in hashes: raise ValueError(f"requirements.lock: {name} has no hash")
         out[plain_name(name)] = version
     return out
 
@@ -209,7 +215,8 @@ def stale_modules(source: str | Path) -> list[str]:
     return out
 
 # %% ../nbs/15a_bundle.ipynb #aac352ac
-NEEDED = ("Dockerfile", ".dockerignore", "app.py", "requirements.txt", "requirements.lock", "aura_engine/__init__.py")
+MUST_HAVE = ("Dockerfile", ".dockerignore", "app.py", "requirements.txt", "requirements.lock",
+             "aura_engine/__init__.py")
 _TOKEN = re.compile(rb"hf_[A-Za-z0-9]{30,}|-----BEGIN [A-Z ]*PRIVATE KEY-----|\bAKIA[A-Z0-9]{16}\b")
 
 
@@ -217,7 +224,7 @@ def _content_faults(files: Mapping[str, bytes]) -> Iterator[str]:
     for path, data in files.items():
         if Path(path).name.startswith(".env") or path.endswith((".pem", ".key")):
             yield f"{path} must not be uploaded"
-        if path.startswith(WEIGHTS): continue
+        if path.startswith(WEIGHTS_FOLDER): continue
         if len(data) > LARGEST:
             yield f"{path}: {len(data) // 1000} kB; only the embedded weights may exceed {LARGEST // 1000} kB"
         if _TOKEN.search(data): yield f"{path} holds what looks like a token or a private key"
@@ -253,7 +260,7 @@ def _code_faults(files: Mapping[str, bytes]) -> Iterator[str]:
 # %% ../nbs/15a_bundle.ipynb #3181d67d
 def faults(files: Mapping[str, bytes], source: str | Path) -> list[str]:
     "Everything that is wrong with an upload from the folder `source`, in words; empty when it may go."
-    lacking = [name for name in NEEDED if name not in files]
+    lacking = [name for name in MUST_HAVE if name not in files]
     if lacking: return [f"{name} is missing; --source names the project's folder" for name in lacking]
     stale = [f"aura_engine/ is not what nbs/{name} exports: run nbdev_export" for name in stale_modules(source)]
     docker = [*_content_faults(files), *_docker_faults(files)]

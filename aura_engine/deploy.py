@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['ADDRESS', 'Step', 'PICTURE', 'set_one', 'commit_files', 'create_space', 'apply_plan', 'set_line', 'replace_file',
+__all__ = ['ADDRESS', 'BackStep', 'PICTURE', 'set_one', 'commit_files', 'create_space', 'apply_plan', 'set_line', 'swap_file',
            'write_env', 'DeployJournal', 'journal_of', 'DeployReceipt', 'DeployRecord', 'cut_off', 'restore_settings',
            'restore_files', 'roll_back', 'gone_secrets', 'take_back', 'print_step', 'deploy_cleaner', 'checked_files',
-           'bill', 'smoke_questions', 'DeploySteps', 'Deployment', 'deploy_space', 'DeployWatch', 'SpacePanel',
-           'live_health', 'space_status', 'hardware_panel', 'json_steps', 'deploy_command', 'main']
+           'bill', 'smoke_questions', 'DeployPlanning', 'DeployApplying', 'DeployProving', 'DeployReturning',
+           'Deployment', 'deploy_space', 'DeployWatch', 'SpacePanel', 'live_health', 'space_status', 'hardware_panel',
+           'drift', 'diagnose', 'json_steps', 'run_deploy', 'main']
 
 # %% ../nbs/15e_deploy.ipynb #d2d92913
 import httpx
@@ -25,11 +26,12 @@ from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOpera
 from .config import parse_origins
 from .bundle import (EXITS, LOCK_AGAIN, LOCK_DAYS, ROLLED_BACK, DeployError, build_id, faults, lock_age,
                                 upload_set)
-from .hub import (Cleaner, SpaceHub, SpaceState, creation_settings, find_token, git_oid, last_words, log_lines,
+from .hub import (Cleaner, SpaceHub, SpaceState, creation_settings, find_token, git_oid, log_causes, log_lines,
                              look_at, redactor, stored_token)
-from .deploy_plan import (HIDDEN, DeployOptions, DeployPlan, SpaceChange, costs, has_gpu, objections,
-                                     parse_deploy, plan_deployment, slow_start)
-from .proof import Say, SmokeResult, SmokeTest, check_newest, smoke_test, wait_for_commit
+from .deploy_plan import (HIDDEN, DeployOptions, DeployPlan, SpaceChange, has_gpu, is_ours, objections,
+                                     parse_deploy, plan_deployment, plan_rows, price_text, right_wheels, slow_start,
+                                     wrong_settings)
+from .proof import DEAD, Say, SmokeResult, SmokeTest, check_newest, smoke_test, wait_for_commit
 
 # %% ../nbs/15e_deploy.ipynb #583accf3
 def set_one(hub: SpaceHub, change: SpaceChange, o: DeployOptions) -> None:
@@ -88,7 +90,7 @@ def set_line(text: str, name: str, value: str) -> str:
     return f"{text}{name}={value}{newline}"
 
 # %% ../nbs/15e_deploy.ipynb #72383cd2
-def replace_file(path: Path, new: bytes) -> None:
+def swap_file(path: Path, new: bytes) -> None:
     "The file with new content. Whoever reads it sees the old one or the new one, and it keeps its mode."
     fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
@@ -113,7 +115,7 @@ def write_env(path: str | Path, name: str, value: str) -> bool:
     old = path.read_bytes() if path.exists() else b""
     # Bytes that are not UTF-8 come back as they were.
     new = set_line(old.decode("utf-8", "surrogateescape"), name, value).encode("utf-8", "surrogateescape")
-    if new != old: replace_file(path, new)
+    if new != old: swap_file(path, new)
     return new != old
 
 # %% ../nbs/15e_deploy.ipynb #8530d3f9
@@ -123,7 +125,8 @@ class DeployJournal:
     head: str | None                            # the Space's newest commit before
     dockerfile: str                             # git id of the Dockerfile that is to be there after
     previous: str | None                        # the commit that ran
-    variables: Mapping[str, str | None] = field(default_factory=dict)       # their old values; None: there was none
+    # The old values of the variables that change; None: there was none.
+    variables: Mapping[str, str | None] = field(default_factory=dict)
     secrets: tuple[str, ...] = ()               # new ones, to be deleted
     hardware: str | None = None                 # the old one; None: it was not changed
     sleep_time: int | None = None               # the old one; None: it was not changed
@@ -145,7 +148,7 @@ def _old_variables(plan: DeployPlan, old: DeployJournal, lost: Sequence[str]) ->
             variables.setdefault(change.name, plan.state.variables.get(change.name))
     return variables
 
-
+# %% ../nbs/15e_deploy.ipynb #aa334ac5
 def journal_of(plan: DeployPlan, good: str | None, cut: DeployJournal | None = None) -> DeployJournal:
     "How to undo the plan and return to commit `good`, and also what a run that was `cut` off had done already."
     state = plan.state
@@ -195,11 +198,14 @@ class DeployRecord:
     def write(self, known: Mapping[str, Any]) -> None:
         with contextlib.suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(self.path.resolve(), (json.dumps(known, indent=1) + "\n").encode())
+            swap_file(self.path.resolve(), (json.dumps(known, indent=1) + "\n").encode())
 
     def begin(self, journal: DeployJournal) -> None: self.write(self.read() | {"journal": asdict(journal)})
 
-    def undone(self) -> None: self.write({name: value for name, value in self.read().items() if name != "journal"})
+    def undone(self) -> None:
+        known = self.read()
+        known.pop("journal", None)
+        self.write(known)
 
 # %% ../nbs/15e_deploy.ipynb #e798f528
 def cut_off(record: DeployRecord, state: SpaceState) -> DeployJournal | None:
@@ -211,10 +217,10 @@ def cut_off(record: DeployRecord, state: SpaceState) -> DeployJournal | None:
     return journal if ours else None
 
 # %% ../nbs/15e_deploy.ipynb #8d3111da
-Step = Callable[[], None]
+BackStep = Callable[[], None]
 
 
-def _machine_back(hub: SpaceHub, journal: DeployJournal, now: SpaceState) -> Iterator[tuple[str, Step]]:
+def _machine_back(hub: SpaceHub, journal: DeployJournal, now: SpaceState) -> Iterator[tuple[str, BackStep]]:
     if journal.hardware and now.machine != journal.hardware:
         yield f"hardware {journal.hardware}", partial(hub.set_hardware, journal.hardware)
     paid = now.prices.get(journal.hardware or now.machine)
@@ -224,7 +230,7 @@ def _machine_back(hub: SpaceHub, journal: DeployJournal, now: SpaceState) -> Ite
         yield f"visibility {journal.visibility}", partial(hub.set_visibility, journal.visibility)
 
 # %% ../nbs/15e_deploy.ipynb #d0c79c64
-def _settings_back(hub: SpaceHub, journal: DeployJournal, now: SpaceState) -> Iterator[tuple[str, Step]]:
+def _settings_back(hub: SpaceHub, journal: DeployJournal, now: SpaceState) -> Iterator[tuple[str, BackStep]]:
     for name, value in journal.variables.items():
         if now.variables.get(name) == value: continue
         if value is None: yield f"variable {name}", partial(hub.delete_variable, name)
@@ -305,7 +311,10 @@ def print_step(step: str, text: str, **data: Any) -> None:
 # %% ../nbs/15e_deploy.ipynb #d82464d0
 def deploy_cleaner(o: DeployOptions | None = None) -> Cleaner:
     "The redactor for the token in use and the secrets of this deployment."
-    return redactor(stored_token(), *(o.secret.values() if o else ()))
+    secrets = list(o.secret.values()) if o else []
+    # Without a token there is nothing to hide; the deployment itself will say why there is none.
+    with contextlib.suppress(DeployError): secrets.append(stored_token())
+    return redactor(*secrets)
 
 # %% ../nbs/15e_deploy.ipynb #8604c336
 def checked_files(o: DeployOptions, say: Say) -> dict[str, bytes]:
@@ -331,7 +340,7 @@ def bill(hub: SpaceHub) -> list[str]:
         price = hub.prices().get(hardware, 0)
     except DeployError: return []
     if not price: return []
-    return [f"{costs(hardware, price, run.sleep_time)}; --preset cpu --hardware cpu-basic ends that"]
+    return [f"{price_text(hardware, price, run.sleep_time)}; --preset cpu --hardware cpu-basic ends that"]
 
 # %% ../nbs/15e_deploy.ipynb #6c087979
 def smoke_questions(hub: SpaceHub, o: DeployOptions, plan: DeployPlan, oid: str,
@@ -348,25 +357,21 @@ def smoke_questions(hub: SpaceHub, o: DeployOptions, plan: DeployPlan, oid: str,
         key=o.secret.get("AURA_API_KEY"), token=hub.token if info.private else None)
 
 # %% ../nbs/15e_deploy.ipynb #24983167
-class DeploySteps:
-    "A deployment up to its commit. Each step raises DeployError."
+class DeployPlanning:
+    "The first chapter: what is here, what is there, what to do."
     hub: SpaceHub
     files: dict[str, bytes]
     plan: DeployPlan
     receipt: DeployReceipt
     journal: DeployJournal | None = None        # how to undo what was begun; None: nothing was
-    start: float                                # monotonic seconds
-    planned: float
+    planned: float = 0.0                        # when the Space was looked at, monotonic seconds
 
     def __init__(self, o: DeployOptions, say: Say):
         self.o = o
         self.say = say
         self.record = DeployRecord(o)
-        self.known = self.record.read()
-        self.gone: list[str] = []               # secrets whose old values are gone
 
     def check(self) -> None:
-        self.start = time.monotonic()
         self.files = checked_files(self.o, self.say)
         self.hub = SpaceHub(self.o.space_id, find_token(), self.o.poll, deploy_cleaner(self.o))
 
@@ -377,8 +382,9 @@ class DeploySteps:
         self.planned = time.monotonic()
         self.say("plan", str(self.plan), plan=self.plan)
         self.know_the_way_back(state)
-        previous = self.journal.previous if self.journal else state.running
-        self.receipt = DeployReceipt(self.o.space_id, self.plan.build, len(self.plan.changes), previous, state.head)
+        self.receipt = DeployReceipt(
+            space=self.o.space_id, build=self.plan.build, changes=len(self.plan.changes), oid=state.head,
+            previous=self.journal.previous if self.journal else state.running)
 
     def know_the_way_back(self, state: SpaceState) -> None:
         good = (state.running or self.record.read().get("oid")) if state.head else None
@@ -387,70 +393,50 @@ class DeploySteps:
         if cut is None and self.journal: cut = replace(self.journal, previous=good)
         self.journal = journal_of(self.plan, good, cut) if self.plan.changes else cut
 
+# %% ../nbs/15e_deploy.ipynb #104a2df0
+class DeployApplying(DeployPlanning):
+    "The second chapter: the Hub gets what the Space is to run."
+    gone: tuple[str, ...] = ()                  # secrets whose old values are gone
+
     def apply(self) -> None:
-        "Carry out the plan. After an error plan once more, if that is the way, else undo what was done."
+        known = self.record.read()
         try: self.apply_once()
         except DeployError as e:
-            self.gone = gone_secrets(self.hub, self.plan)
-            if e.kind == "conflict" or self.gone:
-                self.say("plan", f"{e}; planning once more")
-                return self.apply_again()
-            self.give_up(e)
-            raise
+            self.gone = tuple(gone_secrets(self.hub, self.plan))
+            if e.kind != "conflict" and not self.gone:
+                self.give_up(e, known)
+                raise
+            self.say("plan", f"{e}; planning once more")
+            self.apply_again(known)
 
-    def apply_again(self) -> None:
+    def apply_again(self, known: Mapping[str, Any]) -> None:
         try:
             self.make_plan()
             self.apply_once()
         except DeployError as e:
-            self.give_up(e)
+            self.give_up(e, known)
             raise
 
     def apply_once(self) -> None:
         if self.plan.changes and self.journal: self.record.begin(self.journal)
         self.receipt = replace(self.receipt, oid=apply_plan(self.hub, self.plan, self.o))
 
-    def give_up(self, e: DeployError) -> None:
-        "After error `e` of apply: undo what was done. The error then says what became of it."
+    def give_up(self, e: DeployError, known: Mapping[str, Any]) -> None:
+        "Undo what was done before error `e`, and forget it; `known` is what was recorded before."
         if self.journal is None or not self.o.rollback: return
         if self.gone:
-            e.args = (f"{e}\nthe old value of {', '.join(self.gone)} is gone, so nothing was undone; "
-                      "the same command carries on",)
-            return
+            names = ", ".join(self.gone)
+            return e.add(f"the old value of {names} is gone, so nothing was undone; the same command carries on")
         try: back = take_back(self.hub, self.plan, self.journal)
-        except DeployError as second:
-            e.args = (f"{e}\n{second}",)
-            return
-        self.record.write(self.known)
-        if not back: return
-        e.args = (f"{e}\nput back as it was: {', '.join(back)}",)
-        e.code += ROLLED_BACK
+        except DeployError as second: return e.add(str(second))
+        self.record.write(known)
+        if back:
+            e.add(f"put back as it was: {', '.join(back)}")
+            e.code += ROLLED_BACK
 
-# %% ../nbs/15e_deploy.ipynb #104a2df0
-class Deployment(DeploySteps):
-    "One deployment: `run` it, or take its steps one by one. Each step raises DeployError."
-    def run(self) -> DeployReceipt:
-        self.check()
-        self.make_plan()
-        if self.o.dry_run: return self.receipt
-        try:
-            self.apply()
-            if not self.o.wait: return self.receipt
-            self.prove_or_go_back()
-        except DeployError as e:
-            e.args = ("\n".join([str(e), *bill(self.hub)]),)
-            raise
-        self.remember()
-        return self.receipt
-
-    def prove_or_go_back(self) -> None:
-        try:
-            self.wait()
-            self.prove()
-        except DeployError as e:
-            if self.goes_back(e): self.undo(e)
-            raise
-
+# %% ../nbs/15e_deploy.ipynb #43dedb4a
+class DeployProving(DeployApplying):
+    "The third chapter: the Space runs it, and does its work."
     @property
     def written(self) -> str:
         "What the Space restarts for: a 'commit', 'settings' alone, or ''."
@@ -474,12 +460,15 @@ class Deployment(DeploySteps):
         try:
             if self.o.smoke != "none": result = smoke_test(asked, self.say, self.seconds)
         except DeployError as e:
-            if e.kind == "smoke": e.args = ("\n".join([str(e), *last_words(self.hub)]),)
+            if e.kind == "smoke": e.add(*log_causes(self.hub))
             raise
         self.receipt = replace(self.receipt, host=asked.host, health=result.health, image=result.image)
 
+# %% ../nbs/15e_deploy.ipynb #9a448c9c
+class DeployReturning(DeployProving):
+    "The other third chapter: back to the version that ran."
     def goes_back(self, e: DeployError) -> bool:
-        "Is there a version before this one to go back to, and does the failure call for it?"
+        "Is there a version before this one, and does the failure call for it?"
         if not (self.o.rollback and self.journal and self.journal.previous): return False
         differs = self.journal.settings or self.journal.previous != self.receipt.oid
         return differs and e.kind in ("build", "runtime", "smoke")
@@ -490,16 +479,40 @@ class Deployment(DeploySteps):
         self.say("failed", str(e))
         try: roll_back(self.hub, self.journal.previous, self.journal, self.o, self.say)
         except DeployError as second:
-            text = f"{e}\nand the version before it could not be put back: {second}"
-            raise DeployError(e.kind, text) from None
+            return e.add(f"and the version before it could not be put back: {second}")
         self.record.undone()
         e.code += ROLLED_BACK
 
+# %% ../nbs/15e_deploy.ipynb #2a86eae8
+class Deployment(DeployReturning):
+    "One deployment: `run` it, or take its steps one by one. Each step raises DeployError."
+    def run(self) -> DeployReceipt:
+        start = time.monotonic()
+        self.check()
+        self.make_plan()
+        if self.o.dry_run: return self.receipt
+        try:
+            self.apply()
+            if not self.o.wait: return self.receipt
+            self.prove_or_go_back()
+        except DeployError as e:
+            e.add(*bill(self.hub))
+            raise
+        self.receipt = replace(self.receipt, seconds=round(time.monotonic() - start, 1))
+        self.remember()
+        return self.receipt
+
+    def prove_or_go_back(self) -> None:
+        try:
+            self.wait()
+            self.prove()
+        except DeployError as e:
+            if self.goes_back(e): self.undo(e)
+            raise
+
     def remember(self) -> None:
-        "Record the proven address and the receipt."
-        self.receipt = replace(self.receipt, seconds=round(time.monotonic() - self.start, 1))
-        self.write_address(self.receipt.host)
         self.record.write(self.receipt.to_json())
+        self.write_address(self.receipt.host)
         text = f"{self.receipt.host} runs {(self.receipt.oid or '')[:12]}"
         if not self.receipt.changes: text += ", up to date"
         self.say("done", "\n".join([text, *bill(self.hub)]))
@@ -589,6 +602,65 @@ def hardware_panel(hub: SpaceHub) -> SpacePanel:
     "Every hardware that a Space can have, with the Hub's price of today."
     return SpacePanel({name: f"${price:.2f} an hour" if price else "free" for name, price in hub.prices().items()})
 
+# %% ../nbs/15e_deploy.ipynb #32bf39c4
+def _settings_advice(state: SpaceState) -> Iterator[str]:
+    yield from (f"variable {line}" for line in wrong_settings(state.variables))
+    clash = ", ".join(sorted(set(state.variables) & set(state.secrets)))
+    if clash: yield f"{clash} is a variable and a secret: delete one of them in the Space's settings"
+    wheels = right_wheels(state.variables, state.machine)
+    named = state.variables.get("TORCH_INDEX_URL", "cpu")
+    if wheels: yield f"{state.machine} with torch's {named} wheels: --var TORCH_INDEX_URL={wheels}"
+    if state.variables.get("SD_DEVICE", "").startswith("cuda") and not has_gpu(state.machine):
+        yield f"SD_DEVICE=cuda, but {state.machine} has no GPU: --hardware t4-small --yes, or --var SD_DEVICE=auto"
+    if state.prices.get(state.machine) and (state.sleep_time or -1) < 0:
+        yield f"{state.machine} never sleeps: --sleep-time 600 lets it"
+
+# %% ../nbs/15e_deploy.ipynb #f1f1d6e8
+def _running_advice(state: SpaceState, health: Mapping[str, Any]) -> Iterator[str]:
+    if not is_ours(state): yield "this is another app; --take-over would replace it"
+    if state.visibility == "private": yield HIDDEN
+    if state.stage.startswith("RUNNING") and state.running != state.head:
+        runs, newest = str(state.running)[:12], str(state.head)[:12]
+        yield f"it runs {runs}, and the newest commit is {newest}: look at --logs build"
+    if state.stage == "RUNNING" and not health: yield "the engine does not answer: look at --logs run"
+    if health and has_gpu(state.machine) and str(health.get("device")).startswith("cpu"):
+        yield f"{state.machine} has a GPU, but the engine draws on the CPU: --rebuild, then --logs run"
+    if health.get("reason"): yield f"the engine says: {health['reason']}"
+    yield from (f"the engine warns: {text}" for text in health.get("warnings") or ())
+
+# %% ../nbs/15e_deploy.ipynb #b95571e4
+def drift(state: SpaceState, o: DeployOptions) -> str:
+    "How the Space differs from this checkout, in one sentence."
+    files = upload_set(o.source)
+    wrong = faults(files, o.source)
+    if wrong: return f"this folder cannot be deployed: {wrong[0]}"
+    plan = plan_deployment(state, files, o)
+    if not plan.changes: return "none: it has what this folder would give it"
+    return "; ".join(" ".join(row).strip() for row in plan_rows(plan))
+
+# %% ../nbs/15e_deploy.ipynb #496f607e
+def diagnose(hub: SpaceHub, o: DeployOptions) -> SpacePanel:
+    "Everything about the Space that explains how it behaves, and what to do. Writes nothing."
+    state = look_at(hub)
+    if state.head is None: return SpacePanel({"space": hub.id, "advice": "there is no such Space for this token"})
+    info = hub.info()
+    health = live_health(info.host, hub.token if info.private else None)
+    advice = [*_settings_advice(state), *_running_advice(state, health)]
+    if state.stage in DEAD:
+        log = "build" if state.stage == "BUILD_ERROR" else "run"
+        advice += [f"it ended in {state.stage}; the {log} log says:", *log_causes(hub, log)]
+    sleep = f"after {state.sleep_time} s" if (state.sleep_time or -1) > 0 else "never"
+    return SpacePanel({
+        **space_status(hub),
+        "sleeps": sleep,
+        "visibility": state.visibility,
+        "device": health.get("device", "unknown"),
+        "variables": ", ".join(f"{name}={value}" for name, value in sorted(state.variables.items())) or "none",
+        "secrets": ", ".join(sorted(state.secrets)) or "none",
+        "drift": drift(state, o),
+        "advice": "\n            ".join(advice) or "nothing is wrong",
+    })
+
 # %% ../nbs/15e_deploy.ipynb #bcee3e36
 def _blacked_out(value: Any, clean: Cleaner) -> Any:
     if isinstance(value, str): return clean(value)
@@ -608,6 +680,7 @@ def json_steps(clean: Cleaner) -> Say:
 def _instead(o: DeployOptions, a: argparse.Namespace, say: Say) -> None:
     clean = deploy_cleaner(o)
     hub = SpaceHub(o.space_id, find_token(), o.poll, clean)
+    if a.action == "doctor": say("doctor", clean(str(diagnose(hub, o))))
     if a.status: say("status", clean(str(space_status(hub))))
     if a.logs: say(a.logs, clean("\n".join(log_lines(hub, a.logs))))
     if a.restart: say("restart", hub.restart())
@@ -615,7 +688,7 @@ def _instead(o: DeployOptions, a: argparse.Namespace, say: Say) -> None:
 
 
 def _act(o: DeployOptions, a: argparse.Namespace, say: Say) -> int:
-    if a.status or a.logs or a.restart or a.rollback_to:
+    if a.action or a.status or a.logs or a.restart or a.rollback_to:
         _instead(o, a, say)
         return 0
     receipt = deploy_space(o, say)
@@ -623,7 +696,7 @@ def _act(o: DeployOptions, a: argparse.Namespace, say: Say) -> int:
     return EXITS["pending"] if a.dry_run and a.detailed_exitcode and receipt.changes else 0
 
 # %% ../nbs/15e_deploy.ipynb #186d0b71
-def deploy_command(argv: Sequence[str] | None = None) -> int:
+def run_deploy(argv: Sequence[str] | None = None) -> int:
     "The command, as a function: its exit status."
     warnings.filterwarnings("ignore", module="huggingface_hub")
     clean = deploy_cleaner()
@@ -649,4 +722,4 @@ def deploy_command(argv: Sequence[str] | None = None) -> int:
 # %% ../nbs/15e_deploy.ipynb #391f52ed
 def main(argv: Sequence[str] | None = None) -> None:
     "The command; ends the process with its exit status."
-    sys.exit(deploy_command(argv))
+    sys.exit(run_deploy(argv))

@@ -16,7 +16,7 @@ __all__ = ['OPENVINO', 'CUDA_WHEELS', 'PRESETS', 'DEPLOY_FLAGS', 'DEPLOY_EPILOG'
            'check_options', 'DeployParser', 'project_folder', 'parse_deploy', 'hardware_for', 'sleep_for', 'has_gpu',
            'right_wheels', 'SpaceTarget', 'stale_names', 'target_for', 'slow_start', 'needed_settings', 'front_matter',
            'written_readme', 'space_readme', 'is_ours', 'objections', 'SpaceChange', 'DeployPlan', 'plan_rows',
-           'file_rows', 'aligned', 'all_changes', 'costs', 'plan_deployment']
+           'file_rows', 'aligned', 'all_changes', 'price_text', 'plan_deployment']
 
 # %% ../nbs/15c_deploy_plan.ipynb #d950f918
 import yaml
@@ -122,8 +122,9 @@ def check_known(model: str) -> None:
     if row_for(model, None) or is_local(model): return
     names = list(dict.fromkeys(name for row in ROWS.values() for name in row.ids if name != "embedded"))
     near = difflib.get_close_matches(model, names, 3, 0.3) or names[:3]
-    raise DeployError("usage", f"--model {model}: the engine's table does not have it; there is {', '.join(near)}, …. "
-                      "Another Stable Diffusion 1.5, 2.1 or XL model may do: say --any-model if it is one")
+    text = (f"--model {model}: the engine's table does not have it; there is {', '.join(near)}, …. "
+            "Another Stable Diffusion 1.5, 2.1 or XL model may do: say --any-model if it is one")
+    raise DeployError("usage", text)
 
 
 def check_options(o: DeployOptions) -> None:
@@ -180,6 +181,7 @@ _HOW = [
     ("--json", "one JSON object a line", _flag),
 ]
 _INSTEAD = [
+    ("action", "doctor: explain the Space as it is, and change nothing", {"nargs": "?", "choices": ["doctor"]}),
     ("--status", "show the Space", _flag),
     ("--logs", "print the build or the run log", {"choices": ["build", "run"]}),
     ("--restart", "restart the Space", _flag),
@@ -189,7 +191,8 @@ DEPLOY_FLAGS = {"what is deployed": _WHAT, "how": _HOW, "instead of deploying": 
 
 # %% ../nbs/15c_deploy_plan.ipynb #ad74d0cc
 _EXIT_LIST = ", ".join(f"{number} {name}" for name, number in EXITS.items())
-DEPLOY_EPILOG = f"""The token comes from HF_TOKEN or `hf auth login`; making a Docker Space needs PRO or paid hardware.
+DEPLOY_EPILOG = f"""The token comes from HF_TOKEN or `hf auth login`.
+Making a Docker Space needs PRO or paid hardware.
 
   hf_space_deploy.py --space-id you/aura --origins "http://localhost:5173" --dry-run
   hf_space_deploy.py --space-id you/aura --preset t4 --sleep-time 600 --yes
@@ -338,8 +341,9 @@ def target_for(state: SpaceState, o: DeployOptions) -> SpaceTarget:
         wanted["TORCH_INDEX_URL"] = wheels
         after["TORCH_INDEX_URL"] = wheels
     visibility = o.visibility or (state.visibility if state.head else "public")
-    price = state.prices.get(hardware, 0)
-    return SpaceTarget(ask, hardware, price, sleep_for(state, o, hardware), visibility, wanted, after, stale - set(wanted))
+    return SpaceTarget(
+        ask=ask, hardware=hardware, price=state.prices.get(hardware, 0), sleep_time=sleep_for(state, o, hardware),
+        visibility=visibility, wanted=wanted, variables=after, stale=stale - set(wanted))
 
 # %% ../nbs/15c_deploy_plan.ipynb #a6556016
 def slow_start(variables: Mapping[str, str]) -> int:
@@ -620,7 +624,7 @@ HIDDEN = ("a private Space answers 404 to everybody without your Hub token, a br
           "its address is not written into the env file")
 
 
-def costs(hardware: str, price: float, sleep_time: int | None) -> str:
+def price_text(hardware: str, price: float, sleep_time: int | None) -> str:
     "What hardware costs, as a sentence."
     text = f"{hardware} costs ${price:.2f} an hour while it is awake"
     if sleep_time and sleep_time > 0: return f"{text}, and sleeps after {sleep_time} s without a visit"
@@ -629,7 +633,7 @@ def costs(hardware: str, price: float, sleep_time: int | None) -> str:
 # %% ../nbs/15c_deploy_plan.ipynb #5d30b83a
 def _money_notes(state: SpaceState, o: DeployOptions, target: SpaceTarget) -> Iterator[str]:
     sleep_time = target.sleep_time or state.sleep_time
-    if target.price: yield costs(target.hardware, target.price, sleep_time)
+    if target.price: yield price_text(target.hardware, target.price, sleep_time)
     elif o.sleep_time is not None: yield f"{target.hardware} is free, and the Hub decides when it sleeps"
     if not has_gpu(target.hardware) and right_wheels(target.variables, target.hardware):
         yield f"{target.hardware} has no GPU: a CUDA image of several gigabytes for nothing"

@@ -13,12 +13,12 @@ from urllib.parse import quote
 # %% auto #0
 __all__ = ['Cleaner', 'HUB_WORDS', 'redactor', 'stored_token', 'find_token', 'hub_refusal', 'PatientHub', 'SpaceFiles',
            'SpaceReads', 'secret_mark', 'creation_settings', 'SpaceSettings', 'SpaceHub', 'SpaceState', 'look_at',
-           'git_oid', 'same_file', 'log_events', 'LogFollower', 'log_lines', 'last_words']
+           'git_oid', 'same_file', 'log_events', 'LogFollower', 'log_lines', 'log_causes']
 
 # %% ../nbs/15b_hub.ipynb #f8f5a898
 import httpx, httpx2
 from huggingface_hub import HfApi, SpaceHardware, get_token, set_client_factory
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, OIDCError
 from huggingface_hub.utils import disable_progress_bars, get_session, hf_raise_for_status
 from .bundle import DeployError
 
@@ -38,7 +38,7 @@ def redactor(*secrets: str) -> Cleaner:
         # A very short value would black out half of every text.
         if len(secret) > 3: spelled |= _spellings(secret)
     longest_first = sorted(spelled, key=len, reverse=True)
-    pattern = "|".join([*map(re.escape, longest_first), r"hf_[A-Za-z0-9]{20,}"])
+    pattern = "|".join([*map(re.escape, longest_first), r"hf_(?:jwt_)?[\w.-]{20,}"])
     return lambda text: re.sub(pattern, "(secret)", text)
 
 # %% ../nbs/15b_hub.ipynb #7fb8b377
@@ -53,8 +53,13 @@ HUB_WORDS = {
 
 # %% ../nbs/15b_hub.ipynb #c4353282
 def stored_token() -> str:
-    "The token from HF_TOKEN or `hf auth login`, without the newline that files end in; '' when there is none."
-    return (os.environ.get("HF_TOKEN") or get_token() or "").strip()
+    """The token from HF_TOKEN or `hf auth login`, without the newline that files end in; '' when there is none.
+
+    With HF_OIDC_RESOURCE set, a job of a CI service gets a token for an hour from the Hub."""
+    try: return (os.environ.get("HF_TOKEN") or get_token() or "").strip()
+    except (OIDCError, HfHubHTTPError) as e:
+        text = f"the Hub gave this job no token for {os.environ.get('HF_OIDC_RESOURCE')}: {str(e)[:300]}"
+        raise DeployError("preflight", text) from None
 
 # %% ../nbs/15b_hub.ipynb #a8756e6b
 def find_token() -> str:
@@ -73,7 +78,7 @@ def hub_refusal(e: HfHubHTTPError, clean: Cleaner) -> str:
     raise DeployError("conflict" if status in (409, 412) else "preflight", text, status) from None
 
 # %% ../nbs/15b_hub.ipynb #c666c4b5
-_T = TypeVar("_T")
+_Answer = TypeVar("_Answer")
 
 
 class PatientHub:
@@ -89,7 +94,7 @@ class PatientHub:
         set_client_factory(lambda: httpx2.Client(follow_redirects=True, timeout=limit))
         disable_progress_bars()
 
-    def ask(self, call: Callable[[HfApi], _T]) -> _T:
+    def ask(self, call: Callable[[HfApi], _Answer]) -> _Answer:
         "call(api), again while the Hub is busy. DeployError 'network' when it stays busy."
         text = ""
         for pause in (1, 2, 4, 0):
@@ -331,7 +336,7 @@ def log_lines(hub: SpaceHub, kind: str = "run", seconds: float = 3) -> list[str]
     return follower.lines
 
 # %% ../nbs/15b_hub.ipynb #b27d8a50
-def last_words(hub: SpaceHub, kind: str = "run") -> list[str]:
+def log_causes(hub: SpaceHub, kind: str = "run") -> list[str]:
     "The lines of a log that look like the reason of a failure, else its last ones."
     follower = LogFollower(hub, kind, lambda *_: None)
     follower.start()

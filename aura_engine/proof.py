@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 # %% auto #0
-__all__ = ['Say', 'DEAD', 'LOOKS', 'AGAIN', 'FLAT', 'QUICK', 'StageSeen', 'StageWatch', 'FollowedLogs', 'check_newest',
-           'wait_for_commit', 'NotYet', 'Patience', 'ask_until', 'Progress', 'app_answer', 'check_health',
-           'check_device', 'check_page', 'check_stranger', 'check_picture', 'SmokeTest', 'SmokeResult', 'smoke_test',
-           'ask_for_picture']
+__all__ = ['Say', 'DEAD', 'SETTLE_LOOKS', 'AGAIN', 'ONE_COLOUR', 'READY_SECONDS', 'StageSeen', 'StageWatch', 'FollowedLogs',
+           'check_newest', 'wait_for_commit', 'NotYet', 'Patience', 'ask_until', 'SmokeProgress', 'app_answer',
+           'check_health', 'check_device', 'check_page', 'check_stranger', 'check_picture', 'SmokeTest', 'SmokeResult',
+           'smoke_test', 'ask_for_picture']
 
 # %% ../nbs/15d_proof.ipynb #2ab25802
 import httpx, numpy as np
@@ -67,7 +67,7 @@ class StageSeen:
         return self.sure or (by_commit and self.ours(oid) and self.stage != "NO_APP_FILE")
 
 # %% ../nbs/15d_proof.ipynb #ae5ae03d
-LOOKS = 12      # after so many looks without a move, a change of settings is believed to be over
+SETTLE_LOOKS = 12      # after so many looks without a move, a change of settings is believed to be over
 
 
 class StageWatch:
@@ -75,7 +75,7 @@ class StageWatch:
     def __init__(self, hub: SpaceHub, changed: bool, say: Say, ago: float = 0.0):
         self.hub = hub
         self.say = say
-        self.settled = time.monotonic() - ago + LOOKS * hub.poll
+        self.settled = time.monotonic() - ago + SETTLE_LOOKS * hub.poll
         self.moved = not changed
         self.stage: str | None = None
 
@@ -148,7 +148,7 @@ def _late(seen: StageSeen, seconds: float, queued: bool) -> str:
     return text + (" No build log yet: it may be queued." if queued else "")
 
 # %% ../nbs/15d_proof.ipynb #440bacc0
-_A = TypeVar("_A")
+_Checked = TypeVar("_Checked")
 
 
 class NotYet(Exception):
@@ -163,7 +163,7 @@ class Patience:
     meanwhile: Callable[[str, float], None] = lambda reason, seconds: None
 
 
-def ask_until(patience: Patience, check: Callable[[], _A]) -> _A:
+def ask_until(patience: Patience, check: Callable[[], _Checked]) -> _Checked:
     "check(), again while it raises NotYet. DeployError 'smoke' with the last reason when the patience is over."
     start = time.monotonic()
     while True:
@@ -179,7 +179,7 @@ def ask_until(patience: Patience, check: Callable[[], _A]) -> _A:
 AGAIN = 15.0            # seconds after which the same reason is said again
 
 
-class Progress:
+class SmokeProgress:
     "Says why a smoke test still waits; a `Patience.meanwhile`."
     def __init__(self, say: Say, newest: Callable[[], None] = lambda: None):
         self.say = say
@@ -214,7 +214,7 @@ def check_health(web: httpx.Client, build: str | None, age: Callable[[], float] 
     if not h.get("ready"): raise NotYet(f"the engine is {h.get('status')}")
     return h
 
-
+# %% ../nbs/15d_proof.ipynb #10a9f5e8
 def check_device(health: Mapping[str, Any], hardware: str | None) -> None:
     "DeployError 'smoke' when the `hardware` has a GPU and the engine draws on the CPU. None: no matter."
     device = str(health.get("device"))
@@ -236,7 +236,7 @@ def check_stranger(web: httpx.Client) -> None:
     if r.status_code != 403: raise NotYet(f"a foreign origin was answered {r.status_code}, not 403")
 
 # %% ../nbs/15d_proof.ipynb #998b3c8f
-FLAT = 16       # a picture whose channels all span less than this (of 255) is of one colour
+ONE_COLOUR = 16       # a picture whose channels all span less than this (of 255) is of one colour
 
 
 def check_picture(web: httpx.Client, origin: str | None, key: str | None) -> str | None:
@@ -254,7 +254,7 @@ def check_picture(web: httpx.Client, origin: str | None, key: str | None) -> str
     except (AuraError, ValueError, LookupError):
         raise NotYet("/generate answers without a readable picture") from None
     spread = np.ptp(np.asarray(picture), axis=(0, 1))       # of each channel
-    if spread.max() < FLAT: raise NotYet("the picture is of one colour")
+    if spread.max() < ONE_COLOUR: raise NotYet("the picture is of one colour")
     return text
 
 # %% ../nbs/15d_proof.ipynb #c4a833f5
@@ -280,14 +280,14 @@ class SmokeResult:
     image: str | None = None
 
 # %% ../nbs/15d_proof.ipynb #d783b796
-QUICK = 60.0    # seconds for a question to an engine that is ready
+READY_SECONDS = 60.0    # seconds for a question to an engine that is ready
 
 
 def smoke_test(asked: SmokeTest, say: Say, seconds: float) -> SmokeResult:
     "Ask the live Space, up to `seconds` until it is ready. DeployError 'smoke' with the reason."
     headers = {"Authorization": f"Bearer {asked.token}"} if asked.token else {}
-    patience = Patience(seconds, asked.poll, Progress(say, asked.newest))
-    quick = replace(patience, seconds=min(QUICK, seconds))
+    patience = Patience(seconds, asked.poll, SmokeProgress(say, asked.newest))
+    quick = replace(patience, seconds=min(READY_SECONDS, seconds))
     with httpx.Client(base_url=asked.host, timeout=30, follow_redirects=True, headers=headers) as web:
         health = ask_until(patience, lambda: check_health(web, asked.build, asked.age))
         check_device(health, asked.gpu)

@@ -215,7 +215,7 @@ class Hub:
                 if answers and m == method and pattern.search(path):
                     status, body, headers = (*answers.pop(0), None, None)[:3]
                     return JSONResponse(body, status, headers) if isinstance(body, dict) else HTMLResponse(body or EDGE_PAGE, status, headers)
-            if not path.startswith("/lfs") and request.headers.get("authorization") != f"Bearer {self.token}":
+            if not path.startswith(("/lfs", "/oauth")) and request.headers.get("authorization") != f"Bearer {self.token}":
                 return error(401, "Invalid credentials in Authorization header")
             s = None
             if "owner" in request.path_params:
@@ -234,7 +234,7 @@ class Hub:
         one = "/api/spaces/{owner}/{name}"
         return [
             ("GET", "/api/whoami-v2", lambda r: self.user), ("GET", "/api/spaces/hardware", lambda r: hardware()),
-            ("POST", "/api/repos/create", self._create), ("POST", "/api/validate-yaml", validate_yaml), ("PUT", "/lfs/{oid}", self._put_lfs),
+            ("POST", "/api/repos/create", self._create), ("POST", "/oauth/token", self._exchange), ("POST", "/api/validate-yaml", validate_yaml), ("PUT", "/lfs/{oid}", self._put_lfs),
             ("POST", "/spaces/{owner}/{name}.git/info/lfs/objects/batch", self._lfs_batch), ("GET", "/spaces/{owner}/{name}/resolve/{rev}/{path:path}", resolve),
             ("GET", one, self._info), ("GET", one + "/revision/{rev}", self._info), ("GET", one + "/runtime", lambda r, s: self.runtime(s)),
             ("GET", one + "/tree/{rev}", lambda r, s: [b.row(p) for p, b in tree_of(r, s).items()]), ("POST", one + "/paths-info/{rev}", paths_info),
@@ -242,6 +242,12 @@ class Hub:
             ("GET POST DELETE", one + "/variables", self._settings("variables")), ("GET POST DELETE", one + "/secrets", self._settings("secrets")),
             ("POST", one + "/hardware", self._hardware), ("POST", one + "/sleeptime", self._sleep), ("POST", one + "/restart", self._restart), ("PUT", one + "/settings", self._visibility), ("POST", one + "/pause", self._pause),
         ]
+
+    async def _exchange(self, request):
+        """A Trusted Publisher's proof for a token; its proof here is any text that names the resource."""
+        ask = await request.json()
+        if not ask["subject_token"].endswith(ask["resource"]): return error(400, "invalid_grant")
+        return {"access_token": self.token, "token_type": "bearer", "expires_in": 3600}
 
     async def _create(self, request):
         ask = await request.json()

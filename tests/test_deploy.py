@@ -6,9 +6,10 @@ import contextlib, io, json, multiprocessing, os, re, shutil, signal, stat, subp
 from dataclasses import replace
 from datetime import date
 from importlib import metadata
+from pathlib import Path
 from unittest.mock import patch
 
-import huggingface_hub, pytest
+import huggingface_hub, pytest, yaml
 from dotenv import dotenv_values
 from hypothesis import given, settings, strategies as st
 
@@ -52,7 +53,7 @@ def _forked(env, tree, log, args):
     os.environ.clear(); os.environ.update(env); os.chdir(tree)
     huggingface_hub.constants.HF_HUB_DISABLE_XET = True
     sys.stdout = sys.stderr = open(log, "w", buffering=1)
-    sys.exit(deploy.deploy_command(["--space-id", SPACE, "--poll", "0.05", *args]))
+    sys.exit(deploy.run_deploy(["--space-id", SPACE, "--poll", "0.05", *args]))
 
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -86,7 +87,7 @@ def call(hub, tree, *args, code=0, **env):
     out = io.StringIO()
     with patch.dict(os.environ, environment(hub, tree, env), clear=True), patch.object(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True), \
          contextlib.chdir(tree), contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        status = deploy.deploy_command(["--space-id", SPACE, "--poll", "0.05", *args])
+        status = deploy.run_deploy(["--space-id", SPACE, "--poll", "0.05", *args])
     huggingface_hub.set_client_factory(huggingface_hub.utils._http.default_client_factory)
     assert code is None or status == code, out.getvalue()
     return out.getvalue()
@@ -318,7 +319,7 @@ def test_files_that_must_stay_at_home_do(tree):
                                   ["--var", "SD_MODEL_ID=someone/else"], ["--origins", "https://*.my.site"], ["--origins", ""], ["--secret", "HOME", "--var", "HOME=1"]], ids=" ".join)
 def test_usage(args, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", open(os.devnull))
-    assert deploy.deploy_command(["--space-id", SPACE, *args]) == 2
+    assert deploy.run_deploy(["--space-id", SPACE, *args]) == 2
     assert capsys.readouterr().err
 
 
@@ -655,6 +656,56 @@ def test_a_wait_is_not_silent_and_a_failure_brings_its_log(hub, tree):
     edit(tree, "FAIL_LOADING")
     out = call(hub, tree, *GUIDE, "--timeout", "1", code=8)
     assert re.search(r"smoke +not yet: the engine is loading \(\d+ s\)", out) and "Downloading shards" in out
+
+
+def test_the_doctor_explains_and_changes_nothing(hub, tree):
+    space = running(hub, tree, hardware="t4-small", private=True, variables={"SD_PRECISION": {"value": "fp99"}, "SD_DEVCE": {"value": "cuda"}, "X": {"value": "1"}},
+                    secrets={"X": {"value": "2"}})
+    out = call(hub, tree, "doctor")
+    for says in ("SD_PRECISION: given 'fp99'", "did you mean SD_DEVICE", "X is a variable and a secret", "--var TORCH_INDEX_URL=cu126", "t4-small never sleeps", "404", "CONFIG_ERROR", "$0.40"):
+        assert says in out, (says, out)
+    assert not hub.writes
+    space.secrets, space.variables, space.private = {}, {"TORCH_INDEX_URL": {"value": "cu126"}}, False
+    space.sleep_time, space.run.image = 600, {"TORCH_INDEX_URL": "cu126"}
+    edit(tree)
+    out = call(hub, tree, "doctor", "--json")
+    assert "nothing is wrong" in out and re.search("replace files app.py, Dockerfile|replace files Dockerfile, app.py", out) and not hub.writes
+    assert "there is no such Space" in call(hub, tree, "doctor", "--space-id", "ada/none")
+
+
+# the workflow
+
+WORKFLOW = ROOT / ".github/workflows/deploy.yml"
+
+
+def deploy_step(hub, folder, **env):
+    """The step of the workflow that deploys, run by bash as GitHub runs it."""
+    step = next(s for s in yaml.safe_load(WORKFLOW.read_text())["jobs"]["deploy"]["steps"] if s.get("name") == "Deploy")
+    given = {"HF_TOKEN": "", "SPACE_ID": SPACE, "ORIGINS": GUIDE[1], "PRESET": "", "DRY_RUN": "", "GITHUB_STEP_SUMMARY": folder / "summary.md", **env}
+    assert set(step["env"]) <= set(given)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(["bash", "-eo", "pipefail", "-c", step["run"]], cwd=folder, env={**environment(hub, folder, given), "PATH": path},
+                          capture_output=True, text=True, timeout=300)
+
+
+def test_the_workflow_deploys_and_shows_plan_and_proof(hub, tmp_path):
+    """By a proof of who it is instead of a stored token, and with the summary that a person reads."""
+    for name, data in {**bundle.upload_set(ROOT), "scripts/hf_space_deploy.py": (ROOT / "scripts/hf_space_deploy.py").read_bytes()}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    done = deploy_step(hub, tmp_path, HF_OIDC_ID_TOKEN="somebody else", DRY_RUN="yes")
+    assert done.returncode == 3 and "gave this job no token for spaces/ada/aura" in done.stdout
+    proof = {"HF_OIDC_ID_TOKEN": f"this job is spaces/{SPACE}"}
+    assert deploy_step(hub, tmp_path, DRY_RUN="yes", **proof).returncode == 0 and not hub.spaces
+    done = deploy_step(hub, tmp_path, **proof)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = (tmp_path / "summary.md").read_text()
+    assert "create" in summary and "a picture came" in summary and hub.spaces[SPACE].run and TOKEN not in summary + done.stdout
+
+
+def test_the_workflow_is_safe():
+    done = subprocess.run([shutil.which("zizmor", path=Path(sys.executable).parent) or "zizmor", "--offline", "--no-progress", "--persona", "regular", WORKFLOW], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # secrets
