@@ -7,7 +7,7 @@ from __future__ import annotations
 import base64, binascii, io, json, math, re, struct, time, zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, zip_longest
 from typing import Any, Literal, NoReturn
 from PIL import Image
 from .types import Invalid, Receipt, Words, shown
@@ -120,6 +120,7 @@ _PNG_NEEDED = {"IHDR", "PLTE", "tRNS", "IDAT", "IEND"}
 
 
 def _png_facts(data: bytes, parts: list[Part]) -> PictureFacts:
+    if parts[0].kind != "IHDR": raise IndexError("a PNG begins with its header")
     colour, interlaced = data[25], data[28]
     mode = "I;16" if data[24] == 16 and colour == 0 else _PNG_MODES[colour]
     frames = next((number_at(data, p.body, 4) for p in parts if p.kind == "acTL"), 1)
@@ -263,6 +264,7 @@ _MAX_EXIF = 2**16
 
 def _png_keeps(data: bytes, part: Part) -> bool:
     "Whether a chunk makes the picture: pixels, an EXIF block of usual size, a profile of allowed size."
+    if part.kind == "IHDR": return part.start == len(PNG_SIGNATURE)      # a second one would change the size
     if part.kind in _PNG_NEEDED: return True
     if part.kind == "eXIf": return len(part) <= _MAX_EXIF
     if part.kind != "iCCP": return False
@@ -292,7 +294,8 @@ def _plain(im: Image.Image) -> Image.Image:
     "The picture in mode L, LA, RGB, RGBA or CMYK."
     clear = "transparency" in im.info
     if im.mode.startswith("I"): return _from_16_bit(im)
-    if im.mode in ("L", "RGB") and clear or im.mode in ("PA", "La", "RGBa"): return im.convert("RGBA")
+    if im.mode in ("L", "RGB") and clear or im.mode in ("PA", "RGBa"): return im.convert("RGBA")
+    if im.mode == "La": return im.convert("LA")
     if im.mode == "P": return im.convert("RGBA" if clear else "RGB")
     if im.mode in ("1", "F"): return im.convert("L")
     return im if im.mode in ("L", "LA", "RGB", "RGBA", "CMYK") else im.convert("RGB")
@@ -445,21 +448,22 @@ class Grid:
 # %% ../nbs/03a_images.ipynb #6d610e18
 def grid(images: Sequence[Image.Image], width: int = 160, columns: int = 6, labels: Sequence[str] = ()) -> Grid:
     "Thumbnails `width` pixels wide in rows of `columns`, each with an optional label under it."
-    from PIL import ImageDraw
     if not images: raise ValueError("no pictures to show")
-    thumbs = [_thumbnail(im, width) for im in images]
+    thumbs = [_thumbnail(im, width, label) for im, label in zip_longest(images, labels[:len(images)])]
     columns = min(columns, len(thumbs))
-    wide = width + 4                             # of a place, with the gap to the next
-    high = max(t.height for t in thumbs) + (18 if labels else 4)
-    sheet = Image.new("RGB", (columns * wide - 4, math.ceil(len(thumbs) / columns) * high - 4), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, thumb in enumerate(thumbs):
-        x, y = i % columns * wide, i // columns * high
-        sheet.paste(thumb, (x, y))
-        if labels: pen.text((x + 2, y + high - 18), str(labels[i])[:width // 6], fill="black")
+    wide, high = width + 4, max(t.height for t in thumbs) + 4      # of a place, with the gap to the next
+    rows = -(-len(thumbs) // columns)
+    sheet = Image.new("RGB", (columns * wide - 4, rows * high - 4), "white")
+    for i, thumb in enumerate(thumbs): sheet.paste(thumb, (i % columns * wide, i // columns * high))
     return Grid(sheet)
 
 # %% ../nbs/03a_images.ipynb #1a9447f5
-def _thumbnail(im: Image.Image, width: int) -> Image.Image:
+def _thumbnail(im: Image.Image, width: int, label: str | None) -> Image.Image:
     height = max(1, round(width * im.height / im.width))
-    return im.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    small = im.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    if label is None: return small
+    from PIL import ImageDraw
+    page = Image.new("RGB", (width, height + 14), "white")         # 14 pixels hold a line of Pillow's small font
+    page.paste(small)
+    ImageDraw.Draw(page).text((2, height), str(label)[:width // 6], fill="black")
+    return page
