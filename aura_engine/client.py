@@ -20,7 +20,7 @@ from PIL import Image as Pillow
 from .images import encode, grid
 from .transport import (
     CLOUD_VARIABLE, Ask, Broken, Door, GenerateOptions, InProcess, Remote, Replay,
-    body_of, cloud_url, engine_url, generation, refinement, repetition)
+    json_body, cloud_url, engine_url, generation, refinement, repetition)
 from aura_engine.types import (
     AuraError, Done, EngineState, Event, Failed, GenerateRequest, Health, Image, Invalid, Queued, Receipt,
     Unreachable)
@@ -151,7 +151,7 @@ LastMade = deque[dict[str, Any]]
 
 def made_by(door: Door, ask: Ask, since: float) -> dict[str, Any]:
     "A picture that was made: the engine, the prompt, the seconds since `since`."
-    prompt = ask.receipt.prompt if isinstance(ask, Replay) else body_of(ask).get("prompt", "")
+    prompt = ask.receipt.prompt if isinstance(ask, Replay) else json_body(ask).get("prompt", "")
     return {"engine": door.name, "prompt": prompt, "seconds": round(time.monotonic() - since, 2)}
 
 def own_fault(error: AuraError) -> bool:

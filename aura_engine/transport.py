@@ -29,7 +29,7 @@ from .types import (
 
 # %% auto #0
 __all__ = ['Ask', 'ROUTES', 'GUIDE', 'SPACE_PAGE', 'AN_ADDRESS', 'CLOUD_VARIABLE', 'QUICK', 'PATIENT', 'Replay', 'checked',
-           'as_base64', 'GenerateOptions', 'generation', 'refinement', 'repetition', 'body_of', 'error_from',
+           'as_base64', 'GenerateOptions', 'generation', 'refinement', 'repetition', 'json_body', 'error_from',
            'error_in', 'is_near', 'event_of', 'events_in', 'engine_url', 'cloud_url', 'Proxy', 'proxy_for', 'Door',
            'connections', 'Wire', 'Probed', 'Remote', 'Broken', 'InProcess', 'until_ready', 'planned']
 
@@ -102,7 +102,7 @@ def repetition(receipt: Receipt | Mapping[str, Any] | bytes | str | Path, init: 
 # %% ../nbs/12a_transport.ipynb #ccaf52bd
 GUIDE = ("prompt", "aspectRatio", "temperature", "resolution")      # what the guide's clients always send
 
-def body_of(ask: Ask) -> dict[str, Any]:
+def json_body(ask: Ask) -> dict[str, Any]:
     "A question as JSON."
     if isinstance(ask, Replay):
         body = {"receipt": ask.receipt.to_json()}
@@ -419,7 +419,7 @@ class Remote(Probed):
         accept = {"accept": "text/event-stream, application/json;q=0.5"}
         patience = PATIENT if isinstance(ask, Replay) else QUICK
         route = ROUTES[type(ask)]
-        question = self.http.stream("POST", route, json=body_of(ask), headers=accept, timeout=patience)
+        question = self.http.stream("POST", route, json=json_body(ask), headers=accept, timeout=patience)
         try:
             async with question as r:
                 if r.status_code != 200:
@@ -486,5 +486,5 @@ def planned(ask: Ask, engine: Any) -> tuple[Plan, Receipt | None]:
     "-> (the plan of a question for the model of `engine`, the receipt that it has to keep to)."
     if isinstance(ask, RefineRequest): return prepare(ask, engine.row, engine.gpu), None
     if isinstance(ask, GenerateRequest): return plan(ask, engine.row, gpu=engine.gpu), None
-    old, todo = replay_plan(checked(ReplayRequest, **body_of(ask)), engine.row)
+    old, todo = replay_plan(checked(ReplayRequest, **json_body(ask)), engine.row)
     return todo, old

@@ -100,7 +100,7 @@ def test_serve_is_an_engine_on_this_machine_only(tmp_path):
 
 def test_help_is_quick_and_complete(aura):
     status, out, _ = aura("--help")
-    assert status == 0 and all(re.search(rf"\b{c}\b", out) for c in ("generate", "refine", "replay", "health", "serve", "bench", "deploy"))
+    assert status == 0 and all(re.search(rf"\b{c}\b", out) for c in ("generate", "refine", "batch", "replay", "health", "serve", "bench", "deploy"))
     code = "import sys; sys.argv = ['aura', 'generate', '--help']\nfrom aura_engine.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean_env(), capture_output=True).returncode == 0
 
@@ -166,3 +166,16 @@ def test_a_fault_of_the_program_is_a_sentence(tmp_path):
     for level, trace in (("info", False), ("debug", True)):
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=clean_env(PYTHONPATH=ROOT, AURA_LOG_LEVEL=level), capture_output=True, text=True, timeout=60)
         assert "who knows" in done.stderr and ("Traceback" in done.stderr) is trace and done.returncode == (1 if trace else 70)
+
+
+def test_many_prompts_from_a_file(aura, server, tmp_path):
+    (tmp_path / "list.txt").write_text("# my list\na fox\n\nein Eulenbaum 🦉\n" + "x" * 3000 + "\nan owl\n", encoding="utf-8")
+    status, out, err = aura("batch", "list.txt", "-o", "made", "--steps", 1, "--seed", 4, "--local", server.url)
+    assert status == 1 and "3 of 4 pictures in made" in out and "line 3: prompt" in err and "Traceback" not in err
+    assert sorted(p.name for p in (tmp_path / "made").iterdir()) == ["001 a-fox.png", "002 ein-eulenbaum.png", "004 an-owl.png", "sheet.png"]
+    assert Image.open(tmp_path / "made/sheet.png").width > 400
+    for content, said in ((b"# nothing\n", "holds no prompt"), (b"\xff\xfe", "UTF-8")):
+        (tmp_path / "bad.txt").write_bytes(content)
+        status, _, err = aura("batch", "bad.txt", "--local", server.url)
+        assert status == 1 and said in err
+    assert aura("batch", "list.txt", "-o", "/proc/made", "--local", "http://127.0.0.1:9")[0] == 1

@@ -38,14 +38,14 @@ class Target:
         where = urlsplit(self.url)
         return socket.create_connection((where.hostname, where.port), timeout=timeout, source_address=(source, 0))
 
-    def exchange(self, data: bytes, source: str = "127.0.0.1", half_close: bool = False, patience: float = 120) -> Answer:
-        """Send `data` and read at the same time, until the server closes or is silent for `patience` seconds."""
+    def exchange(self, data: bytes, source: str = "127.0.0.1", half_close: bool = False, patience: float = 120, to_the_end: bool = False) -> Answer:
+        """Send `data` and read at the same time: one answer, or all until the server closes. HANGS: silent for `patience` seconds."""
         with self.connect(source) as s:
             s.setblocking(False)
-            return _talk(s, memoryview(data), half_close, patience)
+            return _talk(s, memoryview(data), half_close, patience, to_the_end)
 
 
-def _talk(s: socket.socket, left: memoryview, half_close: bool, patience: float) -> Answer:
+def _talk(s: socket.socket, left: memoryview, half_close: bool, patience: float, to_the_end: bool) -> Answer:
     start, size = b"", 0
     while True:
         can_read, can_write, _ = select.select([s], [s] if left else [], [], patience)
@@ -59,7 +59,7 @@ def _talk(s: socket.socket, left: memoryview, half_close: bool, patience: float)
                 if not data: break
                 size += len(data)
                 if len(start) < MiB: start = INTERIM.sub(b"", start + data)
-                if _whole(start): break
+                if not to_the_end and _whole(start): break
         except (BrokenPipeError, ConnectionResetError): break
     first = start.split(b"\r\n", 1)[0].split(b" ")
     return Answer(int(first[1]) if len(first) > 1 and first[1].isdigit() else SILENT, size, start)
@@ -104,12 +104,13 @@ class Attack:
     answer: int = 64 * 1024
     at_once: int = 1
     half_close: bool = False
+    to_the_end: bool = False
     keyed: bool = False
 
     def run(self, target: Target, source: str = "127.0.0.1") -> list[Answer]:
         """Send everything and give the answers."""
         with ThreadPoolExecutor(self.at_once) as pool:
-            send = lambda data: target.exchange(data, source, self.half_close)
+            send = lambda data: target.exchange(data, source, self.half_close, to_the_end=self.to_the_end)
             return list(pool.map(send, self.requests(target.host)))
 
     def __str__(self) -> str: return self.name

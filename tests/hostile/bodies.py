@@ -79,6 +79,13 @@ BODIES = (
     row("sizes that nobody draws", "shapes of the model", lambda host: [question(host, "/replay", receipt=receipt(width=w, height=h)) for w, h in ((65536, 65536), (8, 8), (128, 8192), (129, 131), (-64, 64), (0, 0))], {422}, cpu=4),
     row("50 steps at the largest size", "work of one receipt", lambda host: [question(host, "/replay", receipt=receipt(steps=10**6))], {422}),
 
+    # the same by other doors
+    row("1 million versions in a job", "a receipt", body("/jobs", lambda: json.dumps({"route": "replay", "request": {"receipt": receipt(versions={f"k{i}": "1" for i in range(1_000_000)})}}).encode()), REFUSED, cpu=4),
+    row("5,000 keys in a job", "errors of one request", body("/jobs", lambda: b'{"route":"generate","request":' + wide(5_000) + b"}"), REFUSED),
+    row("a job of no kind, of two, of many", "a job", lambda host: [http(host, "/jobs", x) for x in (b"{}", b'{"route":"' + b"r" * 50_000 + b'"}', b'{"route":["generate"],"request":[]}', b'{"route":"generate","request":{"prompt":"a"},"previews":"' + b"p" * 5000 + b'"}')], REFUSED, cpu=4),
+    row("5,000 keys for Hugging Face's route", "errors of one request", body("/", lambda: b'{"inputs":"a","parameters":' + wide(5_000) + b"}"), (200, *REFUSED)),
+    row("330 random words by OpenAI's route", "spelling help of one prompt", body("/v1/images/generations", lambda: json.dumps({"prompt": words(330)}).encode()), {200}, answer=MiB),
+
     # forms
     row("10,000 parts", "parts of a form", body("/v1/images/edits", lambda: multipart(10_000), kind=FORM), REFUSED),
     row("10,000 files", "files of a form", body("/v1/images/edits", lambda: multipart(10_000, file=True, name="image"), kind=FORM), REFUSED),

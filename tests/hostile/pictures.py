@@ -51,6 +51,22 @@ def frames(n, format, size=(96, 96)):
     return saved(made[0], format, save_all=True, append_images=made[1:], **({"duration": 20} if format != "MPO" else {}))
 
 
+def overfull():
+    """A small PNG whose data unpack to 400 MiB."""
+    packer = zlib.compressobj(9)
+    data = b"".join(packer.compress(bytes(MiB)) for _ in range(400)) + packer.flush()
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 96, 96, 8, 2, 0, 0, 0)) + chunk(b"IDAT", data) + chunk(b"IEND")
+
+
+def segments(marker, n, size=8):
+    """A JPEG with `n` segments of one kind before its picture."""
+    raw = saved(Image.new("RGB", (96, 96), "red"), "JPEG")
+    return raw[:2] + (b"\xff" + bytes([marker]) + struct.pack(">H", size + 2) + bytes(size)) * n + raw[2:]
+
+
+def photo(width, height, **options): return saved(Image.effect_noise((width, height), 40).convert("RGB"), "JPEG", **options)
+
+
 def refine(*files, n=1, path="/refine"):
     """Requests that refine the pictures made by `files`, `n` of them."""
     def requests(host):
@@ -95,6 +111,13 @@ PICTURES = (
     row("a GIF, a TIFF, a BMP, an AVIF, a PDF", "formats", lambda host: [m for f in ("GIF", "TIFF", "BMP", "AVIF", "PDF") for m in refine(lambda f=f: saved(Image.new("RGB", (96, 96)), f))(host)], {422}, cpu=4),
     row("a TIFF that is called a PNG", "formats", refine(lambda: b"\x89PNG\r\n\x1a\n" + saved(Image.new("RGB", (96, 96)), "TIFF")), {422}),
     row("an SVG, an address, a path", "formats", lambda host: [http(host, "/refine", json.dumps({"refinePrompt": "x", "images": [x]}).encode()) for x in ("PHN2Zy8+", "http://169.254.169.254/", "file:///etc/passwd", "/etc/passwd", "data:image/png;base64,", "")], {422}, cpu=4),
+    row("a small PNG that unpacks to 400 MiB", "data of a PNG", refine(overfull), (200, 422), cpu=3),
+    row("a PNG with 300 long texts", "text of a PNG", refine(lambda: png(96, 96, before=chunk(b"tEXt", b"a\0" + bytes(30_000).replace(b"\0", b"b")) * 300)), (200, 422), cpu=3),
+    row("a palette without colours", "a damaged picture", refine(lambda: png(96, 96, mode=3, channels=1)), (200, 422)),
+    row("a gray PNG of 1 bit and 15 Mpx", "pixels of a picture", refine(lambda: png(4000, 3750, mode=0, depth=1, channels=1)), (200, 422), cpu=5, rss=300 * MiB),
+    row("JPEGs with 5,000 comments, tables and profiles", "segments of a JPEG", lambda host: [m for k in (0xFE, 0xDB, 0xC4, 0xE2, 0xE1) for m in refine(lambda k=k: segments(k, 5000))(host)], (200, 422), cpu=5),
+    row("a JPEG of 15 Mpx, turned by its EXIF", "pixels of a picture", refine(lambda: photo(4600, 3200, quality=30, exif=b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01\x03\0\x01\0\0\0\x06\0\0\0\0\0\0\0")), (200, 422), cpu=6, rss=300 * MiB),
+    row("a WebP of 16,383 x 16,383", "pixels of a picture", refine(lambda: b"RIFF" + struct.pack("<I", 30) + b"WEBPVP8L" + struct.pack("<I", 10) + b"\x2f" + struct.pack("<I", 0x0FFFFFFF) + bytes(5)), {422}),
     row("1,000 pictures", "pictures of a request", lambda host: [http(host, "/refine", json.dumps({"refinePrompt": "x", "images": [base64.b64encode(plain()).decode()] * 1000}).encode())], REFUSED),
     row("20 MiB of base64 that is none", "base64", lambda host: [http(host, "/refine", b'{"refinePrompt":"x","images":["' + b"A" * (20 * MiB) + b'!"]}')], REFUSED, cpu=3, rss=220 * MiB),
     row("20 MiB of base64 that is no picture", "base64", lambda host: [http(host, "/refine", b'{"refinePrompt":"x","images":["' + b"AAAA" * (5 * MiB) + b'"]}')], REFUSED, cpu=3, rss=220 * MiB),

@@ -41,6 +41,11 @@ WIRES = (
     row("paths of every kind", "addresses", lambda host: [http(host, p, b"", kind="", method="GET") for p in ("/" + "a" * 50_000, "/jobs/" + "f" * 5000, "/jobs/..%2f..%2fetc%2fpasswd", "/jobs/%00", "/%ff%fe", "//evil.example/", "/health?" + "a=1&" * 5000)], {SILENT, 200, 307, 400, 401, 404, 414, 431}, cpu=4),
     row("methods of every kind", "addresses", lambda host: [http(host, "/generate", b"", kind="", method=m) for m in ("TRACE", "CONNECT", "PUT", "X" * 5000, "GET")], {SILENT, 400, 404, 405, 431, 501}, cpu=4),
 
+    row("500 connections that ask nothing more", "connections that wait", lambda host: [f"GET /health HTTP/1.1\r\nhost: {host}\r\n\r\n".encode()] * 500, {SILENT, 200, 503}, Siege, at_once=500, cpu=8),
+    row("2,000 questions in one breath", "connections", lambda host: [f"GET /health HTTP/1.1\r\nhost: {host}\r\n\r\n".encode() * 2000 + head(host, path="/health", method="GET")], {200, 429}, cpu=20, answer=8 * MiB, to_the_end=True),
+    row("fifty streams that are left at once", "work for nobody", lambda host: [http(host, "/generate", json.dumps({"prompt": "an owl", "steps": 50, "n": 4}).encode(), accept="text/event-stream")] * 50, {SILENT, 200, 429}, Siege, at_once=50, cpu=20),
+    row("1,000 kinds of an address", "addresses that are remembered", lambda host: [http(host, f"/nowhere/{i}", b"", kind="", method="GET") for i in range(1000)], {404, 429}, cpu=12, at_once=4),
+
     # who asks
     row("a page that calls itself this host", "web pages of others", lambda host: [http("evil.example", "/generate", GOOD, origin="http://evil.example"), http("evil.example:7860", "/generate", GOOD, origin="http://evil.example:7860")], {403, 421}),
     row("a page of another origin", "web pages of others", lambda host: [http(host, "/generate", GOOD, origin=o) for o in ("http://evil.example", "null", "file://", "http://127.0.0.1.evil.example", f"http://{host}.evil.example")], {403}),
