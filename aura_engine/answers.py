@@ -18,8 +18,8 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 # %% auto #0
 __all__ = ['log', 'T', 'REASONS', 'LONG_WAITS', 'STEPS', 'Ask', 'Finish', 'KINDS', 'UNBUFFERED', 'Metrics', 'Stopwatch', 'Api',
-           'unready', 'add_gauges', 'Order', 'order_of', 'Work', 'pictures_in', 'cost_of', 'place_order', 'attended',
-           'hung_up', 'deadline_of', 'begin', 'follow', 'file_of', 'Files', 'files_of', 'answer_kind', 'Told',
+           'unready', 'add_gauges', 'gpu_memory', 'Order', 'order_of', 'Work', 'pictures_in', 'cost_of', 'place_order',
+           'attended', 'deadline_of', 'begin', 'follow', 'file_of', 'Files', 'files_of', 'answer_kind', 'Told',
            'sse_frame', 'preview_jpeg', 'told', 'tell', 'heartbeat', 'event_stream', 'sse_events', 'one_picture',
            'respond']
 
@@ -30,12 +30,13 @@ from starlette.background import BackgroundTask
 from .config import Settings
 from .errors import Shape, as_error, in_config, request_id
 from .images import MIME, as_file, decode_cost, facts_of, from_base64, to_base64
-from .intake import Arrivals, DecodeCost, PictureLine
+from .intake import Arrivals, DecodeCost, PictureLine, hung_up
 from .models import Row
 from .planning import ReplayRequest, differences, plan, prepare, replay_plan
-from .types import (AuraError, Cancelled, DeadlineExceeded, Done, EngineState, Event, Failed, GenerateRequest, Health, Image, Invalid, NotReady,
-                               Plan, Preview, Queued, Receipt, RefineRequest, ShuttingDown, Step)
-from .walls import client_of
+from .types import (
+    AuraError, Cancelled, DeadlineExceeded, Done, EngineState, Event, Failed, GenerateRequest, Health, Image, Invalid,
+    NotReady, Plan, Preview, Queued, Receipt, RefineRequest, ShuttingDown, Step)
+from .walls import client_behind
 
 log = logging.getLogger("aura_engine.answers")
 T = TypeVar("T")
@@ -52,13 +53,13 @@ class Metrics:
     "Counters and histograms of one app; `text` is the exposition. Times in seconds."
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
-        self.requests = Counter("aura_requests", "Answers by route and status", ["route", "code"], registry=registry)
-        self.failures = Counter("aura_request_failures", "Failed requests by reason", ["reason"], registry=registry)
-        seconds = partial(Histogram, registry=registry)
+        counter, seconds = partial(Counter, registry=registry), partial(Histogram, registry=registry)
+        self.requests = counter("aura_requests", "Answers by route and status", ["route", "code"])
+        self.failures = counter("aura_request_failures", "Failed requests by reason", ["reason"])
         self.waits = seconds("aura_queue_wait_seconds", "From submission to the first step", buckets=LONG_WAITS)
         self.steps = seconds("aura_step_seconds", "Between two steps of a picture", buckets=STEPS)
-        self.pictures = seconds("aura_generation_seconds", "From submission to the picture", ["size", "steps"],
-                                buckets=LONG_WAITS)
+        labels = ["size", "steps"]
+        self.pictures = seconds("aura_generation_seconds", "From submission to the picture", labels, buckets=LONG_WAITS)
         ProcessCollector(registry=registry)
 
     def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
@@ -134,12 +135,17 @@ def unready(health: Health) -> AuraError:
     reason = health.reason or "The model is loading; /ready tells when it can be used."
     return NotReady(reason, retry_after=60 if health.status == EngineState.failed else 2)
 
+# %% ../nbs/09d_answers.ipynb #c6d786bf
 def add_gauges(api: Api) -> None:
     "The numbers of the engine that are read when somebody asks."
     gauge = api.metrics.gauge
     gauge("aura_queue_depth", "Pictures in the engine", lambda: api.health().queue.length)
     gauge("aura_model_ready", "1 when pictures can be made", lambda: api.engine.ready)
-    gauge("aura_gpu_memory_bytes", "Allocated by torch on the GPU", lambda: (api.health().memory or {}).get("gpu") or 0)
+    gauge("aura_gpu_memory_bytes", "Allocated by torch on the GPU", lambda: gpu_memory(api.health()))
+
+def gpu_memory(health: Health) -> int:
+    "Bytes that torch has allocated on the GPU; 0 without one."
+    return (health.memory or {}).get("gpu") or 0
 
 # %% ../nbs/09d_answers.ipynb #22274290
 Ask = GenerateRequest | RefineRequest | ReplayRequest
@@ -176,13 +182,13 @@ def pictures_in(ask: Ask) -> dict[str, str]:
     if isinstance(ask, RefineRequest): return {f"images.{i}": text for i, text in enumerate(ask.images)}
     return {"init": ask.init} if isinstance(ask, ReplayRequest) and ask.init else {}
 
+# %% ../nbs/09d_answers.ipynb #8157bcd8
 def cost_of(ask: Ask, row: Row) -> DecodeCost:
     "What decoding the pictures of a request will take. Invalid when one of them is none that is read here."
-    seconds, size, peak = 0.0, 0, 0
-    for loc, text in pictures_in(ask).items():
-        needs, held = decode_cost(facts_of(from_base64(text, loc), loc), row.native)
-        seconds, size, peak = seconds + needs, size + len(text), max(peak, held)
-    return DecodeCost(seconds, size + peak)
+    texts = pictures_in(ask)
+    costs = [decode_cost(facts_of(from_base64(text, loc), loc), row.native) for loc, text in texts.items()]
+    held = sum(map(len, texts.values()))                      # the base64 of all of them, and one of them decoded
+    return DecodeCost(sum(seconds for seconds, _ in costs), held + max((peak for _, peak in costs), default=0))
 
 # %% ../nbs/09d_answers.ipynb #143a0eaa
 async def place_order(api: Api, ask: Ask, client: str) -> Order:
@@ -206,10 +212,6 @@ async def attended(request: Request, work: Coroutine[Any, Any, T]) -> T:
         task.cancel()
         gone.cancel()
 
-async def hung_up(request: Request) -> None:
-    "Return when the client of a request, whose body has been read, hangs up."
-    while (await request.receive())["type"] != "http.disconnect": pass
-
 # %% ../nbs/09d_answers.ipynb #cdadde0d
 def deadline_of(ask: Ask) -> float | None:
     "The seconds after which nobody wants the answer; None: the engine's own limit."
@@ -218,9 +220,10 @@ def deadline_of(ask: Ask) -> float | None:
 
 async def begin(request: Request, ask: Ask, previews: bool = False) -> Work:
     "Plan a checked request and hand it to the engine. Raises NotReady, QueueFull, DeadlineExceeded, Invalid."
-    api, client, seconds = request.app.state.api, client_of(request), deadline_of(ask)
+    api, client = request.app.state.api, client_behind(request)
+    seconds = max(deadline_of(ask) or api.settings.deadline_seconds, 1.0)      # shorter ones the engine judges
     try:
-        async with asyncio.timeout(max(seconds or api.settings.deadline_seconds, 1.0)):
+        async with asyncio.timeout(seconds):
             order = await attended(request, place_order(api, ask, client))
         return Work(api.engine.submit(order.plan, previews=previews, client=client), order)
     except TimeoutError: raise DeadlineExceeded("The pictures of this request were not read in time.") from None
@@ -241,6 +244,7 @@ async def follow(api: Api, job, request: Request | None = None) -> AsyncGenerato
         if hangup: hangup.cancel()
         if not job.done: job.cancel()
 
+# %% ../nbs/09d_answers.ipynb #97759fca
 async def _cancel_on_hangup(request: Request, job) -> None:
     await hung_up(request)
     job.cancel()
@@ -303,9 +307,10 @@ class Told:
     data: dict[str, Any]
     index: int | None = None
 
+# %% ../nbs/09d_answers.ipynb #23f9149e
 def sse_frame(name: str | None, data: dict[str, Any], number: int | None = None) -> bytes:
     "One server-sent event with JSON data, and its number where it has one."
-    text = JSONResponse(data).body.decode()
+    text = bytes(JSONResponse(data).body).decode()
     return format_sse_event(event=name, data_str=text, id=None if number is None else str(number))
 
 # %% ../nbs/09d_answers.ipynb #e8b8c16d
@@ -355,7 +360,7 @@ async def tell(api: Api, work: Work, request_id: str = "") -> AsyncGenerator[Tol
 # %% ../nbs/09d_answers.ipynb #dcb203e5
 async def heartbeat(source: AsyncGenerator[bytes], seconds: float = 10,
                     left: Callable[[], None] | None = None) -> AsyncIterator[bytes]:
-    "The items of `source`, and an SSE comment after each `seconds` of silence. `left()`: the reader left before the end."
+    "The items of `source`, and an SSE comment after each `seconds` of silence. `left()`: the reader left early."
     queue: asyncio.Queue[bytes | None] = asyncio.Queue(4)
     pump = asyncio.create_task(_pump(source, queue))
     ended = False
@@ -369,6 +374,7 @@ async def heartbeat(source: AsyncGenerator[bytes], seconds: float = 10,
         pump.cancel()
         if left and not ended: left()
 
+# %% ../nbs/09d_answers.ipynb #ef28a165
 async def _pump(source: AsyncGenerator[bytes], queue: asyncio.Queue[bytes | None]) -> None:
     "Move what `source` yields into `queue`; None is the end."
     try:
@@ -380,7 +386,7 @@ async def _pump(source: AsyncGenerator[bytes], queue: asyncio.Queue[bytes | None
 UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}         # the second is for nginx
 
 def event_stream(api: Api, source: AsyncGenerator[bytes], job) -> Response:
-    "An answer that sends `source`, with a heartbeat. When the connection ends first, the job is cancelled and counted so."
+    "An answer that sends `source`, with a heartbeat. If the client leaves first, the job is cancelled."
     beats = heartbeat(source, left=lambda: api.metrics.failed(Cancelled()))
     return EventSourceResponse(beats, headers=UNBUFFERED, background=BackgroundTask(job.cancel))
 
@@ -396,6 +402,7 @@ def one_picture(ask: Ask) -> None:
     field, given = ("images", len(ask.images)) if isinstance(ask, RefineRequest) else ("n", ask.n)
     if given != 1: raise Invalid.value(field, given=given, allowed="1 with Accept: image/*")
 
+# %% ../nbs/09d_answers.ipynb #5eaa92a0
 async def respond(request: Request, ask: Ask) -> Response:
     "Answer a checked request in the way its Accept header asks for."
     api: Api = request.app.state.api

@@ -22,7 +22,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 __all__ = ['SMALL_EXAMPLES', 'EXAMPLES', 'STUDIO', 'STUDIO_FILES', 'PAGE_POLICY', 'EVENTS', 'PICTURES', 'MAKING', 'routes',
            'INLINE', 'JOBS', 'REF', 'post_generate', 'post_refine', 'post_replay', 'get_health', 'get_ready',
            'get_metrics', 'get_examples', 'get_page', 'get_page_file', 'Answer', 'Problem', 'JobState', 'Route',
-           'responses', 'checked_body', 'body_of', 'endpoint', 'answer_error', 'on_error', 'methods_at', 'ask_key',
+           'responses', 'checked_body', 'json_body', 'endpoint', 'answer_error', 'on_error', 'methods_at', 'ask_key',
            'create_app', 'add_route', 'openapi']
 
 # %% ../nbs/09f_app.ipynb #83d929dd
@@ -36,13 +36,14 @@ from .intake import LARGE, SMALL, check_type, parse_json, read_body
 from .job_routes import AnyJob, JobStore, delete_job, get_job, get_job_events, post_job
 from .planning import ReplayRequest
 from .types import AuraError, FieldError, GenerateRequest, NotFound, RefineRequest, shown
-from .walls import Cors, Guard, Origins, Stamp, check_key, client_of
+from .walls import Cors, Guard, Origins, Stamp, check_key, client_behind
 
 # %% ../nbs/09f_app.ipynb #d9dcd2f5
 async def post_generate(request: Request, body: GenerateRequest) -> Response:
-    "Pictures from a prompt, the one required field. Accept: application/json, text/event-stream, or image/* with n = 1."
+    "Pictures from a prompt, the one required field. Accept: application/json, text/event-stream, or image/* for one."
     return await respond(request, body)
 
+# %% ../nbs/09f_app.ipynb #808cd01b
 async def post_refine(request: Request, body: RefineRequest) -> Response:
     "Pictures from pictures: one for each given, guided by `refinePrompt`."
     return await respond(request, body)
@@ -57,6 +58,7 @@ async def get_health(request: Request) -> Response:
     "What the engine is, has and does; always 200."
     return JSONResponse(request.app.state.api.health().to_json(), headers={"cache-control": "no-store"})
 
+# %% ../nbs/09f_app.ipynb #8d813e49
 async def get_ready(request: Request) -> Response:
     "200 when pictures can be made, 503 with Retry-After until then."
     request.app.state.api.row()
@@ -82,13 +84,15 @@ async def get_examples(request: Request) -> Response:
     "Prompts that the loaded model can draw."
     row = request.app.state.api.engine.row
     small = row is not None and row.name.startswith("embedded")
-    return JSONResponse({"examples": list(SMALL_EXAMPLES if small else EXAMPLES)}, headers={"cache-control": "no-cache"})
+    prompts = list(SMALL_EXAMPLES if small else EXAMPLES)
+    return JSONResponse({"examples": prompts}, headers={"cache-control": "no-cache"})
 
 # %% ../nbs/09f_app.ipynb #bc4f523f
 STUDIO = Path(__file__).parent / "assets/studio" if "__file__" in globals() else Path("../aura_engine/assets/studio")
 STUDIO_FILES = {"page.js": "text/javascript", "studio.js": "text/javascript", "studio.css": "text/css"}
-PAGE_POLICY = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
-               "connect-src 'self' http: https:; base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'")
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "connect-src 'self' http: https:; base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'")
 
 async def get_page(request: Request) -> Response:
     "The page for people."
@@ -109,6 +113,7 @@ class Answer(BaseModel):
     receipts: list[dict[str, Any]] = []
     warnings: list[str] = []
 
+# %% ../nbs/09f_app.ipynb #7221b027
 class Problem(BaseModel):
     "An error, as RFC 9457 has it; `errors` name each wrong field with what was given and what is allowed."
     type: str
@@ -135,9 +140,9 @@ class JobState(BaseModel):
 class Route:
     """One row of the table.
 
-    `body`: the model of the JSON it reads (None: the handler reads none, or reads it by itself), of at most `most` bytes.
-    `keyed`: whether the API key is asked for. `ok`, `status`, `media`, `alike` (other statuses that bring the same answer),
-    `errors` and `docs` are for OpenAPI.
+    `body`: the model of the JSON it reads, of at most `most` bytes. None: it reads none, or reads it by itself.
+    `keyed`: whether the API key is asked for. The rest is for OpenAPI: the answer `ok` with its `status`, `media` types
+    and other statuses that bring it (`alike`), the statuses of `errors`, and `docs` that are added.
     """
     method: str
     path: str
@@ -189,8 +194,8 @@ routes = (
 )
 
 # %% ../nbs/09f_app.ipynb #5c5a787a
-INLINE = 8192                                                 # bytes of JSON that are checked faster than a thread is woken
-JOBS = ("generate", "refine", "replay")                       # pydantic puts the branch of a union into the path of a field
+INLINE = 8192                                                 # bytes that are checked faster than a thread wakes
+JOBS = ("generate", "refine", "replay")                       # a union's branch is part of pydantic's paths
 
 def checked_body(adapter: TypeAdapter, data: bytes) -> Any:
     "The bytes of a JSON body -> the model. Malformed or Invalid otherwise; an empty body is no value."
@@ -198,22 +203,23 @@ def checked_body(adapter: TypeAdapter, data: bytes) -> Any:
     try: return adapter.validate_python(value)
     except ValidationError as error: raise invalid(error, JOBS) from None
 
-async def body_of(request: Request, route: Route, adapter: TypeAdapter) -> Any:
+# %% ../nbs/09f_app.ipynb #a9697168
+async def json_body(request: Request, route: Route, adapter: TypeAdapter) -> Any:
     "The checked body of a request."
     api: Api = request.app.state.api
     check_type(request)
-    with api.arrivals.body(client_of(request)) as arriving:
+    with api.arrivals.body(client_behind(request)) as arriving:
         data = await read_body(request, route.most, api.arrivals, arriving)
         if len(data) <= INLINE: return checked_body(adapter, data)
         return await api.read(checked_body, adapter, data)
 
-# %% ../nbs/09f_app.ipynb #a9697168
+# %% ../nbs/09f_app.ipynb #fb3493e4
 def endpoint(route: Route) -> Callable:
     "What FastAPI calls for a row of the table: the handler, after its body was read."
     if route.body is None: return route.handler
     adapter = TypeAdapter(route.body)
     async def answer(request: Request) -> Response:
-        return await route.handler(request, await body_of(request, route, adapter))
+        return await route.handler(request, await json_body(request, route, adapter))
     answer.__doc__ = route.handler.__doc__
     return answer
 
@@ -235,6 +241,7 @@ async def on_error(request: Request, exc: Exception) -> Response:
         exc.headers = {"Allow": ", ".join(sorted(methods_at(request)))}
     return answer_error(request, exc)
 
+# %% ../nbs/09f_app.ipynb #1e2df586
 def methods_at(request: Request) -> set[str]:
     "Methods that the path of a request answers; the framework's own list has those of one row only."
     path = request.scope["path"]
@@ -286,7 +293,7 @@ def openapi(app: FastAPI, made: Callable[[], dict[str, Any]], table: Sequence[Ro
     if app.openapi_schema: return app.openapi_schema          # FastAPI keeps what `made` returns
     document = made()
     reading = [r for r in table if r.body is not None]
-    inputs = [((r.method, r.path), "validation", TypeAdapter(r.body)) for r in reading]
+    inputs: list[Any] = [((r.method, r.path), "validation", TypeAdapter(r.body)) for r in reading]
     bodies, shared = TypeAdapter.json_schemas(inputs, ref_template=REF)
     document["components"]["schemas"].update(shared.get("$defs", {}))
     for r in reading:

@@ -15,24 +15,27 @@ from PIL import Image as Pillow, ImageOps
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 # %% auto #0
-__all__ = ['Model', 'SIDE', 'Size', 'NO_USAGE', 'FORM', 'OPENAI', 'EVENT_STREAM', 'compat_routes', 'compat_shapes', 'size_asked',
-           'to_size', 'own_shape', 'translated', 'ImagesRequest', 'numbers_of', 'openai_error', 'described', 'Partials',
-           'openai_event', 'completed', 'partial_image', 'openai_events', 'openai_stream', 'openai_json',
-           'openai_answer', 'post_generations', 'edit_form', 'post_edits', 'get_models', 'get_model', 'HfParameters',
-           'HfRequest', 'hf_size', 'post_inputs']
+__all__ = ['Model', 'FewPartials', 'Side', 'SIDE', 'Size', 'NO_USAGE', 'FORM', 'OPENAI', 'EVENT_STREAM', 'compat_routes',
+           'compat_shapes', 'size_asked', 'to_size', 'own_shape', 'translated', 'ImagesRequest', 'numbers_of',
+           'openai_error', 'described', 'Partials', 'openai_event', 'completed', 'partial_image', 'openai_events',
+           'openai_stream', 'openai_json', 'openai_answer', 'post_generations', 'edit_form', 'post_edits', 'get_models',
+           'get_model', 'HfParameters', 'HfRequest', 'hf_size', 'post_inputs']
 
 # %% ../nbs/10_compat.ipynb #64fcc498
-from .answers import (Api, Files, Finish, Work, answer_kind, begin, event_stream, file_of, files_of, follow,
-                                 sse_frame)
+from .answers import (
+    Api, Files, Finish, Work, answer_kind, begin, event_stream, file_of, files_of, follow, sse_frame)
 from .app import MAKING, Route
 from .errors import as_error, invalid
 from .images import MIME, encode, to_base64
 from .intake import LARGE, read_form
-from .types import (MAX_N, VISIBLE, AuraError, Count, Failed, GenerateRequest, Image, Invalid, Lora,
-                               Preview, Prompt, RefineConfig, RefineRequest, Seed, Step, Steps, Words, whole)
-from .walls import client_of
+from .types import (
+    MAX_N, VISIBLE, AuraError, Count, Failed, GenerateRequest, Image, Invalid, Lora, Preview, Prompt, RefineConfig,
+    RefineRequest, Seed, Step, Steps, Words, whole)
+from .walls import client_behind
 
 Model = TypeVar("Model", bound=BaseModel)
+FewPartials = whole(0, 3)
+Side = whole(64, 2048)
 
 # %% ../nbs/10_compat.ipynb #9a3e87c7
 SIDE = r"(6[4-9]|[7-9]\d|[1-9]\d\d|1\d\d\d|20[0-3]\d|204[0-8])"                # 64 to 2048
@@ -52,6 +55,7 @@ def to_size(size: Size | None) -> Finish:
         return picture if size in (None, picture.size) else ImageOps.fit(picture, size, Pillow.Resampling.LANCZOS)
     return finish
 
+# %% ../nbs/10_compat.ipynb #40666aad
 def own_shape(size: Size | None, native: int) -> dict[str, str]:
     "Pixels asked for -> the aspect ratio and resolution that our own request knows."
     if size is None: return {}
@@ -84,7 +88,7 @@ class ImagesRequest(BaseModel):
     output_format: Literal["png", "jpeg", "webp"] = "png"
     response_format: Literal["b64_json", "url"] = "b64_json"
     stream: bool = False
-    partial_images: whole(0, 3) = 0
+    partial_images: FewPartials = 0
     seed: Seed | None = None
     num_inference_steps: Steps | None = None
     guidance_scale: float | None = Field(None, ge=0, le=30)
@@ -146,6 +150,7 @@ def openai_event(ask: ImagesRequest, name: str, picture: Pillow.Image, file: byt
     return {"type": name, "b64_json": to_base64(file), "created_at": int(time.time()),
             **described(ask, picture.size), **more}
 
+# %% ../nbs/10_compat.ipynb #8f363e68
 def completed(ask: ImagesRequest, kind: str, event: Image) -> dict[str, Any]:
     "The event of a finished picture."
     picture = to_size(size_asked(ask.size))(event.image)
@@ -191,8 +196,9 @@ def openai_json(ask: ImagesRequest, made: Files) -> dict[str, Any]:
     prefix = f"data:{MIME[ask.output_format]};base64,"
     data = [{"url": prefix + text} if ask.response_format == "url" else {"b64_json": text} for text in texts]
     size = size_asked(ask.size) or (made.receipts[0].width, made.receipts[0].height)
+    receipts = [receipt.to_json() for receipt in made.receipts]
     return {"created": int(time.time()), "data": data, **described(ask, size), "usage": NO_USAGE,
-            "receipts": [receipt.to_json() for receipt in made.receipts], "warnings": made.warnings}
+            "receipts": receipts, "warnings": made.warnings}
 
 # %% ../nbs/10_compat.ipynb #c402947c
 async def openai_answer(request: Request, ask: ImagesRequest, own: GenerateRequest | RefineRequest,
@@ -216,7 +222,7 @@ async def post_generations(request: Request, body: ImagesRequest) -> Response:
 async def edit_form(request: Request) -> tuple[dict[str, str], list[bytes]]:
     "(the text fields, the pictures) of an edit's form."
     api: Api = request.app.state.api
-    with api.arrivals.body(client_of(request)) as arriving:
+    with api.arrivals.body(client_behind(request)) as arriving:
         async with read_form(request, LARGE, api.arrivals, arriving, MAX_N + 1) as form:
             parts = form.multi_items()
             fields = {name: part for name, part in parts if isinstance(part, str)}
@@ -246,10 +252,12 @@ def _model(request: Request) -> dict[str, Any]:
     name = request.app.state.api.settings.model_id
     return {"id": name, "object": "model", "created": 0, "owned_by": "aura_engine"}
 
+# %% ../nbs/10_compat.ipynb #5e3b9f38
 async def get_models(request: Request) -> Response:
     "OpenAI's models.list."
     return JSONResponse({"object": "list", "data": [_model(request)]})
 
+# %% ../nbs/10_compat.ipynb #3904b4b6
 async def get_model(request: Request, id: str) -> Response:
     "OpenAI's models.retrieve."
     return JSONResponse(_model(request))
@@ -258,21 +266,22 @@ async def get_model(request: Request, id: str) -> Response:
 class HfParameters(BaseModel):
     "`parameters` of a Hugging Face text-to-image request."
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False, strict=True)
-    width: whole(64, 2048) | None = None
-    height: whole(64, 2048) | None = None
+    width: Side | None = None
+    height: Side | None = None
     num_inference_steps: Steps | None = None
     guidance_scale: float | None = Field(None, ge=0, le=30)
     negative_prompt: str | None = Field(None, max_length=2000)
     seed: Seed | None = None
     lora: Lora = None
 
+# %% ../nbs/10_compat.ipynb #53d12fb9
 class HfRequest(BaseModel):
     "Body of POST /: Hugging Face's text-to-image."
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False, strict=True)
     inputs: Prompt = Field(json_schema_extra=VISIBLE)
     parameters: HfParameters | None = None
 
-# %% ../nbs/10_compat.ipynb #53d12fb9
+# %% ../nbs/10_compat.ipynb #b155111c
 def hf_size(given: HfParameters) -> Size | None:
     "Width and height; one of them alone means a square."
     if not (given.width or given.height): return None
@@ -280,7 +289,7 @@ def hf_size(given: HfParameters) -> Size | None:
 
 async def post_inputs(request: Request, body: HfRequest) -> Response:
     "Hugging Face's text_to_image: the bytes of one picture."
-    api, given = request.app.state.api, body.parameters or HfParameters()
+    api, given = request.app.state.api, body.parameters or HfParameters.model_validate({})
     kind = answer_kind(request.headers.get("accept", ""))
     size, format = hf_size(given), kind if kind in MIME else "png"
     own = translated(GenerateRequest, prompt=body.inputs, **own_shape(size, api.row().native), seed=given.seed,
@@ -290,8 +299,9 @@ async def post_inputs(request: Request, body: HfRequest) -> Response:
     return Response(made.files[0], media_type=MIME[format], headers={"cache-control": "no-store"})
 
 # %% ../nbs/10_compat.ipynb #ffe566af
-_FIELDS = {"prompt": {"type": "string", "maxLength": 2000, **VISIBLE}, "image": {"type": "string", "format": "binary"},
-           "n": {"type": "integer", "minimum": 1, "maximum": MAX_N}}
+_FIELDS = {
+    "prompt": {"type": "string", "maxLength": 2000, **VISIBLE}, "image": {"type": "string", "format": "binary"},
+    "n": {"type": "integer", "minimum": 1, "maximum": MAX_N}}
 _SCHEMA = {"type": "object", "required": ["prompt", "image"], "properties": _FIELDS}
 FORM = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _SCHEMA}}}}
 OPENAI = (*(code for code in MAKING if code != 422), "4XX")
@@ -299,10 +309,10 @@ OPENAI = (*(code for code in MAKING if code != 422), "4XX")
 # %% ../nbs/10_compat.ipynb #2438196a
 EVENT_STREAM = ("text/event-stream",)
 compat_routes = (
-    Route("POST", "/v1/images/generations", post_generations, ImagesRequest, keyed=True, ok=dict[str, Any], errors=OPENAI,
-          media=EVENT_STREAM),
-    Route("POST", "/v1/images/edits", post_edits, keyed=True, ok=dict[str, Any], errors=OPENAI, media=EVENT_STREAM,
-          docs=FORM),
+    Route("POST", "/v1/images/generations", post_generations, ImagesRequest, keyed=True, ok=dict[str, Any],
+          errors=OPENAI, media=EVENT_STREAM),
+    Route("POST", "/v1/images/edits", post_edits, keyed=True, ok=dict[str, Any], errors=OPENAI,
+          media=EVENT_STREAM, docs=FORM),
     Route("GET", "/v1/models", get_models, ok=dict[str, Any]),
     Route("GET", "/v1/models/{id:path}", get_model, ok=dict[str, Any]),
     Route("POST", "/", post_inputs, HfRequest, keyed=True, errors=MAKING, media=tuple(MIME.values())),

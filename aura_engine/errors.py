@@ -11,8 +11,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
-from .types import (AuraError, FieldError, Invalid, Malformed, MethodNotAllowed, NotFound, QueueFull,
-                               RefineConfig, TooLarge, field_errors)
+from .types import (
+    AuraError, Invalid, Malformed, MethodNotAllowed, NotFound, RefineConfig, TooLarge, field_errors)
 
 # %% auto #0
 __all__ = ['IN_CONFIG', 'Shape', 'as_error', 'invalid', 'in_config', 'error_headers', 'error_response', 'request_id']
@@ -21,7 +21,7 @@ __all__ = ['IN_CONFIG', 'Shape', 'as_error', 'invalid', 'in_config', 'error_head
 def as_error(exc: Exception) -> AuraError:
     "Any exception raised while answering -> an error of the tree."
     if isinstance(exc, AuraError): return exc
-    if isinstance(exc, RequestValidationError): return Invalid.of(field_errors(exc.errors(), 1))
+    if isinstance(exc, RequestValidationError): return Invalid.of(field_errors(list(exc.errors()), 1))
     if isinstance(exc, ValidationError): return invalid(exc)
     if isinstance(exc, HTTPException): return _from_http(exc)
     return AuraError("Something nobody foresaw. The engine's log has the reason under this request's id.")
@@ -29,11 +29,12 @@ def as_error(exc: Exception) -> AuraError:
 # %% ../nbs/09a_errors.ipynb #b0fba263
 def _from_http(exc: HTTPException) -> AuraError:
     "The framework's own refusals, in the house's words."
-    if exc.status_code == 404: return NotFound("There is nothing at this address; GET /docs lists what there is.")
+    if exc.status_code == 404:
+        return NotFound("There is nothing at this address; GET /docs lists what there is.")
     if exc.status_code == 405:
         allowed = (exc.headers or {}).get("Allow", "another method")
         return MethodNotAllowed(f"Allowed here: {allowed}.")
-    if exc.status_code == 400:
+    if exc.status_code == 400:                                # what a form parser or a decoder could not read
         return Malformed("The body cannot be read: send UTF-8, and the Content-Type that belongs to it.")
     if exc.status_code == 413: return TooLarge("The body is too large.")
     return AuraError()
@@ -43,7 +44,7 @@ def invalid(exc: ValidationError, branches: Iterable[str] = ()) -> Invalid:
     "Pydantic's complaint about a body -> Invalid with its first twenty fields. `branches`: names of a union's cases."
     names, rows = set(branches), []
     for row in exc.errors(include_url=False, include_context=True)[:20]:
-        first, *rest = row["loc"] or ("",)
+        first, *rest = row["loc"] or ("",)                    # the body itself has no path
         loc = tuple(rest) if first in names else row["loc"]
         rows.append({**row, "loc": loc})
     return Invalid.of(field_errors(rows))
@@ -71,10 +72,12 @@ def error_response(error: AuraError, request_id: str = "", shape: Shape | None =
     "An error as the answer to a request: a problem document, or what `shape` makes of it."
     headers = error_headers(error)
     if shape is None:
-        return JSONResponse(error.problem(request_id), error.status, headers, media_type="application/problem+json")
+        problem = error.problem(request_id)
+        return JSONResponse(problem, error.status, headers, media_type="application/problem+json")
     status, body = shape(error)
     return JSONResponse(body, status, headers)
 
+# %% ../nbs/09a_errors.ipynb #47b04fc1
 def request_id(request: Request) -> str:
     "The id of a request, as in its x-request-id header and the log."
     return getattr(request.state, "request_id", "")

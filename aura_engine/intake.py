@@ -19,8 +19,8 @@ T = TypeVar("T")
 
 # %% auto #0
 __all__ = ['T', 'SMALL', 'LARGE', 'LONG', 'VALUES', 'JSON_TYPE', 'size_named', 'too_large', 'BodiesFull', 'Arriving', 'slowest',
-           'Arrivals', 'announced', 'read_body', 'Carved', 'carve', 'parse_json', 'check_type', 'read_form',
-           'PicturesFull', 'DecodeCost', 'Waiting', 'admit', 'PictureLine']
+           'Arrivals', 'announced', 'read_body', 'hung_up', 'Carved', 'carve', 'parse_json', 'check_type', 'read_form',
+           'PicturesFull', 'DecodeCost', 'DecodeTurn', 'admit', 'PictureLine']
 
 # %% ../nbs/09c_intake.ipynb #0da1155d
 SMALL, LARGE = 64 * 2**10, 32 * 2**20
@@ -29,6 +29,7 @@ def size_named(most: int) -> str:
     "A limit in bytes as people say it."
     return f"{most // 2**20} MiB" if most >= 2**20 else f"{most // 2**10} KiB"
 
+# %% ../nbs/09c_intake.ipynb #bc5d23b5
 def too_large(most: int) -> TooLarge:
     "The error of a body that is larger than `most` bytes."
     return TooLarge(f"The body is larger than {size_named(most)}, which is the limit of this address.")
@@ -38,11 +39,12 @@ class BodiesFull(QueueFull):
     "Too many large bodies at once; a body may also be ended with this while it is still coming."
     title = "Too many large bodies are arriving"
 
+# %% ../nbs/09c_intake.ipynb #94be2854
 class Arriving:
     "A large body in memory: whose it is, its bytes, and the task that still reads it (None: it has all come)."
     def __init__(self, client: str, task: asyncio.Task | None):
         self.client, self.task = client, task
-        self.began, self.size = time.monotonic(), 0
+        self.began, self.size = time.monotonic(), 0           # seconds, bytes
         self.ousted = False
 
     @property
@@ -55,13 +57,14 @@ class Arriving:
         self.ousted = True
         if self.task is not None: self.task.cancel()
 
-# %% ../nbs/09c_intake.ipynb #94be2854
+# %% ../nbs/09c_intake.ipynb #68c50296
 def slowest(bodies: Iterable[Arriving], grace: float) -> Arriving | None:
     "The body that came most slowly, among those that have been coming for more than `grace` seconds."
     old = time.monotonic() - grace
     coming = [body for body in bodies if body.task is not None and body.began < old]
     return min(coming, key=lambda body: body.pace, default=None)
 
+# %% ../nbs/09c_intake.ipynb #2f856301
 class Arrivals:
     "The large bodies in memory: `most` bytes together, half of them by one client. Only the event loop touches it."
     def __init__(self, most: int = 8 * LARGE, grace: float = 3.0):
@@ -93,6 +96,7 @@ def announced(request: Request, most: int) -> None:
     length = request.headers.get("content-length", "")
     if length.isdigit() and int(length) > most: raise too_large(most)
 
+# %% ../nbs/09c_intake.ipynb #fbda528d
 async def read_body(request: Request, most: int, arrivals: Arrivals, body: Arriving) -> bytes:
     "The bytes of a request's body. Raises TooLarge, BodiesFull, or Malformed when the client has left."
     announced(request, most)
@@ -111,6 +115,11 @@ async def read_body(request: Request, most: int, arrivals: Arrivals, body: Arriv
         raise BodiesFull("Other uploads were faster; this one had to give way.", retry_after=5) from None
     body.task = None
     return b"".join(parts)
+
+# %% ../nbs/09c_intake.ipynb #8ae235fe
+async def hung_up(request: Request) -> None:
+    "Return when the client of a request, whose body has been read, hangs up."
+    while (await request.receive())["type"] != "http.disconnect": pass
 
 # %% ../nbs/09c_intake.ipynb #4e0681cd
 LONG = 4096                                                   # characters from which a string is cut out
@@ -154,7 +163,7 @@ def carve(data: bytes) -> Carved:
 
 # %% ../nbs/09c_intake.ipynb #9fba83d1
 def _closing(data: bytes, start: int) -> int:
-    "Where the string that opens at `start` closes: the next quotation mark with an even number of backslashes before it."
+    "Where the string that opens at `start` closes. A quotation mark after an odd number of backslashes is part of it."
     end = start
     while True:
         end = data.find(b'"', end + 1)
@@ -173,6 +182,7 @@ def parse_json(data: bytes) -> Any:
     except (ValueError, RecursionError): raise Malformed("The body is not readable JSON.") from None
     return _filled(value, texts)
 
+# %% ../nbs/09c_intake.ipynb #caa1c60b
 def _text(part: bytes) -> str:
     "A long JSON string as text. Few have escapes, such as the `\\/` of PHP."
     return json.loads(part) if b"\\" in part else part[1:-1].decode()
@@ -225,28 +235,32 @@ class PicturesFull(QueueFull):
     "Too many pictures wait to be decoded."
     title = "Too many pictures are waiting to be read"
 
+# %% ../nbs/09c_intake.ipynb #cfd2fa1a
 @dataclass(frozen=True)
 class DecodeCost:
     "What the pictures of a request will take: seconds of a processor, and bytes at the same time."
     seconds: float = 0.0
     bytes: int = 0
 
+# %% ../nbs/09c_intake.ipynb #8eefeb79
 @dataclass(eq=False)
-class Waiting:
+class DecodeTurn:
     "A request in the line. `turn` is done when its pictures may be decoded."
     client: str
     cost: DecodeCost
     turn: asyncio.Future[None]
 
 # %% ../nbs/09c_intake.ipynb #3be98c38
-def admit(there: Sequence[Waiting], client: str, cost: DecodeCost, most: DecodeCost) -> None:
+def admit(there: Sequence[DecodeTurn], client: str, cost: DecodeCost, most: DecodeCost) -> None:
     "Raise PicturesFull when a request would make the line too long, or one client's part of it."
     if not there: return
-    for name, share, line in (("Other", 1.0, there), ("Your other", 0.5, [w for w in there if w.client == client])):
-        seconds = sum(w.cost.seconds for w in line) + cost.seconds
-        size = sum(w.cost.bytes for w in line) + cost.bytes
-        if line and (seconds > share * most.seconds or size > share * most.bytes):
-            raise PicturesFull(f"{name} pictures have to be read first.", retry_after=max(1.0, seconds / 2))
+    mine = [turn for turn in there if turn.client == client]
+    for whose, line, share in (("Other", there, 1.0), ("Your other", mine, 0.5)):
+        seconds = cost.seconds + sum(turn.cost.seconds for turn in line)
+        size = cost.bytes + sum(turn.cost.bytes for turn in line)
+        fits = seconds <= share * most.seconds and size <= share * most.bytes
+        if line and not fits:
+            raise PicturesFull(f"{whose} pictures have to be read first.", retry_after=max(1.0, seconds / 2))
 
 # %% ../nbs/09c_intake.ipynb #3753712d
 class PictureLine:
@@ -254,15 +268,15 @@ class PictureLine:
     def __init__(self, slots: int = 1, most: DecodeCost = DecodeCost(20.0, 2**29)):
         self.slots, self.most = slots, most
         self.pool = ThreadPoolExecutor(slots, "decode")
-        self.waiting: list[Waiting] = []
-        self.running: list[Waiting] = []
+        self.waiting: list[DecodeTurn] = []
+        self.running: list[DecodeTurn] = []
         self.spent: dict[str, float] = {}                     # seconds by client, since the line was last empty
 
     async def run(self, client: str, cost: DecodeCost, f: Callable[..., T], *args: Any) -> T:
         "Wait for a turn and run `f(*args)` in a thread. PicturesFull when the line is too long."
         admit([*self.waiting, *self.running], client, cost, self.most)
         loop = asyncio.get_running_loop()
-        me = Waiting(client, cost, loop.create_future())
+        me = DecodeTurn(client, cost, loop.create_future())
         self.waiting.append(me)
         self._call()
         try: await me.turn
@@ -282,7 +296,7 @@ class PictureLine:
             self.spent[chosen.client] = self.spent.get(chosen.client, 0.0) + chosen.cost.seconds
             if not chosen.turn.done(): chosen.turn.set_result(None)
 
-    def _leave(self, me: Waiting) -> None:
+    def _leave(self, me: DecodeTurn) -> None:
         for line in (self.waiting, self.running):
             if me in line: line.remove(me)
         if not self.waiting and not self.running: self.spent.clear()

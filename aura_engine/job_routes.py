@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio, re, time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 from fastapi import Request
 from fastapi.responses import EventSourceResponse, JSONResponse, Response
@@ -16,15 +15,15 @@ from .answers import UNBUFFERED, Api, Told, Work, begin, heartbeat, sse_frame, t
 from .errors import request_id
 from .planning import ReplayRequest
 from .types import GenerateRequest, Invalid, JobStatus, NotFound, QueueFull, RefineRequest, _Request, shown
-from .walls import client_of
+from .walls import client_behind
 
 # %% auto #0
-__all__ = ['GROWING', 'AROUND', 'AnyJob', 'EventLog', 'KeptJob', 'held_by', 'job_address', 'job_progress', 'job_result',
+__all__ = ['GROWING', 'AROUND', 'AnyJob', 'SentLog', 'KeptJob', 'held_by', 'job_address', 'job_progress', 'job_result',
            'job_state', 'JobsFull', 'first_of_greediest', 'JobStore', 'GenerateJob', 'RefineJob', 'ReplayJob',
            'watch_job', 'post_job', 'get_job', 'get_job_events', 'delete_job']
 
 # %% ../nbs/09e_job_routes.ipynb #4c32c21b
-class EventLog:
+class SentLog:
     "The events of a job, numbered from 1. Only the event loop touches it."
     def __init__(self) -> None:
         self.events: list[Told | None] = []                   # None: nobody needs that one any more
@@ -66,7 +65,8 @@ GROWING = ("preview", "image")                                # the events that 
 class KeptJob:
     "A job in the store: its events, how far it is, how it ended. `client` is whose it is."
     def __init__(self, work: Work, client: str = ""):
-        self.id, self.client, self.log = work.job.id, client, EventLog()
+        self.id, self.client = work.job.id, client
+        self.log = SentLog()
         self.work: Work | None = work                         # None once the engine has finished with it
         self.task: asyncio.Task | None = None                 # the one that watches it
         self.status = JobStatus.queued
@@ -81,7 +81,8 @@ class KeptJob:
 
     def end(self, status: JobStatus) -> None:
         "The engine has finished with it."
-        self.status, self.ended, self.work = status, time.monotonic(), None
+        self.status, self.ended = status, time.monotonic()
+        self.work = None                                      # its log holds every picture once more
         self.log.close()
 
     def forget(self) -> None:
@@ -110,6 +111,7 @@ def job_address(kept: KeptJob) -> dict[str, Any]:
     status = JobStatus.cancelled if kept.deleted and not kept.status.over else kept.status
     return {"id": kept.id, "status": status, "statusUrl": f"/jobs/{kept.id}"}
 
+# %% ../nbs/09e_job_routes.ipynb #4fd2fe1f
 def job_progress(kept: KeptJob) -> list[dict[str, int]]:
     "The last step of each picture."
     last = {event.index: event.data for event in kept.told if event.name == "step"}
@@ -141,7 +143,7 @@ class JobsFull(QueueFull):
     "There is no room for another kept job."
     title = "Too many jobs are running"
 
-
+# %% ../nbs/09e_job_routes.ipynb #f8af1708
 def first_of_greediest(ended: list[KeptJob]) -> KeptJob:
     "Of ended jobs, oldest first: the first one of the client that holds most."
     held: dict[str, int] = {}
@@ -149,18 +151,20 @@ def first_of_greediest(ended: list[KeptJob]) -> KeptJob:
     greediest = max(held, key=lambda client: held[client])
     return next(kept for kept in ended if kept.client == greediest)
 
-# %% ../nbs/09e_job_routes.ipynb #f8af1708
+# %% ../nbs/09e_job_routes.ipynb #000c7f78
 class JobStore:
-    "Jobs by id, kept `seconds` after their end: at most `most` of them, `bytes` in all. Only the event loop touches it."
+    "Jobs by id, kept `seconds` after their end: at most `most`, of `bytes` in all. Only the event loop touches it."
     def __init__(self, seconds: float = 600, most: int = 256, bytes: int = 256 * 2**20):
-        self.seconds, self.most, self.bytes = seconds, most, bytes
+        self.seconds = seconds
+        self.most, self.bytes = most, bytes
         self.kept: dict[str, KeptJob] = {}
 
     def sweep(self, room: int = 0) -> None:
         "Forget what is too old, then what does not fit; leave `room` for new jobs."
         oldest = time.monotonic() - self.seconds
         ended = sorted((kept for kept in self.kept.values() if kept.ended), key=lambda kept: kept.ended or 0)
-        while ended and (ended[0].ended or 0) < oldest: del self.kept[ended.pop(0).id]
+        while ended and (ended[0].ended or 0) < oldest:
+            del self.kept[ended.pop(0).id]
         while ended and self._crowded(room):
             last = first_of_greediest(ended)
             ended.remove(last)
@@ -192,6 +196,7 @@ class GenerateJob(_Request):
     request: GenerateRequest
     previews: bool = False
 
+# %% ../nbs/09e_job_routes.ipynb #b4258c7e
 class RefineJob(_Request):
     "A refinement as a job."
     route: Literal["refine"]
@@ -222,7 +227,8 @@ async def watch_job(api: Api, kept: KeptJob, work: Work) -> None:
 # %% ../nbs/09e_job_routes.ipynb #ebad01f9
 async def post_job(request: Request, body: AnyJob) -> Response:
     "Start a job and answer at once: 202 with the address to ask for it."
-    api, store, client = request.app.state.api, request.app.state.jobs, client_of(request)
+    api, client = request.app.state.api, client_behind(request)
+    store: JobStore = request.app.state.jobs
     store.open(client)
     try: work = await begin(request, body.request, body.previews)
     except Invalid as error: raise Invalid.of(e.under("request.") for e in error.errors) from None

@@ -19,9 +19,9 @@ from .types import AuraError, HeadersTooLarge, Malformed
 log = logging.getLogger("aura_engine.server")
 
 # %% auto #0
-__all__ = ['log', 'CHATTY', 'PRIVATE', 'JsonLines', 'log_to', 'Punctual', 'Patient', 'unreadable', 'last_words', 'Connection',
+__all__ = ['log', 'CHATTY', 'PRIVATE', 'JsonLines', 'log_to', 'Punctual', 'Patient', 'unreadable', 'last_answer', 'Connection',
            'Server', 'create_server', 'reach', 'proxies_of', 'server_config', 'raise_file_limit', 'refuse_workers',
-           'arguments', 'main']
+           'host_named', 'main']
 
 # %% ../nbs/11_server.ipynb #34c751a1
 _STANDARD = {*logging.makeLogRecord({}).__dict__, "message", "asctime", "color_message", "taskName"}
@@ -50,8 +50,9 @@ def log_to(stream: TextIO, level: str = "info") -> None:
 
 # %% ../nbs/11_server.ipynb #2981425c
 class Punctual(H11Protocol):
-    "uvicorn's h11 protocol with deadlines: `head` seconds for the headers, `rate` bytes a second in each `window` of a body."
-    head, window, rate = 10.0, 10.0, 16_384
+    "h11 with deadlines: `head` seconds for the headers, and `rate` bytes a second in each `window` of a body."
+    head = window = 10.0
+    rate = 16_384                                             # what a poor mobile line still brings
     _timer: asyncio.TimerHandle | None = None                 # runs while something is awaited from the client
     _got = 0                                                  # bytes since it was set
 
@@ -116,7 +117,7 @@ class Patient(Punctual):
     def send_400_response(self, msg: str) -> None:
         error = unreadable(sys.exc_info()[1])
         try:
-            for event in last_words(error): self.transport.write(self.conn.send(event) or b"")
+            for event in last_answer(error): self.transport.write(self.conn.send(event) or b"")
         except h11.LocalProtocolError: pass                   # in the middle of an answer: nothing more can be said
         self.transport.close()
 
@@ -126,7 +127,8 @@ def unreadable(reason: BaseException | None) -> AuraError:
     endless = getattr(reason, "error_status_hint", 400) == 431
     return HeadersTooLarge("Headers of at most 64 KiB are read.") if endless else Malformed("This is not HTTP.")
 
-def last_words(error: AuraError) -> tuple[h11.Event, ...]:
+# %% ../nbs/11_server.ipynb #5d641c95
+def last_answer(error: AuraError) -> tuple[h11.Event, ...]:
     "An error as the last answer on a connection."
     headers = [("content-type", "application/problem+json"), ("x-aura-engine", __version__), ("connection", "close")]
     body = json.dumps(error.problem()).encode()
@@ -135,7 +137,7 @@ def last_words(error: AuraError) -> tuple[h11.Event, ...]:
 # %% ../nbs/11_server.ipynb #3d09bd88
 class Connection(Patient):
     "The protocol of this server: half-closed connections get their answer."
-    probes = 0.05                                             # seconds until the first look; then twice as long each time
+    probes = 0.05                                             # seconds until the first look, then twice as long
     _probe: asyncio.TimerHandle | None = None
 
     def eof_received(self) -> bool | None:
@@ -187,6 +189,7 @@ def _leave(*_: Any) -> None:
     logging.shutdown()
     os._exit(0)
 
+# %% ../nbs/11_server.ipynb #26104b33
 def create_server(settings: Settings) -> tuple[FastAPI, Any]:
     "Settings -> (the app with all front doors, an Engine that is not started yet)."
     from aura_engine.engine import Engine                     # imports torch
@@ -210,12 +213,13 @@ def proxies_of(settings: Settings, env: Mapping[str, str] = os.environ) -> list[
     named = settings.proxies or (("private",) if env.get("SPACE_HOST") else ())
     return [network for name in named for network in (PRIVATE if name == "private" else (name,))]
 
+# %% ../nbs/11_server.ipynb #d576b12a
 def server_config(app: Any, settings: Settings, host: str) -> uvicorn.Config:
     "How uvicorn runs the app: one process, our protocol and log."
-    return uvicorn.Config(app, host=host, port=settings.port, http=Connection, ws="none", lifespan="off", log_config=None,
-                          access_log=False, server_header=False, workers=1, proxy_headers=True,
-                          forwarded_allow_ips=proxies_of(settings), timeout_keep_alive=30,
-                          timeout_graceful_shutdown=int(settings.grace_seconds))
+    return uvicorn.Config(
+        app, host=host, port=settings.port, workers=1, http=Connection, ws="none", lifespan="off", log_config=None,
+        access_log=False, server_header=False, proxy_headers=True, forwarded_allow_ips=proxies_of(settings),
+        timeout_keep_alive=30, timeout_graceful_shutdown=int(settings.grace_seconds))
 
 # %% ../nbs/11_server.ipynb #04907a12
 def raise_file_limit() -> None:
@@ -226,6 +230,7 @@ def raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65_536) if hard > 0 else 65_536, hard))
     except (ImportError, ValueError, OSError): pass           # Windows has none; a container may forbid it
 
+# %% ../nbs/11_server.ipynb #020c5c38
 def refuse_workers(env: Mapping[str, str] = os.environ) -> None:
     "SettingsError when the environment asks for several worker processes."
     workers = env.get("WEB_CONCURRENCY", "").strip()
@@ -233,8 +238,8 @@ def refuse_workers(env: Mapping[str, str] = os.environ) -> None:
     why = "One process owns one device, and a second one would load the model again. Run more containers instead."
     raise SettingsError(f"WEB_CONCURRENCY: given {workers!r}; allowed: 1. {why}")
 
-# %% ../nbs/11_server.ipynb #020c5c38
-def arguments(argv: Sequence[str] | None) -> str | None:
+# %% ../nbs/11_server.ipynb #46a4e7c5
+def host_named(argv: Sequence[str] | None) -> str | None:
     "The address that the command line names, if it names one."
     parser = argparse.ArgumentParser(description="Serve the engine. Everything else is set by environment variables.")
     parser.add_argument("--host", help="address to listen on (default: HOST, or this machine only; 0.0.0.0: all)")
@@ -243,7 +248,7 @@ def arguments(argv: Sequence[str] | None) -> str | None:
 def main(argv: Sequence[str] | None = None) -> None:
     "Start the engine and serve until told to stop."
     for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, _leave)
-    given = arguments(argv)
+    given = host_named(argv)
     try:
         settings = load_settings()
         refuse_workers()

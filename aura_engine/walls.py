@@ -23,7 +23,7 @@ log = logging.getLogger("aura_engine.walls")
 # %% auto #0
 __all__ = ['log', 'ID', 'QUIET', 'EXPOSED', 'REST_BYTES', 'REST_SECONDS', 'REST_PAUSE', 'Marked', 'Stamp', 'note_request',
            'Origins', 'is_certain', 'Cors', 'log_foreign', 'Exchange', 'drain', 'Guard', 'refuse_foreign',
-           'refuse_compressed', 'check_key', 'client_group', 'client_of']
+           'refuse_compressed', 'check_key', 'client_group', 'client_behind']
 
 # %% ../nbs/09b_walls.ipynb #6da864fc
 ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -32,8 +32,9 @@ class Marked:
     "The sending side of one answer: adds the marks to its headers and remembers its status."
     def __init__(self, send: Send, request_id: str):
         self._send, self.status = send, 0
-        self.marks = [(b"x-request-id", request_id.encode()), (b"x-aura-engine", __version__.encode()),
-                      (b"x-content-type-options", b"nosniff")]
+        self.marks = [
+            (b"x-request-id", request_id.encode()), (b"x-aura-engine", __version__.encode()),
+            (b"x-content-type-options", b"nosniff")]
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -116,6 +117,7 @@ class Cors(CORSMiddleware):
         if not self.is_allowed_origin(origin): log_foreign(self.origins, origin)
         return super().preflight_response(request_headers)
 
+# %% ../nbs/09b_walls.ipynb #74d3c4c9
 def log_foreign(origins: Origins, origin: str) -> None:
     "Tell the operator which page was refused, and how to allow it."
     log.warning("a page was refused", extra={"origin": origin[:200], "toAllow": origins.line(origin)[:600]})
@@ -163,7 +165,7 @@ async def drain(exchange: Exchange) -> None:
 
 # %% ../nbs/09b_walls.ipynb #ffc8e28b
 class Guard:
-    "Innermost layer: foreign origins, compressed bodies, and exceptions nobody foresaw. `answer` makes a response of an error."
+    "Innermost layer: foreign origins, compressed bodies, exceptions nobody foresaw. `answer`: an error -> a response."
     def __init__(self, app: ASGIApp, origins: Origins, answer: Callable[[Request, Exception], Response]):
         self.app, self.origins, self.answer = app, origins, answer
 
@@ -175,7 +177,8 @@ class Guard:
             refuse_compressed(request)
             await self.app(scope, exchange.receive, exchange.send)
         except Exception as exc:
-            if not isinstance(exc, AuraError): log.exception("unforeseen", extra={"requestId": request_id(request)})
+            if not isinstance(exc, AuraError):
+                log.exception("unforeseen", extra={"requestId": request_id(request)})
             if exchange.started: return                       # an answer that has begun cannot become another one
             await self.answer(request, exc)(scope, exchange.receive, exchange.send)
 
@@ -188,6 +191,7 @@ def refuse_foreign(request: Request, origins: Origins) -> None:
     advice = "its operator can add the origin to ALLOW_ORIGINS"
     raise ForeignOrigin(f"Pages of {shown(origin)} may not call this engine; {advice}.")
 
+# %% ../nbs/09b_walls.ipynb #02986394
 def refuse_compressed(request: Request) -> None:
     "Raise Unsupported for a body in another encoding: a small one may unfold into a very large one."
     kind = request.headers.get("content-encoding", "")
@@ -213,6 +217,7 @@ def client_group(address: str) -> str:
     if ip.ipv4_mapped: return str(ip.ipv4_mapped)
     return str(ip_network((ip, 64), strict=False))
 
-def client_of(request: Request) -> str:
+# %% ../nbs/09b_walls.ipynb #f6e6748f
+def client_behind(request: Request) -> str:
     "The client of a request, as fairness counts it."
     return client_group(request.client.host if request.client else "")
