@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 # %% auto #0
 __all__ = ['BUCKETS', 'Key', 'AGEING', 'E', 'OWES_MORE', 'GUEST_SLOWS', 'Curve', 'corrected', 'area', 'Curves', 'Beginnings',
            'StepCost', 'median_of_calls', 'measure_curve', 'curve_from', 'write_whole', 'read_curves', 'CurveFile',
-           'Entry', 'remaining', 'urgency', 'mates_of', 'rows_in', 'room_for', 'choose', 'work', 'eta']
+           'Entry', 'remaining', 'predict', 'urgency', 'mates_of', 'rows_in', 'room_for', 'choose', 'work', 'eta']
 
 # %% ../nbs/07_batching.ipynb #f5d2786e
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
@@ -202,6 +202,7 @@ class Entry:
     client: str = ""                    # whose it is
     used: float = 0.0                   # seconds of the device it has had
     owing: float = 0.0                  # seconds of the device that its client has had beyond its share
+    remains: float = 0.0                # seconds of work left, alone, as `predict` saw it last
     alone: bool = False
     tries: int = 0
 
@@ -210,6 +211,14 @@ AGEING = 0.1        # seconds of remaining work that one second of waiting makes
 def remaining(e: Entry, cost: StepCost) -> float:
     "Seconds of work left for one picture, alone."
     return e.begin + e.left * cost.step(e.key).at(e.rows) + cost.decode(e.key)[1]
+
+def predict(entries: Sequence[Entry], cost: StepCost) -> None:
+    "Set what `remains` of every entry: the same as `remaining`, for many at once."
+    paces: dict[tuple[Key, int], tuple[float, float]] = {}
+    for e in entries:
+        pace = paces.get((e.key, e.rows))
+        if pace is None: pace = paces[e.key, e.rows] = cost.step(e.key).at(e.rows), cost.decode(e.key)[1]
+        e.remains = e.begin + e.left * pace[0] + pace[1]
 
 def urgency(e: Entry, cost: StepCost, now: float, ageing: float = AGEING) -> float:
     "Whoever has the least goes first: seconds of work left, less what waiting makes up for."

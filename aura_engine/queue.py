@@ -7,14 +7,14 @@ from __future__ import annotations
 import heapq, math, threading, time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from .batching import AGEING, E, Entry, StepCost, eta, remaining, urgency, work
+from .batching import AGEING, E, Entry, StepCost, eta, predict, work
 from .jobs import Job
 from .trajectory import Trajectory
 from .types import AuraError, Done, Failed, Invalid, Picture, Queued, QueueFull, QueueLoad
 
 # %% auto #0
-__all__ = ['MOST_TASKS', 'Task', 'Shares', 'ClientLine', 'lines_of', 'fair_order', 'Lateness', 'Turn', 'refusal',
-           'check_deadline', 'TaskLine', 'Admission', 'Queue']
+__all__ = ['MOST_TASKS', 'Task', 'Shares', 'Paces', 'ClientLine', 'lines_of', 'fair_order', 'Lateness', 'line_full', 'Turn',
+           'too_late', 'check_deadline', 'TaskLine', 'Promise', 'Admission', 'Queue']
 
 # %% ../nbs/08b_queue.ipynb #51706455
 @dataclass(eq=False, kw_only=True)
@@ -54,29 +54,57 @@ class Shares:
         "Seconds that this client has had too much."
         return max(0.0, self._paid.get(client, 0.0) - self._earned)
 
-    def waited(self, task: Entry, now: float) -> float:
-        "Seconds of waiting that count for a task: none while its client owes, and none before it had paid."
-        if self.debt(task.client): return 0.0
-        return now - max(task.arrived, self._clear.get(task.client, -math.inf))
+    def clear_since(self, client: str) -> float:
+        "When this client's last debt was gone (minus infinity: it never had one)."
+        return self._clear.get(client, -math.inf)
+
+# %% ../nbs/08b_queue.ipynb #e950bf6d
+class Paces:
+    "Seconds that pass for one second of a client's work."
+    def __init__(self):
+        self._lines: dict[str, tuple[float, float]] = {}       # by client: when its line began, seconds it has had
+
+    def begin(self, client: str, now: float) -> None:
+        "A client has work in line (from now on, if it had none)."
+        self._lines.setdefault(client, (now, 0.0))
+
+    def charge(self, client: str, seconds: float) -> None:
+        "A client has had so much of the device."
+        since, had = self._lines.get(client, (0.0, 0.0))
+        if client in self._lines: self._lines[client] = since, had + seconds
+
+    def end(self, client: str) -> None:
+        "A client has nothing in line any more."
+        self._lines.pop(client, None)
+
+    def of(self, client: str, now: float, clients: int) -> float:
+        "The pace of a client; while nothing is known of it, everybody's equal share of `clients`."
+        since, had = self._lines.get(client, (now, 0.0))
+        return max(1.0, (now - since) / had if had else clients)
 
 # %% ../nbs/08b_queue.ipynb #1eece887
 class ClientLine(list[E]):
     "One client's tasks in its own order; they are taken from the front."
-    def __init__(self, owing: float):
+    def __init__(self, owing: float, clear: float):
         super().__init__()
         self.owing = owing                          # seconds that the client has had too much
-        self.front = owing                          # and the work of its tasks so far
+        self.clear_since = clear                    # when its last debt was gone
+        self.front = owing                          # seconds of work up to the next task
 
-    def weigh(self, cost: StepCost, now: float, shares: Shares) -> float:
+    def weigh(self, now: float) -> float:
         "How late the next one should be served."
-        self.front += remaining(self[0], cost)
-        return self.front - AGEING * shares.waited(self[0], now)
+        first = self[0]
+        self.front += first.remains
+        waited = 0.0 if self.owing else now - max(first.arrived, self.clear_since)
+        return self.front - AGEING * waited
 
 def lines_of(ordered: Sequence[E], shares: Shares) -> list[ClientLine[E]]:
     "Tasks by client; sets what each one's client owes."
     lines: dict[str, ClientLine[E]] = {}
     for task in ordered:
-        line = lines.setdefault(task.client, ClientLine(shares.debt(task.client)))
+        line = lines.get(task.client)
+        if line is None:
+            line = lines[task.client] = ClientLine(shares.debt(task.client), shares.clear_since(task.client))
         task.owing = line.owing
         line.append(task)
     return list(lines.values())
@@ -84,16 +112,17 @@ def lines_of(ordered: Sequence[E], shares: Shares) -> list[ClientLine[E]]:
 # %% ../nbs/08b_queue.ipynb #fd6a2129
 def fair_order(tasks: Sequence[E], cost: StepCost, now: float, shares: Shares) -> list[E]:
     "All tasks in the order in which they should be served."
-    ordered = sorted(tasks, key=lambda t: urgency(t, cost, now))
+    predict(tasks, cost)
+    ordered = sorted(tasks, key=lambda t: t.remains - AGEING * (now - t.arrived))
     lines = lines_of(ordered, shares)
     if len(lines) == 1: return ordered
-    heap = [(line.weigh(cost, now, shares), n, line) for n, line in enumerate(lines)]
+    heap = [(line.weigh(now), n, line) for n, line in enumerate(lines)]
     heapq.heapify(heap)
     merged = []
     while heap:
         _, n, line = heap[0]
         merged.append(line.pop(0))
-        if line: heapq.heapreplace(heap, (line.weigh(cost, now, shares), n, line))
+        if line: heapq.heapreplace(heap, (line.weigh(now), n, line))
         else: heapq.heappop(heap)
     return merged
 
@@ -115,31 +144,31 @@ class Lateness:
         self._logs[owing] = min(max(moved, -1.0), 1.0)
 
 # %% ../nbs/08b_queue.ipynb #66c6ce8e
-@dataclass(frozen=True)
-class Turn:
-    "Where a newcomer would stand: pictures `ahead` of it, `own`: its client's pictures in line, predicted seconds."
-    ahead: int
-    own: int
-    own_work: float                                 # seconds of its client's work, itself included
-    alone: float                                    # seconds if nobody else were there
-    seconds: float                                  # until it would be finished
-
-    @property
-    def pace(self) -> float:
-        "Seconds that pass for one second of this client's work."
-        return max(1.0, self.seconds / self.own_work)
+def line_full(there: Sequence[Entry], mine: Sequence[Entry], cost: StepCost, limit: float, pace: float) -> QueueFull | None:
+    "Why a client with its entries among those that are `there` may not add `mine`; None: it may."
+    client = mine[0].client
+    own = [e for e in there if e.client == client]
+    seconds = work([*own, *mine], cost)
+    if not own or seconds <= limit: return None
+    others = work([e for e in there if e.client != client], cost)
+    # room for one more like it, so that somebody who comes back is not told the same again
+    room = seconds - limit + work(mine, cost)
+    return QueueFull(f"{len(own)} pictures of yours are waiting, about {seconds:.0f} seconds of work; "
+                     f"this engine promises at most {limit:g}.", retry_after=max(1.0, others + room * pace))
 
 # %% ../nbs/08b_queue.ipynb #aee625b8
-def refusal(turn: Turn, limit: float) -> QueueFull | None:
-    "Why a newcomer with this turn cannot be taken, if it is to be done within `limit` seconds."
-    if turn.own and turn.own_work > limit:
-        wait = (turn.own_work - limit) * turn.pace
-        return QueueFull(f"{turn.own} pictures of yours are waiting, about {turn.own_work:.0f} seconds of work; "
-                         f"this engine promises at most {limit:g}.", retry_after=max(1.0, wait))
-    if turn.ahead and turn.seconds > limit:
-        return QueueFull(f"{turn.ahead} pictures are ahead, so this would take about {turn.seconds:.0f} seconds; "
-                         f"this engine promises at most {limit:g}.", retry_after=max(1.0, turn.seconds - limit))
-    return None
+@dataclass(frozen=True)
+class Turn:
+    "Where a newcomer would stand: pictures `ahead` of it, and predicted seconds."
+    ahead: int
+    alone: float                                    # if nobody else were there
+    seconds: float                                  # until it would be finished
+
+def too_late(turn: Turn, limit: float) -> QueueFull | None:
+    "Why a newcomer with this turn cannot be promised its pictures within `limit` seconds; None: it can."
+    if not turn.ahead or turn.seconds <= limit: return None
+    return QueueFull(f"{turn.ahead} pictures are ahead, so this would take about {turn.seconds:.0f} seconds; "
+                     f"this engine promises at most {limit:g}.", retry_after=max(1.0, turn.seconds - limit))
 
 # %% ../nbs/08b_queue.ipynb #e96638f4
 def check_deadline(asked: float, turn: Turn, most: float) -> None:
@@ -159,7 +188,8 @@ class TaskLine:
     def __init__(self):
         self.tasks: list[Task] = []
         self.turn = threading.Condition()
-        self.shares = Shares()
+        self.shares, self.paces = Shares(), Paces()
+        self.clock = time.monotonic
 
     def wait(self, closed: Callable[[], bool]) -> list[Task]:
         "All tasks; waits until there are some, or `closed()`."
@@ -175,15 +205,19 @@ class TaskLine:
 
     def pass_time(self) -> float:
         "Account for the time since the last call -> now."
-        now = time.monotonic()
+        now = self.clock()
         self.shares.pass_time(now, len({t.client for t in self.tasks}))
         return now
 
     def remove(self, gone: Callable[[Task], bool]) -> None:
         "Take tasks out; their clients are charged for what they have had, also when they leave early."
         with self.turn:
-            for task in filter(gone, self.tasks): self.shares.charge(task.client, task.used)
+            leaving = [t for t in self.tasks if gone(t)]
             self.tasks = [t for t in self.tasks if not gone(t)]
+            for task in leaving:
+                self.shares.charge(task.client, task.used)
+                self.paces.charge(task.client, task.used)
+            for client in {t.client for t in leaving} - {t.client for t in self.tasks}: self.paces.end(client)
 
     def load(self, cost: StepCost | None) -> QueueLoad:
         "What is waiting, for people and programs that look."
@@ -193,41 +227,43 @@ class TaskLine:
 # %% ../nbs/08b_queue.ipynb #be560dd7
 MOST_TASKS = 1024           # pictures in the engine, whoever they belong to
 
+@dataclass(frozen=True)
+class Promise:
+    "What a job was told: at which time, that it would take so many seconds, and whether its client owed then."
+    at: float
+    seconds: float
+    owing: bool
+
 class Admission:
     "Promises and refusals. `limit`: seconds that may be promised; `longest`: the longest deadline."
     def __init__(self, limit: float, longest: float):
         self.limit, self.longest = limit, longest
         self.lateness = Lateness()
-        self.owed: set[str] = set()                 # ids of jobs whose client owed when they came
+        self.promises: dict[str, Promise] = {}      # by job
 
-    def turn_of(self, mine: Sequence[Task], tasks: Sequence[Task], cost: StepCost,
-                now: float, shares: Shares) -> Turn:
+    def check_line(self, mine: Sequence[Task], there: Sequence[Task], cost: StepCost, pace: float) -> None:
+        "QueueFull when the engine, or the client's own line, is full."
+        if len(there) >= MOST_TASKS: raise QueueFull(f"{len(there)} pictures are waiting.", retry_after=5)
+        if full := line_full(there, mine, cost, self.limit, pace): raise full
+
+    def turn_of(self, mine: Sequence[Task], there: Sequence[Task], cost: StepCost, now: float, shares: Shares) -> Turn:
         "Where these tasks would stand if they came now to those that are there."
-        there = [t for t in tasks if not t.job.cancelled]
         order = fair_order([*there, *mine], cost, now, shares)
-        client = mine[0].client
-        own = [t for t in there if t.client == client]
         ahead = max(order.index(t) for t in mine) + 1 - len(mine)
-        late = self.lateness.factor(shares.debt(client) > 0)
-        return Turn(ahead, len(own), own_work=work([*own, *mine], cost), alone=eta(mine, mine, cost),
-                    seconds=eta(mine, order, cost) * late)
+        late = self.lateness.factor(shares.debt(mine[0].client) > 0)
+        return Turn(ahead, alone=eta(mine, mine, cost), seconds=eta(mine, order, cost) * late)
 
-    def admit(self, job: Job, turn: Turn, waiting: int, owing: bool) -> Queued:
-        "The promise to a job, while so many pictures are waiting. QueueFull and Invalid refuse it."
-        if waiting >= MOST_TASKS:
-            raise QueueFull(f"{waiting} pictures are waiting.", retry_after=max(1.0, turn.seconds / 2))
-        if refused := refusal(turn, self.limit): raise refused
+    def promise(self, job: Job, turn: Turn, now: float, owing: bool) -> Queued:
+        "The promise to a job. QueueFull and Invalid refuse it."
+        if late := too_late(turn, self.limit): raise late
         if job.plan.deadline is not None: check_deadline(job.plan.deadline, turn, self.longest)
-        if owing: self.owed.add(job.id)
+        self.promises[job.id] = Promise(now, turn.seconds, owing)
         return Queued(turn.ahead, round(turn.seconds, 3), tuple(p.seed for p in job.plan.pictures))
 
-    def learn(self, job: Job, finished: bool) -> None:
+    def learn(self, job: Job, now: float, finished: bool) -> None:
         "A job has left. If it was `finished`, see how the promise was kept."
-        owed = job.id in self.owed
-        self.owed.discard(job.id)
-        first = job.log[0] if job.log else None
-        if not finished or not isinstance(first, Queued): return
-        self.lateness.observe(owed, first.eta_seconds, time.monotonic() - job.times[0])
+        given = self.promises.pop(job.id, None)
+        if given and finished: self.lateness.observe(given.owing, given.seconds, now - given.at)
 
 # %% ../nbs/08b_queue.ipynb #362aaffa
 class Queue(TaskLine):
@@ -242,15 +278,19 @@ class Queue(TaskLine):
         with self.turn:
             if self.stopped: raise self.stopped
             now = self.pass_time()
-            turn = self.admission.turn_of(tasks, self.tasks, cost, now, self.shares)
-            job.emit(self.admission.admit(job, turn, len(self.tasks), self.shares.debt(job.client) > 0))
+            there = [t for t in self.tasks if not t.job.cancelled]
+            pace = self.paces.of(job.client, now, len({t.client for t in there}))
+            self.admission.check_line(tasks, there, cost, pace)
+            turn = self.admission.turn_of(tasks, there, cost, now, self.shares)
+            job.emit(self.admission.promise(job, turn, now, self.shares.debt(job.client) > 0))
+            self.paces.begin(job.client, now)
             self.tasks = self.tasks + tasks
             self.turn.notify_all()
 
     def end(self, job: Job, error: AuraError | None = None) -> None:
         "Take a job out, free what it starts from, and close its log."
         self.remove(lambda task: task.job is job)
-        self.admission.learn(job, finished=error is None)
+        self.admission.learn(job, self.clock(), finished=error is None)
         if error is not None: job.emit(Failed(error))
         job.free_inputs()
         job.emit(Done((*map(str, job.plan.notes), *dict.fromkeys(job.cuts))))
