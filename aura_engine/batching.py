@@ -201,7 +201,7 @@ class Entry:
     begin: float = 0.0
     client: str = ""                    # whose it is
     used: float = 0.0                   # seconds of the device it has had
-    owing: float = 0.0                  # seconds of the device that its client has had beyond its share
+    owing: float = 0.0                  # seconds that its client had beyond its share, or has in line before it
     remains: float = 0.0                # seconds of work left, alone, as `predict` saw it last
     alone: bool = False
     tries: int = 0
@@ -237,7 +237,7 @@ def rows_in(e: Entry) -> int:
     return e.rows if e.left else 1
 
 # %% ../nbs/07_batching.ipynb #d26d4f44
-OWES_MORE = 4.0         # a guest: its client owes so many times the work and the debt of whoever goes first
+OWES_MORE = 4.0         # a guest: it owes so many times the work and the debt of whoever goes first
 GUEST_SLOWS = 1.5       # guests may make a call that much slower
 
 def room_for(mates: Sequence[Entry], curve: Curve, cost: StepCost, most: int) -> int:
@@ -246,7 +246,7 @@ def room_for(mates: Sequence[Entry], curve: Curve, cost: StepCost, most: int) ->
     least = rows_in(first)
     room = curve.best(min(sum(map(rows_in, mates)), most), least)
     limit = OWES_MORE * (remaining(first, cost) + first.owing)
-    hosts = [e for e in mates if e.owing <= limit]
+    hosts = [e for e in mates if e.client == first.client or e.owing <= limit]
     if len(hosts) < len(mates):
         among_hosts = curve.at(curve.best(min(sum(map(rows_in, hosts)), most), least))
         room = min(room, max(b for b in curve if curve[b] <= GUEST_SLOWS * among_hosts))

@@ -13,8 +13,8 @@ from .trajectory import Trajectory
 from .types import AuraError, Done, Failed, Invalid, Picture, Queued, QueueFull, QueueLoad
 
 # %% auto #0
-__all__ = ['MOST_TASKS', 'Task', 'Shares', 'Paces', 'ClientLine', 'lines_of', 'fair_order', 'Lateness', 'line_full', 'Turn',
-           'too_late', 'check_deadline', 'TaskLine', 'Promise', 'Admission', 'Queue']
+__all__ = ['LEAST_SHARERS', 'MOST_TASKS', 'Task', 'Shares', 'Paces', 'ClientLine', 'lines_of', 'fair_order', 'Lateness',
+           'line_full', 'Turn', 'too_late', 'check_deadline', 'TaskLine', 'Promise', 'Admission', 'Queue']
 
 # %% ../nbs/08b_queue.ipynb #51706455
 @dataclass(eq=False, kw_only=True)
@@ -28,6 +28,8 @@ class Task(Entry):
     times: dict[str, float] = field(default_factory=dict)      # seconds by stage, for the receipt
 
 # %% ../nbs/08b_queue.ipynb #d350c70f
+LEAST_SHARERS = 6
+
 class Shares:
     "Seconds of the device that each client has had beyond its share."
     def __init__(self):
@@ -38,7 +40,8 @@ class Shares:
 
     def pass_time(self, now: float, clients: int) -> None:
         "Time went on until `now`, with so many clients in the engine."
-        if now > self._seen: self._earned += (now - self._seen) / max(clients, 1)
+        sharers = max(clients, LEAST_SHARERS) if clients > 1 else 1
+        if now > self._seen: self._earned += (now - self._seen) / sharers
         self._seen = now
         for client in [c for c, paid in self._paid.items() if paid <= self._earned]:
             del self._paid[client]
@@ -87,25 +90,25 @@ class ClientLine(list[E]):
     "One client's tasks in its own order; they are taken from the front."
     def __init__(self, owing: float, clear: float):
         super().__init__()
-        self.owing = owing                          # seconds that the client has had too much
+        self.in_debt = owing > 0                    # the client has had too much
         self.clear_since = clear                    # when its last debt was gone
-        self.front = owing                          # seconds of work up to the next task
+        self.front = owing                          # seconds of debt, and of work up to the next task
 
     def weigh(self, now: float) -> float:
-        "How late the next one should be served."
+        "How late the next one should be served; sets what it owes."
         first = self[0]
+        first.owing = self.front
         self.front += first.remains
-        waited = 0.0 if self.owing else now - max(first.arrived, self.clear_since)
+        waited = 0.0 if self.in_debt else now - max(first.arrived, self.clear_since)
         return self.front - AGEING * waited
 
 def lines_of(ordered: Sequence[E], shares: Shares) -> list[ClientLine[E]]:
-    "Tasks by client; sets what each one's client owes."
+    "Tasks by client."
     lines: dict[str, ClientLine[E]] = {}
     for task in ordered:
         line = lines.get(task.client)
         if line is None:
             line = lines[task.client] = ClientLine(shares.debt(task.client), shares.clear_since(task.client))
-        task.owing = line.owing
         line.append(task)
     return list(lines.values())
 

@@ -1,0 +1,260 @@
+"""The line of the engine: whose turn it is, what is promised, what a flood can do, and files that are damaged."""
+import json
+import random
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image as Pillow
+
+from aura_engine.batching import CurveFile, Entry, StepCost, choose, curve_from, read_curves, urgency, work
+from aura_engine.config import load_settings
+from aura_engine.engine import Engine
+from aura_engine.jobs import PREVIEW_BYTES, Job
+from aura_engine.queue import MOST_TASKS, Queue, Shares, Task, fair_order
+from aura_engine.types import Done, Failed, Image, Invalid, JobStatus, Picture, Plan, Preview, Queued, QueueFull, Step
+
+SHAPE = (4, 64, 64, 77, None)
+GPU = StepCost(SHAPE, {1: .020, 2: .022, 4: .026, 8: .040, 16: .072}, {1: .030, 2: .036, 4: .050, 8: .090})
+CPU = StepCost(SHAPE, {1: 1.0, 2: 2.0, 4: 4.0, 8: 8.0, 16: 16.0}, {1: .7, 2: 1.4})
+APPLE = Picture("a red apple", 128, 128, steps=4, guidance_scale=1.0, seed=7)
+
+
+def asked(client="", steps=4, arrived=0.0, **more):
+    return Entry(key=SHAPE, left=steps, arrived=arrived, client=client, **more)
+
+
+def submit(queue, client, steps, n=1, cost=GPU, deadline=None):
+    job = Job(Plan((APPLE,) * n, deadline=deadline), client=client)
+    tasks = [Task(key=SHAPE, left=steps, arrived=queue.clock(), client=client, job=job, index=i, picture=APPLE) for i in range(n)]
+    queue.submit(job, tasks, cost)
+    return job
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_lone_client_is_served_as_if_there_were_no_clients(seed):
+    rng, shares = random.Random(seed), Shares()
+    tasks = [asked("me", rng.randint(0, 50), arrived=-100 * rng.random(), rows=rng.choice((1, 2))) for _ in range(60)]
+    shares.pass_time(0.0, 1)
+    shares.charge("me", 30.0)                     # it may owe as much as it will: nobody is there to pass it
+    assert fair_order(tasks, CPU, 1.0, shares) == sorted(tasks, key=lambda t: urgency(t, CPU, 1.0))
+
+
+def test_everybody_is_served_in_the_end():
+    """A client in debt waits, and comes to its turn although others never stop asking."""
+    shares, now, flood = Shares(), 0.0, asked("flood", 4)
+    shares.pass_time(0.0, 2)
+    shares.charge("flood", 50.0)
+    while now < 1000:
+        now += 1.0
+        shares.pass_time(now, 2)
+        if fair_order([flood, asked("others", 1, arrived=now)], CPU, now, shares)[0] is flood: break
+    assert 50 < now < 400
+
+
+def simulate(cost, load, abused, n=250, flood=80, steps=50):
+    """p95 of twenty clients whose pictures of 1 to 8 steps come at random, with one more that keeps `flood` pictures in line."""
+    rng, now, tasks, times, shares, coming = random.Random(1), 0.0, [], [], Shares(), []
+    rate, at = load / (4.5 * cost.step(SHAPE).per_row(16) + cost.decode(SHAPE).per_row(8)), 0.0
+    for _ in range(n):
+        at += rng.expovariate(rate)
+        coming.append(asked(f"honest {rng.randrange(20)}", rng.randint(1, 8), at))
+    coming.reverse()
+    while len(times) < n:
+        while coming and coming[-1].arrived <= now: tasks.append(coming.pop())
+        if abused: tasks += [asked("abuser", steps, now) for _ in range(flood - sum(e.client == "abuser" for e in tasks))]
+        if not tasks: now = coming[-1].arrived; continue
+        shares.pass_time(now, len({e.client for e in tasks}))
+        batch, bucket = choose(fair_order(tasks, cost, now, shares), cost, 16)
+        stepping = batch[0].left > 0
+        took = (cost.step(SHAPE) if stepping else cost.decode(SHAPE))[bucket]
+        now += took
+        for e in batch:
+            e.used += took / len(batch)
+            if stepping: e.left -= 1
+            else:
+                tasks.remove(e)
+                shares.charge(e.client, e.used)
+                if e.client != "abuser": times.append(now - e.arrived)
+    return sorted(times)[int(n * .95)]
+
+
+@pytest.mark.parametrize("flood", [(50, 80, 2.0), (1, 80, 2.5), (8, 500, 2.0)], ids=["long pictures", "short ones", "hundreds"])
+@pytest.mark.parametrize("cost", [GPU, CPU], ids=["sharing pays", "sharing does not pay"])
+def test_what_others_wait_beside_an_abuser(cost, flood):
+    """Twice at most. An abuser with pictures of one step, where sharing does not pay, gets its share at once: 2.5."""
+    steps, n, most = flood
+    for load in (.3, .5, .8): assert simulate(cost, load, True, flood=n, steps=steps) <= most * simulate(cost, load, False), load
+
+
+def test_pictures_of_several_clients_share_calls():
+    order = fair_order([asked(f"client {i}") for i in range(8)], GPU, 0.0, Shares())
+    batch, bucket = choose(order, GPU, 16)
+    assert bucket == 8 and len({e.client for e in batch}) == 8
+
+
+def test_a_flood_is_refused_and_a_stranger_is_not():
+    queue = Queue(limit=20, longest=600)
+    with pytest.raises(QueueFull, match="of yours") as e:
+        for _ in range(1000): submit(queue, "flood", 50, n=4)
+    assert e.value.retry_after >= 1
+    there = len(queue.tasks)
+    assert work(queue.tasks, GPU) > 0.9 * 20
+    short = submit(queue, "stranger", 4)
+    assert isinstance(short.log[0], Queued) and short.log[0].eta_seconds < 2 and short.log[0].seeds == (7,)
+    with pytest.raises(QueueFull): submit(queue, "flood", 50, n=4)
+    assert len(queue.tasks) == there + 1
+    # a deadline is checked with the turn of whoever asks
+    assert submit(queue, "another", 4, deadline=5).log[0].eta_seconds < 5
+    with pytest.raises(Invalid) as wrong: submit(queue, "another", 4, deadline=1e-4)
+    assert wrong.value.errors[0].loc == "deadlineSeconds" and "at least" in wrong.value.errors[0].allowed
+
+
+def test_leaving_early_does_not_pay():
+    """Whoever cancels and asks again is charged for what the cancelled jobs had."""
+    queue = Queue(limit=100, longest=600)
+    job = submit(queue, "restless", 50)
+    queue.tasks[0].used = 7.0
+    submit(queue, "other", 50)
+    queue.end(job, QueueFull("x"))
+    assert queue.shares.debt("restless") == pytest.approx(7.0, abs=0.5) and queue.shares.debt("other") == 0
+
+
+def test_the_line_is_bounded_whoever_fills_it():
+    queue, n = Queue(limit=86400, longest=86400), 0
+    with pytest.raises(QueueFull):
+        for n in range(2 * MOST_TASKS): submit(queue, f"client {n}", 1)
+    assert len(queue.tasks) == MOST_TASKS
+
+
+def test_after_the_end_nobody_waits_for_ever():
+    queue = Queue(limit=100, longest=600)
+    job = submit(queue, "", 4)
+    queue.stop(QueueFull("no more"))
+    assert isinstance(job.log[-2], Failed) and isinstance(job.log[-1], Done) and job.status is JobStatus.failed
+    with pytest.raises(QueueFull, match="no more"): submit(queue, "", 4)
+
+
+# what a job holds
+
+def test_previews_are_bounded_and_the_log_keeps_its_places():
+    job, pixels = Job(Plan((APPLE,))), np.zeros((256, 256, 3), "uint8")
+    for step in range(200):
+        job.emit(Step(0, step, 200))
+        job.emit(Preview(0, pixels))
+    job.emit(Image(0, Pillow.new("RGB", (64, 64))))
+    job.emit(Done())
+    assert job.nbytes <= PREVIEW_BYTES + 64 * 64 * 3 and len(job.log) == 402
+    assert [type(e) for e in job.log[:4]] == [Step, Preview, Step, Preview] and job.log[1].image is None
+    read = list(job.events())
+    assert not any(isinstance(e, Preview) and e.image is None for e in read) and isinstance(read[-3], Preview)
+    job.free()
+    assert job.nbytes == 0 and [type(e) for e in job.events()] == [Step] * 200 + [Done]
+
+
+@pytest.fixture(scope="module")
+def engine():
+    with Engine(load_settings(SD_MODEL_ID="embedded", SD_DEVICE="cpu", SD_BACKEND="torch")).start() as engine:
+        assert engine.wait_ready(300), engine.reason
+        yield engine
+
+
+def test_a_picture_to_start_from_is_freed_once_it_is_encoded(engine):
+    import hashlib
+    photo = engine.submit(Plan((APPLE,))).result(60)[0].image
+    job = engine.submit(Plan((replace(APPLE, init=photo, strength=0.5, steps=2, steps_asked=4),) * 2))
+    first = job.result(60)[0]
+    assert all(p.init is None for p in job.plan.pictures)
+    assert job.nbytes == 2 * 128 * 128 * 3
+    assert first.receipt.init_sha256 == hashlib.sha256(photo.tobytes()).hexdigest()
+    assert (first.receipt.steps, first.receipt.steps_asked) == (2, 4)
+
+
+def test_a_short_request_passes_a_flood_in_the_engine(engine):
+    """Counted in UNet calls: the stranger needs its own steps, and waits for the call that is running."""
+    gate, calls = threading.Event(), []
+    hook = engine.parts.unet.register_forward_pre_hook(lambda m, args: (calls.append(1), gate.wait(60))[1] and None)
+    engine.queue.shares.charge("flood", 60.0)
+    flood = [engine.submit(Plan((replace(APPLE, steps=50),)), client="flood") for _ in range(6)]
+    while not calls: pass
+    stranger = engine.submit(Plan((APPLE,)), client="stranger")
+    gate.set()
+    stranger.result(120)
+    hook.remove()
+    for job in flood: job.cancel()
+    assert len(calls) <= 1 + APPLE.steps + 2 and not any(job.status is JobStatus.succeeded for job in flood)
+
+
+def test_health_knows_the_models_limits(engine):
+    health = engine.health()
+    assert health.limits.steps == engine.row.steps and health.limits.native == engine.row.native and not health.limits.mask
+    assert health.to_json()["limits"]["steps"] == list(engine.row.steps) and health.memory["rss"] > 0
+
+
+# files
+
+DAMAGE = {"a list": "[]", "null": "null", "no number": '{"1": "x"}', "a curve without numbers": '{"a": {"1": "x"}}', "cut": '{"a": {"1": 0.',
+          "empty": "", "zeros": "\0" * 4096, "deep": "[" * 100_000, "negative": '{"a": {"1": -1}}', "infinite": '{"a": {"1": Infinity}}',
+          "a gap": '{"a": {"1": 1, "4": 2}}', "not text": b"\xff\xfe\xff"}
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_a_damaged_file_of_curves_is_measured_again_and_written_whole(tmp_path, how):
+    path, data = tmp_path / "step_cost.json", DAMAGE[how]
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    file = CurveFile(path)
+    curve = file.curve("ours", lambda rows: None, 4)
+    assert curve_from(json.loads(json.dumps(curve))) == curve and len(file.notes) == 1 and "damaged" in file.notes[0]
+    healed, whole = read_curves(path)
+    assert whole and set(healed) == {"ours"} and [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_one_damaged_entry_does_not_cost_the_others(tmp_path):
+    path = tmp_path / "step_cost.json"
+    path.write_text('{"good": {"1": 1.0, "2": 1.5}, "bad": {"1": "x"}}')
+    CurveFile(path).curve("ours", lambda rows: None, 1)
+    assert list(read_curves(path)[0]) == ["good", "ours"]
+
+
+def test_the_file_of_curves_keeps_the_newest(tmp_path):
+    file = CurveFile(tmp_path / "step_cost.json", keep=5)
+    for i in range(12): file.curve(f"model {i}", lambda rows: None, 1)
+    assert list(read_curves(file.path)[0]) == [f"model {i}" for i in range(7, 12)]
+
+
+def test_a_disk_that_takes_nothing_costs_time_only(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    file = CurveFile(tmp_path / "file" / "step_cost.json")
+    assert file.curve("ours", lambda rows: None, 2) and "could not be kept" in file.notes[-1]
+
+
+TWO = """
+import sys, pathlib
+from aura_engine.batching import CurveFile
+for i in range(40): CurveFile(pathlib.Path(sys.argv[1]), keep=200).curve(f"{sys.argv[2]} {i}", lambda rows: None, 1)
+"""
+
+
+def test_two_servers_on_one_cache_do_not_disturb_each_other(tmp_path):
+    path = tmp_path / "step_cost.json"
+    both = [subprocess.Popen([sys.executable, "-c", TWO, str(path), name]) for name in "ab"]
+    while any(p.poll() is None for p in both):
+        curves, whole = read_curves(path)
+        assert whole
+    assert [p.returncode for p in both] == [0, 0]
+    curves, whole = read_curves(path)
+    assert whole and {"a 39", "b 39"} & set(curves) and not list(tmp_path.glob("*.part"))
+
+
+def test_an_engine_starts_on_a_damaged_cache_and_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kept = tmp_path / "aura_engine" / "step_cost.json"
+    kept.parent.mkdir()
+    kept.write_text("null")
+    for noted in (True, False):
+        with Engine(load_settings(SD_MODEL_ID="embedded", SD_DEVICE="cpu", SD_BACKEND="torch", AURA_MAX_BATCH="2")).start() as engine:
+            assert engine.wait_ready(300), engine.reason
+            assert any("damaged" in w for w in engine.health().warnings) == noted
