@@ -28,7 +28,7 @@ MOST_ITEMS = 8                                   # items of a list or an object 
 
 
 class Words(str):
-    "Words about a value that cannot be shown itself, such as `12 bytes`: `shown` puts no quotes around them."
+    "Words about a value, such as `12 bytes`: `shown` puts no quotes around them."
 
 # %% ../nbs/01_types.ipynb #c8ffb130
 def shown(value: Any, limit: int = 80) -> str:
@@ -60,7 +60,7 @@ def _pair(item: tuple[Any, Any], limit: int, depth: int) -> str:
 # %% ../nbs/01_types.ipynb #77136f41
 @dataclass(frozen=True)
 class FieldError:
-    "One wrong field: where it is, what was given (shortened), what is allowed, and a sentence that says all three."
+    "One wrong field: where, what was given (shortened), what is allowed, and a sentence that says so."
     loc: str
     given: str
     allowed: str
@@ -74,7 +74,7 @@ class FieldError:
         return cls(field, told, allowed, f"{field}: given {told}, allowed: {allowed}{reason}")
 
     def under(self, prefix: str) -> FieldError:
-        "The same error where its field lies deeper in a body: `under('config.')` makes `steps` `config.steps`."
+        "The same error deeper in a body: `under('config.')` makes `steps` `config.steps`."
         msg = prefix + self.msg if self.msg.startswith(self.loc) else self.msg
         return replace(self, loc=prefix + self.loc, msg=msg)
 
@@ -86,12 +86,13 @@ class AuraError(Exception):
     title: str = "The engine failed"
 
     def __init_subclass__(cls, status: int | None = None, code: str | None = None) -> None:
-        "A new kind of error: `status` and `code` where they differ from its parent's; its docstring becomes its title."
+        "A new kind of error. Its docstring becomes its title."
         if status is not None: cls.status = status
         if code is not None: cls.code = code
         cls.title = cls.__doc__ or cls.title
 
-    def __init__(self, detail: str = "", errors: Iterable[FieldError] = (), retry_after: float | None = None) -> None:
+    def __init__(self, detail: str = "", errors: Iterable[FieldError] = (),
+                 retry_after: float | None = None) -> None:
         "`detail` is for people; `errors` name the wrong fields; `retry_after` in seconds where waiting helps."
         super().__init__(detail or self.title)
         self.detail = detail or self.title
@@ -100,8 +101,9 @@ class AuraError(Exception):
 
     def problem(self, request_id: str = "") -> dict[str, Any]:
         "The error as an RFC 9457 problem document."
-        return {"type": f"urn:aura:{self.code}", "title": self.title, "status": self.status, "detail": self.detail,
-                "errors": [asdict(e) for e in self.errors], "requestId": request_id}
+        wrong = [asdict(e) for e in self.errors]
+        return {"type": f"urn:aura:{self.code}", "title": self.title, "status": self.status,
+                "detail": self.detail, "errors": wrong, "requestId": request_id}
 
 # %% ../nbs/01_types.ipynb #c616c663
 class ModelError(AuraError, status=503, code="model"): "The model could not be loaded"
@@ -109,7 +111,7 @@ class Malformed(AuraError, status=400, code="malformed"): "The request cannot be
 class Unauthorized(AuraError, status=401, code="unauthorized"): "An API key is needed"
 class ForeignOrigin(AuraError, status=403, code="foreign_origin"): "This origin may not call the engine"
 class NotFound(AuraError, status=404, code="not_found"): "There is nothing here"
-class MethodNotAllowed(AuraError, status=405, code="method_not_allowed"): "This address does not answer that method"
+class MethodNotAllowed(AuraError, status=405, code="method_not_allowed"): "This address has no such method"
 class TooLarge(AuraError, status=413, code="too_large"): "The body is too large"
 class Unsupported(AuraError, status=415, code="unsupported"): "The body is in a form that is not read here"
 class HeadersTooLarge(AuraError, status=431, code="headers_too_large"): "The headers are too large"
@@ -162,8 +164,8 @@ MOST_UNKNOWN = 16                                # fields too many, beyond which
 
 class RequestModel(BaseModel):
     "What all bodies share: camelCase names, no unknown fields, no NaN, nothing converted in silence."
-    model_config = ConfigDict(extra="forbid", alias_generator=to_camel, populate_by_name=True, allow_inf_nan=False,
-                              frozen=True, strict=True)
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="forbid",
+                              allow_inf_nan=False, frozen=True, strict=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -189,7 +191,8 @@ def _not_blank(text: str) -> str:
     return text
 
 # %% ../nbs/01_types.ipynb #8eb88e65
-def _as_whole(value: Any) -> Any: return int(value) if type(value) is float and value.is_integer() else value
+def _as_whole(value: Any) -> Any:
+    return int(value) if type(value) is float and value.is_integer() else value
 
 
 WHOLE = BeforeValidator(_as_whole)
@@ -215,8 +218,8 @@ _RATIO = r"^[1-9]\d{0,3}:[1-9]\d{0,3}$"
 class GenerateRequest(RequestModel):
     """Body of POST /generate. Unset numbers take the model's own defaults.
 
-    `aspectRatio` is 'W:H' between 1:3 and 3:1, `lora` an alias of SD_LORAS, `deadlineSeconds` how long the answer
-    is of use."""
+    `aspectRatio` is 'W:H' between 1:3 and 3:1, `lora` an alias of SD_LORAS, `deadlineSeconds` how long the
+    answer is of use."""
     prompt: Prompt = Field(json_schema_extra=VISIBLE)
     aspect_ratio: str = Field("1:1", pattern=_RATIO, json_schema_extra={"format": "aspect-ratio"})
     temperature: float = Field(0.7, ge=0, le=2)
@@ -234,7 +237,7 @@ class GenerateRequest(RequestModel):
 
 # %% ../nbs/01_types.ipynb #7f4af2e0
 class RefineConfig(RequestModel):
-    "Optional numbers of POST /refine. `strength` 0.05-1: how far from the given picture the answer may go."
+    "Optional numbers of POST /refine. `strength` 0.05-1: how far from the given picture to go."
     steps: Steps | None = None
     guidance_scale: float | None = Field(None, ge=0, le=30)
     strength: float = Field(0.5, ge=0.05, le=1)
@@ -251,7 +254,7 @@ PictureText = Annotated[str, Field(json_schema_extra={"format": "picture"})]
 
 
 class RefineRequest(RequestModel):
-    "Body of POST /refine. `images`: 1-4 base64 PNG, JPEG or WebP pictures, with or without a data: prefix."
+    "Body of POST /refine. `images`: 1-4 PNG, JPEG or WebP in base64, also with a data: prefix."
     refine_prompt: Prompt = Field(json_schema_extra=VISIBLE)
     images: list[PictureText] = Field(min_length=1, max_length=MAX_N)
     config: RefineConfig = RefineConfig.model_validate({})
@@ -264,7 +267,8 @@ _KINDS = {
     "string_pattern_mismatch": "W:H with whole numbers, for example 4:3",
     "int_type": "a whole number", "int_from_float": "a whole number", "int_parsing": "a whole number",
     "float_type": "a number", "float_parsing": "a number", "finite_number": "a finite number",
-    "list_type": "a list", "model_type": "an object", "dict_type": "an object", "model_attributes_type": "an object",
+    "list_type": "a list", "model_type": "an object", "dict_type": "an object",
+    "model_attributes_type": "an object",
     "bool_parsing": "1, true, yes, 0, false or no",
 }
 _BOUNDS = {"ge": "at least {}", "gt": "more than {}", "le": "at most {}", "lt": "less than {}",
@@ -285,7 +289,7 @@ MOST_ERRORS = 20
 
 
 def field_errors(err: ValidationError | list[Any], skip: int = 0) -> tuple[FieldError, ...]:
-    "A pydantic error, or its list of errors -> field errors; `skip` leading parts of each location are dropped."
+    "A pydantic error, or its list of errors -> field errors. The first `skip` parts of a location are dropped."
     rows = err if isinstance(err, list) else err.errors(include_url=False)
     return tuple(_field_error(row, skip) for row in rows[:MOST_ERRORS])
 
@@ -311,8 +315,8 @@ class Note:
 class Picture:
     """One picture to make. Sizes in pixels; `steps` are UNet steps really run.
 
-    `init` is the RGB picture to start from (img2img) or None. `steps_asked` are the steps of a refinement before its
-    strength shortened them."""
+    `init` is the RGB picture to start from (img2img) or None. `steps_asked` are the steps of a refinement
+    before its strength shortened them."""
     prompt: str
     width: int
     height: int
@@ -390,8 +394,9 @@ Event = Queued | Step | Preview | Image | Failed | Done
 class Receipt:
     """How one picture was made. `timings` in seconds by stage.
 
-    `lora`: what is fused into the model; `lora_alias`, `lora_source`: the one the request named. `init_sha256` names
-    the picture a refinement started from, `steps_asked` its steps before strength shortened them."""
+    `lora`: what is fused into the model; `lora_alias`, `lora_source`: the one the request named.
+    `init_sha256` names the picture a refinement started from, `steps_asked` its steps before strength
+    shortened them."""
     prompt: str
     negative_prompt: str
     width: int
@@ -430,13 +435,15 @@ class Receipt:
 def _receipt_fields(data: Mapping[str, Any]) -> dict[str, Any]:
     "The fields of a receipt by their Python names; Invalid names the first that is missing or unknown."
     names = {to_camel(f.name): f.name for f in fields(Receipt)}
-    needed = [to_camel(f.name) for f in fields(Receipt) if f.default is MISSING and f.default_factory is MISSING]
+    optional = [f for f in fields(Receipt) if f.default is not MISSING or f.default_factory is not MISSING]
+    needed = list(names)[:-len(optional)]        # fields with a default come last
     unknown = next((name for name in data if name not in names), None)
     missing = next((name for name in needed if name not in data), None)
     wrong = unknown if unknown is not None else missing
     if wrong is not None:
         field = f"receipt.{shown(wrong, 60)[1:-1]}"
-        raise Invalid.value(field, given=data.get(wrong), allowed="the fields of a receipt", why="missing or unknown")
+        why = "missing or unknown"
+        raise Invalid.value(field, given=data.get(wrong), allowed="the fields of a receipt", why=why)
     values = {names[k]: v for k, v in data.items()}
     values["corrections"] = tuple(values.get("corrections", ()))
     return values
@@ -475,7 +482,8 @@ class QueueLoad:
 class Limits:
     """What may be asked of the loaded model. `steps` and `guidance` are (least, default, most).
 
-    `native` and `most` are sides in pixels: of the square the model was made for, and of the largest it makes here."""
+    `native` and `most` are sides in pixels: of the square the model was made for, and of the largest that
+    it makes here."""
     steps: tuple[int, int, int]
     guidance: tuple[float, float, float]
     native: int
@@ -488,8 +496,8 @@ class Limits:
 class Health:
     """What the engine is, has and does.
 
-    `step_cost` in seconds by batch size, `memory` in bytes, `uptime_seconds` in seconds. `reason` says why it failed,
-    `loading` how far it is."""
+    `step_cost` in seconds by batch size, `memory` in bytes, `uptime_seconds` in seconds. `reason` says why
+    it failed, `loading` how far it is."""
     status: EngineState
     ready: bool
     device: str | None
@@ -522,7 +530,7 @@ class Health:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Health:
-        "Read a /health body, also of another version: unknown fields are left out, missing ones are empty. Or Invalid."
+        "Read a /health body, also of another version: unknown fields are left out, missing ones empty."
         return cls(**_health_fields(data))
 
 # %% ../nbs/01_types.ipynb #14c7ac96
@@ -536,7 +544,8 @@ def _health_fields(data: Mapping[str, Any]) -> dict[str, Any]:
     "The fields of `Health` by their Python names."
     values: dict[str, Any] = {f.name: data.get(to_camel(f.name)) for f in fields(Health)}
     status = values["status"]
-    if status not in list(EngineState): raise Invalid.value("status", given=status, allowed=", ".join(EngineState))
+    if status not in list(EngineState):
+        raise Invalid.value("status", given=status, allowed=", ".join(EngineState))
     for name, kind in _HEALTH_KINDS.items(): values[name] = kind(values[name] or kind())
     values["status"] = EngineState(status)
     values["ready"] = status == EngineState.ready
@@ -546,7 +555,8 @@ def _health_fields(data: Mapping[str, Any]) -> dict[str, Any]:
 
 # %% ../nbs/01_types.ipynb #7e65c457
 _HEALTH_KINDS: dict[str, Callable[..., Any]] = {
-    "loras": tuple, "optimizations": tuple, "warnings": tuple, "model": str, "precision": str, "version": str,
+    "loras": tuple, "optimizations": tuple, "warnings": tuple,
+    "model": str, "precision": str, "version": str,
     "step_cost": dict, "uptime_seconds": float, "gpu": bool,
 }
 
