@@ -164,7 +164,7 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 __import__(sys.argv[1])
 """
-LIGHT = [m for m in "config types models images planning client widgets bundle hub deploy_plan proof deploy".split() if (ROOT / f"aura_engine/{m}.py").exists()]
+LIGHT = [m for m in "config types models images planning prompt_weights client widgets bundle hub deploy_plan proof deploy".split() if (ROOT / f"aura_engine/{m}.py").exists()]
 
 
 @pytest.mark.parametrize("module", LIGHT)
