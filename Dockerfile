@@ -20,12 +20,11 @@ RUN case "$TORCH_INDEX_URL" in \
     esac; \
     PIP_INDEX_URL="$index" pip install --no-cache-dir torch==2.13.0
 
-# TORCH_COMPILE=1 needs a C compiler on a GPU; without a GPU it is not worth its 200 MB.
+# TORCH_COMPILE=1 needs a C compiler on a GPU; without CUDA it is not worth its 200 MB.
 # hadolint ignore=DL3008
-RUN case "$TORCH_INDEX_URL" in \
-      *cpu) ;; \
-      *) apt-get update && apt-get install -y --no-install-recommends gcc g++ libc6-dev && rm -rf /var/lib/apt/lists/* ;; \
-    esac
+RUN if python -c "import sys, torch; sys.exit(torch.version.cuda is None)"; then \
+      apt-get update && apt-get install -y --no-install-recommends gcc g++ libc6-dev && rm -rf /var/lib/apt/lists/*; \
+    fi
 
 # Everything else by version and hash (tools/lock.py), so that this commit gives the same image in a year.
 COPY requirements.lock ./

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import argparse, difflib, getpass, json, os, re, sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 

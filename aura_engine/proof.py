@@ -4,7 +4,7 @@
 
 # %% ../nbs/15d_proof.ipynb #7edc54d0
 from __future__ import annotations
-import os, time
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
