@@ -194,7 +194,7 @@ def _as_exported(code: str) -> str:
     code = re.sub(r"(?m)^from __future__.*$|^#\|.*$", "", code)
     return code.replace("from aura_engine.", "from .").replace("from aura_engine import", "from . import").strip()
 
-
+# %% ../nbs/15a_bundle.ipynb #82a78ecd
 def _code_cells(notebook: Path) -> list[str]:
     # A notebook is JSON: nbdev and nbformat need not be installed here.
     cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]

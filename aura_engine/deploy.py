@@ -18,7 +18,7 @@ __all__ = ['ADDRESS', 'BackStep', 'PICTURE', 'set_one', 'commit_files', 'create_
            'restore_files', 'roll_back', 'gone_secrets', 'take_back', 'print_step', 'deploy_cleaner', 'checked_files',
            'bill', 'smoke_questions', 'DeployPlanning', 'DeployApplying', 'DeployProving', 'DeployReturning',
            'Deployment', 'deploy_space', 'DeployWatch', 'SpacePanel', 'live_health', 'space_status', 'hardware_panel',
-           'drift', 'diagnose', 'json_steps', 'run_deploy', 'main']
+           'drift', 'settings_panel', 'diagnose', 'json_steps', 'run_deploy', 'main']
 
 # %% ../nbs/15e_deploy.ipynb #d2d92913
 import httpx
@@ -148,6 +148,18 @@ def _old_variables(plan: DeployPlan, old: DeployJournal, lost: Sequence[str]) ->
             variables.setdefault(change.name, plan.state.variables.get(change.name))
     return variables
 
+# %% ../nbs/15e_deploy.ipynb #a7d78682
+def _old_machine(plan: DeployPlan, old: DeployJournal) -> dict[str, Any]:
+    state = plan.state
+    now = {
+        "hardware": state.machine,
+        "sleep_time": -1 if state.sleep_time is None else state.sleep_time,
+        "visibility": state.visibility,
+    }
+    # A plan calls the sleep time "sleep".
+    changed = {change.what.replace("sleep", "sleep_time") for change in plan.changes if state.head}
+    return {name: getattr(old, name) or (value if name in changed else None) for name, value in now.items()}
+
 # %% ../nbs/15e_deploy.ipynb #aa334ac5
 def journal_of(plan: DeployPlan, good: str | None, cut: DeployJournal | None = None) -> DeployJournal:
     "How to undo the plan and return to commit `good`, and also what a run that was `cut` off had done already."
@@ -155,15 +167,9 @@ def journal_of(plan: DeployPlan, good: str | None, cut: DeployJournal | None = N
     old = cut or DeployJournal(state.head, "", good)
     lost = tuple(dict.fromkeys([*old.lost, *(f"secret {c.name}" for c in plan.changes if c.final)]))
     new = [c.name for c in plan.changes if c.what == "secret" and not c.final]
-    changed = {change.what for change in plan.changes if state.head}
-    # Paid hardware without a sleep time never sleeps; the Hub writes that as -1.
-    slept = -1 if state.sleep_time is None else state.sleep_time
     return replace(
-        old, head=state.head, dockerfile=git_oid(plan.files["Dockerfile"]), lost=lost,
-        variables=_old_variables(plan, old, lost), secrets=(*old.secrets, *new), time=time.time(),
-        hardware=old.hardware or (state.machine if "hardware" in changed else None),
-        sleep_time=old.sleep_time or (slept if "sleep" in changed else None),
-        visibility=old.visibility or (state.visibility if "visibility" in changed else None))
+        old, head=state.head, dockerfile=git_oid(plan.files["Dockerfile"]), lost=lost, time=time.time(),
+        variables=_old_variables(plan, old, lost), secrets=(*old.secrets, *new), **_old_machine(plan, old))
 
 # %% ../nbs/15e_deploy.ipynb #088b880e
 @dataclass(frozen=True)
@@ -275,7 +281,7 @@ def roll_back(hub: SpaceHub, good: str, journal: DeployJournal | None, o: Deploy
     if journal: restore_settings(hub, journal)
     oid = restore_files(hub, good)
     if journal and journal.lost: say("rollback", f"stays as it is now: {', '.join(journal.lost)}")
-    wait_for_commit(hub, oid, "settings" if oid == head else "commit", o.timeout or 1800, say)
+    wait_for_commit(hub, oid, "settings" if oid == head else "commit", o.timeout or 1800, say, before=head)
     info = hub.info()
     asked = SmokeTest(info.host, None, full=False, token=hub.token if info.private else None, poll=o.poll)
     smoke_test(asked, say, o.timeout or 300)
@@ -349,7 +355,7 @@ def smoke_questions(hub: SpaceHub, o: DeployOptions, plan: DeployPlan, oid: str,
     info = hub.info()
     origins = o.origins or ()
     with contextlib.suppress(ValueError): origins = parse_origins(plan.target.variables.get("ALLOW_ORIGINS"))
-    def newest() -> None: check_newest(hub.info().sha, oid)
+    def newest() -> None: check_newest(hub.info().sha, oid, plan.state.head)
 
     return SmokeTest(
         gpu=plan.target.hardware if has_gpu(plan.target.hardware) else None, newest=newest,
@@ -450,7 +456,8 @@ class DeployProving(DeployApplying):
     def wait(self) -> None:
         ago = 0.0
         if self.journal and not self.plan.changes: ago = time.time() - self.journal.time
-        wait_for_commit(self.hub, self.receipt.oid or "", self.written, self.seconds, self.say, ago)
+        oid = self.receipt.oid or ""
+        wait_for_commit(self.hub, oid, self.written, self.seconds, self.say, ago, self.plan.state.head)
 
     def prove(self) -> None:
         settings_alone = self.written == "settings" and self.plan.changes
@@ -638,6 +645,17 @@ def drift(state: SpaceState, o: DeployOptions) -> str:
     if not plan.changes: return "none: it has what this folder would give it"
     return "; ".join(" ".join(row).strip() for row in plan_rows(plan))
 
+# %% ../nbs/15e_deploy.ipynb #ade75cb7
+def settings_panel(state: SpaceState) -> SpacePanel:
+    "Sleep time, visibility, variables and the names of the secrets."
+    variables = [f"{name}={value}" for name, value in sorted(state.variables.items())]
+    return SpacePanel({
+        "sleeps": f"after {state.sleep_time} s" if (state.sleep_time or -1) > 0 else "never",
+        "visibility": state.visibility,
+        "variables": ", ".join(variables) or "none",
+        "secrets": ", ".join(sorted(state.secrets)) or "none",
+    })
+
 # %% ../nbs/15e_deploy.ipynb #496f607e
 def diagnose(hub: SpaceHub, o: DeployOptions) -> SpacePanel:
     "Everything about the Space that explains how it behaves, and what to do. Writes nothing."
@@ -649,17 +667,11 @@ def diagnose(hub: SpaceHub, o: DeployOptions) -> SpacePanel:
     if state.stage in DEAD:
         log = "build" if state.stage == "BUILD_ERROR" else "run"
         advice += [f"it ended in {state.stage}; the {log} log says:", *log_causes(hub, log)]
-    sleep = f"after {state.sleep_time} s" if (state.sleep_time or -1) > 0 else "never"
-    return SpacePanel({
-        **space_status(hub),
-        "sleeps": sleep,
-        "visibility": state.visibility,
-        "device": health.get("device", "unknown"),
-        "variables": ", ".join(f"{name}={value}" for name, value in sorted(state.variables.items())) or "none",
-        "secrets": ", ".join(sorted(state.secrets)) or "none",
-        "drift": drift(state, o),
-        "advice": "\n            ".join(advice) or "nothing is wrong",
-    })
+    facts = space_status(hub) | settings_panel(state)
+    facts["device"] = health.get("device", "unknown")
+    facts["drift"] = drift(state, o)
+    facts["advice"] = "\n            ".join(advice) or "nothing is wrong"
+    return SpacePanel(facts)
 
 # %% ../nbs/15e_deploy.ipynb #bcee3e36
 def _blacked_out(value: Any, clean: Cleaner) -> Any:
@@ -668,7 +680,7 @@ def _blacked_out(value: Any, clean: Cleaner) -> Any:
     if isinstance(value, list | tuple): return [_blacked_out(item, clean) for item in value]
     return value
 
-
+# %% ../nbs/15e_deploy.ipynb #6a635fc7
 def json_steps(clean: Cleaner) -> Say:
     "The listener for programs: one JSON object a line, every text in it blacked out."
     def say(step: str, text: str, **data: Any) -> None:
@@ -686,7 +698,7 @@ def _instead(o: DeployOptions, a: argparse.Namespace, say: Say) -> None:
     if a.restart: say("restart", hub.restart())
     if a.rollback_to: roll_back(hub, a.rollback_to, None, o, lambda step, text, **_: say(step, clean(text)))
 
-
+# %% ../nbs/15e_deploy.ipynb #a8707ecf
 def _act(o: DeployOptions, a: argparse.Namespace, say: Say) -> int:
     if a.action or a.status or a.logs or a.restart or a.rollback_to:
         _instead(o, a, say)

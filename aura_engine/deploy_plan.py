@@ -44,7 +44,7 @@ _SD15 = {
 CUDA_WHEELS = "cu126"                   # the name of an index of torch's wheels
 _GPU = {"SD_DEVICE": "cuda", "SD_PRECISION": "fp16", "TORCH_INDEX_URL": CUDA_WHEELS}
 
-
+# %% ../nbs/15c_deploy_plan.ipynb #e59cf9bf
 def _embedded_note() -> str:
     row = row_for("embedded", None)
     return "the embedded model, ready in seconds" + (f": {row.note}" if row else "")
@@ -126,7 +126,7 @@ def check_known(model: str) -> None:
             "Another Stable Diffusion 1.5, 2.1 or XL model may do: say --any-model if it is one")
     raise DeployError("usage", text)
 
-
+# %% ../nbs/15c_deploy_plan.ipynb #1845a7b2
 def check_options(o: DeployOptions) -> None:
     "DeployError 'usage' for options that cannot be meant."
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", o.space_id):
@@ -205,7 +205,7 @@ class DeployParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise DeployError("usage", f"{message}\n{self.format_usage().strip()}")
 
-
+# %% ../nbs/15c_deploy_plan.ipynb #71697278
 def _parser() -> DeployParser:
     name = "aura deploy" if Path(sys.argv[0]).stem == "aura" else "hf_space_deploy.py"
     about = "Deploy this engine to a Hugging Face Docker Space, and prove that it answers."
@@ -227,7 +227,7 @@ def _origins(a: argparse.Namespace) -> tuple[str, ...] | None:
         raise DeployError("usage", text)
     return origins
 
-
+# %% ../nbs/15c_deploy_plan.ipynb #beee0ecb
 def _pairs(a: argparse.Namespace) -> dict[str, str]:
     out = {}
     for given in a.var:
@@ -249,7 +249,7 @@ def _secrets(a: argparse.Namespace, env: Mapping[str, str]) -> dict[str, str]:
             raise DeployError("usage", f"--secret {name}: neither in the environment nor on standard input")
     return out
 
-
+# %% ../nbs/15c_deploy_plan.ipynb #61aff7d4
 def _check_model(model: str) -> None:
     try: check_source(resolve_id(model)[0])
     except AuraError as e: raise DeployError("usage", e.detail) from None
@@ -299,7 +299,7 @@ def has_gpu(hardware: str) -> bool:
     "Is this the Hub's name of hardware with a GPU?"
     return not hardware.startswith("cpu")
 
-
+# %% ../nbs/15c_deploy_plan.ipynb #cd576b51
 def right_wheels(after: Mapping[str, str], hardware: str) -> str | None:
     "The TORCH_INDEX_URL that this hardware needs; None when the Space's own will do."
     named = after.get("TORCH_INDEX_URL", "cpu")
@@ -352,7 +352,7 @@ def slow_start(variables: Mapping[str, str]) -> int:
     slow = row is None or row.native > 512 or variables.get("SD_BACKEND") == "openvino"
     return 3600 if slow else 1800
 
-
+# %% ../nbs/15c_deploy_plan.ipynb #e728b766
 def _usual_hardware(model: str) -> str:
     for preset in PRESETS.values():
         if preset.hardware and preset.variables["SD_MODEL_ID"] == model: return preset.hardware
@@ -393,7 +393,7 @@ def front_matter(readme: str) -> tuple[dict[str, Any], str]:
     except yaml.YAMLError: return {}, readme
     return (settings if isinstance(settings, dict) else {}), found[2]
 
-
+# %% ../nbs/15c_deploy_plan.ipynb #c8fb059e
 def written_readme(settings: Mapping[str, Any], text: str) -> bytes:
     "A README of these settings and this text."
     # JSON is YAML, so this needs no YAML writer, and a test can compare lines.
@@ -424,7 +424,7 @@ def _can_pay(state: SpaceState, owner: str) -> bool:
     # An account about which the Hub says nothing is believed: the Hub will say so itself.
     return all(account.get("canPay", True) for account in accounts if account["name"] == owner)
 
-
+# %% ../nbs/15c_deploy_plan.ipynb #b36e4c9f
 def _about_money(state: SpaceState, o: DeployOptions, target: SpaceTarget) -> Iterator[str]:
     if target.ask is None or target.ask == state.hardware: return
     if target.ask not in state.prices:
@@ -464,7 +464,7 @@ def _about_space(state: SpaceState, o: DeployOptions, files: Sequence[str]) -> I
         yield (f"{o.space_id} holds another app, of which this would replace {replaced or 'the configuration'}; "
                "take another name, or say --take-over if that is meant")
 
-
+# %% ../nbs/15c_deploy_plan.ipynb #c33085df
 def _about_device(state: SpaceState, target: SpaceTarget) -> Iterator[str]:
     device = target.variables.get("SD_DEVICE", "auto")
     if device.startswith("cuda") and not has_gpu(target.hardware):

@@ -285,7 +285,7 @@ def _event(line: str) -> tuple[str, str] | None:
         return event["timestamp"], event["data"]
     except (ValueError, LookupError): return None
 
-
+# %% ../nbs/15b_hub.ipynb #1f3b914e
 def log_events(hub: SpaceHub, kind: str) -> Iterator[tuple[str, str]]:
     "(time, text) of each line of the 'build' or 'run' log, from its beginning, for as long as the Hub sends."
     url = f"{hub.endpoint}/api/spaces/{hub.id}/logs/{kind}"

@@ -115,17 +115,18 @@ class FollowedLogs:
         for follower in self.followers.values(): follower.done.set()
 
 # %% ../nbs/15d_proof.ipynb #859cda19
-def check_newest(head: str | None, oid: str) -> None:
-    "DeployError 'conflict' when the newest commit `head` is not ours (`oid`) any more."
-    if head in (None, oid): return
+def check_newest(head: str | None, oid: str, before: str | None) -> None:
+    "DeployError 'conflict' when the newest commit `head` is neither ours (`oid`) nor the one `before`."
+    if head in (None, oid, before): return
     text = f"superseded: commit {str(head)[:12]} came after {oid[:12]}; that deployment decides now"
     raise DeployError("conflict", text)
 
 # %% ../nbs/15d_proof.ipynb #86ebd87c
-def wait_for_commit(hub: SpaceHub, oid: str, written: str, seconds: float, say: Say, ago: float = 0.0) -> None:
+def wait_for_commit(hub: SpaceHub, oid: str, written: str, seconds: float, say: Say, ago: float = 0.0,
+                    before: str | None = None) -> None:
     """Return when the Space runs commit `oid`.
 
-    `written`, so many seconds `ago`: 'commit', 'settings' or ''.
+    `written`, so many seconds `ago`: 'commit', 'settings' or ''. `before`: the newest commit until then.
     DeployError 'build' or 'runtime' when it will not run, 'conflict' when a newer commit came,
     'timeout' after `seconds`."""
     watch = StageWatch(hub, bool(written), say, ago)
@@ -134,7 +135,7 @@ def wait_for_commit(hub: SpaceHub, oid: str, written: str, seconds: float, say: 
     end = time.monotonic() + seconds
     try:
         while not (seen := watch.look()).arrived(oid, by_commit):
-            check_newest(seen.head, oid)
+            check_newest(seen.head, oid, before)
             logs.follow(seen)
             if seen.dead(oid, by_commit): raise DeployError(DEAD[seen.stage], logs.obituary(seen))
             left = end - time.monotonic()
@@ -142,7 +143,7 @@ def wait_for_commit(hub: SpaceHub, oid: str, written: str, seconds: float, say: 
             time.sleep(min(hub.poll, left + 0.05))
     finally: logs.stop()
 
-
+# %% ../nbs/15d_proof.ipynb #78c7cb25
 def _late(seen: StageSeen, seconds: float, queued: bool) -> str:
     text = f"still {seen.stage} after {seconds:.0f} s; the Hub goes on, and the same command waits again."
     return text + (" No build log yet: it may be queued." if queued else "")
@@ -154,7 +155,7 @@ _Checked = TypeVar("_Checked")
 class NotYet(Exception):
     "What the live Space still lacks."
 
-
+# %% ../nbs/15d_proof.ipynb #22a6f471
 @dataclass(frozen=True)
 class Patience:
     "How long a question is asked. `meanwhile(reason, seconds)` is called between two tries; it may raise."
@@ -162,7 +163,7 @@ class Patience:
     poll: float
     meanwhile: Callable[[str, float], None] = lambda reason, seconds: None
 
-
+# %% ../nbs/15d_proof.ipynb #22339ea3
 def ask_until(patience: Patience, check: Callable[[], _Checked]) -> _Checked:
     "check(), again while it raises NotYet. DeployError 'smoke' with the last reason when the patience is over."
     start = time.monotonic()
@@ -272,7 +273,7 @@ class SmokeTest:
     gpu: str | None = None                  # the hardware whose GPU must be used; None: no matter
     newest: Callable[[], None] = lambda: None       # raises when a newer commit came
 
-
+# %% ../nbs/15d_proof.ipynb #5cd2b108
 @dataclass(frozen=True)
 class SmokeResult:
     "What the live Space answered: its /health, and a picture as base64."
