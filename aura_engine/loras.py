@@ -4,17 +4,25 @@
 
 # %% ../nbs/04d_loras.ipynb #82a74fec
 from __future__ import annotations
-from collections.abc import Iterable, Mapping
+import json, math, re
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
 from .downloads import Unusable, blame, class_names, patiently
+from .facts import header
 from .models import PICKLED, ROWS, Row, is_local, is_named
 from .reader import Reader, nothing_else, reading
 
 # %% auto #0
-__all__ = ['USUAL', 'DOES_NOT_FIT', 'A_METHOD', 'only_file', 'lora_file', 'attach_lora', 'fuse_lora', 'Loras', 'adapter_name',
-           'lora_parts', 'keep_one', 'keep_loras']
+__all__ = ['USUAL', 'ROLES', 'PREFIXES', 'OTHERS', 'INNER', 'OUTER', 'IN_BLOCK', 'Place', 'DOES_NOT_FIT', 'SHARE', 'A_METHOD',
+           'only_file', 'lora_file', 'LoraLayer', 'role_of', 'place_of', 'original_name', 'layers_of', 'LoraFile',
+           'lora_layer', 'sorted_tensors', 'peft_settings', 'read_lora', 'lora_parts', 'weights_of', 'fuse_lora',
+           'Loras', 'adapter_name', 'peft_config', 'fill_layer', 'keep_lora', 'keep_loras']
 
 # %% ../nbs/04d_loras.ipynb #1d99e289
 USUAL = "pytorch_lora_weights.safetensors"
@@ -45,25 +53,192 @@ def lora_file(reader: Reader, source: str, row: Row | None = None) -> Path:
     return reader.located(f"{source}/{only_file(names)}", "", nothing_else)
 
 # %% ../nbs/04d_loras.ipynb #3ae62a4f
+@dataclass
+class LoraLayer:
+    "What a LoRA does to one layer: down [r, in, …], up [out, r, …], `scale`, and a DoRA's row lengths."
+    down: torch.Tensor
+    up: torch.Tensor
+    scale: float
+    lengths: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        "How thin the product is."
+        return len(self.down)
+
+    def fits(self, weight: torch.Tensor) -> bool:
+        "Whether the product has the shape of these weights."
+        inside = self.down.numel() == self.rank * weight[0].numel()
+        return inside and len(self.up) == len(weight) and self.up.numel() == len(weight) * self.rank
+
+    def change(self, weight: torch.Tensor) -> torch.Tensor:
+        "The changed weights, in fp32."
+        product = self.up.float().reshape(-1, self.rank) @ self.down.float().reshape(self.rank, -1)
+        whole = weight.float() + self.scale * product.reshape(weight.shape)
+        if self.lengths is None: return whole
+        rows = whole.reshape(len(whole), -1).norm(dim=1)
+        factor = (self.lengths.float().flatten() / rows).reshape(-1, *[1] * (whole.ndim - 1))
+        return whole * factor
+
+# %% ../nbs/04d_loras.ipynb #b3fc5279
+ROLES = {
+    ".lora_down.weight": "down", ".lora_up.weight": "up", ".lora_mid.weight": "mid", ".alpha": "alpha",
+    ".lora_A.weight": "down", ".lora_B.weight": "up", ".lora_A.default.weight": "down", ".lora_B.default.weight": "up",
+    ".lora.down.weight": "down", ".lora.up.weight": "up", "_lora.down.weight": "down", "_lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up",
+    ".dora_scale": "lengths", ".lora_magnitude_vector": "lengths", ".lora_magnitude_vector.weight": "lengths"}
+PREFIXES = {
+    "lora_unet_": "unet", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te_": "text_encoder",
+    "unet.": "unet", "text_encoder_2.": "text_encoder_2", "text_encoder.": "text_encoder", "base_model.model.": "unet"}
+OTHERS = {                                        # other ways to change a model, by a piece of their tensors' names
+    "hada_": "a LoHa", "lokr_": "a LoKr", "oft_": "an OFT", "glora": "a GLoRA", ".diff": "a file of whole differences"}
+
+def role_of(name: str) -> tuple[str, str] | None:
+    "(the name of a layer, what this tensor is to it), or None when it is nothing of a LoRA."
+    for ending, role in ROLES.items():
+        if name.endswith(ending): return name.removesuffix(ending).removesuffix("_lora"), role
+    return None
+
+def place_of(stem: str) -> tuple[str, str]:
+    "(part of the pipeline, flat name of the layer in it)."
+    part, rest = "unet", stem
+    for prefix, named in PREFIXES.items():
+        if stem.startswith(prefix):
+            part, rest = named, stem.removeprefix(prefix)
+            break
+    flat = rest.replace(".", "_").replace("_processor_", "_")
+    return part, flat + "_0" if flat.endswith("to_out") else flat
+
+# %% ../nbs/04d_loras.ipynb #a72f1e8e
+INNER = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
+         "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}
+OUTER = {"conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
+         "time_embedding.linear_2": "time_embed.2", "add_embedding.linear_1": "label_emb.0.0",
+         "add_embedding.linear_2": "label_emb.0.2"}
+IN_BLOCK = re.compile(r"(down|mid|up)_block(?:s\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+
+def original_name(name: str, layers: int, plain_ups: Container[int] = ()) -> str:
+    "A UNet layer's name in the original program. `layers`: resnets a block; `plain_ups`: up blocks without attention."
+    found = IN_BLOCK.fullmatch(name)
+    if not found: return OUTER.get(name, name)
+    way, kind, place, rest = found[1], found[3], int(found[4]), found[5]
+    block = int(found[2] or 0)
+    inner = INNER.get(rest, rest) if kind == "resnets" else rest
+    if way == "mid": return f"middle_block.{1 if kind == 'attentions' else 2 * place}.{inner}"
+    column = {"resnets": 0, "attentions": 1}.get(kind)
+    if kind == "downsamplers": return f"input_blocks.{(block + 1) * (layers + 1)}.0.op"
+    if kind == "upsamplers": return f"output_blocks.{block * (layers + 1) + layers}.{1 if block in plain_ups else 2}.conv"
+    if way == "down": return f"input_blocks.{1 + block * (layers + 1) + place}.{column}.{inner}"
+    return f"output_blocks.{block * (layers + 1) + place}.{column}.{inner}"
+
+# %% ../nbs/04d_loras.ipynb #654bf8a4
+def layers_of(model: nn.Module) -> dict[str, str]:
+    "Flat name, in any spelling -> the name of a linear layer or convolution of a model."
+    config: Any = getattr(model, "config", None)
+    count = getattr(config, "layers_per_block", 2)
+    ups = enumerate(getattr(config, "up_block_types", ()))
+    plain = {i for i, kind in ups if "CrossAttn" not in kind}
+    names: dict[str, str] = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, (nn.Linear, nn.Conv2d)) or ".lora_" in path: continue
+        name = path.removesuffix(".base_layer")                    # inside a layer that has a LoRA beside it
+        short = name.removeprefix("text_model.")
+        original = original_name(name, count if isinstance(count, int) else 2, plain)
+        for spelling in (name, short, f"text_model.{short}", original): names[spelling.replace(".", "_")] = name
+    return names
+
+# %% ../nbs/04d_loras.ipynb #e39f9a71
+@dataclass
+class LoraFile:
+    "A LoRA that was read: layers by (part, layer's name), and how many of its layers this model does not have."
+    layers: dict[tuple[str, str], LoraLayer]
+    strangers: list[str]
+    unused: int = 0                               # tensors that are nothing of a LoRA (embeddings)
+
+    def said(self) -> list[str]:
+        "What a person should know."
+        n, notes = len(self.layers) + len(self.strangers), []
+        if self.strangers:
+            notes.append(f"{len(self.layers)} of {n} layers fit, the others are not used ({self.strangers[0]} …)")
+        if self.unused: notes.append(f"{self.unused} tensors are no part of a LoRA and are not used")
+        return notes
+
+def lora_layer(tensors: dict[str, torch.Tensor], settings: Mapping[str, Any]) -> LoraLayer | None:
+    "One layer from its tensors; None when one of the two sides is missing. `settings`: peft's, where the file has them."
+    if "down" not in tensors or "up" not in tensors: return None
+    down, up = tensors["down"], tensors["up"]
+    if "mid" in tensors: down = torch.einsum("rshw,si->rihw", tensors["mid"].float(), down.float().flatten(1))
+    rank = len(down)
+    alpha = tensors["alpha"].item() if "alpha" in tensors else settings.get("lora_alpha", rank)
+    root = math.sqrt(rank) if settings.get("use_rslora") else rank
+    return LoraLayer(down, up, alpha / root, tensors.get("lengths"))
+
+# %% ../nbs/04d_loras.ipynb #0bf3a055
+Place = tuple[str, str]                            # part of the pipeline, flat name of a layer in it
+
+def sorted_tensors(file: Path) -> tuple[dict[Place, dict[str, torch.Tensor]], list[str]]:
+    "(place -> what a tensor is -> tensor, the names of the rest). Unusable for another kind of file."
+    state, layers, rest = load_file(file), {}, []
+    for name, tensor in state.items():
+        for piece, kind in OTHERS.items():
+            if piece in name: raise Unusable(f"it is {kind}; only LoRAs and DoRAs are taken")
+        found = role_of(name)
+        if found is None: rest.append(name)
+        else: layers.setdefault(place_of(found[0]), {})[found[1]] = tensor
+        if not torch.isfinite(tensor.float()).all(): raise Unusable("it holds values that are no numbers")
+    return layers, rest
+
+def peft_settings(file: Path) -> dict[str, dict[str, Any]]:
+    "Part -> peft's settings, where the trainer wrote them into the file's header."
+    with safe_open(file, "pt") as f: text = (f.metadata() or {}).get("lora_adapter_metadata", "{}")
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in json.loads(text).items():
+        part, _, setting = name.partition(".")
+        parts.setdefault(part, {})[setting] = value
+    return parts
+
+# %% ../nbs/04d_loras.ipynb #bd700c54
 DOES_NOT_FIT = "it does not fit this model (a LoRA belongs to one base), or it is no LoRA"
+SHARE = 0.5                                       # of a file's layers that must be there
 
-def attach_lora(reader: Reader, pipe: Any, source: str, row: Row | None, name: str) -> None:
-    "Read a LoRA into a pipeline, beside the weights, as peft's adapter `name`. Unusable when it does not fit."
-    file = lora_file(reader, source, row)
-    try:
-        with reading(): pipe.load_lora_weights(str(file), adapter_name=name, use_safetensors=True)
-        if not any(name in there for there in pipe.get_list_adapters().values()): raise ValueError("no LoRA keys")
-    except Exception as e:
-        if "SafetensorError" in class_names(e): raise
-        raise Unusable(DOES_NOT_FIT) from e
+def read_lora(file: Path, pipe: Any) -> LoraFile:
+    "Read a LoRA for the parts of a pipeline. Unusable when it does not fit."
+    header(file)                                  # says when the file is damaged
+    tensors, rest = sorted_tensors(file)
+    settings = peft_settings(file)
+    names = {part: layers_of(model) for part, model in lora_parts(pipe).items()}
+    found = LoraFile({}, [], len(rest))
+    for (part, flat), mine in tensors.items():
+        name, layer = names.get(part, {}).get(flat), lora_layer(mine, settings.get(part, {}))
+        if layer is None: found.unused += len(mine)
+        elif name is None: found.strangers.append(f"{part} {flat}")
+        elif not layer.fits(weights_of(pipe, part, name)): raise Unusable(DOES_NOT_FIT)
+        else: found.layers[part, name] = layer
+    fitting, n = len(found.layers), len(found.layers) + len(found.strangers)
+    if not fitting: raise Unusable(DOES_NOT_FIT)
+    if fitting < SHARE * n: raise Unusable(f"only {fitting} of its {n} layers are in this model: {DOES_NOT_FIT}")
+    return found
 
-# %% ../nbs/04d_loras.ipynb #b7303ef5
+# %% ../nbs/04d_loras.ipynb #2f05868c
+def lora_parts(pipe: Any) -> dict[str, Any]:
+    "What a LoRA can change: the UNet and the text encoders."
+    parts = {name: getattr(pipe, name, None) for name in ("unet", "text_encoder", "text_encoder_2")}
+    return {name: part for name, part in parts.items() if part is not None}
+
+def weights_of(pipe: Any, part: str, name: str) -> torch.Tensor:
+    "The weights of a layer, also of one that has a LoRA beside it."
+    layer = getattr(pipe, part).get_submodule(name)
+    return getattr(layer, "base_layer", layer).weight
+
+# %% ../nbs/04d_loras.ipynb #75bb46ed
+@torch.inference_mode()
 def fuse_lora(reader: Reader, pipe: Any, source: str, row: Row | None) -> None:
     "Fuse a LoRA into a pipeline. Unusable when it does not fit."
-    attach_lora(reader, pipe, source, row, "fused")
-    with reading():
-        pipe.fuse_lora()
-        pipe.unload_lora_weights()
+    found = read_lora(lora_file(reader, source, row), pipe)
+    for (part, name), layer in found.layers.items():
+        weight = weights_of(pipe, part, name)
+        weight.data = layer.change(weight.data).to(weight.dtype)
+    reader.notes += [f"SD_LCM_LORA_ID={source}: {said}" for said in found.said()]
 
 # %% ../nbs/04d_loras.ipynb #805eb24e
 class Loras:
@@ -93,33 +268,51 @@ def adapter_name(alias: str) -> str:
 # %% ../nbs/04d_loras.ipynb #e5bc2800
 A_METHOD = "it is a method with its own sampler and steps, for all requests: it belongs into SD_LCM_LORA_ID"
 
-def lora_parts(pipe: Any) -> list[Any]:
-    "What a LoRA can change: the UNet first, then the text encoders."
-    parts = (pipe.unet, getattr(pipe, "text_encoder", None), getattr(pipe, "text_encoder_2", None))
-    return [part for part in parts if part is not None]
+def peft_config(layers: Mapping[str, LoraLayer], dora: bool) -> Any:
+    "What peft is told: exactly these layers, each with its rank."
+    from peft import LoraConfig
+    ranks = {re.escape(name): layer.rank for name, layer in layers.items()}
+    target = "|".join(ranks)
+    most = max(ranks.values())
+    patterns = {name: rank for name, rank in ranks.items() if rank != most}
+    return LoraConfig(r=most, lora_alpha=most, target_modules=f"(?:{target})", rank_pattern=patterns, use_dora=dora)
+
+def fill_layer(peft_layer: Any, name: str, layer: LoraLayer, dtype: torch.dtype) -> None:
+    "Put a LoRA's numbers into the layer that peft made for adapter `name`."
+    down, up = peft_layer.lora_A[name].weight, peft_layer.lora_B[name].weight
+    down.data = layer.down.reshape(down.shape).to(dtype)
+    up.data = layer.up.reshape(up.shape).to(dtype)
+    peft_layer.scaling[name] = layer.scale
+    if name not in peft_layer.lora_magnitude_vector: return
+    lengths = peft_layer.lora_magnitude_vector[name].weight
+    kept = layer.change(peft_layer.base_layer.weight.data).flatten(1).norm(dim=1) if layer.lengths is None else layer.lengths
+    lengths.data = kept.reshape(lengths.shape).to(dtype)
+
+# %% ../nbs/04d_loras.ipynb #e34bf38f
+def keep_lora(reader: Reader, pipe: Any, alias: str, source: str) -> set[str]:
+    "Read one LoRA beside the weights of a pipeline -> the parts that it changes."
+    from peft import inject_adapter_in_model
+    if any(row.lora and is_named(source, row.lora) for row in ROWS.values()): raise Unusable(A_METHOD)
+    found, name = read_lora(lora_file(reader, source), pipe), adapter_name(alias)
+    dora = any(layer.lengths is not None for layer in found.layers.values())
+    parts: dict[str, dict[str, LoraLayer]] = {}
+    for (part, layer_name), layer in found.layers.items(): parts.setdefault(part, {})[layer_name] = layer
+    for part, layers in parts.items():
+        model = getattr(pipe, part)
+        with reading(): inject_adapter_in_model(peft_config(layers, dora), model, name)
+        for layer_name, layer in layers.items(): fill_layer(model.get_submodule(layer_name), name, layer, reader.dtype)
+    reader.notes += [f"SD_LORAS={alias}={source}: {said}" for said in found.said()]
+    return set(parts)
 
 # %% ../nbs/04d_loras.ipynb #9002dd14
-def keep_one(reader: Reader, pipe: Any, alias: str, source: str) -> None:
-    "Read one LoRA beside the weights of a pipeline, in the reader's dtype."
-    if any(row.lora and is_named(source, row.lora) for row in ROWS.values()): raise Unusable(A_METHOD)
-    name = adapter_name(alias)
-    attach_lora(reader, pipe, source, None, name)
-    for part in lora_parts(pipe):
-        for path, values in part.named_parameters():
-            if f".{name}." not in path: continue
-            if not torch.isfinite(values).all(): raise Unusable("it holds values that are no numbers")
-            values.data = values.data.to(reader.dtype)
-
-# %% ../nbs/04d_loras.ipynb #b1f5179e
 def keep_loras(reader: Reader, pipe: Any, sources: Mapping[str, str]) -> Loras:
     "Read LoRAs (alias -> source) beside the weights of a pipeline -> their switch, off. ModelError names a wrong one."
     from peft.tuners.tuners_utils import BaseTunerLayer
+    texts = []
     for alias, source in sources.items():
-        with blame("SD_LORAS", f"{alias}={source}"): keep_one(reader, pipe, alias, source)
+        with blame("SD_LORAS", f"{alias}={source}"): changed = keep_lora(reader, pipe, alias, source)
+        if changed - {"unet"}: texts.append(alias)
     layers: list[list[Any]] = []
-    for part in lora_parts(pipe):
+    for part in lora_parts(pipe).values():
         layers.append([layer for layer in part.modules() if isinstance(layer, BaseTunerLayer)])
-    adapters = pipe.get_list_adapters() if sources else {}
-    changed = {name for part, names in adapters.items() if part != "unet" for name in names}
-    texts = [alias for alias in sources if adapter_name(alias) in changed]
     return Loras(sources, texts, layers[0], sum(layers[1:], []))
