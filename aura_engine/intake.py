@@ -4,7 +4,7 @@
 
 # %% ../nbs/09c_intake.ipynb #b3e56e60
 from __future__ import annotations
-import asyncio, json, re, secrets, time
+import asyncio, ctypes, json, re, secrets, sys, time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -18,9 +18,9 @@ from .types import Invalid, Malformed, QueueFull, TooLarge, Words
 T = TypeVar("T")
 
 # %% auto #0
-__all__ = ['T', 'SMALL', 'LARGE', 'LONG', 'VALUES', 'JSON_TYPE', 'size_named', 'too_large', 'BodiesFull', 'Arriving', 'slowest',
-           'Arrivals', 'announced', 'read_body', 'hung_up', 'Carved', 'carve', 'parse_json', 'check_type', 'read_form',
-           'PicturesFull', 'DecodeCost', 'DecodeTurn', 'admit', 'PictureLine']
+__all__ = ['T', 'SMALL', 'LARGE', 'LONG', 'VALUES', 'JSON_TYPE', 'REST', 'size_named', 'too_large', 'BodiesFull', 'Arriving',
+           'slowest', 'Arrivals', 'announced', 'read_body', 'hung_up', 'Carved', 'carve', 'parse_json', 'check_type',
+           'read_form', 'PicturesFull', 'DecodeCost', 'DecodeTurn', 'admit', 'PictureLine', 'give_back_memory']
 
 # %% ../nbs/09c_intake.ipynb #0da1155d
 SMALL, LARGE = 64 * 2**10, 32 * 2**20
@@ -299,5 +299,19 @@ class PictureLine:
     def _leave(self, me: DecodeTurn) -> None:
         for line in (self.waiting, self.running):
             if me in line: line.remove(me)
-        if not self.waiting and not self.running: self.spent.clear()
+        if not self.waiting and not self.running:
+            self.spent.clear()
+            asyncio.get_running_loop().call_later(REST, self._rest)
         self._call()
+
+    def _rest(self) -> None:
+        "Nothing was decoded for a while, unless something is again."
+        if not self.waiting and not self.running: self.pool.submit(give_back_memory)
+
+# %% ../nbs/09c_intake.ipynb #23c399d1
+REST = 3.0                                                    # seconds without a picture before memory is given back
+
+def give_back_memory() -> bool:
+    "Hand freed memory back to the system; False where the C library cannot."
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    return bool(trim and trim(0))

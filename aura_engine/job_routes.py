@@ -14,7 +14,8 @@ from pydantic import Field
 from .answers import UNBUFFERED, Api, Told, Work, begin, heartbeat, sse_frame, tell
 from .errors import request_id
 from .planning import ReplayRequest
-from .types import GenerateRequest, Invalid, JobStatus, NotFound, QueueFull, RefineRequest, _Request, shown
+from .types import (
+    GenerateRequest, Invalid, JobStatus, NotFound, QueueFull, RefineRequest, RequestModel, shown)
 from .walls import client_behind
 
 # %% auto #0
@@ -190,21 +191,21 @@ class JobStore:
         raise NotFound(f"No job {shown(id, 40)}: it never was, or it ended more than {minutes} ago.")
 
 # %% ../nbs/09e_job_routes.ipynb #28c80462
-class GenerateJob(_Request):
+class GenerateJob(RequestModel):
     "A generation as a job."
     route: Literal["generate"]
     request: GenerateRequest
     previews: bool = False
 
 # %% ../nbs/09e_job_routes.ipynb #b4258c7e
-class RefineJob(_Request):
+class RefineJob(RequestModel):
     "A refinement as a job."
     route: Literal["refine"]
     request: RefineRequest
     previews: bool = False
 
 # %% ../nbs/09e_job_routes.ipynb #5b81ee53
-class ReplayJob(_Request):
+class ReplayJob(RequestModel):
     "A replay as a job."
     route: Literal["replay"]
     request: ReplayRequest
