@@ -56,7 +56,7 @@ class Meter:
     "A bar for each picture and a line above them, on stderr. `quiet` shows nothing."
     def __init__(self, quiet: bool = False):
         self.err = Console(stderr=True, quiet=quiet)
-        hidden = quiet or not self.err.is_terminal
+        hidden = quiet or not self.err.is_terminal      # a log file has no use for bars
         self.progress = Progress(*columns(), console=self.err, transient=True, disable=hidden)
         self.head = self.progress.add_task("", total=None, count="")
         self.bars: dict[int, TaskID] = {}    # picture -> its bar
@@ -132,7 +132,7 @@ def client_for(local: str, cloud: str | None, mode: str, offline: bool, api_key:
     return AuraClient(local, cloud, mode, api_key=api_key)
 
 # %% ../nbs/17_cli.ipynb #e58af05a
-STDOUT = Path("-")
+STDOUT = Path("-")                           # the name that pipes use
 
 def check_writable(path: Path) -> None:
     "Invalid unless a file can be written at `path`, whose folders may be missing. Nothing is left behind."
@@ -180,6 +180,7 @@ def save_to(to: Destination, made: Pictures) -> list[Path]:
         sys.stdout.buffer.write(encode(made.images[0], "png", made.receipts[0]))
         return [STDOUT]
     if to.folder is None and to.out is not None: return made.save(to.out)
+    # The seed in the name: the same prompt asked again does not overwrite the first picture.
     files = []
     for i, (image, receipt) in enumerate(zip(made.images, made.receipts)):
         name = f"{slug_of(to.prompt)}-{receipt.seed if receipt else i}.png"
@@ -197,7 +198,7 @@ def line_of(file: Path, receipt: Receipt | None, made: Pictures) -> str:
 def report_pictures(made: Pictures, to: Destination, as_json: bool) -> None:
     "Save the pictures and say what there is to say."
     files = save_to(to, made)
-    piped = to.out == STDOUT
+    piped = to.out == STDOUT                 # then words would spoil the file
     if as_json:
         said = {"files": [str(f) for f in files], "engine": made.engine, "url": made.url,
                 "seconds": made.seconds, "warnings": list(made.warnings),
@@ -221,7 +222,7 @@ cli = typer.Typer(no_args_is_help=True, help=ABOUT, pretty_exceptions_enable=Fal
 
 def print_version(wanted: bool) -> None:
     "Print the version and end, when it was asked for."
-    if not wanted: return
+    if not wanted: return                    # typer calls it always
     typer.echo(__version__)
     raise typer.Exit()
 
@@ -413,7 +414,7 @@ Port = Annotated[int | None, typer.Option(help="Default: PORT, or 7860.")]
 def serve_command(host: Host = "127.0.0.1", port: Port = None) -> None:
     "Start an engine here. Everything else is set by environment variables."
     from aura_engine.server import main as run      # with the web framework; no other command needs it
-    if port is not None: os.environ["PORT"] = str(port)
+    if port is not None: os.environ["PORT"] = str(port)      # the settings read it
     typer.echo(f"starting at http://{host}:{os.environ.get('PORT', '7860')} (Ctrl-C stops it)", err=True)
     run(["--host", host])
 

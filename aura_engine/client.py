@@ -372,7 +372,9 @@ class AsyncAuraClient(Chooser):
 
     def stream(self, ask: Ask | str, **options: Unpack[GenerateOptions]) -> AsyncGenerator[Event | Notice]:
         "The events of a question, or of a prompt with `generate`'s options. Raises when no engine can answer."
-        return self.answer(generation(ask, **options) if isinstance(ask, str) else ask)
+        if isinstance(ask, str): return self.answer(generation(ask, **options))
+        if options: raise TypeError("options go with a prompt, not with a request that has them already")
+        return self.answer(ask)
 
     async def collect(self, ask: Ask, on_event: OnEvent | None = None) -> Pictures:
         "Put a question and wait for its pictures. `on_event` is called with every event and notice."

@@ -310,7 +310,7 @@ def _matches(rule: str, host: str, port: int | None) -> bool:
     return host == name or host.endswith("." + name)
 
 # %% ../nbs/12a_transport.ipynb #d332e662
-@dataclass
+@dataclass(eq=False)
 class Door:
     "One engine: `name` and `url` for people, its last error, and until when it rests (`time.monotonic()`)."
     name: str

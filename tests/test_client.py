@@ -8,7 +8,7 @@ from PIL import Image
 
 from aura_engine.client import AsyncAuraClient, AuraClient, Notice
 from aura_engine.images import decode, from_base64
-from aura_engine.transport import as_base64, cloud_url, engine_url, proxy_for
+from aura_engine.transport import as_base64, cloud_url, engine_url, generation, proxy_for
 from aura_engine.types import Asleep, Done, Invalid, NotReady, Preview, QueueFull, Queued, Step, Unauthorized, Unreachable
 from aura_engine.types import Image as Finished
 from conftest import free_port
@@ -65,6 +65,7 @@ def test_a_stream_has_all_events_in_order(client):
     preview = next(e for e in events if isinstance(e, Preview)).image
     assert preview.dtype == np.uint8 and preview.ndim == 3
     assert client.aio.last[-1]["engine"] == "local"
+    with pytest.raises(TypeError, match="options"): client.stream(generation("an owl"), steps=3)
 
 
 def test_text_that_ends_lines_elsewhere_does_not_end_events_here(client):
