@@ -139,11 +139,11 @@ def test_high_goes_only_to_a_gpu(client):
 
 def test_auto_falls_back_remembers_and_probes_again(server):
     port, events = free_port(), []
-    with AuraClient(f"http://127.0.0.1:{port}", server.url, rest=1) as c:
+    with AuraClient(f"http://127.0.0.1:{port}", server.url, rest=600) as c:
         assert c.generate("a fox", steps=1, on_event=events.append).engine == "cloud" and asked(events) == ["local", "cloud"]
         events.clear()
         assert c.generate("a fox", steps=1, on_event=events.append).engine == "cloud" and asked(events) == ["cloud"]       # remembered
-        time.sleep(1)
+        c.aio.doors[0].rests_until = 0                                                                                    # it has rested
         with Edge(target=server.url, port=port) as local:
             assert c.generate("a fox", steps=1).engine == "local"
             assert local.requests[0][0].startswith("GET /health")                                                            # probed first
