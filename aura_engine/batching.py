@@ -74,7 +74,7 @@ class Curves:
 
 # %% ../nbs/07_batching.ipynb #dcf5630c
 class Beginnings:
-    "Seconds until a picture can take its first step, by shape key and by whether it starts from a picture."
+    "Seconds until a picture can step, by shape key and by whether it starts from a picture."
     def __init__(self, native: Key, text: float, encode: float):
         self.native = native
         self.known = {(native, False): text, (native, True): text + encode}
@@ -89,16 +89,18 @@ class Beginnings:
 
 # %% ../nbs/07_batching.ipynb #b6167146
 class StepCost:
-    "Measured seconds by shape key: `step(key)`, `decode(key)` are curves; `begin(key, init)` is seconds."
+    "What calls cost: `step(key)` and `decode(key)` are curves, `begin(key, init)` is seconds."
     def __init__(self, native: Key, steps: dict[int, float], decodes: dict[int, float],
                  begin: float = 0.0, encode: float = 0.0):
         self.native = native
         self.step = Curves(native, steps, weight=0.1)
-        self.decode = Curves(native, decodes, weight=0.2)          # there are fewer of them, so each counts more
+        # there are fewer decodes than steps, so each counts more
+        self.decode = Curves(native, decodes, weight=0.2)
         self.begin = Beginnings(native, begin, encode)
 
 # %% ../nbs/07_batching.ipynb #307259fa
-def median_of_calls(call: Callable[[int], Any], rows: int, repeats: int, clock: Callable[[], float]) -> float:
+def median_of_calls(call: Callable[[int], Any], rows: int, repeats: int,
+                    clock: Callable[[], float]) -> float:
     "Seconds of `call(rows)`: the median of `repeats`."
     times = []
     for _ in range(repeats):
@@ -126,20 +128,21 @@ def measure_curve(call: Callable[[int], Any], most: int, repeats: int = 3,
 
 # %% ../nbs/07_batching.ipynb #0e02f7fc
 def curve_from(data: Any) -> Curve | None:
-    "A curve as JSON holds it, or None when this cannot be one: positive seconds for the buckets 1, 2, 4 … in order."
+    "A curve as JSON holds it: positive seconds for the buckets 1, 2, 4 … in order. None: this cannot be one."
     if not isinstance(data, dict): return None
     try: curve = Curve({int(b): float(s) for b, s in data.items()})
     except (TypeError, ValueError): return None
     sizes = tuple(curve)
-    fine = bool(sizes) and sizes == BUCKETS[:len(sizes)] and all(0 < s < math.inf for s in curve.values())
-    return curve if fine else None
+    in_order = bool(sizes) and sizes == BUCKETS[:len(sizes)]
+    return curve if in_order and all(0 < s < math.inf for s in curve.values()) else None
 
 # %% ../nbs/07_batching.ipynb #e1c7fc1f
 def write_whole(path: Path, text: str) -> None:
-    "Write `text` to `path` so that a reader sees the old file or the new one. OSError leaves no part behind."
+    "Write `text` to `path`; a reader sees the old file or the new one. OSError leaves no part behind."
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in path.parent.glob(f"{path.name}.*.part"):
-        if time.time() - old.stat().st_mtime > 3600: old.unlink(missing_ok=True)      # of a process that died
+        # of a process that died
+        if time.time() - old.stat().st_mtime > 3600: old.unlink(missing_ok=True)
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
         part.write_text(text)
@@ -165,7 +168,7 @@ class CurveFile:
         self.notes: list[str] = []
 
     def curve(self, name: str, call: Callable[[int], Any], most: int, today: float = 0.0) -> Curve:
-        "The curve called `name`: the kept one if a call `today` (measured, if not given) takes what it took then."
+        "The curve called `name`: the kept one, if a call `today` (0: measure it) takes what it took then."
         known = self._read().get(name)
         today = today or measure_curve(call, 1)[1]
         if known and 0.77 < today / known[1] < 1.3: return known
@@ -185,7 +188,8 @@ class CurveFile:
 
     def _write(self, curves: dict[str, Curve]) -> None:
         try: write_whole(self.path, json.dumps(curves))
-        except OSError as e: self._note(f"measured times could not be kept ({e.strerror}); every start measures again")
+        except OSError as e:
+            self._note(f"measured times could not be kept ({e.strerror}); every start measures again")
 
     def _note(self, text: str) -> None:
         if text not in self.notes: self.notes.append(text)
@@ -193,25 +197,27 @@ class CurveFile:
 # %% ../nbs/07_batching.ipynb #fe18c5ba
 @dataclass(eq=False, kw_only=True)
 class Entry:
-    "One picture in the engine. `begin`: seconds until it can step. `alone`: must not share a call (it failed once)."
+    "One picture in the engine."
     key: Key
     rows: int = 1                       # UNet rows a step: 2 with guidance
     left: int                           # UNet steps to go
     arrived: float                      # time.monotonic()
-    begin: float = 0.0
+    begin: float = 0.0                  # seconds until it can step
     client: str = ""                    # whose it is
     used: float = 0.0                   # seconds of the device it has had
     owing: float = 0.0                  # seconds that its client had beyond its share, or has in line before it
     remains: float = 0.0                # seconds of work left, alone, as `predict` saw it last
-    alone: bool = False
+    alone: bool = False                 # it failed once, and must not share a call
     tries: int = 0
 
+# %% ../nbs/07_batching.ipynb #e66e036f
 AGEING = 0.1        # seconds of remaining work that one second of waiting makes up for
 
 def remaining(e: Entry, cost: StepCost) -> float:
     "Seconds of work left for one picture, alone."
     return e.begin + e.left * cost.step(e.key).at(e.rows) + cost.decode(e.key)[1]
 
+# %% ../nbs/07_batching.ipynb #c04fd48a
 def predict(entries: Sequence[Entry], cost: StepCost) -> None:
     "Set what `remains` of every entry: the same as `remaining`, for many at once."
     paces: dict[tuple[Key, int], tuple[float, float]] = {}
@@ -254,7 +260,7 @@ def room_for(mates: Sequence[Entry], curve: Curve, cost: StepCost, most: int) ->
 
 # %% ../nbs/07_batching.ipynb #7df4687b
 def choose(order: Sequence[E], cost: StepCost, most: int) -> tuple[list[E], int]:
-    "The entries that go next, with the bucket of their call: all with steps `left`, or all finished and to be decoded."
+    "The entries that go next, all to be stepped or all to be decoded, and the bucket of their call."
     first = order[0]
     curve = cost.step(first.key) if first.left else cost.decode(first.key)
     mates = mates_of(first, order)
@@ -280,7 +286,7 @@ def work(entries: Sequence[Entry], cost: StepCost) -> float:
 
 # %% ../nbs/07_batching.ipynb #3ee700ff
 def eta(mine: Sequence[Entry], order: Sequence[Entry], cost: StepCost) -> float:
-    "Predicted seconds until all of `mine` are finished, if the entries (theirs among them) go in this order."
+    "Predicted seconds until all of `mine` are finished, if the entries go in this order."
     last = max(i for i, e in enumerate(order) if e in mine)
     before = order[:last + 1]
     slow = max(mine, key=lambda e: remaining(e, cost))

@@ -43,15 +43,15 @@ def drop_caches(parts: Components) -> None:
 
 # %% ../nbs/08d_engine.ipynb #4c191848
 class Ladder:
-    "What is tried after a call has failed. `rows`: how large a batch may be now; `most`: how large it may become."
+    "What is tried after a call has failed. `rows`: how large a batch may be now, at most `most`."
     def __init__(self, parts: Components, most: int):
         self.parts, self.most, self.rows = parts, most, most
-        self.spared: Task | None = None             # the picture for which the VAE works in slices and tiles
+        self.spared: Task | None = None             # for this picture the VAE works in tiles
         self.incidents = 0
         self.short = 0                              # pictures in a row that did not fit
 
     def climb(self, batch: Sequence[Task], error: Exception) -> AuraError | None:
-        "The next try for a batch that failed: None, or what its only picture has to end with. EngineFailed: for good."
+        "None: try again. Otherwise what the only picture of `batch` ends with. EngineFailed: for good."
         memory = is_out_of_memory(error)
         error.__traceback__ = None                  # it would keep the failed step's tensors alive
         if memory: drop_caches(self.parts)
@@ -66,7 +66,7 @@ class Ladder:
         return self._give_up()
 
     def save_memory(self, task: Task | None) -> None:
-        "Let the VAE work in slices and tiles, where it can, as long as `task` is here; None: as usual again."
+        "Let the VAE work in slices and tiles as long as `task` is here; None: as usual again."
         self.spared = task
         action = "enable" if task else "disable"
         for how in ("slicing", "tiling"):
@@ -109,7 +109,8 @@ class Turns:
     def turn(self) -> None:
         "Do what is to be done next; returns at once when nothing is."
         self._end_overdue()
-        if self.ladder.spared and self.ladder.spared not in self.queue.tasks: self.ladder.save_memory(None)
+        spared = self.ladder.spared
+        if spared and spared not in self.queue.tasks: self.ladder.save_memory(None)
         if not self.queue.tasks: return
         cost = self.runner.cost
         batch, bucket = choose(self.queue.order(cost), cost, self.ladder.rows)
@@ -166,7 +167,7 @@ class Turns:
 
 # %% ../nbs/08d_engine.ipynb #c2dc9784
 def reason_of(error: BaseException) -> str:
-    "The last line of an exception in words that may be shown: paths are cut to their last part, tokens are left out."
+    "The last line of an exception as it may be shown: paths cut to their last part, tokens left out."
     lines = str(error).strip().splitlines() or [""]
     said = re.sub(r"\bhf_\w+", "hf_…", lines[-1].strip())
     said = re.sub(r"(?:[A-Za-z]:)?(?:[\\/][^\s\\/'\"]+)+[\\/]", "…/", said)[:300]
@@ -259,7 +260,7 @@ class Engine(EngineView):
         return self.ready
 
     def submit(self, plan: Plan, previews: bool = False, client: str = "") -> Job:
-        "Queue a plan. NotReady, ShuttingDown, QueueFull: with `retry_after`; Invalid: a deadline that cannot be kept."
+        "Queue a plan. Raises NotReady, ShuttingDown, QueueFull; Invalid for an impossible deadline."
         if self.status is EngineState.draining:
             raise ShuttingDown("The engine is stopping; ask another or come back.", retry_after=10)
         if self.status is EngineState.failed: raise NotReady(self.reason, retry_after=5)
@@ -269,7 +270,7 @@ class Engine(EngineView):
         return job
 
     def drain(self, grace: float) -> None:
-        "Refuse new work, wait up to `grace` seconds for what is running, fail the rest with ShuttingDown, and stop."
+        "Take no new work, wait up to `grace` seconds for what is running, and close."
         if self.ready: self.status = EngineState.draining
         end = time.monotonic() + grace
         while self.queue.tasks and time.monotonic() < end: time.sleep(0.02)
@@ -303,7 +304,8 @@ class Engine(EngineView):
             self.progress.stage = "first picture"
             runner = prepare_runner(optimize(parts, self.settings), self.settings)
         self.turns = Turns(runner, self.queue, self.settings.max_batch)
-        log.info("ready", extra={"seconds": round(time.monotonic() - start, 1), "model": self.settings.model_id})
+        seconds = round(time.monotonic() - start, 1)
+        log.info("ready", extra={"seconds": seconds, "model": self.settings.model_id})
         return self.turns
 
     def _fail(self, reason: str) -> None:
@@ -361,7 +363,7 @@ def with_model(known: Health, engine: EngineView) -> Health:
 
 # %% ../nbs/08d_engine.ipynb #cbc3653f
 class Lease:
-    "A share of an `engine`. Close it when you are done (`with` does so); the last one out closes the engine."
+    "A share of an `engine`. Close it when you are done, as `with` does; the last one closes the engine."
     def __init__(self, engine: Engine, owner: Engines):
         self.engine, self._owner = engine, owner
 
@@ -383,7 +385,8 @@ class Engines:
         "A share of the engine with these settings, which starts if there is none; returns at once."
         with self._lock:
             there = [l.engine for l in self._leases if l.engine.settings == settings]
-            engine = next((e for e in there if e.status in ("loading", "ready")), None) or Engine(settings).start()
+            alive = [e for e in there if e.status in (EngineState.loading, EngineState.ready)]
+            engine = alive[0] if alive else Engine(settings).start()
             lease = Lease(engine, self)
             self._leases.append(lease)
         return lease

@@ -65,9 +65,10 @@ class GrowingLog:
         self._news.tell()
 
     def events(self, timeout: float | None = None) -> Iterator[Event]:
-        "All events from the first to Done; waits for each, at most `timeout` seconds (then TimeoutError)."
+        "All events from the first to Done. Waits `timeout` seconds for each; then TimeoutError."
         for i in itertools.count():
-            if not self._news.wait(lambda i=i: len(self.log) > i, timeout): raise TimeoutError("no event in time")
+            there = self._news.wait(lambda i=i: len(self.log) > i, timeout)
+            if not there: raise TimeoutError("no event in time")
             event = self.log[i]
             if not is_empty(event): yield event
             if isinstance(event, Done): return
@@ -128,19 +129,21 @@ class PixelLog(GrowingLog):
 def status_after(event: Event, status: JobStatus) -> JobStatus:
     "The status of a job after one more event."
     if isinstance(event, Step): return JobStatus.running
-    if isinstance(event, Failed): return JobStatus.cancelled if isinstance(event.error, Cancelled) else JobStatus.failed
+    if isinstance(event, Failed):
+        return JobStatus.cancelled if isinstance(event.error, Cancelled) else JobStatus.failed
     if isinstance(event, Done) and not status.over: return JobStatus.succeeded
     return status
 
 # %% ../nbs/08a_jobs.ipynb #87d1791e
 class Job(PixelLog):
-    "What the engine does about one plan. `client` says whose it is; `previews` may be switched on at any time."
-    def __init__(self, plan: Plan, previews: bool = False, seconds: float = float("inf"), client: str = ""):
+    "What the engine does about one plan. `previews` may be switched on at any time."
+    def __init__(self, plan: Plan, previews: bool = False, seconds: float = float("inf"),
+                 client: str = ""):
         super().__init__()
         self.id = uuid.uuid4().hex
         self.plan = plan
         self.previews = previews
-        self.client = client
+        self.client = client                                # whose it is
         self.seconds = seconds                              # given up after so long
         self.deadline = time.monotonic() + seconds
         self.cancelled = False
@@ -162,8 +165,8 @@ class Job(PixelLog):
         if self.done: self._finished.set()
 
     def result(self, timeout: float | None = None) -> list[Image]:
-        "The pictures in order, after the end (TimeoutError after `timeout` seconds). Raises the error of a failed job."
-        # one wake-up for the whole job: a thread woken at each event takes the interpreter from the engine
+        "Wait for the end (TimeoutError after `timeout` seconds) -> the pictures. Raises a failed job's error."
+        # one wake-up for the whole job: a thread woken at each event takes time from the engine
         if not self._finished.wait(timeout): raise TimeoutError("not finished in time")
         for e in self.log:
             if isinstance(e, Failed): raise e.error

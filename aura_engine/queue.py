@@ -24,7 +24,7 @@ class Task(Entry):
     index: int
     picture: Picture
     trajectory: Trajectory | None = None            # from its first step on
-    init_sha256: str | None = None                  # of the picture it starts from, which is freed once encoded
+    init_sha256: str | None = None                  # of the picture it starts from
     times: dict[str, float] = field(default_factory=dict)      # seconds by stage, for the receipt
 
 # %% ../nbs/08b_queue.ipynb #d350c70f
@@ -33,7 +33,7 @@ LEAST_SHARERS = 6
 class Shares:
     "Seconds of the device that each client has had beyond its share."
     def __init__(self):
-        self._earned = 0.0                          # seconds that a client with work all the time has earned so far
+        self._earned = 0.0                          # seconds earned by who has had work all the time
         self._paid: dict[str, float] = {}           # by client: the `_earned` at which its debt is gone
         self._clear: dict[str, float] = {}          # by client: when its last debt was gone
         self._seen = math.nan
@@ -65,7 +65,8 @@ class Shares:
 class Paces:
     "Seconds that pass for one second of a client's work."
     def __init__(self):
-        self._lines: dict[str, tuple[float, float]] = {}       # by client: when its line began, seconds it has had
+        # by client: when its line began, seconds it has had
+        self._lines: dict[str, tuple[float, float]] = {}
 
     def begin(self, client: str, now: float) -> None:
         "A client has work in line (from now on, if it had none)."
@@ -102,13 +103,15 @@ class ClientLine(list[E]):
         waited = 0.0 if self.in_debt else now - max(first.arrived, self.clear_since)
         return self.front - AGEING * waited
 
+# %% ../nbs/08b_queue.ipynb #e586ff42
 def lines_of(ordered: Sequence[E], shares: Shares) -> list[ClientLine[E]]:
     "Tasks by client."
     lines: dict[str, ClientLine[E]] = {}
     for task in ordered:
         line = lines.get(task.client)
         if line is None:
-            line = lines[task.client] = ClientLine(shares.debt(task.client), shares.clear_since(task.client))
+            debt, clear = shares.debt(task.client), shares.clear_since(task.client)
+            line = lines[task.client] = ClientLine(debt, clear)
         line.append(task)
     return list(lines.values())
 
@@ -133,7 +136,7 @@ def fair_order(tasks: Sequence[E], cost: StepCost, now: float, shares: Shares) -
 class Lateness:
     "How much later than promised jobs end, as a factor."
     def __init__(self):
-        # as a logarithm, so that twice as long and half as long weigh the same; by whether the client owed
+        # by whether the client owed; as a logarithm: twice as long and half as long weigh the same
         self._logs = {False: 0.0, True: 0.0}
 
     def factor(self, owing: bool) -> float:
@@ -147,7 +150,8 @@ class Lateness:
         self._logs[owing] = min(max(moved, -1.0), 1.0)
 
 # %% ../nbs/08b_queue.ipynb #66c6ce8e
-def line_full(there: Sequence[Entry], mine: Sequence[Entry], cost: StepCost, limit: float, pace: float) -> QueueFull | None:
+def line_full(there: Sequence[Entry], mine: Sequence[Entry], cost: StepCost,
+              limit: float, pace: float) -> QueueFull | None:
     "Why a client with its entries among those that are `there` may not add `mine`; None: it may."
     client = mine[0].client
     own = [e for e in there if e.client == client]
@@ -156,8 +160,8 @@ def line_full(there: Sequence[Entry], mine: Sequence[Entry], cost: StepCost, lim
     others = work([e for e in there if e.client != client], cost)
     # room for one more like it, so that somebody who comes back is not told the same again
     room = seconds - limit + work(mine, cost)
-    return QueueFull(f"{len(own)} pictures of yours are waiting, about {seconds:.0f} seconds of work; "
-                     f"this engine promises at most {limit:g}.", retry_after=max(1.0, others + room * pace))
+    said = f"{len(own)} pictures of yours are waiting, about {seconds:.0f} seconds of work"
+    return QueueFull(f"{said}; this engine promises at most {limit:g}.", retry_after=max(1.0, others + room * pace))
 
 # %% ../nbs/08b_queue.ipynb #aee625b8
 @dataclass(frozen=True)
@@ -170,20 +174,20 @@ class Turn:
 def too_late(turn: Turn, limit: float) -> QueueFull | None:
     "Why a newcomer with this turn cannot be promised its pictures within `limit` seconds; None: it can."
     if not turn.ahead or turn.seconds <= limit: return None
-    return QueueFull(f"{turn.ahead} pictures are ahead, so this would take about {turn.seconds:.0f} seconds; "
-                     f"this engine promises at most {limit:g}.", retry_after=max(1.0, turn.seconds - limit))
+    said = f"{turn.ahead} pictures are ahead, so this would take about {turn.seconds:.0f} seconds"
+    return QueueFull(f"{said}; this engine promises at most {limit:g}.", retry_after=max(1.0, turn.seconds - limit))
 
 # %% ../nbs/08b_queue.ipynb #e96638f4
 def check_deadline(asked: float, turn: Turn, most: float) -> None:
-    "A request's own deadline: Invalid where this engine could never keep it, QueueFull where others' work prevents it."
+    "A request's own deadline. Invalid: it could never be kept. QueueFull: others' work prevents it."
     alone = math.ceil(100 * turn.alone) / 100
     if asked > most: raise Invalid.value("deadlineSeconds", given=asked, allowed=f"at most {most:g}")
     if asked < alone:
         allowed = f"at least {alone:g}, the seconds this request takes alone on this engine"
         raise Invalid.value("deadlineSeconds", given=asked, allowed=allowed)
     if turn.ahead and turn.seconds > asked:
-        raise QueueFull(f"{turn.ahead} pictures are ahead, so this would take about {turn.seconds:.1f} seconds; "
-                        f"its deadline is {asked:g}.", retry_after=max(1.0, turn.seconds - asked))
+        said = f"{turn.ahead} pictures are ahead, so this would take about {turn.seconds:.1f} seconds"
+        raise QueueFull(f"{said}; its deadline is {asked:g}.", retry_after=max(1.0, turn.seconds - asked))
 
 # %% ../nbs/08b_queue.ipynb #70c7121b
 class TaskLine:
@@ -220,7 +224,8 @@ class TaskLine:
             for task in leaving:
                 self.shares.charge(task.client, task.used)
                 self.paces.charge(task.client, task.used)
-            for client in {t.client for t in leaving} - {t.client for t in self.tasks}: self.paces.end(client)
+            gone_clients = {t.client for t in leaving} - {t.client for t in self.tasks}
+            for client in gone_clients: self.paces.end(client)
 
     def load(self, cost: StepCost | None) -> QueueLoad:
         "What is waiting, for people and programs that look."
@@ -232,11 +237,12 @@ MOST_TASKS = 1024           # pictures in the engine, whoever they belong to
 
 @dataclass(frozen=True)
 class Promise:
-    "What a job was told: at which time, that it would take so many seconds, and whether its client owed then."
+    "What a job was told `at` a time: that it would take so many seconds."
     at: float
     seconds: float
-    owing: bool
+    owing: bool                                     # whether its client owed then
 
+# %% ../nbs/08b_queue.ipynb #01f1e856
 class Admission:
     "Promises and refusals. `limit`: seconds that may be promised; `longest`: the longest deadline."
     def __init__(self, limit: float, longest: float):
@@ -244,12 +250,15 @@ class Admission:
         self.lateness = Lateness()
         self.promises: dict[str, Promise] = {}      # by job
 
-    def check_line(self, mine: Sequence[Task], there: Sequence[Task], cost: StepCost, pace: float) -> None:
+    def check_line(self, mine: Sequence[Task], there: Sequence[Task], cost: StepCost,
+                   pace: float) -> None:
         "QueueFull when the engine, or the client's own line, is full."
-        if len(there) >= MOST_TASKS: raise QueueFull(f"{len(there)} pictures are waiting.", retry_after=5)
+        if len(there) >= MOST_TASKS:
+            raise QueueFull(f"{len(there)} pictures are waiting.", retry_after=5)
         if full := line_full(there, mine, cost, self.limit, pace): raise full
 
-    def turn_of(self, mine: Sequence[Task], there: Sequence[Task], cost: StepCost, now: float, shares: Shares) -> Turn:
+    def turn_of(self, mine: Sequence[Task], there: Sequence[Task], cost: StepCost,
+                now: float, shares: Shares) -> Turn:
         "Where these tasks would stand if they came now to those that are there."
         order = fair_order([*there, *mine], cost, now, shares)
         ahead = max(order.index(t) for t in mine) + 1 - len(mine)

@@ -33,7 +33,7 @@ M_MMAP_THRESHOLD = -3
 M_ARENA_MAX = -8
 
 def mallopt(*options: tuple[int, int]) -> bool:
-    "Set (option, value) pairs of glibc's malloc, for the whole process; -> False where there is no glibc."
+    "Set (option, value) pairs of glibc's malloc for the process -> False where there is no glibc."
     if platform.libc_ver()[0] != "glibc": return False
     libc = ctypes.CDLL(None)
     return all(libc.mallopt(option, value) for option, value in options)
@@ -52,10 +52,11 @@ def one_heap() -> bool:
 
 # %% ../nbs/08c_runner.ipynb #13db564b
 def preview_matrix(parts: Components, latents: torch.Tensor, versions: int = 4) -> np.ndarray:
-    "Least-squares map [C + 1, 3] from latents (and 1) to colours 0..255, fitted on the picture of `latents`."
+    "Least-squares map [C + 1, 3] from latents (and 1) to colours, fitted on the picture of `latents`."
     given, wanted = [], []
     for k in range(versions):
-        noise = torch.randn(latents.shape, dtype=torch.float32, generator=torch.Generator().manual_seed(k))
+        seeded = torch.Generator().manual_seed(k)
+        noise = torch.randn(latents.shape, dtype=torch.float32, generator=seeded)
         z = latents + 0.3 * k * noise.to(latents.device)
         image, _ = decode_latents(parts, z)
         h, w = z.shape[2:]
@@ -91,8 +92,10 @@ def try_out(parts: Components, texts: TextCache) -> Trial:
     "Make the model's first picture; raises Degenerate if there is nothing in it."
     row = parts.row
     least, usual, most = row.steps
-    steps = usual if least == most else min(2, usual)         # a fixed number of steps, or as few as will do
-    picture = Picture("a red apple", row.native, row.native, steps=steps, guidance_scale=row.guidance[1], seed=1)
+    # a fixed number of steps, or as few as will do
+    steps = usual if least == most else min(2, usual)
+    picture = Picture("a red apple", row.native, row.native, steps=steps,
+                      guidance_scale=row.guidance[1], seed=1)
     t = Trajectory(parts, picture, texts)
     inputs = t.unet_input().first()
     while not t.done: advance([t], parts.unet)
@@ -105,18 +108,21 @@ def key_of(texts: TextCache, p: Picture) -> tuple[Key, int]:
     keys, parts = texts.keys(p), texts.parts
     tokens = keys[0][1] * parts.tokenizers[0].model_max_length
     scale = parts.vae_scale
-    return (parts.unet.config.in_channels, p.height // scale, p.width // scale, tokens, p.lora), len(keys)
+    h, w = p.height // scale, p.width // scale
+    return (parts.unet.config.in_channels, h, w, tokens, p.lora), len(keys)
 
 # %% ../nbs/08c_runner.ipynb #2b431a59
 def curve_name(parts: Components, settings: Settings, trial: Trial) -> str:
     "What the measured curves depend on."
     of = (settings.model_id, parts.revision, parts.lora, parts.device, parts.precision, parts.backend,
-          parts.optimizations, tuple(trial.inputs.sample.shape), torch.__version__, torch.get_num_threads(), settings.max_batch)
+          parts.optimizations, tuple(trial.inputs.sample.shape),
+          torch.__version__, torch.get_num_threads(), settings.max_batch)
     return "|".join(map(str, of))
 
 # %% ../nbs/08c_runner.ipynb #74048883
 @torch.inference_mode()
-def measured_curves(parts: Components, settings: Settings, trial: Trial, file: CurveFile) -> tuple[Curve, Curve]:
+def measured_curves(parts: Components, settings: Settings, trial: Trial,
+                    file: CurveFile) -> tuple[Curve, Curve]:
     "The curves of a UNet call and of a decode."
     def step(rows: int) -> None:
         trial.inputs.pad(rows).call(parts.unet)
@@ -149,7 +155,8 @@ def versions_of(parts: Components) -> dict[str, str]:
             "optimizations": "; ".join(active)}
 
 # %% ../nbs/08c_runner.ipynb #ca58c7f8
-def receipt_of_task(task: Task, parts: Components, versions: dict[str, str], repairs: Sequence[str] = ()) -> Receipt:
+def receipt_of_task(task: Task, parts: Components, versions: dict[str, str],
+                    repairs: Sequence[str] = ()) -> Receipt:
     "How this picture was made; `repairs`: what had to be done about it beyond the plan."
     p = task.picture
     return Receipt(
@@ -209,7 +216,8 @@ class Runner:
         _, seconds = clocked(self.texts.fill, keys)
         for task in fresh:
             init = task.picture.init is not None
-            self.cost.begin.observe(task.key, init, begin_task(task, self.parts, self.texts, seconds / len(fresh)))
+            took = begin_task(task, self.parts, self.texts, seconds / len(fresh))
+            self.cost.begin.observe(task.key, init, took)
 
     def step(self, batch: Sequence[Task], bucket: int) -> None:
         "One UNet call for a batch."
