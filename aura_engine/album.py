@@ -5,6 +5,7 @@
 # %% ../nbs/13a_album.ipynb #660ac328
 from __future__ import annotations
 import asyncio
+import atexit
 import io
 import threading
 import time
@@ -31,13 +32,13 @@ __all__ = ['Listener', 'KEPT', 'Shot', 'Album', 'Message', 'preview_file', 'shot
 class Shot:
     "A picture of an album. `at`: when it was made, in seconds since 1970; `seconds`: how long it took; `star`: keep it."
     id: str
-    image: Pillow.Image
-    receipt: Receipt | None
+    image: Pillow.Image = field(repr=False)
+    receipt: Receipt | None = field(repr=False)
     engine: str = ""
     seconds: float = 0.0
     at: float = field(default_factory=time.time)
     star: bool = False
-    _file: bytes = b""
+    _file: bytes = field(default=b"", repr=False)
 
     @property
     def file(self) -> bytes:
@@ -137,7 +138,7 @@ class Work:
         self.over = False
         self._messages: list[Message] = []
         self._listeners: list[Listener] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()       # a listener may ask for the progress
 
     @property
     def progress(self) -> float:
@@ -304,3 +305,12 @@ def close_desks() -> None:
         desks = list(_desks)
         _desks.clear()
     for desk in desks: desk.client.close()
+
+def _let_go() -> None:
+    # An engine's thread that still works while Python ends can hang the process. Only the engine is closed here: the
+    # client's threads cannot be asked any more.
+    for desk in _desks:
+        for door in desk.client.aio.doors:
+            if lease := getattr(door, "lease", None): lease.close()
+
+atexit.register(_let_go)

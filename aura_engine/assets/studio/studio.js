@@ -42,7 +42,7 @@ export const TEXTS = {
   status: "status", precision: "precision", scheduler: "scheduler", optimizations: "optimizations", memory: "memory",
   queue: "queue", queueIs: "{length} pictures, {seconds} s", warnings: "warnings", reason: "reason", version: "version",
   advice: "what to do", url: "where", stepCost: "Milliseconds of a step, by pictures in it", gib: "{n} GiB",
-  gpuGib: "{n} GiB on the GPU", device: "device", loras: "LoRAs", fetching: "fetching {file}",
+  gpuGib: "{n} GiB on the GPU", device: "device", loras: "LoRAs", lately: "last pictures", fetching: "fetching {file}",
   bytes: "{done} of {total} GB", keys: "Keys: Ctrl+Enter generate · Esc stop · / prompt · V again · E start from it · "
     + "C compare · R use settings · S save · F keep · Delete · arrows choose",
 };
@@ -436,12 +436,12 @@ export class WidgetEngine {
     for (const put of this.talks.values()) put({ error: new Trouble("ended", t("kernelEnded")) });
   }
 
-  async* generate({ route, body, images }, { signal }) {
+  async* generate({ route, body, images, aside }, { signal }) {
     const id = newId();
     yield { type: "job", job: id };
     const sent = [...new Set(images)];
     const buffers = await Promise.all(sent.map((blob) => blob.arrayBuffer()));
-    const message = { id, type: "ask", route, body, images: images.map((blob) => sent.indexOf(blob)) };
+    const message = { id, type: "ask", route, body, aside, images: images.map((blob) => sent.indexOf(blob)) };
     yield* this.talk(message, { buffers, signal });
   }
 
@@ -500,9 +500,11 @@ class KernelStore {
     for await (const event of this.engine.talk({ type: "history" })) if (event.blob) found.push(pictureFrom(event));
     return found;
   }
-  put({ id, star }) { this.model.send({ type: "star", picture: id, star }); }
+  put({ id, star }) { this.model.send({ type: "put", picture: id, star }); }
   remove(id) { this.model.send({ type: "remove", picture: id }); }
-  jobs() { return this.model.get("jobs").map((job) => ({ ...job, request: { images: Array(job.n), ...job.request } })); }
+  jobs() {
+    return this.model.get("jobs").map(({ request, ...job }) => ({ ...job, request: { ...request, images: Array(job.n).fill(null) } }));
+  }
   keepJob() {}
   dropJob() {}
   form() { return this.model.get("value"); }
@@ -818,13 +820,22 @@ export class Studio extends EventTarget {
     const cell = (x, y) => {
       const form = { ...c.form, [c.x]: x, [c.y]: y };
       const request = requestOf({ ...form, prompt: form.words ?? form.prompt }, this.limits, c.start);
-      return { x, y, run: this.#make({ request, start: c.start, aside: true }) };
+      return { x, y, run: this.#make({ request: { ...request, aside: true }, start: c.start, aside: true }) };
     };
     Object.assign(c, { xs, ys, cells: ys.flatMap((y) => xs.map((x) => cell(x, y))) });
     this.touch();
     const todo = [...c.cells];
     const work = async () => { while (todo.length && this.comparing === c) await this.#follow(todo.shift().run); };
     return Promise.all([work(), work(), work(), work()]);
+  }
+
+  /** The table of a comparison that Python makes: the work of each tile is listened to. */
+  show({ jobs = [], form, xs, ys, ...axes }) {
+    const make = (job, i) => ({ x: xs[i % xs.length], y: ys[Math.floor(i / xs.length)],
+      run: this.#make({ job, aside: true, request: { route: "generate", body: form, images: [] } }) });
+    this.comparing = jobs[0] && { ...axes, form, xs, ys, text: {}, cells: jobs.map(make) };
+    this.comparing?.cells.forEach(({ run }) => this.#follow(run, this.engine.resume(run.job, run.stop)));
+    this.touch();
   }
 
   /** A tile becomes the choice, and with that part of the history. */
@@ -843,7 +854,13 @@ export class Studio extends EventTarget {
 
 // ---------------------------------------------------------------- drawing: a view is described, the DOM made to look like it
 const SVG = ["svg", "path", "circle", "rect", "text"];
-const h = (tag, props, ...kids) => ({ tag, props: props ?? {}, kids: kids.flat(9).filter((kid) => kid || kid === 0) });
+/** What an element should be: h("div.row", {props}, ...kids); the props may be left out. */
+function h(name, ...kids) {
+  const [tag, ...classes] = name.split(".");
+  const props = kids[0]?.constructor === Object && !kids[0].tag ? kids.shift() : {};
+  return { tag, props: { ...(classes[0] && { class: classes.join(" ") }), ...props },
+    kids: kids.flat(9).filter((kid) => kid || kid === 0) };
+}
 
 function create(kid) {
   if (!kid.tag) return document.createTextNode("");
@@ -888,25 +905,25 @@ const ICONS = {
   bin: "M4 5.5h12M8 5V3h4v2M5.5 5.5l.7 11.5h7.6l.7-11.5M8.5 9v5M11.5 9v5",
   star: "M10 2.8l2.2 4.7 5 .6-3.7 3.5 1 5-4.5-2.5-4.5 2.5 1-5L2.8 8.1l5-.6z",
 };
-const SPACE = h("span", { class: "grow" });
-const dim = (...kids) => h("span", { class: "dim" }, ...kids);
+const SPACE = h("span.grow");
+const dim = (...kids) => h("span.dim", ...kids);
 const drawn = (side, ...kids) => h("svg", { viewBox: `0 0 ${side} ${side}`, class: "icon", "aria-hidden": true }, ...kids);
 const icon = (name) => drawn(20, h("path", { d: ICONS[name] }));
 const button = (text, onclick, sign, props) => (
-  h("button", { type: "button", onclick, ...props }, sign && icon(sign), text !== "" && h("span", {}, text)));
+  h("button", { type: "button", onclick, ...props }, sign && icon(sign), text !== "" && h("span", text)));
 const small = (text, onclick, sign, { class: more = "", ...props } = {}) => (
   button("", onclick, sign, { title: text, "aria-label": text, ...props, class: `quiet ${more}` }));
 const card = (name, label, props, ...kids) => (
   h("section", { key: name, class: `card ${name}`, "aria-label": label, ...props }, ...kids));
-const field = (text, control, hidden) => h("label", { class: "field", key: text, hidden }, dim(text), control);
+const field = (text, control, hidden) => h("label.field", { key: text, hidden }, dim(text), control);
 const input = (s, name, props) => (
   h("input", { name, value: s.form[name], oninput: (e) => s.set({ [name]: e.target.value }), ...props }));
 const done = (run) => (e) => { e.preventDefault(); run(); };
 
 function radios(label, value, options, onpick, hidden) {
-  const tile = ([is, text, sign]) => h("label", { class: "option" },
-    h("input", { type: "radio", name: label, checked: is === value, onchange: () => onpick(is) }), sign, h("span", {}, text));
-  return h("fieldset", { key: label, hidden }, h("legend", {}, label), h("div", { class: "options" }, options.map(tile)));
+  const tile = ([is, text, sign]) => h("label.option",
+    h("input", { type: "radio", name: label, checked: is === value, onchange: () => onpick(is) }), sign, h("span", text));
+  return h("fieldset", { key: label, hidden }, h("legend", label), h("div.options", options.map(tile)));
 }
 
 function slider(s, name, step, [low, usual, high], hidden = low === high) {
@@ -914,10 +931,10 @@ function slider(s, name, step, [low, usual, high], hidden = low === high) {
   const value = clamp(own ?? low, low, high);
   const at = `${(100 * (value - low)) / (high - low || 1)}%`;
   const changed = s.form[name] !== FORM[name];
-  return h("div", { class: "field", key: name, hidden },
-    h("div", { class: "label" }, h("span", {}, t(name)), SPACE,
+  return h("div.field", { key: name, hidden },
+    h("div.label", h("span", t(name)), SPACE,
       small(t("own"), () => s.set({ [name]: FORM[name] }), "x", { class: "own", hidden: !changed }),
-      h("span", { class: "value" }, own === null ? "auto" : number(value))),
+      h("span.value", own === null ? "auto" : number(value))),
     input(s, name, { type: "range", min: low, max: high, step, "aria-label": t(name), "--at": at, value,
       oninput: (e) => s.set({ [name]: Number(e.target.value) }) }));
 }
@@ -939,16 +956,16 @@ const shareOf = ({ steps, n, made, said: { loading } }) => {
 };
 const inWork = (queue) => (queue?.length ? ` · ${t("work", { n: queue.length })}` : "");
 const runName = ({ request }) => t("making", { prompt: promptOf(request) });
-const dot = h("i", { class: "dot" });
+const dot = h("i.dot");
 
 function headView(s) {
   const { status = "connecting", loading, queue, model, gpuName, device } = s.health;
   const more = status === "loading" && loading ? ` · ${progressOf(loading)}` : inWork(queue);
   const fold = () => { s.panel = !s.panel; s.touch(); };
-  return h("div", { class: "head" }, h("span", { class: "mark" }), h("h1", {}, "Aura"),
-    h("span", { class: "dim which" }, model && t("on", { model: last(model), device: gpuName ?? device ?? "…" })), SPACE,
+  return h("div.head", h("span.mark"), h("h1", "Aura"),
+    h("span.dim.which", model && t("on", { model: last(model), device: gpuName ?? device ?? "…" })), SPACE,
     h("button", { type: "button", class: "quiet state", "data-state": status, "aria-expanded": Boolean(s.panel),
-      onclick: fold }, dot, h("span", {}, t(status) + more)));
+      onclick: fold }, dot, h("span", t(status) + more)));
 }
 
 function alertView(s) {
@@ -956,8 +973,8 @@ function alertView(s) {
   const again = () => { s.fail(null); trouble.again(); };
   const useKey = (e) => { s.engine.key = e.target.closest(".row").querySelector("input").value.trim(); again(); };
   const enter = (e) => { if (e.key === "Enter") done(() => useKey(e))(e); };
-  return h("div", { class: "alert", role: "alert", hidden: !trouble }, trouble && [h("p", {}, trouble.message),
-    h("div", { class: "row" },
+  return h("div.alert", { role: "alert", hidden: !trouble }, trouble && [h("p", trouble.message),
+    h("div.row",
       trouble.status === 401 ? [h("input", { type: "password", "aria-label": t("key"), placeholder: t("key"), onkeydown: enter }),
         button(t("useKey"), useKey)] : trouble.again && button(t("retry"), again, "again"),
       SPACE, small(t("close"), () => { s.fail(null); s.touch("prompt"); }, "x"))]);
@@ -971,22 +988,22 @@ function composerView(s) {
   const file = ({ target }) => { if (target.files[0]) s.take(target.files[0]); target.value = ""; };
   return h("form", { key: "composer", class: `card composer ${s.open ? "open" : ""}`, novalidate: true,
     onsubmit: done(() => s.generate()) },
-  h("label", { class: "label", for: "prompt" }, t(start ? "become" : "prompt")),
-  h("div", { class: "box" },
+  h("label.label", { for: "prompt" }, t(start ? "become" : "prompt")),
+  h("div.box",
     h("textarea", { id: "prompt", name: "prompt", rows: 2, maxlength: 2000, placeholder: t("example"), value: form.prompt,
       "aria-invalid": wrong("prompt"), oninput: (e) => s.set({ prompt: e.target.value }) }),
-    start && h("div", { class: "start" }, h("img", { alt: "", src: start.url }),
-      h("span", { class: "grow" }, start.name || t("yours")), small(t("takeOff"), () => s.setStart(null), "x")),
-    h("div", { class: "row" },
-      h("label", { class: "button quiet", title: t("addPicture") }, icon("picture"), h("input", { type: "file", class: "hidden",
+    start && h("div.start", h("img", { alt: "", src: start.url }),
+      h("span.grow", start.name || t("yours")), small(t("takeOff"), () => s.setStart(null), "x")),
+    h("div.row",
+      h("label.button.quiet", { title: t("addPicture") }, icon("picture"), h("input", { type: "file", class: "hidden",
         accept: "image/png,image/jpeg,image/webp", "aria-label": t("addPicture"), onchange: file })),
       h("button", { key: "fold", type: "button", class: "quiet fold", title: t("settings"), "aria-expanded": Boolean(s.open),
         onclick: () => { s.open = !s.open; s.touch(); } }, icon("sliders"),
-      h("span", {}, [!start && form.aspect, steps].filter(Boolean).join(" · ")), icon("down")), SPACE,
-      h("button", { key: "go", class: "main go", title: "Ctrl+Enter", "aria-keyshortcuts": "Control+Enter",
-        disabled: ["failed", "ended"].includes(s.health.status) }, icon("up"), h("span", {}, t("generate"))))),
+      h("span", [!start && form.aspect, steps].filter(Boolean).join(" · ")), icon("down")), SPACE,
+      h("button.main.go", { key: "go", title: "Ctrl+Enter", "aria-keyshortcuts": "Control+Enter",
+        disabled: ["failed", "ended"].includes(s.health.status) }, icon("up"), h("span", t("generate"))))),
   alertView(s),
-  offer && h("div", { class: "offer", key: "offer" }, h("span", { class: "grow" }, offer.say),
+  offer && h("div.offer", { key: "offer" }, h("span.grow", offer.say),
     button(offer.act, end(offer.run)), small(t("close"), end(), "x")),
   chipsView(s), settingsView(s));
 }
@@ -995,7 +1012,7 @@ function chipsView(s) {
   const { examples } = s;
   const surprise = () => { s.set({ prompt: examples[newSeed() % examples.length] }); s.generate(); };
   const chip = (prompt) => button(prompt, () => { s.set({ prompt }); s.touch("prompt"); }, "", { class: "chip" });
-  return h("div", { class: "chips", key: "chips", hidden: !examples.length },
+  return h("div.chips", { key: "chips", hidden: !examples.length },
     button(t("surprise"), surprise, "dice", { class: "chip first" }), examples.slice(0, 4).map(chip));
 }
 
@@ -1008,11 +1025,11 @@ function settingsView(s) {
     const text = target.value.trim();
     s.set({ seed: text ? (/^\d+$/.test(text) ? Number(text) : NaN) : null });
   };
-  return h("div", { class: "settings", key: "settings" },
+  return h("div.settings", { key: "settings" },
     radios(t("shape"), form.aspect, shapes, (aspect) => s.set({ aspect }), Boolean(start)),
     radios(t("size"), form.high, [[false, t("standard")], [true, t("high")]], (high) => s.set({ high }), !limits.gpu || Boolean(start)),
-    h("div", { class: "pair" }, radios(t("count"), form.n, [1, 2, 3, 4].map((n) => [n, n]), (n) => s.set({ n })),
-      h("div", { class: "seed" },
+    h("div.pair", radios(t("count"), form.n, [1, 2, 3, 4].map((n) => [n, n]), (n) => s.set({ n })),
+      h("div.seed",
         field(t("seed"), input(s, "seed", { inputmode: "numeric", autocomplete: "off", placeholder: t("random"),
           "aria-invalid": s.wrong.includes("seed"), value: Number.isNaN(form.seed) ? undefined : form.seed ?? "", oninput: onSeed })),
         small(t("dice"), () => s.set({ seed: newSeed() }), "dice"))),
@@ -1035,8 +1052,8 @@ function stageView(s) {
   const light = shown.find(({ src }) => src);
   const shape = run ? shapeOf(run.request) : picture ? picture.receipt.width / picture.receipt.height : 1;
   return card("stage", t("stage"), { hidden: Boolean(s.comparing) },
-    light && h("img", { key: "glow", class: "glow", alt: "", src: light.src }),
-    !light && !run && h("div", { class: "empty", key: "empty" }, h("span", { class: "mark" }), h("p", {}, t("empty")), h("p", { class: "dim" }, t("emptyHint"))),
+    light && h("img.glow", { key: "glow", alt: "", src: light.src }),
+    !light && !run && h("div.empty", { key: "empty" }, h("span.mark"), h("p", t("empty")), h("p.dim", t("emptyHint"))),
     h("div", { key: "frame", class: `frame ${shown.length > 1 ? "many" : ""}`, hidden: !shown.length, "--ratio": shape }, shown.map(tile)),
     run ? meterView(s, run) : picture && actionsView(s, picture));
 }
@@ -1046,25 +1063,25 @@ const action = (key, name, sign, run, props) => button(t(name), run, sign, { tit
 function meterView(s, run) {
   const share = Math.round(100 * shareOf(run));
   const said = sentence(run.said);
-  return h("div", { class: "actions meter", key: "meter" },
-    h("div", { class: "bar", role: "progressbar", "aria-label": runName(run), "aria-valuemin": 0, "aria-valuemax": 100,
+  return h("div.actions.meter", { key: "meter" },
+    h("div.bar", { role: "progressbar", "aria-label": runName(run), "aria-valuemin": 0, "aria-valuemax": 100,
       "aria-valuenow": share, "aria-valuetext": said, "--at": `${Math.max(3, share)}%` }),
-    h("span", { class: "said" }, said), action("Escape", "stop", "x", () => s.stop(run)));
+    h("span.said", said), action("Escape", "stop", "x", () => s.stop(run)));
 }
 
 function actionsView(s, picture) {
   const star = Boolean(picture.star);
-  return h("div", { class: "actions", key: "actions" }, action("V", "again", "again", () => s.again(), { class: "main" }),
+  return h("div.actions", { key: "actions" }, action("V", "again", "again", () => s.again(), { class: "main" }),
     action("E", "start", "back", () => s.startFrom()), action("C", "compare", "grid", () => s.compare()),
     action("S", "save", "save", () => s.save()),
     small(t("star"), () => s.keep(), "star", { class: star ? "on" : "", "aria-pressed": star, "aria-keyshortcuts": "F" }),
     small(t("remove"), () => s.remove(picture), "bin", { "aria-keyshortcuts": "Delete" }));
 }
 
-function compareView(s) {
+function compareView(s, edit = true) {
   const c = s.comparing;
   if (!c) return null;
-  const title = (name, value) => (name === "words" ? value : name && `${t(name).toLowerCase()} ${number(value)}`);
+  const title = (name, value) => (name && isNaN(value) ? value : name && `${t(name).toLowerCase()} ${number(value)}`);
   const axis = (which, other, names) => {
     const name = c[which];
     const options = names.filter((option) => !option || option !== c[other]).map((option) => h("option", { value: option }, t(option || "none")));
@@ -1075,19 +1092,19 @@ function compareView(s) {
   const cell = ({ x, y, run }) => {
     const [picture] = run.made;
     const src = picture ? s.url(picture) : run.previews[0];
-    return h("td", {}, h("button", { type: "button", class: "cell", disabled: !picture, "aria-pressed": picture?.id === s.chosen && Boolean(picture),
+    return h("td", h("button", { type: "button", class: "cell", disabled: !picture, "aria-pressed": picture?.id === s.chosen && Boolean(picture),
       "aria-label": [title(c.x, x), title(c.y, y)].filter(Boolean).join(", "), onclick: () => s.pick(picture) },
     src && h("img", { alt: "", src, class: picture ? "" : "preview" }), run.trouble));
   };
   const of = c.cells.length;
-  const rows = c.ys.map((y, i) => h("tr", {}, h("th", { scope: "row" }, title(c.y, y)), c.cells.slice(i * c.xs.length, (i + 1) * c.xs.length).map(cell)));
-  const n = (s.values(c.x)?.length ?? 0) * (s.values(c.y)?.length ?? 0);
+  const rows = c.ys.map((y, i) => h("tr", h("th", { scope: "row" }, title(c.y, y)), c.cells.slice(i * c.xs.length, (i + 1) * c.xs.length).map(cell)));
+  const n = edit && (s.values(c.x)?.length ?? 0) * (s.values(c.y)?.length ?? 0);
   return card("compare", t("compare"), {},
-    h("form", { class: "row axes", novalidate: true, onsubmit: done(() => s.fill()) }, dim(t("vary")), axis("x", "y", s.axes), dim(t("and")),
-      axis("y", "x", ["", ...s.axes]), h("button", { class: "main" }, t("make", { n })), small(t("close"), () => s.endCompare(), "x")),
-    h("div", { class: "scroll", tabindex: 0 }, h("table", {},
-      h("caption", {}, t("grid", c.form), of > 0 && ` · ${t("made", { n: c.cells.filter(({ run }) => run.made.length).length, of })}`),
-      of > 0 && h("thead", {}, h("tr", {}, h("td"), c.xs.map((x) => h("th", { scope: "col" }, title(c.x, x))))), h("tbody", {}, rows))));
+    edit && h("form.row.axes", { novalidate: true, onsubmit: done(() => s.fill()) }, dim(t("vary")), axis("x", "y", s.axes), dim(t("and")),
+      axis("y", "x", ["", ...s.axes]), h("button.main", t("make", { n })), small(t("close"), () => s.endCompare(), "x")),
+    h("div.scroll", { tabindex: 0 }, h("table",
+      h("caption", t("grid", c.form), of > 0 && ` · ${t("made", { n: c.cells.filter(({ run }) => run.made.length).length, of })}`),
+      of > 0 && h("thead", h("tr", h("td"), c.xs.map((x) => h("th", { scope: "col" }, title(c.x, x))))), h("tbody", rows))));
 }
 
 function historyView(s) {
@@ -1105,13 +1122,13 @@ function historyView(s) {
       h("circle", { ...ring, class: "done", pathLength: 100, "stroke-dasharray": `${100 * shareOf(item)} 100` })));
   };
   return card("history", t("pictures"), { hidden: !items.length },
-    h("div", { class: "row" }, h("h2", {}, t("pictures")), dim(s.pictures.length), SPACE,
+    h("div.row", h("h2", t("pictures")), dim(s.pictures.length), SPACE,
       s.pictures.length > 1 && button(t("clear"), () => s.remove(...s.pictures), "", { class: "link" })),
     h("ul", { role: "listbox", "aria-label": t("pictures"), class: "tiles" }, items.map(option)));
 }
 
-const factList = (facts) => h("dl", {}, Object.entries(facts).filter(([, value]) => value || value === 0).map(([key, value]) => (
-  h("div", { key, class: `fact-${key}` }, h("dt", {}, t(key).toLowerCase()), h("dd", {}, value)))));
+const factList = (facts) => h("dl", Object.entries(facts).filter(([, value]) => value || value === 0).map(([key, value]) => (
+  h("div", { key, class: `fact-${key}` }, h("dt", t(key).toLowerCase()), h("dd", value)))));
 
 function receiptView(s) {
   const picture = s.shown = s.picture ?? s.shown;
@@ -1131,8 +1148,8 @@ function receiptView(s) {
     time: seconds && t("seconds", { n: number(seconds, 1) }), notes: r.corrections?.join("; ") };
   const kinds = [address && !r.strength && "link", address && "curl", "python", "json"].filter(Boolean);
   return card("receipt", t("receipt"), { class: `card receipt ${s.picture ? "" : "old"}` },
-    h("h2", {}, t("receipt")), h("p", {}, r.prompt), factList(facts),
-    h("div", { class: "row" }, action("R", "use", "", () => s.recall(picture)), dim(t("copy")),
+    h("h2", t("receipt")), h("p", r.prompt), factList(facts),
+    h("div.row", action("R", "use", "", () => s.recall(picture)), dim(t("copy")),
       kinds.map((kind) => button(t(kind), () => copy(kind), "", { class: "link" }))),
     s.copied && h("textarea", { name: "copied", key: "copied", readonly: true, rows: 4, "aria-label": t("copyThis"), value: s.copied, onfocus: (e) => e.target.select() }));
 }
@@ -1142,7 +1159,7 @@ function engineFacts({ status, queue, memory, ...e }) {
   return { status: t(status) + inWork(queue), reason: e.reason, advice: e.advice?.join(" "), url: e.url, model: e.model,
     device: e.gpuName ?? e.device, loras: e.loras?.join(", "), scheduler: e.scheduler, precision: e.precision, queue: queue && t("queueIs", queue),
     memory: memory && t("gib", { n: gib(memory.rss) }) + (memory.gpu ? `, ${t("gpuGib", { n: gib(memory.gpu) })}` : ""), version: e.version,
-    optimizations: e.optimizations?.join(", "), warnings: e.warnings?.join("; ") };
+    optimizations: e.optimizations?.join(", "), warnings: e.warnings?.join("; "), lately: e.lately };
 }
 
 /** Milliseconds of one step by how many pictures share it: bars that hardly grow mean that batching pays. */
@@ -1152,7 +1169,7 @@ function stepChart(costs = {}) {
   const bar = ({ n, ms, x, height }) => [h("rect", { x: x + 6, y: 62 - height, width: 28, height, rx: 3 }),
     h("text", { x: x + 20, y: 74 }, n), h("text", { x: x + 20, y: 58 - height }, ms)];
   const words = rows.map(({ n, ms }) => `${n}: ${ms}`).join(", ");
-  return rows.length > 0 && h("figure", {}, h("figcaption", { class: "dim" }, t("stepCost")),
+  return rows.length > 0 && h("figure", h("figcaption.dim", t("stepCost")),
     h("svg", { viewBox: `0 0 ${40 * rows.length} 76`, role: "img", "aria-label": words }, rows.map(bar)));
 }
 
@@ -1166,7 +1183,7 @@ function engineView(s, always) {
     mode && radios(t("which"), mode, ["local", "cloud", "auto"].map((name) => [name, t(name)]), (to) => use({ mode: to })),
     cloud && field(t("address"), h("input", { type: "url", placeholder: "https://name-engine.hf.space", value: cloud.address,
       onchange: (e) => use({ cloud: e.target.value }) })),
-    h("div", { class: "engines" }, Object.entries(seen).map(one)), !always && h("p", { class: "dim" }, t("keys")));
+    h("div.engines", Object.entries(seen).map(one)), !always && h("p.dim", t("keys")));
 }
 
 function noteView(s) {
@@ -1174,14 +1191,14 @@ function noteView(s) {
   const { step, steps, until } = run?.said ?? {};
   const worth = run && !until && (!step || step === 1 || step === steps);
   if (worth || !run) s.heard = run ? sentence(run.said) : s.finished;
-  return h("div", {}, h("div", { role: "status", class: "hidden" }, note?.text ?? s.heard),
-    note && h("div", { class: "note" }, note.text, note.undo && button(t("undo"), note.undo, "", { class: "link" })));
+  return h("div", h("div", { role: "status", class: "hidden" }, note?.text ?? s.heard),
+    note && h("div.note", note.text, note.undo && button(t("undo"), note.undo, "", { class: "link" })));
 }
 
 const VIEWS = {
-  studio: (s) => [headView(s), engineView(s), h("div", { class: "body" }, composerView(s), stageView(s), compareView(s), historyView(s), receiptView(s)), noteView(s)],
+  studio: (s) => [headView(s), engineView(s), h("div.body", composerView(s), stageView(s), compareView(s), historyView(s), receiptView(s)), noteView(s)],
   engine: (s) => [headView(s), engineView(s, true)],
-  compare: (s) => [compareView(s), receiptView(s), noteView(s)],
+  compare: (s) => [compareView(s, false), receiptView(s), noteView(s)],
 };
 
 // ---------------------------------------------------------------- hosts
@@ -1293,9 +1310,14 @@ export default function widget() {
       s.addEventListener("choice", () => { if (s.picture && get("choice") !== s.chosen) engine.put("choice", s.chosen); });
       model.on("change:value", () => { Object.assign(s.form, get("value")); s.touch(); });
       model.on("change:choice", () => { if (get("choice") !== s.chosen && s.find(get("choice"))) s.choose(get("choice")); });
+      model.on("change:examples", () => { s.examples = get("examples"); s.touch(); });
       for (const name of ["health", "engines", "mode"]) model.on(`change:${name}`, () => s.look());
       model.on("change:jobs", () => s.store.jobs().forEach((job) => s.pickUp(job)));
-      s.begin();
+      model.on("change:table", () => s.show(get("table")));
+      model.on("comm_live_update", () => engine.hello());
+      if (get("view") === "studio") s.begin();
+      else s.look();
+      s.show(get("table") ?? {});
     },
     render: ({ model, el }) => mount(el, s, { styles: model.get("styles"), view: model.get("view") }),
   };
