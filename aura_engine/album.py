@@ -24,7 +24,7 @@ from .transport import Ask, Replay
 from .types import AuraError, Cancelled, Done, Event, Image, Preview, Queued, Receipt, Step
 
 # %% auto #0
-__all__ = ['Listener', 'KEPT', 'Shot', 'Album', 'Message', 'preview_file', 'shot_message', 'message_of', 'Work', 'count_of',
+__all__ = ['Listener', 'KEPT', 'Shot', 'Album', 'Message', 'preview_file', 'shot_message', 'message_of', 'count_of', 'Work',
            'Desk', 'engine_in', 'is_alike', 'is_successor', 'desk_of', 'close_desks']
 
 # %% ../nbs/13a_album.ipynb #4dfc70c6
@@ -123,6 +123,12 @@ def message_of(event: Event | Notice) -> Message | None:
 # %% ../nbs/13a_album.ipynb #a37ae912
 Listener = Callable[[Message], None]
 
+def count_of(ask: Ask) -> int:
+    "How many pictures a question asks for."
+    if isinstance(ask, Replay): return 1
+    return getattr(ask, "n", 0) or len(getattr(ask, "images", ()))
+
+# %% ../nbs/13a_album.ipynb #fc5589d8
 class Work:
     "A question under way. `request`: what the browser shows of it; `aside`: its pictures are no part of the album yet."
     def __init__(self, desk: Desk, ask: Ask, id: str = "", aside: bool = False):
@@ -136,6 +142,7 @@ class Work:
         self.future: Future[None] | None = None
         self.engine = ""                     # which of the client's engines was asked last
         self.over = False
+        self._task: asyncio.Task[Any] | None = None
         self._messages: list[Message] = []
         self._listeners: list[Listener] = []
         self._lock = threading.RLock()       # a listener may ask for the progress
@@ -165,13 +172,9 @@ class Work:
             for message in self._messages: hear(message)
             self._listeners.append(hear)
 
-    def begin(self) -> Work:
-        "Start in the client's background loop; returns at once."
-        self.future = self.desk.client.start(self.run())
-        return self
-
     async def run(self) -> None:
         "Ask, and tell what happens until the end."
+        self._task = asyncio.current_task()
         try:
             async with aclosing(self.desk.client.aio.stream(self.ask)) as events:
                 async for event in events:
@@ -200,7 +203,10 @@ class Work:
         "Stop at the next step; what is finished stays."
         # One turn of the loop later: a coroutine that was only just started has begun by then.
         loop = self.desk.client.loop
-        if self.future: loop.call_soon_threadsafe(loop.call_soon, self.future.cancel)
+        loop.call_soon_threadsafe(loop.call_soon, self._cancel_now)
+
+    def _cancel_now(self) -> None:
+        if self._task: self._task.cancel()
 
     def wait(self, timeout: float | None = None) -> list[Shot]:
         "Wait until the work has ended -> its pictures. Raises its error, or TimeoutError."
@@ -209,11 +215,6 @@ class Work:
             except CancelledError: pass
         if self.error: raise self.error
         return self.shots
-
-def count_of(ask: Ask) -> int:
-    "How many pictures a question asks for."
-    if isinstance(ask, Replay): return 1
-    return getattr(ask, "n", 0) or len(getattr(ask, "images", ()))
 
 # %% ../nbs/13a_album.ipynb #eb5e2f16
 KEPT = 64                                    # ended work that can be asked for: a full comparison
@@ -235,7 +236,7 @@ class Desk:
     def begin(self, ask: Ask, id: str = "", aside: bool = False) -> Work:
         "Start work on a question. A question that was sent twice under one id is worked on once."
         work = self.lay_out(ask, id, aside)
-        if work.future is None: work.begin()
+        if work.future is None: work.future = self.client.start(work.run())
         self.changed()
         return work
 

@@ -18,7 +18,8 @@ from .images import Grid, grid, to_base64
 from .transport import Ask, Replay, body_of, checked, generation, refinement, repetition
 from .types import AuraError, GenerateRequest, Invalid, Receipt, RefineConfig, RefineRequest
 
-STUDIO_FOLDER = Path(__file__).parent / "assets/studio" if "__file__" in globals() else Path("../aura_engine/assets/studio")
+_HERE = Path(__file__).parent if "__file__" in globals() else Path("../aura_engine")
+STUDIO_FOLDER = _HERE / "assets/studio"
 
 # %% auto #0
 __all__ = ['STUDIO_FOLDER', 'FORM', 'VARIED', 'Axis', 'form_of', 'ask_of', 'asked_by', 'shown_of', 'Pane', 'account_of',
@@ -62,7 +63,7 @@ def shown_of(work: Work) -> dict[str, Any]:
 
 # %% ../nbs/13b_widgets.ipynb #c50787b8
 class Pane(anywidget.AnyWidget):
-    "A view of the Studio's module over a desk. `engines`: each engine's account; `health`: that of the one asked first."
+    "A view of the Studio's module over a desk. `engines`: each one's account; `health`: that of the one asked first."
     _esm = STUDIO_FOLDER / "studio.js"
     styles = T.Unicode((STUDIO_FOLDER / "studio.css").read_text(encoding="utf-8")).tag(sync=True)
     view = T.Unicode("studio").tag(sync=True)
@@ -96,9 +97,8 @@ class Pane(anywidget.AnyWidget):
         self.reports = {r.name: r for r in reports}
         told = {r.name: account_of(r, self.client) for r in reports}
         asked = [told[d.name] for d in self.client.aio.doors]
-        with self.hold_trait_notifications():
-            self.engines = told
-            self.health = next((a for a in asked if a["ready"]), asked[0])
+        self.engines = told
+        self.health = next((a for a in asked if a["ready"]), asked[0])
         if self.health["ready"] and not self.examples: self.examples = await examples_from(self.client)
         return self.reports
 
@@ -129,7 +129,7 @@ def account_of(report: EngineReport, client: AuraClient) -> dict[str, Any]:
     told["status"] = {"unreachable": "away"}.get(told["status"], told["status"])
     if memory := told.get("memory"): told["memory"] = {k: v and round(v, -7) for k, v in memory.items()}
     if report.origin_allowed is False:
-        told["advice"] = [*told["advice"], "Web pages of that origin may not call it: add the origin to its ALLOW_ORIGINS."]
+        told["advice"] = [*told["advice"], "Pages of that origin may not call it: add it to its ALLOW_ORIGINS."]
     made = [m for m in client.aio.last if m["engine"] == report.name][-3:]
     told["lately"] = "; ".join(f"{m['prompt'][:40]} ({m['seconds']} s)" for m in made)
     return told
@@ -138,7 +138,7 @@ async def examples_from(client: AuraClient) -> list[str]:
     "Prompts that the engine asked first can draw; none from an engine that does not say."
     door = client.aio.doors[0]
     if hasattr(door, "engine"):
-        from aura_engine.api import EXAMPLES, SMALL_EXAMPLES
+        from aura_engine.app import EXAMPLES, SMALL_EXAMPLES
         return list(SMALL_EXAMPLES if door.engine.row.name.startswith("embedded") else EXAMPLES)
     try: return (await door.http.get("/examples")).json()["examples"]
     except Exception: return []
@@ -186,7 +186,7 @@ class Conversation(Pane):
 class Studio(Conversation):
     """Prompt to picture, picture to picture. Further arguments fill the form: `Studio("offline", prompt="an owl")`.
 
-    `source`: "offline", an address, a client, an `Engine`, or None for a running engine on this machine, then the cloud.
+    `source`: "offline", an address, a client, an `Engine`, or None for a running engine here and then the cloud.
     """
     busy = T.Bool(False)
     progress = T.Float(0.0)
@@ -244,7 +244,8 @@ class Studio(Conversation):
     def snapshot(self, width: int = 256) -> Grid:
         "A still of the newest pictures, for a notebook that is read without a kernel."
         shots = self.pictures[:6]
-        return grid([s.image for s in shots], width=width, columns=3, labels=[s.receipt.prompt for s in shots if s.receipt])
+        labels = [s.receipt.prompt for s in shots if s.receipt]
+        return grid([s.image for s in shots], width=width, columns=3, labels=labels)
 
 # %% ../nbs/13b_widgets.ipynb #b83bee01
 class EngineStatus(Pane):
@@ -261,7 +262,8 @@ class EngineStatus(Pane):
         return "\n".join(lines + [f"| {name} | {' | '.join(row)} |" for name, row in rows.items()])
 
 # %% ../nbs/13b_widgets.ipynb #b7dff3cb
-VARIED = ("steps", "guidance_scale", "scheduler", "seed", "temperature", "prompt", "negative_prompt", "width", "height", "lora_alias")
+VARIED = ("steps", "guidance_scale", "scheduler", "seed", "temperature", "prompt", "negative_prompt", "width",
+          "height", "lora_alias")
 Axis = tuple[str, Sequence[Any]]
 _WORDS = {"guidance_scale": "guidance", "prompt": "words", "negative_prompt": "negative", "lora_alias": "lora"}
 
@@ -275,12 +277,13 @@ def checked_axis(which: str, axis: Axis) -> Axis:
 class Compare(Conversation):
     """One picture over a grid. `x`, `y`: a field and its values, `("steps", [1, 2, 4])`.
 
-    `what`: a prompt, whose options may follow, or the receipt of a picture. `results[x_value, y_value]` holds the picture of
-    a tile, or the error of one that was refused. `at_once`: how many are made at a time.
+    `what`: a prompt, whose options may follow, or the receipt of a picture. `results[x_value, y_value]` holds the
+    picture of a tile, or the error of one that was refused. `at_once`: how many are made at a time.
     """
     table = T.Dict().tag(sync=True)
 
-    def __init__(self, source: Any, what: str | Receipt, x: Axis, y: Axis = ("", ()), seed: int = 1, at_once: int = 4, **options: Any):
+    def __init__(self, source: Any, what: str | Receipt, x: Axis, y: Axis = ("", ()), seed: int = 1,
+                 at_once: int = 4, **options: Any):
         self.x = checked_axis("x", x)
         self.y = checked_axis("y", y)
         self.results: dict[tuple[Any, Any], Shot | AuraError] = {}
@@ -328,4 +331,5 @@ class Compare(Conversation):
     def grid(self, width: int = 128) -> Grid:
         "The finished tiles as one picture, for a notebook that is read without a kernel."
         made = {cell: shot for cell in self.cells if isinstance(shot := self.results.get(cell), Shot)}
-        return grid([s.image for s in made.values()], width=width, columns=len(self.x[1]), labels=[self.label(c) for c in made])
+        labels = [self.label(c) for c in made]
+        return grid([s.image for s in made.values()], width=width, columns=len(self.x[1]), labels=labels)

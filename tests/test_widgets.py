@@ -1,14 +1,15 @@
 """The widgets without a browser or a kernel: the same on an engine of this process and over HTTP."""
-import threading, time
+import subprocess, sys, threading, time
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from aura_engine.client import AuraClient, Pictures
+from aura_engine.album import Shot, close_desks, desk_of
+from aura_engine.client import AuraClient
+from aura_engine.images import receipt_of
 from aura_engine.types import AuraError, Invalid
-from aura_engine.widgets import Compare, EngineStatus, Gallery, Studio, tile
-from conftest import free_port
+from aura_engine.widgets import Compare, EngineStatus, Studio
+from conftest import ROOT, clean_env, free_port
 from edge import Edge, page, problem
 
 
@@ -23,21 +24,22 @@ def engine():
 def source(request): return request.getfixturevalue("engine") if request.param == "in process" else request.getfixturevalue("server").url
 
 
+class Browser:
+    """What stands for the browser: it sends messages to a widget and keeps what comes back."""
+    def __init__(self, widget):
+        self.widget, self.heard = widget, []
+        widget.send = lambda body, buffers=None: self.heard.append((body, [bytes(b) for b in buffers or ()]))
+
+    def say(self, pictures=(), **message): self.widget._hear(self.widget, message, list(pictures))
+    def of(self, type, id=None): return [(b, p) for b, p in list(self.heard) if b["type"] == type and id in (None, b["id"])]
+
+
 @pytest.fixture
-def studio(source, tmp_path):
-    studio = Studio(source, folder=tmp_path)
+def studio(source):
+    studio = Studio(AuraClient(source, mode="local"))
     yield studio
+    studio.close()
     studio.client.close()
-
-
-def fill(studio, **values):
-    for name, value in values.items(): studio.inputs[name].value = value
-
-
-def press(studio, name): studio.buttons[name].click()
-
-
-def states(studio): return {name: not button.disabled for name, button in studio.buttons.items()}
 
 
 def until(condition, seconds=60):
@@ -45,106 +47,178 @@ def until(condition, seconds=60):
     while not condition(): assert time.monotonic() < end; time.sleep(0.01)
 
 
-def test_generate_refine_save(studio, tmp_path):
-    assert states(studio) == {"Generate": True, "Refine": False, "Cancel": False, "Save": False}
-    stage = []
-    studio.stage.observe(lambda c: stage.append(c["new"]), "tiles")
-    fill(studio, prompt="a red apple", count=2, seed="7", aspect="4:3", temperature=1.0)
-    begun = time.monotonic()
-    press(studio, "Generate")
-    assert time.monotonic() - begun < 0.3                        # the kernel is free
-    studio.wait(120)
-    assert len(stage) >= 2 * 4 + 2                               # a preview a step, then the pictures
-    assert [m.receipt.seed for m in studio.made] in ([7, 8], [8, 7]) and studio.made[0].image.width > studio.made[0].image.height
-    assert studio.bar.value == 1 and "done in" in studio.line.value and all(states(studio)[b] for b in ("Generate", "Refine", "Save"))
-    studio.history.chosen = 1
-    started_from = studio.chosen
-    assert "a red apple" in studio.facts.value and studio.chosen is studio.made[1]
-    fill(studio, prompt="a green apple", strength=0.3)
-    press(studio, "Refine")
-    studio.wait(120)
-    assert studio.made[0].receipt.strength == 0.3 and len(studio.history.tiles) == 3
-    assert studio.chosen is started_from                         # the choice stays with its picture
-    press(studio, "Save")
-    file, = tmp_path.glob("*.png")
-    again = studio.client.replay(file).images[0]
-    assert file.name in studio.line.value and np.abs(np.asarray(again, int) - np.asarray(Image.open(file), int)).max() <= 1
+def test_a_form_becomes_pictures(studio, tmp_path):
+    began = time.monotonic()
+    studio.value = {**studio.value, "prompt": "a red apple", "n": 2, "seed": 7, "aspect": "4:3", "temperature": 1.0}
+    progress = []
+    studio.observe(lambda c: progress.append(c["new"]), "progress")
+    work = studio.generate()
+    assert time.monotonic() - began < 1 and studio.busy and [j["job"] for j in studio.jobs] == [work.id]     # the kernel is free
+    shots = work.wait(120)
+    assert sorted(s.receipt.seed for s in shots) == [7, 8] and shots[0].image.width > shots[0].image.height
+    assert not studio.busy and studio.jobs == [] and progress[-1] == 1.0 and len(progress) > 4
+    assert studio.pictures[0].at >= studio.pictures[1].at and studio.chosen is studio.pictures[0]
+    studio.choice = studio.pictures[1].id
+    assert studio.chosen is studio.pictures[1] and studio.chosen._repr_png_().startswith(b"\x89PNG")
+    path = studio.chosen.save(tmp_path / "apple.png")
+    assert receipt_of(path.read_bytes()) == studio.chosen.receipt
+    refined = studio.generate(start=studio.chosen).wait(120)
+    assert len(refined) == 2 and refined[0].receipt.strength == 0.5
 
 
-def test_cancel(studio):
-    fill(studio, prompt="an owl", count=4)
-    for _ in range(2):                                           # at once, and in the middle
-        press(studio, "Generate")
-        assert states(studio)["Cancel"] and not states(studio)["Generate"]
-        press(studio, "Cancel")
-        studio.wait(20)
-        assert "Cancelled." in studio.line.value and states(studio)["Generate"] and not states(studio)["Cancel"]
-    until(lambda: studio.client.health()["local"].health.queue.length == 0, 5)
+def test_the_browser_asks(studio):
+    """An ask is accepted, its events and pictures come back under its id; sent twice, it is worked on once."""
+    browser = Browser(studio)
+    ask = dict(type="ask", id="q", route="generate", images=[], body={"prompt": "a fox", "seed": 3, "n": 2, "steps": 3})
+    browser.say(**ask)
+    browser.say(**ask)
+    until(lambda: len(browser.of("done", "q")) == 2, 120)
+    assert browser.heard[0][0] == {"id": "q", "type": "accepted"}
+    pictures = browser.of("image", "q")
+    assert {b["picture"] for b, _ in pictures} == {"q-0", "q-1"} and len(studio.pictures) == 2
+    body, (png,) = pictures[0]
+    assert receipt_of(png).to_json()["seed"] == body["receipt"]["seed"] and body["mime"] == "image/png"
+    assert all(p[0].startswith(b"\xff\xd8") for _, p in browser.of("preview", "q"))
+    browser.say(type="ask", id="r", route="refine", images=[0, 0], body={"refinePrompt": "a blue fox", "config": {"seed": 5}}, pictures=[png])
+    until(lambda: browser.of("done", "r"), 120)
+    assert len(browser.of("image", "r")) == 2
+    browser.say(type="ask", id="s", route="replay", images=[], body={"receipt": body["receipt"]})
+    until(lambda: browser.of("done", "s"), 120)
 
 
-def test_errors_are_said_and_work_goes_on(studio):
-    fill(studio, prompt="", seed="seven")
-    press(studio, "Generate")
-    assert "seed" in studio.line.value and "#d32f2f" in studio.line.value
-    fill(studio, seed="")
-    press(studio, "Generate")
-    assert "prompt" in studio.line.value
-    fill(studio, prompt="<b>bold</b>")
-    press(studio, "Generate")
-    studio.wait(60)
-    studio.history.chosen = 0
-    assert "&lt;b&gt;" in studio.facts.value                     # text of a receipt is text
+def test_a_reloaded_page_hears_everything(studio):
+    studio.value = {**studio.value, "prompt": "an owl", "seed": 1, "steps": 6}
+    work = studio.generate()
+    late = Browser(studio)
+    late.say(type="resume", id="again", job=work.id)
+    work.wait(120)
+    late.say(type="resume", id="later", job=work.id)
+    for id in ("again", "later"):
+        until(lambda id=id: late.of("done", id), 5)
+        assert len(late.of("image", id)) == 1
+    assert len(late.of("preview", "later")) == 1                  # those that were overtaken are dropped
+    late.say(type="resume", id="none", job="unknown")
+    assert late.of("failed", "none")[0][0]["problem"]["type"] == "urn:aura:not_found"
+    late.say(type="history", id="h")
+    assert [b["picture"] for b, _ in late.of("image", "h")] == [s.id for s in studio.pictures] and late.heard[-1][0]["type"] == "end"
 
 
-def test_nobody_there():
-    with AuraClient(f"http://127.0.0.1:{free_port()}", mode="local") as client:
-        studio = Studio(client)
-        fill(studio, prompt="a fox")
-        press(studio, "Generate")
-        studio.wait(20)
-        assert "aura serve" in studio.line.value and states(studio)["Generate"]
+def test_the_album(studio):
+    """Keep, delete, undo; what is made aside is part of it when somebody picks it."""
+    browser = Browser(studio)
+    browser.say(type="ask", id="a", route="generate", images=[], aside=True, body={"prompt": "a fox", "steps": 1})
+    until(lambda: browser.of("done", "a"), 120)
+    assert studio.pictures == []
+    browser.say(type="put", picture="a-0", star=True)
+    assert studio.pictures[0].star
+    browser.say(type="remove", picture="a-0")
+    assert studio.pictures == []
+    browser.say(type="put", picture="a-0", star=False)
+    assert [s.id for s in studio.pictures] == ["a-0"]
+    browser.say(type="remove", picture="nothing of ours")
 
 
-def test_offline_needs_no_server(monkeypatch, tmp_path):
+def test_stop(studio):
+    browser = Browser(studio)
+    browser.say(type="ask", id="q", route="generate", images=[], body={"prompt": "an owl", "n": 4, "steps": 50})
+    until(lambda: browser.of("step"), 300)
+    browser.say(type="cancel", job="q")
+    until(lambda: browser.of("failed", "q"), 20)
+    assert browser.of("failed", "q")[0][0]["problem"]["type"] == "urn:aura:cancelled"
+    work = studio.desk.begin(studio.desk.works["q"].ask)
+    studio.stop()
+    with pytest.raises(AuraError, match="Stopped"): work.wait(20)
+    until(lambda: all(r.health.queue.length == 0 for r in studio.client.health().values()), 20)
+
+
+def test_errors_are_said(studio):
+    with pytest.raises(Invalid, match="promt"): studio.value = {"promt": "a fox"}
+    studio.value = {**studio.value, "prompt": "a fox", "seed": "seven"}
+    with pytest.raises(Invalid, match="seed"): studio.generate()
+    browser = Browser(studio)
+    browser.say(type="ask", id="q", route="generate", images=[], body={"prompt": "", "steps": 4})
+    assert "prompt" in browser.of("failed", "q")[0][0]["problem"]["detail"]
+    browser.say(type="ask", id="r", route="generate", images=[], body={"prompt": "x", "lora": "watercolour"})
+    until(lambda: browser.of("failed", "r"), 30)
+    assert browser.of("failed", "r")[0][0]["problem"]["errors"][0]["loc"] == "lora"
+
+
+def test_cells_run_again_cost_nothing(monkeypatch):
+    """The three obvious cells, five times over: one engine, one client, its pictures kept."""
     monkeypatch.setenv("SD_MODEL_ID", "embedded")
-    studio = Studio("offline", folder=tmp_path)
-    fill(studio, prompt="a fox")
-    press(studio, "Generate")
-    studio.wait(300)
-    assert studio.made[0].engine == "local" and studio.client.aio.doors[0].url == "this process"
-    studio.client.aio.doors[0].engine.close()
-    studio.client.close()
+    first = Studio("offline", prompt="a fox")
+    made = first.generate().wait(300)
+    threads = threading.active_count()
+    for _ in range(5):
+        studio, status = Studio("offline"), EngineStatus("offline")
+        Compare("offline", "a fox", x=("steps", [1])).wait(60)
+        assert studio.desk is first.desk is status.desk and studio.pictures == made
+    assert threading.active_count() <= threads + 2
+    close_desks()
+    assert first.client.loop.is_closed() and desk_of("offline") is not first.desk
+    close_desks()
+
+
+def test_the_three_obvious_cells_at_once(tmp_path):
+    """In a fresh process, started together while nothing is loaded yet."""
+    code = """
+from aura_engine.widgets import Compare, EngineStatus, Studio
+studio, status, grid = Studio("offline", prompt="a fox", seed=1), EngineStatus("offline"), Compare("offline", "a fox", x=("steps", [4]), seed=1)
+a, b = studio.generate().wait(300)[0], grid.wait(300).results[4, None]
+assert max(abs(p - q) for p, q in zip(a.image.tobytes(), b.image.tobytes())) <= 2, "the same seed, another picture"
+assert studio.client.health()["local"].ready
+print("fine")
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=clean_env(PYTHONPATH=ROOT, SD_MODEL_ID="embedded"), capture_output=True, text=True, timeout=400)
+    assert run.stdout.strip() == "fine", run.stdout + run.stderr
+
+
+def test_the_reason_of_a_failed_engine_reaches_the_widget(monkeypatch):
+    monkeypatch.setenv("SD_MODEL_ID", "nobody/nothing")
+    studio = Studio("offline", prompt="a fox")
+    with pytest.raises(AuraError, match="nobody/nothing"): studio.generate().wait(120)
+    studio.client.wait(studio.look())
+    assert studio.health["status"] == "failed" and "nobody/nothing" in studio.health["reason"]
+    monkeypatch.setenv("SD_MODEL_ID", "embedded")
+    assert Studio("offline").desk is not studio.desk
+    close_desks()
 
 
 def test_updates_do_not_come_from_the_main_thread(studio):
-    threads = set()
-    studio.line.observe(lambda c: threads.add(threading.current_thread().name), "value")
-    fill(studio, prompt="a fox")
-    press(studio, "Generate")
-    studio.wait(60)
-    assert threads == {"aura-client"}
+    names = set()
+    studio.observe(lambda c: names.add(threading.current_thread().name), "progress")
+    studio.value = {**studio.value, "prompt": "a fox", "steps": 4}
+    studio.generate().wait(60)
+    assert names == {"aura-client"}
 
 
 def test_status_follows_an_engine_that_goes_and_comes_back(server):
     port = free_port()
     with AuraClient(f"http://127.0.0.1:{port}", server.url) as client:
         status = EngineStatus(client, every=0.1, origin="https://my.site")
-        until(lambda: "unreachable" in status.panel.value)
-        assert "aura serve" in status.panel.value and "ALLOW_ORIGINS" in status.panel.value and "LCMScheduler" in status.panel.value
-        with Edge(target=server.url, port=port): until(lambda: "unreachable" not in status.panel.value)
-        until(lambda: "unreachable" in status.panel.value)
+        until(lambda: status.engines.get("local", {}).get("status") == "away")
+        assert "aura serve" in " ".join(status.engines["local"]["advice"])
+        until(lambda: "ALLOW_ORIGINS" in " ".join(status.engines["cloud"]["advice"]))
+        with Edge(target=server.url, port=port): until(lambda: status.engines["local"]["status"] == "ready")
+        until(lambda: status.engines["local"]["status"] == "away")
         client.generate("a fox", steps=1)
-        until(lambda: "last pictures: a fox (cloud" in status.panel.value)
-        status.stop()
+        until(lambda: "a fox" in status.engines["cloud"]["lately"])
+        assert status.mode == "auto"
+        status.mode = "cloud"                                      # the panel's choice of engine
+        assert [d.name for d in client.aio.doors] == ["cloud"] and set(status.engines) == {"local", "cloud"}
+        status.close()
 
 
 def test_status_of_a_healthy_engine(source):
     with AuraClient(source, mode="local") as client:
         client.generate("a fox", steps=1)
         status = EngineStatus(client, every=60)
-        said = client.wait(status.look())["local"]
-        for word in ("ready", "cpu", "embedded", "LCMScheduler", "optimizations", "0 pictures", "GiB", "last pictures: a fox", "mode local: the local engine is asked first"): assert word in status.panel.value, word
-        assert 50 * 2**20 < said["memory"]["rss"] < 50 * 2**30 and said["memory"]["gpu"] is None and said["advice"] == []
+        client.wait(status.look())
+        told = status.engines["local"]
+        assert told["status"] == "ready" and told["device"] == "cpu" and told["scheduler"] == "LCMScheduler" and told["advice"] == []
+        assert 50 * 2**20 < told["memory"]["rss"] < 50 * 2**30 and told["stepCost"] and "a fox" in told["lately"]
+        assert status.health["limits"]["guidance"] == [1, 1, 4] and status.examples
+        assert "| local | ready |" in status._repr_markdown_()
         status.stop()
 
 
@@ -157,23 +231,43 @@ def test_status_says_what_to_do(server, said, advice):
         if b"Space" in said: space.script += [said] * 5            # still so when the panel looks
         status = EngineStatus(client, every=60)
         client.wait(status.look())
-        assert advice in status.panel.value, status.panel.value
+        assert advice in " ".join(status.engines["cloud"]["advice"]), status.engines
         status.stop()
 
 
 def test_compare(source):
     with AuraClient(source, mode="local") as client:
-        grid = Compare(client, "a fox", x=("steps", [1, 2]), y=("scheduler", ["lcm", "ddim"])).wait(120)
-        assert set(grid.results) == {(1, "lcm"), (2, "lcm"), (1, "ddim"), (2, "ddim")} and all(isinstance(r, Pictures) for r in grid.results.values())
-        assert len({r.images[0].tobytes() for r in grid.results.values()}) > 2 and [t["label"] for t in grid.gallery.tiles][1] == "steps 2 · lcm"
-        receipts = [r.receipts[0] for r in grid.results.values()]
+        table = Compare(client, "a fox", x=("steps", [1, 2]), y=("scheduler", ["lcm", "ddim"])).wait(120)
+        assert set(table.results) == {(1, "lcm"), (2, "lcm"), (1, "ddim"), (2, "ddim")} and all(isinstance(r, Shot) for r in table.results.values())
+        assert len({r.image.tobytes() for r in table.results.values()}) > 2 and table.label((2, "lcm")) == "steps 2 · lcm"
+        receipts = [r.receipt for r in table.results.values()]
         assert len({(r.seed, r.temperature, r.prompt) for r in receipts}) == 1
-        assert grid.grid().image.width > 200
-        refused = Compare(client, "a fox", x=("steps", [1, 900]), y=("guidance_scale", [1.0])).wait(60)
-        assert isinstance(refused.results[900, 1.0], AuraError) and isinstance(refused.results[1, 1.0], Pictures) and "900" in refused.gallery.tiles[1]["label"]
+        assert table.grid().image.width > 200 and len(table.table["jobs"]) == 4 and table.desk.album.shots == []
+        browser = Browser(table)                                   # a page that comes late is shown all tiles
+        for job in table.table["jobs"]: browser.say(type="resume", id=job, job=job)
+        assert len(browser.of("image")) == 4
+        refused = Compare(client, "a fox", x=("steps", [1, 900])).wait(60)
+        assert isinstance(refused.results[900, None], AuraError) and isinstance(refused.results[1, None], Shot)
         with pytest.raises(Invalid, match="colour"): Compare(client, "a fox", x=("colour", ["red"]), y=("steps", [1]))
 
 
-def test_gallery_tiles_are_small():
-    gallery = Gallery(tiles=[tile(Image.effect_noise((2000, 1000), 90).convert("RGB"), "noise")])
-    assert len(gallery.tiles[0]["src"]) < 400_000
+def test_compare_from_the_chosen_picture(studio):
+    with pytest.raises(Invalid, match="no picture"): studio.compare(x=("steps", [1]))
+    studio.value = {**studio.value, "prompt": "a fox", "seed": 3, "steps": 2}
+    shot = studio.generate().wait(60)[0]
+    table = studio.compare(x=("steps", [1, 2])).wait(60)
+    assert table.results[2, None].image.tobytes() == shot.image.tobytes() and studio.pictures == [shot]
+
+
+def test_what_is_sent_stays_small(studio):
+    """No trait holds a picture: traits are stored in the notebook, and sent again with each change."""
+    studio.value = {**studio.value, "prompt": "a fox", "steps": 1}
+    studio.generate(start=Image.effect_noise((600, 400), 90).convert("RGB")).wait(60)
+    state = studio.get_state()
+    assert sum(len(str(v)) for k, v in state.items() if k not in ("_esm", "_css", "styles")) < 10_000
+
+
+def test_without_torch():
+    """The widgets import without torch and without FastAPI."""
+    code = "import sys; sys.modules['torch'] = sys.modules['fastapi'] = None; import aura_engine.widgets; print('fine')"
+    assert subprocess.run([sys.executable, "-c", code], env=clean_env(PYTHONPATH=ROOT), capture_output=True, text=True).stdout.strip() == "fine"
