@@ -42,7 +42,7 @@ test-slow: $(VENV)/dev.stamp ## the slow tests; prints what was skipped and why
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests -m slow -ra || test $$? -eq 5
 
 lab: $(VENV)/dev.stamp ## the notebooks in JupyterLab
-	$(PY) -m jupyterlab nbs/index.ipynb
+	$(PY) -m jupyterlab nbs/00_start.ipynb
 
 site: $(VENV)/serve.stamp ## the notebooks and the interface as a web site, into site/
 	$(PY) -m pip install -q -e '.[site]'

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 import numpy as np
 from PIL import Image as Pillow
-from .client import AuraClient, Notice, body_of, save_picture
+from .client import AuraClient, Notice, save_picture
 from .images import encode
 from .transport import Ask, Replay
 from .types import AuraError, Cancelled, Done, Event, Image, Preview, Queued, Receipt, Step

@@ -15,7 +15,7 @@ import traitlets as T
 from .album import Message, Shot, Work, count_of, desk_of, shot_message
 from .client import AuraClient, EngineReport, report_of
 from .images import Grid, grid, to_base64
-from .transport import Ask, Replay, body_of, checked, generation, refinement, repetition
+from .transport import Ask, Replay, checked, generation, json_body, refinement, repetition
 from .types import AuraError, GenerateRequest, Invalid, Receipt, RefineConfig, RefineRequest
 
 _HERE = Path(__file__).parent if "__file__" in globals() else Path("../aura_engine")
@@ -58,7 +58,7 @@ def asked_by(message: dict[str, Any], pictures: Sequence[bytes]) -> Ask:
 def shown_of(work: Work) -> dict[str, Any]:
     "What the browser needs to know of work that it did not begin: enough to show it, without its pictures."
     route = {GenerateRequest: "generate", RefineRequest: "refine", Replay: "replay"}[type(work.ask)]
-    body = {k: v for k, v in body_of(work.ask).items() if k not in ("images", "init")}
+    body = {k: v for k, v in json_body(work.ask).items() if k not in ("images", "init")}
     return {"job": work.id, "request": {"route": route, "body": body}, "n": count_of(work.ask), "at": 1000 * work.at}
 
 # %% ../nbs/13b_widgets.ipynb #c50787b8
