@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from PIL import Image
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, ValidationError
 from pydantic import model_validator
-from .images import decode, decode_cost, facts_of, from_base64, receipt_of
+from .images import decode, from_base64, receipt_of
 from .models import EMBEDDED, NARROWEST, SAMPLERS, Row, executed_steps, fit_size, makes, size_for
 from .types import (MAX_PROMPT, MAX_SEED, FieldError, GenerateRequest, Invalid, Note, Picture, Plan, Prompt, Receipt,
     RefineConfig, RefineRequest, RequestModel, Steps, Words, field_errors, shown)
@@ -23,8 +23,8 @@ from .types import (MAX_PROMPT, MAX_SEED, FieldError, GenerateRequest, Invalid, 
 # %% auto #0
 __all__ = ['CLOSELY', 'MOST_HELPED', 'MOST_VERSIONS', 'Label', 'SamplerName', 'COMPARED', 'MOST_DIFFERENCES', 'known_words',
            'is_slip', 'shorter_by_one', 'letter_pairs', 'Vocabulary', 'vocabulary', 'meant', 'alike', 'some',
-           'understood', 'clamp', 'allowed_lora', 'plan', 'prepare', 'sized', 'pictures_cost', 'refine_cost',
-           'PictureRecipe', 'Replayed', 'ReplayRequest', 'replay_plan', 'differences']
+           'understood', 'clamp', 'allowed_lora', 'plan', 'prepare', 'sized', 'PictureRecipe', 'Replayed',
+           'ReplayRequest', 'replay_plan', 'differences']
 
 # %% ../nbs/03b_planning.ipynb #b19b3380
 @cache
@@ -287,26 +287,6 @@ def sized(todo: Plan) -> Plan:
         init = p.init.resize((p.width, p.height), Image.Resampling.LANCZOS)
         pictures.append(replace(p, init=init))
     return replace(todo, pictures=tuple(pictures))
-
-# %% ../nbs/03b_planning.ipynb #0886c2e1
-def pictures_cost(texts: Mapping[str, str], row: Row) -> tuple[float, int]:
-    """(seconds of one core, bytes) that decoding base64 pictures for `row` takes.
-
-    `texts`: by the name of the field, which Invalid gives for a picture that is over a limit."""
-    seconds = 0.0
-    peak = kept = 0                              # bytes
-    for loc, text in texts.items():
-        spent, held = decode_cost(facts_of(from_base64(text, loc), loc), row.native)
-        seconds += spent
-        peak = max(peak, held)
-        # four bytes a pixel, at no more than twice the native side
-        kept += 4 * (2 * row.native) ** 2
-    return seconds, peak + kept
-
-# %% ../nbs/03b_planning.ipynb #ff7aebc1
-def refine_cost(request: RefineRequest, row: Row) -> tuple[float, int]:
-    "(seconds of one core, bytes) that `prepare` takes; Invalid as there."
-    return pictures_cost({f"images.{i}": text for i, text in enumerate(request.images)}, row)
 
 # %% ../nbs/03b_planning.ipynb #6870bc95
 MOST_VERSIONS = 40                               # packages that a receipt may name

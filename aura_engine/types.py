@@ -175,9 +175,6 @@ class RequestModel(BaseModel):
         unknown = next(name for name in data if name not in names)
         raise ValueError(f"at most {len(cls.model_fields)} fields; {shown(unknown, 40)} is none of them")
 
-
-_Request = RequestModel                          # its name in rooms that were written before
-
 # %% ../nbs/01_types.ipynb #044bbe7c
 def clean_text(text: str) -> str:
     "Drop C0 controls other than white space, and white space at the ends."

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from aura_engine import planning
 from aura_engine.models import EMBEDDED, ROWS, fit_size, makes, size_for
-from aura_engine.planning import ReplayRequest, alike, differences, is_slip, known_words, meant, plan, refine_cost, replay_plan
+from aura_engine.planning import ReplayRequest, alike, differences, is_slip, known_words, meant, plan, replay_plan
 from aura_engine.types import MAX_PROMPT, AuraError, GenerateRequest, Health, Invalid, Receipt, RefineConfig, RefineRequest, error_tree, field_errors, shown
 
 ROW = ROWS["embedded"]
@@ -231,12 +231,10 @@ def test_any_value_may_be_shown(value):
     assert seconds < 0.2 and len(text) <= 81
 
 
-def test_what_a_refinement_costs_is_known_beforehand():
+def test_a_wrong_picture_is_named_by_its_place():
     from aura_engine.images import encode, to_base64
-    small, large = (to_base64(encode(Image.new("RGB", (s, s), "teal"))) for s in (128, 3000))
-    one, four = (refine_cost(RefineRequest(refine_prompt="x", images=[x] * n), ROW) for x, n in ((small, 1), (large, 4)))
-    assert four[0] > 100 * one[0] and 8 * 3000**2 < four[1] < 2 * 8 * 3000**2       # decoded one after the other
-    with pytest.raises(Invalid) as e: refine_cost(RefineRequest(refine_prompt="x", images=[small, "aGk="]), ROW)
+    good = to_base64(encode(Image.new("RGB", (128, 128), "teal")))
+    with pytest.raises(Invalid) as e: planning.prepare(RefineRequest(refine_prompt="x", images=[good, "aGk="]), ROW)
     assert e.value.errors[0].loc == "images.1"
 
 
