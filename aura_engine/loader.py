@@ -15,7 +15,7 @@ from .downloads import Progress, Unusable, blame
 from .facts import SIGMAS, facts_of_configs, row_by_facts
 from .loras import Loras, fuse_lora, keep_loras
 from .models import (
-    SAMPLERS, VAES, Row, Sampler, check_source, detect, is_local, is_named, resolve_id, row_for)
+    SAMPLERS, VAES, Row, Sampler, check_source, detect, is_local, is_named, is_whole, resolve_id, row_for)
 from .reader import LOADING, quiet, reading              # noqa: F401  whoever loads may need them
 from .reader import Reader, diffusers_classes, read_folder, read_single
 from .types import Invalid, ModelError
@@ -66,6 +66,9 @@ def scheduler_of(schedule: dict[str, Any], sampler: Sampler) -> Any:
     kept = {k: v for k, v in schedule.items() if k not in OURS_TO_SAY and not k.startswith("_")}
     made = getattr(diffusers_classes(), sampler.cls).from_config({**kept, **sampler.config})
     if sampler.step: made.step = partial(made.step, **dict(sampler.step))
+    if sampler.timesteps:
+        fixed = partial(made.set_timesteps, timesteps=list(sampler.timesteps))
+        made.set_timesteps = lambda *_, **__: fixed()
     return made
 
 # %% ../nbs/04e_loader.ipynb #787298cb
@@ -113,7 +116,7 @@ class Components:
 # %% ../nbs/04e_loader.ipynb #21ea27eb
 def read_pipeline(reader: Reader, model: str, row: Row | None, settings: Settings) -> tuple[Any, Path]:
     "(diffusers pipeline, where it came from) of a model id, folder or file."
-    base = settings.base_id or (row.base if row else None)
+    base = settings.base_id or (row.base if row and not is_whole(model, row) else None)
     if base: return read_folder(reader, base, row.unet if row and row.unet and not is_local(model) else model)
     if model.endswith(".safetensors"): pipe, where = read_single(reader, model, settings.vae_id)
     else: pipe, where = read_folder(reader, model)
@@ -140,7 +143,8 @@ def encoders_of(pipe: Any, name: str) -> list[Any]:
 def recognised(row: Row | None, pipe: Any, settings: Settings) -> tuple[Row, list[str]]:
     "(the row of a pipeline, notes): the known one or what its configuration tells, by its facts and by the settings."
     tokens = pipe.tokenizer.model_max_length
-    row = row or detect(type(pipe).__name__, pipe.unet.config, settings.lcm_lora_id, tokens)
+    row = row or detect(type(pipe).__name__, pipe.unet.config, settings.lcm_lora_id, tokens,
+                        explicit=settings.sampler is not None)
     row, notes = row_by_facts(row, facts_of_configs(pipe.scheduler.config, pipe.unet.config, pipe.vae.config))
     row, own = row_by_settings(row, settings)
     return (replace(row, loras=tuple(settings.loras)) if settings.loras else row), [*notes, *own]
@@ -180,7 +184,8 @@ def load(settings: Settings, progress: Progress | None = None) -> Components:
     precision, notes = pick_precision(settings.precision, device)
     if moved: notes.append(moved)
     reader = Reader(DTYPES[precision], progress or Progress(), model, settings.revision, settings.prediction, notes)
-    row, lora = row_for(model, settings.lcm_lora_id), settings.lcm_lora_id
+    lora = settings.lcm_lora_id
+    row = row_for(model, lora, explicit=settings.sampler is not None)
     with blame("SD_MODEL_ID", settings.model_id): pipe, where = read_pipeline(reader, model, row, settings)
     row, said = recognised(row, pipe, settings)
     notes += said

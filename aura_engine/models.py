@@ -14,9 +14,9 @@ from .types import Invalid, Limits
 # %% auto #0
 __all__ = ['SAMPLERS', 'EPSILON', 'SD', 'XL', 'SD15_ID', 'SDXL_ID', 'SSD_ID', 'EMBEDDED_ROWS', 'SD_ROWS', 'XL_ROWS', 'ROWS',
            'VAES', 'EMBEDDED', 'INCLUDED', 'PICKLED', 'SOURCES', 'ALIASES', 'BASES', 'NARROWEST', 'Sampler',
-           'executed_steps', 'Row', 'lcm_lora', 'lcm_model', 'distilled', 'hyper', 'lightning', 'lightning_lora',
-           'model_table', 'vae_table', 'resolve_id', 'is_local', 'check_source', 'is_named', 'with_lora', 'row_for',
-           'detect', 'fit_size', 'size_for', 'makes', 'limits_of']
+           'executed_steps', 'Row', 'lcm_lora', 'lcm_model', 'distilled', 'hyper', 'hyper_cfg', 'tcd', 'lightning',
+           'lightning_lora', 'model_table', 'vae_table', 'resolve_id', 'is_local', 'check_source', 'is_named',
+           'with_lora', 'is_whole', 'row_for', 'detect', 'fit_size', 'size_for', 'makes', 'limits_of']
 
 # %% ../nbs/02_models.ipynb #d50d7ab4
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Sampler:
     config: dict[str, Any]
     max_steps: int = 1000
     step: tuple[tuple[str, float], ...] = ()
+    timesteps: tuple[int, ...] = ()              # the only ones it was distilled for
 
 # %% ../nbs/02_models.ipynb #dfdec982
 _LCM_CONFIG = {"timestep_spacing": "leading", "original_inference_steps": 50}
@@ -36,6 +37,8 @@ SAMPLERS = {
     "euler-x0": Sampler("EulerDiscreteScheduler", {"timestep_spacing": "trailing", "prediction_type": "sample"}),
     "euler-a": Sampler("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}),
     "tcd": Sampler("TCDScheduler", _LCM_CONFIG, max_steps=50, step=(("eta", 1.0),)),
+    "tcd-0.3": Sampler("TCDScheduler", _LCM_CONFIG, max_steps=50, step=(("eta", 0.3),)),
+    "dmd2": Sampler("LCMScheduler", _LCM_CONFIG, max_steps=4, timesteps=(999, 749, 499, 249)),
     "dpm": Sampler("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}),
     "dpm-sde": Sampler("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}),
 }
@@ -69,6 +72,7 @@ class Row:
     lora: str | None = None                      # LoRA that is the method
     tiny_vae: str | None = None
     ids: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()                  # whole checkpoints in one file, by their published names
     note: str = ""
     loras: tuple[str, ...] = ()                  # aliases that a request may name: set when the model is loaded (SD_LORAS)
 
@@ -123,15 +127,30 @@ def hyper(base: Row, stem: str, steps: int) -> Row:
     if steps == 1: return distilled(base, name, 1, "tcd", most=8, lora=file)
     return distilled(base, name, steps, "ddim", lora=file)
 
+# %% ../nbs/02_models.ipynb #203c4150
+def hyper_cfg(base: Row, stem: str, steps: int) -> Row:
+    "Hyper-SD's LoRA for `steps` steps with guidance."
+    file = f"ByteDance/Hyper-SD/{stem}-{steps}steps-CFG-lora.safetensors"
+    row = distilled(base, f"{base.name}-hyper-{steps}-cfg", steps, "ddim", lora=file)
+    return replace(row, guidance=(5, 5.0, 8), note="model card: guidance 5 to 8")
+
+# %% ../nbs/02_models.ipynb #d2530e6a
+def tcd(base: Row, lora: str) -> Row:
+    "`base` with TCD's LoRA."
+    row = distilled(base, f"{base.name}-tcd", 4, "tcd-0.3", lora=lora, note="model card: eta 0.3, guidance 0")
+    return replace(row, steps=(1, 4, 50))
+
 # %% ../nbs/02_models.ipynb #7fd1a358
 _LIGHTNING = "ByteDance/SDXL-Lightning/sdxl_lightning"
 
 
 def lightning(steps: int) -> Row:
-    "SDXL-Lightning's UNet for `steps` steps."
-    name = f"sdxl-lightning-{steps}"
-    if steps > 1: return distilled(_sdxl, name, steps, "euler", base=SDXL_ID, unet=f"{_LIGHTNING}_{steps}step_unet.safetensors")
-    return distilled(_sdxl, name, 1, "euler-x0", base=SDXL_ID, unet=f"{_LIGHTNING}_1step_unet_x0.safetensors", note="experimental")
+    "SDXL-Lightning for `steps` steps: its UNet, and the whole checkpoint in one file."
+    name, file = f"sdxl-lightning-{steps}", f"{_LIGHTNING}_{steps}step"
+    if steps > 1:
+        return distilled(_sdxl, name, steps, "euler", base=SDXL_ID, unet=f"{file}_unet.safetensors", files=(f"{file}.safetensors",))
+    return distilled(_sdxl, name, 1, "euler-x0", base=SDXL_ID, unet=f"{file}_unet_x0.safetensors",
+                     files=(f"{file}_x0.safetensors",), note="experimental")
 
 # %% ../nbs/02_models.ipynb #9016a9f1
 def lightning_lora(steps: int) -> Row:
@@ -152,7 +171,10 @@ SD_ROWS = (
     lcm_lora(_sd15, "latent-consistency/lcm-lora-sdv1-5"),
     lcm_model(_sd15, ids=("SimianLuo/LCM_Dreamshaper_v7",)),
     *(hyper(_sd15, "Hyper-SD15", steps) for steps in (1, 2, 4, 8)),
-    distilled(_sd15, "sd-turbo", 1, "euler", most=4, ids=("stabilityai/sd-turbo",), note=_NOT_FREE),
+    *(hyper_cfg(_sd15, "Hyper-SD15", steps) for steps in (8, 12)),
+    tcd(_sd15, "h1t/TCD-SD15-LoRA"),
+    distilled(_sd15, "sd-turbo", 1, "euler", most=4, ids=("stabilityai/sd-turbo",),
+              files=("stabilityai/sd-turbo/sd_turbo.safetensors",), note=_NOT_FREE),
 )
 
 # %% ../nbs/02_models.ipynb #ce44b3a9
@@ -163,10 +185,19 @@ XL_ROWS = (
     *(lightning(steps) for steps in (1, 2, 4, 8)),
     *(lightning_lora(steps) for steps in (2, 4, 8)),
     *(hyper(_sdxl, "Hyper-SDXL", steps) for steps in (1, 2, 4, 8)),
-    distilled(_sdxl, "sdxl-turbo", 1, "euler-a", most=4, native=512, ids=("stabilityai/sdxl-turbo",), note=_NOT_FREE),
+    *(hyper_cfg(_sdxl, "Hyper-SDXL", steps) for steps in (8, 12)),
+    tcd(_sdxl, "h1t/TCD-SDXL-LoRA"),
+    *(distilled(_sdxl, f"sdxl-dmd2-lora{kind.replace('_', '-')}", 4, "dmd2", note="model card: timesteps 999, 749, 499, 249",
+                lora=f"tianweiy/DMD2/dmd2_sdxl_4step_lora{kind}.safetensors") for kind in ("_fp16", "")),
+    distilled(_sdxl, "sdxl-turbo", 1, "euler-a", most=4, native=512, ids=("stabilityai/sdxl-turbo",),
+              files=tuple(f"stabilityai/sdxl-turbo/sd_xl_turbo_1.0{kind}.safetensors" for kind in ("_fp16", "")),
+              note=_NOT_FREE),
+    replace(_sdxl, name="dreamshaper-xl-v2-turbo", sampler="dpm-sde", steps=(3, 6, 8), guidance=(1, 2.0, 4),
+            ids=("Lykon/dreamshaper-xl-v2-turbo",), note="model card: DPM++ SDE, 3 to 8 steps, guidance 2"),
     _ssd,
     lcm_lora(_ssd, "latent-consistency/lcm-lora-ssd-1b"),
-    lcm_model(_ssd, base=SSD_ID, unet="latent-consistency/lcm-ssd-1b"),
+    replace(lcm_model(_ssd, base=SSD_ID, unet="latent-consistency/lcm-ssd-1b"), guidance=(1, 1.0, 13),
+            note="model card: guidance 1 (it said 8 before)"),
 )
 ROWS = {row.name: row for row in (*EMBEDDED_ROWS, *SD_ROWS, *XL_ROWS)}
 
@@ -269,12 +300,14 @@ def _nearest(rows: Iterable[Row]) -> Row | None:
 BASES = ("sd15", "sdxl", "ssd-1b", "embedded-base")
 
 
-def with_lora(row: Row, lora: str) -> Row:
-    "The row of a base with the LoRA that is its method. Invalid when that is made for another family."
+def with_lora(row: Row, lora: str, explicit: bool = False) -> Row:
+    "The row of a base with the LoRA that is its method. Invalid for another family's, and for an unknown one unless `explicit`."
     if row.name not in BASES: return row
     known = [r for r in ROWS.values() if r.lora and is_named(lora, r.lora)]
     fitting = _nearest(r for r in known if r.pipeline == row.pipeline)
     if known and not fitting: raise _other_family(row, lora)
+    if not fitting and explicit: return row
+    if not fitting and "lcm" not in lora.lower(): raise _unknown_method(row, lora)
     method = fitting or ROWS.get(f"{row.name}-lcm-lora", row)
     return replace(method, native=row.native, token_limit=row.token_limit, multiple=row.multiple)
 
@@ -286,21 +319,36 @@ def _other_family(row: Row, lora: str) -> Invalid:
     return Invalid.value("SD_LCM_LORA_ID", given=lora, allowed=", ".join(fitting), why=why)
 
 # %% ../nbs/02_models.ipynb #8cd3c02a
-def row_for(model_id: str, lora: str | None) -> Row | None:
+def _unknown_method(row: Row, lora: str) -> Invalid:
+    "The refusal of a LoRA that is no published method."
+    known = dict.fromkeys(r.lora for r in ROWS.values() if r.lora and r.name.startswith(row.name))
+    why = ("it is none of the published methods. A style belongs into SD_LORAS; for another method set SD_SAMPLER, "
+           "SD_STEPS and SD_GUIDANCE as its authors say")
+    return Invalid.value("SD_LCM_LORA_ID", given=lora, allowed=", ".join(known), why=why)
+
+# %% ../nbs/02_models.ipynb #15a71803
+def is_whole(model_id: str, row: Row) -> bool:
+    "Whether `model_id` is one of a row's checkpoints in one file."
+    return model_id.endswith(".safetensors") and any(is_named(model_id, file) for file in row.files)
+
+# %% ../nbs/02_models.ipynb #8e8b2c78
+def row_for(model_id: str, lora: str | None, explicit: bool = False) -> Row | None:
     "The row of a known model (with its LoRA), or None when the configuration has to tell."
     named = [row for row in ROWS.values() if any(is_named(model_id, known) for known in (*row.ids, row.unet) if known)]
-    row = _nearest(named)
-    return with_lora(row, lora) if row and lora else row
+    whole = [row for row in ROWS.values() if is_whole(model_id, row)]
+    row = _nearest(whole or named)
+    return with_lora(row, lora, explicit) if row and lora else row
 
 # %% ../nbs/02_models.ipynb #874c76bd
-def detect(pipeline: str, unet: dict[str, Any], lora: str | None, tokens: int = 77, multiple: int = 8) -> Row:
+def detect(pipeline: str, unet: dict[str, Any], lora: str | None, tokens: int = 77, multiple: int = 8,
+           explicit: bool = False) -> Row:
     "The row of a model that is known by its configuration only: pipeline class name and UNet config."
     row = ROWS["sdxl" if pipeline.startswith("StableDiffusionXL") else "sd15"]
     if unet.get("time_cond_proj_dim"): row = ROWS[row.name + "-lcm"]      # guidance is an input of this UNet
     size = unet.get("sample_size") or row.native // 8
     side = size if isinstance(size, int) else max(size)
     row = replace(row, native=side * multiple, token_limit=tokens, multiple=max(multiple, 8), ids=())
-    return with_lora(row, lora) if lora else row
+    return with_lora(row, lora, explicit) if lora else row
 
 # %% ../nbs/02_models.ipynb #9f229b29
 def fit_size(row: Row, aspect: float, side: float) -> tuple[int, int]:
