@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help serve check test test-slow lab site bench train pictures clean
+.PHONY: help serve check test test-slow lab site bench bench-quick train pictures clean
 
 PYTHON ?= python3
 PORT ?= 7860
@@ -54,6 +54,9 @@ bench: $(VENV)/dev.stamp ## compare the engine with its baselines on this machin
 	$(PY) -m aura_engine.bench
 	$(PY) -m aura_engine.waterfall
 	$(PY) tools/nb.py run 14_bench 16_waterfall
+
+bench-quick: $(VENV)/dev.stamp ## how many times as fast as a pipeline behind a lock: five minutes, three runs, nbs/bench/quick.json
+	$(PY) -m aura_engine.bench --quick $(ARGS)
 
 train: $(VENV)/dev.stamp ## train the embedded model again from its public art (hours; needs npm; ARGS="--minutes ...")
 	npm install --prefix $(NPM) --ignore-scripts --no-save --no-audit --no-fund \

@@ -23,14 +23,16 @@ from .types import Picture, Plan, Preview
 
 # %% auto #0
 __all__ = ['ISA', 'ENGINE_SETTINGS', 'SUBJECTS', 'Contender', 'LOCK', 'BATCHING', 'LOCK_OURS', 'ENGINE', 'ENGINE_OV', 'BUSY',
-           'FULL', 'LOADS', 'SHARE', 'TESTED', 'HAS_OPENVINO', 'BENCH_RESULTS', 'COLUMNS', 'processor', 'machine',
-           'median_seconds', 'pin', 'allow', 'one_thread', 'stock_pipeline', 'pipeline_around', 'StockPipelines',
-           'Waiting', 'Baseline', 'Stepwise', 'shuffled_deck', 'mixture', 'arrivals', 'Taken', 'ask', 'Served',
-           'poisson', 'closed_loop', 'Summary', 'percentile', 'summary', 'bare_seconds', 'overhead', 'eta_errors',
-           'preview_cost', 'free_address', 'wait_for', 'server_process', 'keep_busy', 'health_latency', 'Load',
-           'LoadRow', 'contenders_on', 'close_engines_of', 'put_on', 'capacity_of', 'decode_curve', 'engine_facts',
-           'warm_up', 'race_all', 'compare', 'markdown_table', 'load_rows', 'bench_table', 'Bar', 'bars_table',
-           'ratio_of', 'bench_bars', 'main']
+           'FULL', 'LOADS', 'SHARE', 'TESTED', 'HAS_OPENVINO', 'BENCH_RESULTS', 'COLUMNS', 'AS_IT_COMES',
+           'QUICK_CLIENTS', 'QUICK_RESULTS', 'processor', 'machine', 'median_seconds', 'pin', 'allow', 'one_thread',
+           'stock_pipeline', 'pipeline_around', 'StockPipelines', 'HeldRequest', 'Baseline', 'Stepwise',
+           'shuffled_deck', 'mixture', 'arrivals', 'Taken', 'ask', 'Served', 'poisson', 'closed_loop', 'Summary',
+           'percentile', 'summary', 'bare_seconds', 'overhead', 'eta_errors', 'preview_cost', 'free_address',
+           'wait_for', 'server_process', 'keep_busy', 'health_latency', 'Load', 'LoadRow', 'contenders_on',
+           'close_engines_of', 'put_on', 'capacity_of', 'decode_curve', 'engine_facts', 'warm_up', 'race_all',
+           'a_photo', 'compare', 'markdown_table', 'load_rows', 'bench_table', 'Bar', 'bars_table', 'ratio_of',
+           'bench_bars', 'Spread', 'QuickRow', 'quick_rows', 'quick_contenders', 'quick_compare', 'quick_table',
+           'quick_bars', 'bench_arguments', 'main']
 
 # %% ../nbs/14_bench.ipynb #516328ba
 def processor() -> str:
@@ -131,7 +133,7 @@ class StockPipelines:
 
 # %% ../nbs/14_bench.ipynb #124efb94
 @dataclass(frozen=True, eq=False)
-class Waiting:
+class HeldRequest:
     "A picture that somebody waits for."
     picture: Picture
     future: Future[None]
@@ -149,17 +151,17 @@ class Baseline:
                  core: int | None = None, **model: Any):
         self.pipes, self.core = StockPipelines(parts, **model), core
         self.window, self.most = window, most
-        self.inbox: queue.SimpleQueue[Waiting] = queue.SimpleQueue()
+        self.inbox: queue.SimpleQueue[HeldRequest] = queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
 
     def __call__(self, picture: Picture) -> float | None:
         "Make a picture; -> None, for there is no preview."
-        waiting = Waiting(picture, Future())
+        waiting = HeldRequest(picture, Future())
         self.inbox.put(waiting)
         waiting.future.result()
         return None
 
-    def _collect(self, held: list[Waiting]) -> None:
+    def _collect(self, held: list[HeldRequest]) -> None:
         "Wait for a first request if there is none, then for company until the window closes."
         if not held: held.append(self.inbox.get())
         end = time.monotonic() + self.window
@@ -169,7 +171,7 @@ class Baseline:
 
     def _work(self) -> None:
         pin(self.core)
-        held: list[Waiting] = []
+        held: list[HeldRequest] = []
         while True:
             self._collect(held)
             batch = [w for w in held if w.kind() == held[0].kind()][: self.most]
@@ -495,6 +497,11 @@ def race_all(contenders: dict[str, Any], loads: Sequence[Load], pictures: Sequen
     return rows, capacity
 
 # %% ../nbs/14_bench.ipynb #e5c36621
+def a_photo(engine: Engine) -> Any:
+    "A picture to refine."
+    return engine.submit(Plan((mixture(1, None)[0],))).result()[0].image
+
+# %% ../nbs/14_bench.ipynb #3a8f00d0
 TESTED = "embedded, 128x128, fp32, 1-8 steps mixed, 25 % refinements, 1 torch thread"
 HAS_OPENVINO = find_spec("openvino") is not None
 
@@ -504,16 +511,15 @@ def compare(n: int = 60, loads: Sequence[Load] = LOADS, core: int | None = 0, op
     with one_thread(kept_free=core):
         contenders = contenders_on(core, openvino)
         engine: Engine = contenders[ENGINE].engine
-        photo = engine.submit(Plan((mixture(1, None)[0],))).result()[0].image
-        pictures = mixture(math.ceil(n * max(SHARE.values())), photo)
+        pictures = mixture(math.ceil(n * max(SHARE.values())), a_photo(engine))
         warm_up(contenders, pictures)
         rows, capacity = race_all(contenders, loads, pictures, n, say)
         own = max(r.throughput for r in rows if r.contender == ENGINE and r.load == "closed")
         facts = engine_facts(engine, pictures[:n], 0.8 * own, core)
         close_engines_of(contenders)
     if n > 20: facts["healthMs"] = health_latency()             # a trial does not wait for a server
-    return {"machine": machine(), "model": TESTED, "requests": n, "capacity": round(capacity, 2),
-            "rows": [asdict(r) for r in rows], **facts}
+    about = {"machine": machine(), "model": TESTED, "requests": n, "capacity": round(capacity, 2)}
+    return {**about, "rows": [asdict(r) for r in rows], **facts}
 
 # %% ../nbs/14_bench.ipynb #7c654020
 BENCH_RESULTS = Path("bench/results.json")
@@ -590,18 +596,111 @@ def bench_bars(results: dict[str, Any]) -> list[Bar]:
     ]
 
 # %% ../nbs/14_bench.ipynb #a846b4ad
-def main(argv: list[str] | None = None) -> None:
-    "`python -m aura_engine.bench`: run the comparison and store it."
+AS_IT_COMES = "this engine, as it comes"
+QUICK_CLIENTS = (1, 32)
+
+@dataclass(frozen=True)
+class Spread:
+    "The middle of several runs, and the two ends."
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        "Of the values of all runs."
+        return cls(round(float(np.median(values)), 2), round(min(values), 2), round(max(values), 2))
+
+    def __str__(self) -> str: return f"{self.median:g} ({self.least:g}–{self.most:g})"
+
+# %% ../nbs/14_bench.ipynb #f93c36f8
+@dataclass(frozen=True)
+class QuickRow:
+    "A contender under `clients`: pictures a second, p50 in milliseconds, throughput over the lock's of the same run."
+    contender: str
+    clients: int
+    throughput: Spread
+    p50: Spread
+    gain: Spread
+
+# %% ../nbs/14_bench.ipynb #589deec9
+def quick_rows(runs: Sequence[dict[tuple[str, int], Summary]]) -> list[QuickRow]:
+    "From what each run saw, by (contender, clients)."
+    rows = []
+    for name, clients in runs[0]:
+        mine, locks = [run[name, clients] for run in runs], [run[LOCK, clients] for run in runs]
+        gains = [m.throughput / lock.throughput for m, lock in zip(mine, locks)]
+        rates, waits = [m.throughput for m in mine], [m.p50 or 0. for m in mine]
+        rows.append(QuickRow(name, clients, Spread.of(rates), Spread.of(waits), Spread.of(gains)))
+    return rows
+
+# %% ../nbs/14_bench.ipynb #0e1aed76
+def quick_contenders(core: int | None) -> dict[str, Any]:
+    "The stock pipeline behind a lock, the engine in torch's fp32, the engine as it comes."
+    torch_only = Stepwise("torch", core, previews=False, SD_PRECISION="fp32")
+    return {LOCK: Baseline(core=core), ENGINE: torch_only, AS_IT_COMES: Stepwise("auto", core, previews=False)}
+
+def quick_compare(n: int = 32, runs: int = 3, clients: Sequence[int] = QUICK_CLIENTS, core: int | None = 0,
+                  say: Callable[[str], Any] = print) -> dict[str, Any]:
+    "`n` pictures of four steps a load, all contenders in turn, `runs` times -> what is stored as JSON."
+    pictures, seen = [replace(p, steps=4) for p in mixture(n, None)], []
+    pictures = [replace(p, init=None, strength=None) for p in pictures]
+    with one_thread(kept_free=core):
+        contenders = quick_contenders(core)
+        warm_up(contenders, pictures[:8])
+        for k in range(runs):
+            seen.append({(name, c): summary(closed_loop(contender, pictures, c))
+                         for c in clients for name, contender in contenders.items()})
+            say(f"run {k + 1} of {runs} is done")
+        said = contenders[AS_IT_COMES].engine.health()
+        close_engines_of(contenders)
+    how = {"backend": said.backend, "precision": said.precision, "optimizations": list(said.optimizations)}
+    return {"machine": machine(), "pictures": n, "runs": runs, "how": how, "rows": [asdict(r) for r in quick_rows(seen)]}
+
+# %% ../nbs/14_bench.ipynb #a8ce7496
+def quick_table(results: dict[str, Any]) -> str:
+    "The rows of a quick run as a markdown table."
+    rows = []
+    for r in results["rows"]:
+        spreads = [str(Spread(**r[k])) for k in ("throughput", "p50", "gain")]
+        rows.append([r["contender"], r["clients"], *spreads])
+    return markdown_table(["", "clients", "pictures/s", "p50 ms", "× the lock"], rows)
+
+def quick_bars(results: dict[str, Any]) -> list[Bar]:
+    "Throughput over the lock's, for one client and for many."
+    gains = {r["clients"]: r["gain"]["median"] for r in results["rows"] if r["contender"] == AS_IT_COMES}
+    asked = {1: 2.5, 32: 4.5}
+    return [Bar(f"as it comes, {c} clients, × the lock", "≥", asked[c], gains.get(c)) for c in QUICK_CLIENTS]
+
+# %% ../nbs/14_bench.ipynb #edebf9dc
+QUICK_RESULTS = Path("bench/quick.json")
+
+def bench_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    "The command line of `python -m aura_engine.bench`."
     ap = argparse.ArgumentParser(description="Compare the engine with a pipeline behind a lock and with "
                                              "request-level batching.")
-    ap.add_argument("--requests", type=int, default=64, help="requests a load; eights keep the mixture even")
-    ap.add_argument("--core", type=int, default=0, help="the core that every contender works on")
-    ap.add_argument("--out", type=Path, default=Path("nbs") / BENCH_RESULTS)
-    a = ap.parse_args(argv)
-    results = compare(a.requests, core=a.core)
-    a.out.parent.mkdir(parents=True, exist_ok=True)
-    a.out.write_text(json.dumps(results, indent=1) + "\n")
-    print(bench_table(results), bars_table(bench_bars(results)), sep="\n\n")
+    add = ap.add_argument
+    add("--quick", action="store_true", help="in five minutes: four steps, closed loops, medians of three runs")
+    add("--requests", type=int, help="requests a load (64, quick 32); eights keep the mixture even")
+    add("--runs", type=int, default=3, help="how often --quick measures everything")
+    add("--core", type=int, default=0, help="the core that every contender works on")
+    add("--out", type=Path, help="where the results go (nbs/bench/results.json, quick nbs/bench/quick.json)")
+    return ap.parse_args(argv)
+
+# %% ../nbs/14_bench.ipynb #91934797
+def main(argv: list[str] | None = None) -> None:
+    "`python -m aura_engine.bench`: run a comparison and store it."
+    a = bench_arguments(argv)
+    out: Path = a.out or Path("nbs") / (QUICK_RESULTS if a.quick else BENCH_RESULTS)
+    if a.quick:
+        results = quick_compare(a.requests or 32, a.runs, core=a.core)
+        said = [quick_table(results), bars_table(quick_bars(results))]
+    else:
+        results = compare(a.requests or 64, core=a.core)
+        said = [bench_table(results), bars_table(bench_bars(results))]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(results, indent=1) + "\n")
+    print(*said, sep="\n\n")
 
 # %% ../nbs/14_bench.ipynb #99a54120
 #| eval: false

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pydoc_data.topics import topics as pydoc_topics
 from typing import NamedTuple
 import torch
-from .art import BESIDE, COLOURS, STYLES, Art, Column, Scene
+from .art import BESIDE, COLOURS, STYLES, Art, Scene
 
 # %% auto #0
 __all__ = ['LEADS', 'TAILS', 'PLACES', 'LOOKS', 'BEFORE', 'NUMBERS', 'BESIDE_WORDS', 'ABOVE_WORDS', 'PAIRS', 'FILLERS', 'COMMON',
            'SMALL_WORDS', 'ODD_PLURALS', 'UNBREAKABLE', 'JOINTS', 'PREPOSITIONS', 'LETTERS', 'UNHEARD', 'AFRESH',
            'plural_word', 'plural', 'mistyped', 'with_article', 'meant_words', 'sentence_pieces', 'make_fillers',
-           'some_name', 'one_thing', 'subject', 'Facts', 'loose', 'opening', 'extras', 'joined', 'sentence', 'strewn',
-           'Said', 'says', 'caption', 'unheard', 'plain_prompts', 'unheard_prompts', 'learned_words']
+           'some_name', 'one_thing', 'subject', 'CaptionFacts', 'loose', 'opening', 'extras', 'joined', 'sentence',
+           'strewn', 'Said', 'says', 'caption', 'unheard', 'plain_prompts', 'unheard_prompts', 'learned_words']
 
 # %% ../nbs/90b_captions.ipynb #aa569622
 LEADS = [
@@ -191,14 +191,14 @@ def subject(rng: random.Random, names: list[list[str]], scene: Scene) -> str:
     return rng.choice(PAIRS[kind]).format(a=one_thing(rng, first), b=one_thing(rng, names[scene.second]))
 
 # %% ../nbs/90b_captions.ipynb #b2a6bd13
-class Facts(NamedTuple):
+class CaptionFacts(NamedTuple):
     "What a caption says; an empty string for what it leaves open."
     what: str                                  # what is in the picture
     colour: str                                # of the background
     look: str                                  # the style
 
 # %% ../nbs/90b_captions.ipynb #99a2796c
-def loose(rng: random.Random, facts: Facts, fillers: Sequence[str]) -> str:
+def loose(rng: random.Random, facts: CaptionFacts, fillers: Sequence[str]) -> str:
     "The facts in any order, with words between them that say nothing and no grammar to lean on."
     said = [f for f in facts if f]
     rng.shuffle(said)
@@ -211,7 +211,7 @@ def loose(rng: random.Random, facts: Facts, fillers: Sequence[str]) -> str:
     return " ".join(words)
 
 # %% ../nbs/90b_captions.ipynb #94bd4f8e
-def opening(rng: random.Random, facts: Facts) -> tuple[str, bool]:
+def opening(rng: random.Random, facts: CaptionFacts) -> tuple[str, bool]:
     "The thing with what leads to it, and whether the style is said there."
     if facts.look and rng.random() < .35:
         before = rng.choice(BEFORE).format(s=facts.look)
@@ -220,7 +220,7 @@ def opening(rng: random.Random, facts: Facts) -> tuple[str, bool]:
     return f"{lead} {facts.what}".strip(), False
 
 # %% ../nbs/90b_captions.ipynb #9da8d483
-def extras(rng: random.Random, facts: Facts, look_is_said: bool) -> list[str]:
+def extras(rng: random.Random, facts: CaptionFacts, look_is_said: bool) -> list[str]:
     "Where and how, and what people add, in this order or another."
     parts = []
     if facts.colour: parts.append(rng.choice(PLACES).format(c=facts.colour))
@@ -243,7 +243,7 @@ def joined(rng: random.Random, parts: list[str]) -> str:
     return text
 
 # %% ../nbs/90b_captions.ipynb #1c12379e
-def sentence(rng: random.Random, facts: Facts) -> str:
+def sentence(rng: random.Random, facts: CaptionFacts) -> str:
     "A lead-in, the thing, where and how, as a sentence or as a list."
     first, look_is_said = opening(rng, facts)
     more = extras(rng, facts, look_is_said)
@@ -280,7 +280,7 @@ def caption(rng: random.Random, names: list[list[str]], scene: Scene, fillers: S
     "One wording of a scene, which names what `said` says; chance decides where it is not given."
     what, said = subject(rng, names, scene), said or says(rng)
     colour = list(COLOURS)[scene.colour] if said.colour else ""
-    facts = Facts(what, colour, STYLES[scene.style] if said.style else "")
+    facts = CaptionFacts(what, colour, STYLES[scene.style] if said.style else "")
     if scene.arrangement < BESIDE and rng.random() < .3:        # "and" need not name a second thing
         fillers = [*rng.choices(fillers, k=6), "and"]
     if rng.random() < .3: text = loose(rng, facts, fillers)

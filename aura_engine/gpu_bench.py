@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 import numpy as np, torch
-from .bench import Bar, Baseline, Contender, Stepwise
+from .bench import Bar, Baseline, Contender, Stepwise, stock_pipeline
 from .bench import bars_table, closed_loop, decode_curve, machine, markdown_table, median_seconds, summary
 from .engine import Engine
 from .loader import Components, quiet
@@ -22,20 +22,25 @@ from .optimize import TECHNIQUES
 from .trajectory import TextCache, Trajectory, advance, decode_batch
 from .types import Picture, Plan
 from .unet_input import UNetInput
-from .waterfall import FOUR_LEVELS, SIZES, Architecture, filled, random_model
+from .waterfall import FOUR_LEVELS, SIZES, Architecture
+from .waterfall import end_marks, filled, random_model, random_text
 
 # %% auto #0
 __all__ = ['SDXL_UNET', 'SIX_SIZES', 'TINY_SDXL', 'REAL_SIZE', 'TINY_SIZE', 'Tell', 'PLAIN_UNET', 'SEARCH', 'EIGHT_BITS',
-           'RACE_THINGS', 'STAGES', 'Told', 'GPU_RESULTS', 'WHOLE', 'BenchSize', 'settled', 'seconds_of', 'unet_call',
-           'flops_of', 'error_of', 'limits', 'Variant', 'new_unet_of', 'unet_variants', 'answer_of', 'waterfall_of',
-           'speed', 'new_vae', 'decode_times', 'decode_row', 'unet_stage', 'vae_stage', 'sdxl_stage', 'Compiling',
-           'repeated', 'compiled_rows', 'compile_and_time', 'compiled_stage', 'compiled_sdxl_stage', 'autotuned_stage',
-           'in_eight_bits', 'quantized_stage', 'saved_model', 'requests_of', 'Entered', 'race', 'picture_gaps',
-           'in_company', 'compare_crowd', 'engine_report', 'measured_engine', 'stock', 'engine_stage', 'embedded_stage',
-           'without_graphs', 'graphs_stage', 'engine_compiled_stage', 'GpuStage', 'Record', 'listen', 'run_stage',
-           'gpu_card', 'installed', 'hardware', 'import_all', 'ResultsFile', 'run_stages', 'main', 'stage_rows',
-           'timed_rows', 'matrix_rate', 'variant_cells', 'unet_table', 'picture_lines', 'picture_table', 'decode_table',
-           'race_table', 'best_share', 'race_ratio', 'gpu_bars', 'ends_table', 'gpu_report']
+           'RACE_THINGS', 'BIG_TEXT', 'STAGES', 'Told', 'GPU_RESULTS', 'WHOLE', 'BenchSize', 'settled', 'seconds_of',
+           'unet_call', 'flops_of', 'error_of', 'limits', 'UNetVariant', 'new_unet_of', 'unet_variants',
+           'variant_answer', 'waterfall_of', 'speed', 'new_vae', 'decode_times', 'decode_row', 'unet_stage',
+           'vae_stage', 'sdxl_stage', 'Compiling', 'repeated', 'compiled_rows', 'compile_and_time', 'compiled_stage',
+           'compiled_sdxl_stage', 'autotuned_stage', 'in_eight_bits', 'quantized_stage', 'work_folder', 'saved_model',
+           'requests_of', 'Entered', 'race', 'picture_gaps', 'in_company', 'compare_crowd', 'engine_report',
+           'measured_engine', 'stock', 'neighbours', 'peak_memory', 'engine_stage', 'embedded_stage', 'without_graphs',
+           'graphs_stage', 'engine_compiled_stage', 'second_text', 'random_sdxl', 'race_as_it_comes',
+           'as_it_comes_stage', 'sdxl_as_it_comes_stage', 'compiled_pipeline', 'stock_compiled_stage', 'DecodeVariant',
+           'graphed_decode', 'decode_variants', 'decode_stage', 'beside', 'overlap_stage', 'GpuStage', 'Record',
+           'listen', 'run_stage', 'gpu_card', 'installed', 'hardware', 'import_all', 'ResultsFile', 'run_stages',
+           'main', 'stage_rows', 'timed_rows', 'matrix_rate', 'variant_cells', 'unet_table', 'picture_lines',
+           'picture_table', 'decode_table', 'race_table', 'best_share', 'race_ratio', 'as_it_came', 'end_to_end',
+           'gpu_bars', 'ends_table', 'gpu_report']
 
 # %% ../nbs/18_gpu.ipynb #4b147af1
 SDXL_UNET: dict[str, Any] = dict(
@@ -60,6 +65,7 @@ class BenchSize:
     megabytes: int = 4096                      # that are copied
     clients: int = 32
     pictures: int = 128
+    patience: float = 1.                       # times a stage's most seconds
     compiler: str = "inductor"
 
     @property
@@ -73,10 +79,11 @@ class BenchSize:
 
 # %% ../nbs/18_gpu.ipynb #bd4ae49d
 TINY_SDXL = SIZES["small"].unet | dict(addition_embed_type="text_time", addition_time_embed_dim=8,
+                                       cross_attention_dim=64,       # two text encoders of 32
                                        projection_class_embeddings_input_dim=SIX_SIZES * 8 + 32)
 REAL_SIZE = BenchSize()
 TINY_SIZE = BenchSize("small", TINY_SDXL, device="cpu", batches=(1, 8), repeats=1, matrix=64, megabytes=1,
-                      clients=4, pictures=8, compiler="eager")
+                      clients=4, pictures=8, compiler="eager", patience=5)
 
 # %% ../nbs/18_gpu.ipynb #f5f81e83
 def settled(size: BenchSize) -> None:
@@ -135,7 +142,7 @@ def limits(size: BenchSize, tell: Tell) -> None:
 # %% ../nbs/18_gpu.ipynb #a64a999a
 PLAIN_UNET, SEARCH = "fp32, as loaded", "+ cuDNN search (fp16)"
 
-class Variant(NamedTuple):
+class UNetVariant(NamedTuple):
     "A UNet, made faster in one more way."
     name: str
     unet: Any
@@ -147,28 +154,28 @@ def new_unet_of(config: dict[str, Any], size: BenchSize) -> Any:
     return filled(diffusers.UNet2DConditionModel, device=size.device, **config)
 
 # %% ../nbs/18_gpu.ipynb #ac9d489a
-def unet_variants(config: dict[str, Any], size: BenchSize) -> Iterator[Variant]:
+def unet_variants(config: dict[str, Any], size: BenchSize) -> Iterator[UNetVariant]:
     "The same UNet, one technique more each time."
     unet = new_unet_of(config, size)
-    yield Variant(PLAIN_UNET, unet, torch.float32)
+    yield UNetVariant(PLAIN_UNET, unet, torch.float32)
     with quiet(): unet.to(size.dtype)
-    yield Variant(size.precision, unet, size.dtype)
+    yield UNetVariant(size.precision, unet, size.dtype)
     unet.to(memory_format=torch.channels_last)
-    yield Variant("+ channels last", unet, size.dtype)
+    yield UNetVariant("+ channels last", unet, size.dtype)
     unet.fuse_qkv_projections()
-    yield Variant("+ fused QKV", unet, size.dtype)
+    yield UNetVariant("+ fused QKV", unet, size.dtype)
     if not size.cuda: return
-    yield Variant("+ CUDA graph", GraphedUNet(unet), size.dtype)
+    yield UNetVariant("+ CUDA graph", GraphedUNet(unet), size.dtype)
     unet = new_unet_of(config, size).to(torch.float16, memory_format=torch.channels_last)
     unet.fuse_qkv_projections()
     graphed = GraphedUNet(unet)
-    yield Variant("the same in fp16", graphed, torch.float16)
+    yield UNetVariant("the same in fp16", graphed, torch.float16)
     torch.backends.cudnn.benchmark = True
     graphed.forget()
-    yield Variant(SEARCH, graphed, torch.float16)
+    yield UNetVariant(SEARCH, graphed, torch.float16)
 
 # %% ../nbs/18_gpu.ipynb #f12a79b6
-def answer_of(v: Variant, config: dict[str, Any], size: BenchSize) -> torch.Tensor:
+def variant_answer(v: UNetVariant, config: dict[str, Any], size: BenchSize) -> torch.Tensor:
     "What a variant says to two rows; a CUDA graph answers from the third call on."
     given = unet_call(config, 2, size, v.dtype)
     for _ in range(2): given.call(v.unet)
@@ -182,10 +189,10 @@ def waterfall_of(config: dict[str, Any], size: BenchSize, tell: Tell, batches: S
     reference, flops = torch.empty(0), 0
     for v in unet_variants(config, size):
         if v.name == PLAIN_UNET:
-            reference = answer_of(v, config, size)
+            reference = variant_answer(v, config, size)
             flops = flops_of(lambda: unet_call(config, 1, size, v.dtype).call(v.unet))      # noqa: B023
         if v.name in skip: continue
-        error = error_of(answer_of(v, config, size), reference)
+        error = error_of(variant_answer(v, config, size), reference)
         for b in (8,) if v.name == SEARCH else batches:
             given = unet_call(config, b, size, v.dtype)
             seconds = seconds_of(lambda: given.call(v.unet), size)                          # noqa: B023
@@ -264,17 +271,17 @@ def repeated(given: UNetInput, rows: int) -> UNetInput:
 def compiled_rows(how: Compiling, fast: Any, batch: int, size: BenchSize, reference: torch.Tensor,
                   flops: int) -> Iterator[dict[str, Any]]:
     "The first call, which compiles, then times without and with a CUDA graph."
-    given, start = unet_call(how.config, batch, size, size.dtype), time.perf_counter()
-    given.call(fast)
-    settled(size)
-    compiling, mode = round(time.perf_counter() - start, 1), f", {how.mode}" if how.mode else ""
+    given, mode = unet_call(how.config, batch, size, size.dtype), f", {how.mode}" if how.mode else ""
+    compiling = round(median_seconds(lambda: (given.call(fast), settled(size)), 1, 0), 1)
     two = repeated(unet_call(how.config, 2, size, size.dtype), batch)
-    calls = {"torch.compile": fast} | ({"torch.compile + CUDA graph": GraphedUNet(fast)} if size.cuda else {})
+    wanted = reference.repeat(batch // 2 or 1, 1, 1, 1)[:batch]
+    calls: dict[str, Any] = {"torch.compile": fast}
+    if size.cuda: calls["torch.compile + CUDA graph"] = GraphedUNet(fast)
     for name, call in calls.items():
         seconds = seconds_of(lambda: given.call(call), size)                  # noqa: B023
-        error = error_of(two.call(call), reference.repeat(batch // 2 or 1, 1, 1, 1)[:batch])
-        row = {"variant": how.name + name + mode, "batch": batch, "compile_s": compiling}
-        yield {**row, **speed(seconds, batch * flops), **error}
+        error = error_of(two.call(call), wanted)
+        about = {"variant": how.name + name + mode, "batch": batch, "compile_s": compiling}
+        yield about | speed(seconds, batch * flops) | error
 
 # %% ../nbs/18_gpu.ipynb #d77e1337
 @torch.inference_mode()
@@ -323,12 +330,18 @@ def quantized_stage(size: BenchSize, tell: Tell) -> None:
 
 # %% ../nbs/18_gpu.ipynb #903629b6
 @contextmanager
-def saved_model(size: BenchSize) -> Iterator[Path]:
-    "A random-weight SD 1.5 as a diffusers folder, in memory where the system has such a disk; removed in the end."
+def work_folder() -> Iterator[Path]:
+    "A folder, in memory where the system has such a disk; removed in the end."
     memory = Path("/dev/shm")
     room = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 8 << 30
     with tempfile.TemporaryDirectory(dir=memory if room else None, ignore_cleanup_errors=True) as folder:
-        yield random_model(Path(folder) / "model", size.name, size.device, size.dtype)
+        yield Path(folder)
+
+@contextmanager
+def saved_model(size: BenchSize) -> Iterator[Path]:
+    "A random-weight SD 1.5 as a diffusers folder, removed in the end."
+    with work_folder() as folder:
+        yield random_model(folder / "model", size.name, size.device, size.dtype)
 
 # %% ../nbs/18_gpu.ipynb #38606857
 RACE_THINGS = ("a fox", "a red apple", "a rocket", "an owl", "a cupcake")
@@ -413,6 +426,18 @@ def stock(size: BenchSize, folder: Path, window: float = 0., most: int = 1) -> B
     return Baseline(window=window, most=most, model=folder, device=size.device, dtype=size.dtype)
 
 # %% ../nbs/18_gpu.ipynb #46435412
+def neighbours(size: BenchSize, folder: Path) -> list[Entered]:
+    "The lock and request batching; they are slower, so they get fewer pictures."
+    lock, batching = stock(size, folder), stock(size, folder, 0.05, 8)
+    return [Entered("lock + pipeline", lock, max(4, size.pictures * 2 // 5)),
+            Entered("request batching 50 ms", batching, max(4, size.pictures * 3 // 5))]
+
+# %% ../nbs/18_gpu.ipynb #500e4c0f
+def peak_memory(size: BenchSize) -> float | None:
+    "GiB that torch had of the GPU at most."
+    return round(torch.cuda.max_memory_allocated() / 2 ** 30, 2) if size.cuda else None
+
+# %% ../nbs/18_gpu.ipynb #dcfe83f7
 def engine_stage(size: BenchSize, tell: Tell) -> None:
     "The engine with SD 1.5 (LCM, 4 steps) under many clients, against the lock and against request batching."
     with saved_model(size) as folder:
@@ -420,14 +445,11 @@ def engine_stage(size: BenchSize, tell: Tell) -> None:
         with measured_engine(tell, "loaded, tested, measured", **how) as ours:
             side, n = ours.engine.parts.row.native, size.pictures
             compare_crowd(ours.engine, tell, side)
-            lock = Entered("lock + pipeline", stock(size, folder), max(4, n * 2 // 5))
-            batching = Entered("request batching 50 ms", stock(size, folder, 0.05, 8), max(4, n * 3 // 5))
-            entered = [Entered("engine", ours, n), lock, batching]
+            entered = [Entered("engine", ours, n), *neighbours(size, folder)]
             race(entered, requests_of(n, side, 4), size.clients, "4 steps", tell)
             race(entered[:2], requests_of(12, side, 4), 1, "4 steps", tell)
             race(entered, requests_of(n, side, (1, 8)), size.clients, "1-8 steps", tell)
-            memory = round(torch.cuda.max_memory_allocated() / 2 ** 30, 2) if size.cuda else None
-            tell({"what": "after the race", **engine_report(ours.engine), "memory_gb": memory})
+            tell({"what": "after the race", **engine_report(ours.engine), "memory_gb": peak_memory(size)})
 
 # %% ../nbs/18_gpu.ipynb #cde83cd0
 def embedded_stage(size: BenchSize, tell: Tell) -> None:
@@ -471,6 +493,156 @@ def engine_compiled_stage(size: BenchSize, tell: Tell) -> None:
         compare_crowd(ours.engine, tell, side)
         tell({"what": "after the race", "graphs": _graphs_made(), "recompiles": _graphs_made() - made})
 
+# %% ../nbs/18_gpu.ipynb #ef3170aa
+BIG_TEXT: dict[str, Any] = dict(vocab_size=49408, hidden_size=1280, intermediate_size=5120, projection_dim=1280,
+                                num_hidden_layers=32, num_attention_heads=20)
+
+def second_text(size: BenchSize) -> dict[str, Any]:
+    "The configuration of SDXL's second text encoder: its width is what the first leaves of the UNet's."
+    if size.name == "sd15": return BIG_TEXT
+    return size.sd15.text | dict(hidden_size=32, projection_dim=32)
+
+# %% ../nbs/18_gpu.ipynb #781c3992
+def random_sdxl(folder: Path, size: BenchSize) -> Path:
+    "Save SDXL's parts with random weights (7 GB in bf16) as a diffusers folder -> `folder`."
+    import diffusers, transformers
+    def make(cls: Callable[..., Any], *args: Any, **config: Any) -> Any:
+        return filled(cls, *args, device=size.device, **config).to(size.dtype)
+    with quiet():
+        words, text = random_text(size.sd15, make)
+        wide = transformers.CLIPTextConfig(**second_text(size), **end_marks(words))
+        parts: dict[str, Any] = dict(
+            vae=make(diffusers.AutoencoderKL, **size.sd15.vae, **FOUR_LEVELS), text_encoder=text, tokenizer=words,
+            text_encoder_2=make(transformers.CLIPTextModelWithProjection, wide), tokenizer_2=words,
+            unet=make(diffusers.UNet2DConditionModel, **size.sdxl),
+            scheduler=diffusers.EulerDiscreteScheduler(timestep_spacing="trailing"))
+        diffusers.StableDiffusionXLPipeline(**parts).save_pretrained(folder)
+    return folder
+
+# %% ../nbs/18_gpu.ipynb #dec4c403
+def race_as_it_comes(name: str, side: int, sampler: str, size: BenchSize, tell: Tell, **settings: Any) -> None:
+    "The engine with nothing set but what it draws with, for one client and for many, four steps."
+    with measured_engine(tell, name, SD_DEVICE=size.device, **settings) as ours:
+        asked = [replace(p, scheduler=sampler) for p in requests_of(size.pictures, side, 4)]
+        closed_loop(ours, asked, size.clients)
+        for clients, n in ((1, max(4, size.pictures // 8)), (size.clients, size.pictures)):
+            race([Entered(name, ours, n)], asked, clients, "4 steps", tell)
+        tell({"what": name + ", after the race", "memory_gb": peak_memory(size)})
+
+# %% ../nbs/18_gpu.ipynb #4985e002
+def as_it_comes_stage(size: BenchSize, tell: Tell) -> None:
+    "SD 1.5 with the full and with the tiny VAE."
+    with saved_model(size) as folder:
+        side, model = size.sd15.px, str(folder)
+        race_as_it_comes("engine, full VAE", side, "lcm", size, tell, SD_MODEL_ID=model)
+        race_as_it_comes("engine, tiny VAE", side, "lcm", size, tell, SD_MODEL_ID=model,
+                         SD_VAE_ID=str(folder / "tiny_vae"))
+
+# %% ../nbs/18_gpu.ipynb #8b13f197
+def sdxl_as_it_comes_stage(size: BenchSize, tell: Tell) -> None:
+    "SDXL, four steps without guidance."
+    with work_folder() as folder:
+        model, side = random_sdxl(folder / "model", size), 8 * size.sdxl["sample_size"]
+        race_as_it_comes("engine, SDXL", side, "euler", size, tell, SD_MODEL_ID=str(model))
+
+# %% ../nbs/18_gpu.ipynb #b6afcce3
+def compiled_pipeline(folder: Path, size: BenchSize) -> Any:
+    "diffusers' pipeline with compiled UNet and decoder."
+    import diffusers
+    pipe = stock_pipeline(folder, size.device, size.dtype)
+    pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    mode: dict[str, Any] = dict(mode="reduce-overhead") if size.compiler == "inductor" else {}
+    pipe.unet = torch.compile(pipe.unet, backend=size.compiler, fullgraph=True, **mode)
+    pipe.vae.decode = torch.compile(pipe.vae.decode, backend=size.compiler, **mode)
+    return pipe
+
+# %% ../nbs/18_gpu.ipynb #af6e25c2
+def stock_compiled_stage(size: BenchSize, tell: Tell) -> None:
+    "Seconds to compile, then one client with four steps."
+    with saved_model(size) as folder:
+        pipe, start = compiled_pipeline(folder, size), time.perf_counter()
+        def draw(p: Picture) -> None:
+            pipe(p.prompt, height=p.height, width=p.width, num_inference_steps=p.steps, guidance_scale=1.0,
+                 generator=torch.Generator().manual_seed(p.seed))
+        asked = requests_of(max(4, size.pictures // 8), size.sd15.px, 4)
+        for p in asked[:3]: draw(p)
+        tell({"what": "compiled", "seconds": round(time.perf_counter() - start, 1)})
+        race([Entered("diffusers, compiled", draw, len(asked))], asked, 1, "4 steps", tell)
+
+# %% ../nbs/18_gpu.ipynb #f7442f66
+class DecodeVariant(NamedTuple):
+    "A way to decode latents."
+    name: str
+    decode: Callable[[torch.Tensor], Any]
+
+# %% ../nbs/18_gpu.ipynb #38f83b66
+def graphed_decode(vae: Any, latents: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    "The decode of latents of this shape as a CUDA graph."
+    given = latents.clone()
+    for _ in range(3): vae.decode(given, return_dict=False)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph): out = vae.decode(given, return_dict=False)[0]
+    def replay(latents: torch.Tensor) -> torch.Tensor:
+        given.copy_(latents)
+        graph.replay()
+        return out
+    return replay
+
+# %% ../nbs/18_gpu.ipynb #cb009c89
+def decode_variants(tiny: bool, latents: torch.Tensor, size: BenchSize) -> Iterator[DecodeVariant]:
+    "Ways to decode these latents, each on a VAE of its own layout."
+    for layout in (torch.contiguous_format, torch.channels_last):
+        vae = new_vae(tiny, size, size.dtype).to(memory_format=layout)
+        name = "channels last" if layout is torch.channels_last else "as loaded"
+        def decode(z: torch.Tensor, vae: Any = vae) -> Any: return vae.decode(z, return_dict=False)
+        yield DecodeVariant(name, decode)
+        if size.cuda: yield DecodeVariant(f"{name}, CUDA graph", graphed_decode(vae, latents))
+        fast = torch.compile(vae.decoder, backend=size.compiler, dynamic=False)
+        yield DecodeVariant(f"{name}, compiled decoder", fast)
+    if tiny: return
+    vae.enable_tiling()
+    yield DecodeVariant("in tiles", decode)
+
+# %% ../nbs/18_gpu.ipynb #b2867fbf
+@torch.inference_mode()
+def decode_stage(size: BenchSize, tell: Tell) -> None:
+    "Every way to decode, for one picture and for eight."
+    side = size.sd15.unet["sample_size"]
+    for tiny, batch in ((False, 1), (False, 8), (True, 1), (True, 8)):
+        z = torch.randn(batch, 4, side, side, device=size.device, dtype=size.dtype)
+        for v in decode_variants(tiny, z, size):
+            name = f"{'tiny' if tiny else 'full'} VAE, {v.name}"
+            try: seconds = seconds_of(lambda: v.decode(z), size, 2)                         # noqa: B023
+            except Exception as e: tell({"variant": name, "why": f"{type(e).__name__}: {str(e)[:200]}"})
+            else: tell({"variant": name, **decode_times(seconds, batch)})
+
+# %% ../nbs/18_gpu.ipynb #2031125e
+def beside(first: Callable[[], Any], second: Callable[[], Any], size: BenchSize) -> Callable[[], None]:
+    "Both calls, on two streams of a GPU; one after the other where there is none."
+    if not size.cuda: return lambda: (first(), second(), None)[-1]
+    other: Any = torch.cuda.Stream()
+    def both() -> None:
+        other.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(other): second()
+        first()
+        torch.cuda.current_stream().wait_stream(other)
+    return both
+
+# %% ../nbs/18_gpu.ipynb #c7c11035
+@torch.inference_mode()
+def overlap_stage(size: BenchSize, tell: Tell) -> None:
+    "A UNet step of eight rows and a decode of one picture: each alone, one after the other, side by side."
+    unet = new_unet_of(size.sd15.unet, size).to(size.dtype, memory_format=torch.channels_last)
+    given, vae = unet_call(size.sd15.unet, 8, size, size.dtype), new_vae(False, size, size.dtype)
+    z = torch.randn(1, 4, *given.sample.shape[2:], device=size.device, dtype=size.dtype)
+    def step() -> Any: return given.call(unet)
+    def decode() -> Any: return vae.decode(z, return_dict=False)
+    def in_order() -> None: step(), decode()
+    calls = {"UNet step, 8 rows": step, "decode of one": decode, "one after the other": in_order,
+             "side by side": beside(step, decode, size)}
+    for name, call in calls.items(): tell({"what": name, "ms": round(1e3 * seconds_of(call, size), 3)})
+
 # %% ../nbs/18_gpu.ipynb #a4f5753b
 @dataclass(frozen=True)
 class GpuStage:
@@ -483,6 +655,11 @@ STAGES = {
     "limits": GpuStage(limits, 3, 25),
     "unet": GpuStage(unet_stage, 15, 60),
     "vae": GpuStage(vae_stage, 5, 25),
+    "as_it_comes": GpuStage(as_it_comes_stage, 40, 120),
+    "decode": GpuStage(decode_stage, 30, 150),
+    "overlap": GpuStage(overlap_stage, 10, 40),
+    "sdxl_as_it_comes": GpuStage(sdxl_as_it_comes_stage, 40, 120),
+    "stock_compiled": GpuStage(stock_compiled_stage, 60, 180),
     "engine": GpuStage(engine_stage, 30, 90),
     "compiled": GpuStage(compiled_stage, 45, 150),
     "sdxl": GpuStage(sdxl_stage, 15, 45),
@@ -627,11 +804,12 @@ def run_stages(out: Path, budget: float, size: BenchSize = REAL_SIZE, names: Seq
     for name in names or list(STAGES):
         stage, left = STAGES[name], budget - file.spent()
         def told(record: Record, name: str = name) -> None: file.row(name, record)
+        most = min(stage.most * size.patience, left)
         if left < stage.least: record = Record(f"not run: {left:.0f} s were left")
-        else: record = run_stage(name, size, min(stage.most, left), told, method)
+        else: record = run_stage(name, size, most, told, method)
         if method == "fork" and record.error and "forked subprocess" in record.error["text"]:
             method = "spawn"
-            record = run_stage(name, size, min(stage.most, budget - file.spent()), told, method)
+            record = run_stage(name, size, most, told, method)
         file.end(name, record)
     return file.results
 
@@ -712,10 +890,11 @@ def picture_table(results: dict[str, Any]) -> str:
 # %% ../nbs/18_gpu.ipynb #f230a630
 def decode_table(results: dict[str, Any]) -> str:
     "Decodes as a markdown table."
-    rows = [r for stage in ("vae", "sdxl") for r in stage_rows(results, stage, "ms_a_picture")]
+    rows = [r for stage in ("vae", "sdxl", "decode") for r in stage_rows(results, stage, "ms_a_picture")]
     lines = [[r["variant"], r["batch"], f"{r['ms_a_picture']:.2f}"] for r in rows]
     return markdown_table(["decode", "batch", "ms a picture"], lines)
 
+# %% ../nbs/18_gpu.ipynb #6a9db774
 def race_table(results: dict[str, Any], stage: str) -> str:
     "A closed loop as a markdown table."
     lines = []
@@ -731,6 +910,7 @@ def best_share(results: dict[str, Any]) -> float | None:
     eight = [r["teraflops"] for r in rows if r["batch"] == 8]
     return max(eight) / rate if rate and eight else None
 
+# %% ../nbs/18_gpu.ipynb #b0421243
 def race_ratio(results: dict[str, Any], load: str) -> float | None:
     "The engine's throughput over the lock's, many clients."
     rows = [r for r in stage_rows(results, "engine", "contender") if r["clients"] > 1 and r["load"] == load]
@@ -738,7 +918,27 @@ def race_ratio(results: dict[str, Any], load: str) -> float | None:
     if not {"engine", "lock + pipeline"} <= set(found): return None
     return found["engine"] / found["lock + pipeline"]
 
-# %% ../nbs/18_gpu.ipynb #b0421243
+# %% ../nbs/18_gpu.ipynb #497bbdc0
+def as_it_came(results: dict[str, Any], contender: str, one: bool) -> dict[str, Any]:
+    "The row of the engine as it comes for one client or for many; empty where it was not measured."
+    rows = [r for s in ("as_it_comes", "sdxl_as_it_comes") for r in stage_rows(results, s, "contender")]
+    found = [r for r in rows if r["contender"] == contender and (r["clients"] == 1) == one]
+    return found[0] if found else {}
+
+# %% ../nbs/18_gpu.ipynb #a8d609ee
+def end_to_end(results: dict[str, Any]) -> list[Bar]:
+    "What the engine as it comes was asked for: milliseconds for one client, pictures a second for many."
+    waits = {"engine, full VAE": 32, "engine, tiny VAE": 22, "engine, SDXL": 150}
+    rates = {"engine, full VAE": 60, "engine, tiny VAE": 100}
+    bars = []
+    for name, ms in waits.items():
+        bars.append(Bar(f"{name}, one client, ms", "≤", ms, as_it_came(results, name, True).get("p50")))
+    for name, rate in rates.items():
+        found = as_it_came(results, name, False).get("throughput")
+        bars.append(Bar(f"{name}, many clients, pictures/s", "≥", rate, found))
+    return bars
+
+# %% ../nbs/18_gpu.ipynb #1763fb07
 def gpu_bars(results: dict[str, Any]) -> list[Bar]:
     "The bars, as a run has them."
     again = [r["recompiles"] for s in ("compiled", "engine_compiled") for r in stage_rows(results, s, "recompiles")]
@@ -747,7 +947,8 @@ def gpu_bars(results: dict[str, Any]) -> list[Bar]:
     races = [Bar(f"throughput, many clients, {load}, × lock and pipeline", "≥", 3.0, race_ratio(results, load))
              for load in ("4 steps", "1-8 steps")]
     return [
-        Bar("UNet of SD 1.5, batch 8, of the matrix rate", "≥", 0.55, best_share(results)), *races,
+        Bar("UNet of SD 1.5, batch 8, of the matrix rate", "≥", 0.55, best_share(results)),
+        *races, *end_to_end(results),
         Bar("recompiles after the warm-up", "≤", 0, sum(again) if again else None),
         Bar("difference that company makes at one batch size", "≤", 0, max(company, default=None)),
     ]
@@ -761,11 +962,13 @@ def ends_table(results: dict[str, Any]) -> str:
         lines.append([name, stage["status"] + error, stage.get("seconds"), stage.get("when")])
     return markdown_table(["stage", "", "seconds", "when"], lines)
 
+# %% ../nbs/18_gpu.ipynb #38a4f3bf
 def gpu_report(results: dict[str, Any]) -> str:
     "A run as markdown."
     where = ", ".join(f"{k} {v}" for k, v in results["machine"].items() if v)
     tables = [unet_table(results), unet_table(results, ("sdxl", "compiled_sdxl")), decode_table(results)]
-    races = [race_table(results, stage) for stage in ("engine", "embedded", "graphs")]
+    raced = ("as_it_comes", "sdxl_as_it_comes", "stock_compiled", "engine", "embedded", "graphs")
+    races = [race_table(results, stage) for stage in raced if stage_rows(results, stage, "contender")]
     parts = [where, ends_table(results), *tables, picture_table(results), *races, bars_table(gpu_bars(results))]
     return "\n\n".join(parts)
 

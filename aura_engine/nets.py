@@ -6,7 +6,7 @@
 from __future__ import annotations
 import json, random
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from .art import Scene, crowds, every_single
 from .captions import caption
@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 # %% auto #0
-__all__ = ['TOKENS', 'START', 'END', 'WORD_END', 'CHANNELS', 'LATENT', 'WIDTH', 'CELLS', 'caption_corpus', 'byte_pairs',
-           'make_tokenizer', 'start_well', 'make_vae', 'make_text', 'cells', 'uncells', 'make_unet', 'make_schedule']
+__all__ = ['TOKENS', 'START', 'END', 'WORD_END', 'CHANNELS', 'LATENT', 'DECODER', 'LIGHT_DECODER', 'WIDTH', 'CELLS',
+           'caption_corpus', 'byte_pairs', 'make_tokenizer', 'start_well', 'DecoderShape', 'make_vae',
+           'decoder_gigaflops', 'make_text', 'cells', 'uncells', 'make_unet', 'make_schedule']
 
 # %% ../nbs/90c_nets.ipynb #298b840f
 TOKENS = 48                                    # places in a prompt
@@ -79,14 +80,31 @@ def start_well(vae: AutoencoderTiny) -> None:
     last.weight.data.mul_(.1)
 
 # %% ../nbs/90c_nets.ipynb #0a30398d
-def make_vae(channels: int = CHANNELS, encoder: int = 32, decoder: int = 44) -> AutoencoderTiny:
+class DecoderShape(NamedTuple):
+    "A decoder: its channels, and the blocks at an eighth, a quarter, a half and the whole of the picture's side."
+    width: int
+    blocks: tuple[int, int, int, int]
+
+DECODER = DecoderShape(44, (3, 3, 2, 1))
+LIGHT_DECODER = DecoderShape(32, (6, 4, 2, 0))
+
+# %% ../nbs/90c_nets.ipynb #7bb7658d
+def make_vae(channels: int = CHANNELS, encoder: int = 32, decoder: DecoderShape = DECODER) -> AutoencoderTiny:
     "An untrained AutoencoderTiny: [B, 3, H, W] in -1..1 <-> [B, channels, H/8, W/8]."
     from diffusers import AutoencoderTiny
     vae = AutoencoderTiny(latent_channels=channels, scaling_factor=1.0,
                           encoder_block_out_channels=(encoder,) * 4, num_encoder_blocks=(1, 2, 2, 3),
-                          decoder_block_out_channels=(decoder,) * 4, num_decoder_blocks=(3, 3, 2, 1))
+                          decoder_block_out_channels=(decoder.width,) * 4, num_decoder_blocks=decoder.blocks)
     start_well(vae)
     return vae
+
+# %% ../nbs/90c_nets.ipynb #7f8bdfb3
+def decoder_gigaflops(vae: AutoencoderTiny, side: int = 128) -> float:
+    "Billions of operations of one decode at `side` pixels, as torch counts them."
+    from torch.utils.flop_counter import FlopCounterMode
+    latents = torch.zeros(1, vae.config["latent_channels"], side // 8, side // 8)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter: vae.decoder(latents)
+    return counter.get_total_flops() / 1e9
 
 # %% ../nbs/90c_nets.ipynb #348ead60
 WIDTH = 256                                    # of a hidden state

@@ -4,7 +4,6 @@
 
 # %% ../nbs/90e_score.ipynb #c525b24e
 from __future__ import annotations
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,7 +19,7 @@ from .types import Picture
 
 # %% auto #0
 __all__ = ['SLOTS', 'pooled', 'psnr', 'decibels', 'Box', 'Among', 'references', 'nearest', 'How', 'draw_prompts', 'each_backdrop',
-           'to_best', 'within', 'share', 'Score', 'score_singles', 'counted_prompts', 'look_of', 'score_counts',
+           'to_best', 'psnr_within', 'share', 'Score', 'score_singles', 'counted_prompts', 'look_of', 'score_counts',
            'pair_prompts', 'PairScore', 'score_pairs']
 
 # %% ../nbs/90e_score.ipynb #4daee3ba
@@ -129,7 +128,7 @@ def to_best(drawn: torch.Tensor, art: Art, scenes: torch.Tensor,
     return psnr(drawn, each_backdrop(art, scenes, size)).amax(0)
 
 # %% ../nbs/90e_score.ipynb #f000df03
-def within(drawn: torch.Tensor, art: Art, scenes: torch.Tensor) -> torch.Tensor:
+def psnr_within(drawn: torch.Tensor, art: Art, scenes: torch.Tensor) -> torch.Tensor:
     "PSNR in dB of each picture inside its things, [B]."
     like = each_backdrop(art, scenes)
     thing = (like.amax(0) - like.amin(0) < .01).all(1, keepdim=True)          # [B, 1, H, W]
@@ -163,7 +162,7 @@ def score_singles(parts: Components, art: Art, scenes: torch.Tensor, prompts: li
     thing, colour, style = right[:, [Column.FIRST, Column.COLOUR, Column.STYLE]].T
     among_five = (five == scenes[:, Column.FIRST, None]).any(1)
     best = to_best(drawn, art, scenes).mean().item()
-    inside = within(drawn, art, scenes).mean().item()
+    inside = psnr_within(drawn, art, scenes).mean().item()
     return Score(top1=share(thing), top5=share(among_five), colour=share(colour), style=share(style),
                  both=share(thing & colour), psnr=round(best, 2), within=round(inside, 2))
 

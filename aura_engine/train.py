@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 from .art import COLOURS, SQUARE, STYLES, Art, Scene
 from .art import compose, crowds, every_single, make_art, random_scenes
-from .captions import COMMON, Said, caption, learned_words, make_fillers, says
-from .nets import CELLS, TOKENS, WIDTH, cells, uncells
+from .captions import Said, caption, learned_words, make_fillers, says
+from .nets import CELLS, LIGHT_DECODER, TOKENS, WIDTH, cells, uncells
 from .nets import make_schedule, make_text, make_tokenizer, make_unet, make_vae
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny, UNet2DConditionModel
@@ -25,14 +25,15 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['ENDS', 'SAVE_EVERY', 'CANVASES', 'ALTERNATIVES', 'EARLY', 'NOISIEST', 'FEW_STEPS', 'GIVEN', 'DECIDED', 'LORA_LAYERS',
-           'LEAPS', 'NO_CHECKER', 'STAGE_NAMES', 'is_large_matrix', 'matrix_of', 'Optimisers', 'averaged', 'Progress',
-           'Learner', 'Smooth', 'Stage', 'autocast', 'seeded', 'picture_loss', 'latent_loss', 'autoencoder_batch',
-           'train_vae', 'Pooled', 'encode_scenes', 'make_pool', 'Relatives', 'instead', 'allowed_rows', 'Mix',
-           'Example', 'Speaker', 'Batch', 'some_rows', 'token_ids', 'Wordings', 'word_loader', 'Sketcher', 'train_text',
-           'fresh_seed', 'adopt_text', 'normal_equations', 'fit_head', 'any_of', 'timesteps', 'Decision', 'decided',
-           'Diffusion', 'Question', 'text_states', 'text_sketch', 'Teacher', 'velocity_loss', 'new_unet', 'train_unet',
-           'Pupil', 'train_lora', 'polish_decoder', 'without_lora', 'save_lora', 'pack', 'plot_losses', 'Minutes',
-           'arguments', 'ready_art', 'main']
+           'LEAPS', 'NO_CHECKER', 'STAGE_NAMES', 'is_large_matrix', 'matrix_of', 'Optimisers', 'averaged',
+           'TrainProgress', 'Learner', 'Smooth', 'Stage', 'autocast', 'seeded', 'picture_loss', 'latent_loss',
+           'autoencoder_batch', 'train_vae', 'Pooled', 'encode_scenes', 'make_pool', 'Relatives', 'instead',
+           'allowed_rows', 'Mix', 'Example', 'Speaker', 'Batch', 'some_rows', 'token_ids', 'Wordings', 'word_loader',
+           'Sketcher', 'train_text', 'fresh_seed', 'adopt_text', 'normal_equations', 'fit_head', 'any_of', 'timesteps',
+           'Decision', 'decided', 'Diffusion', 'Question', 'text_states', 'text_sketch', 'Teacher', 'velocity_loss',
+           'new_unet', 'train_unet', 'Pupil', 'train_lora', 'polish_decoder', 'light_vae', 'some_noise',
+           'train_decoder', 'with_decoder', 'without_lora', 'save_lora', 'pack_model', 'plot_losses', 'Minutes',
+           'train_arguments', 'ready_art', 'ready_tokenizer', 'train_all', 'main']
 
 # %% ../nbs/90d_stages.ipynb #2566872b
 ENDS = re.compile("embedding|conv_in|conv_out|head|lora")
@@ -88,7 +89,7 @@ def averaged(model: torch.nn.Module, decay: float, step: Callable[[], int]) -> t
 
 # %% ../nbs/90d_stages.ipynb #3599785e
 @dataclass
-class Progress:
+class TrainProgress:
     "Steps done, seconds spent, and every 50 steps a row: step, seconds, loss, what was shown."
     step: int = 0
     spent: float = 0.
@@ -103,7 +104,7 @@ class Learner:
     "A model that learns, with the running `average` of its weights (the decay is given)."
     def __init__(self, model: torch.nn.Module, params: Iterable[torch.nn.Parameter], lr: float, average: float,
                  **optimiser):
-        self.model, self.progress = model, Progress()
+        self.model, self.progress = model, TrainProgress()
         self.optimisers = Optimisers(model, list(params), lr, **optimiser)
         self.average = averaged(model, average, lambda: self.progress.step)
 
@@ -128,7 +129,7 @@ class Learner:
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         for optimiser, its in zip(self.optimisers.each, state["opts"]): optimiser.load_state_dict(its)
-        self.progress = Progress(state["step"], state["spent"], state["log"])
+        self.progress = TrainProgress(state["step"], state["spent"], state["log"])
 
 # %% ../nbs/90d_stages.ipynb #67104067
 class Smooth:
@@ -620,8 +621,7 @@ def train_unet(tokenizer: CLIPTokenizer, art: Art, sketcher: Sketcher, pool: lis
     "Train the UNet on the text encoder's hidden states; it ends as the running average of its weights."
     seeded(4)
     latents, teacher = pool[0].latents, Teacher(sketcher, pool)
-    batch = 768 if latents.is_cuda else 48
-    unet = new_unet(latents.shape[1], latents.device, start)
+    batch, unet = 768 if latents.is_cuda else 48, new_unet(latents.shape[1], latents.device, start)
     fast = torch.compile(unet, dynamic=False) if compiled else unet
     words = word_loader(pool, art, tokenizer, batch, Mix(swapped=.35, seed=fresh_seed()))
     stage = Stage("unet", unet, out, minutes, lr=1e-3 if start else 2e-3, average=.99, muon=1.)
@@ -629,8 +629,7 @@ def train_unet(tokenizer: CLIPTokenizer, art: Art, sketcher: Sketcher, pool: lis
         b = next(words).to(latents.device)
         early = not start and stage.share < EARLY and b.canvas == 0
         question = teacher.question(b, early)
-        loss = velocity_loss(fast if b.canvas == 0 else unet, question, teacher.diffusion)
-        stage.learn(loss)
+        stage.learn(velocity_loss(fast if b.canvas == 0 else unet, question, teacher.diffusion))
     return unet
 
 # %% ../nbs/90d_stages.ipynb #be30ea20
@@ -700,6 +699,44 @@ def polish_decoder(art: Art, vae: AutoencoderTiny, out: Path, minutes: float) ->
         stage.learn(loss, mse=mse)
     return vae
 
+# %% ../nbs/90d_stages.ipynb #824a7d6f
+def light_vae(start: Path) -> AutoencoderTiny:
+    "The encoder of the packed model `start`, frozen, with an untrained light decoder."
+    from diffusers import AutoencoderTiny
+    packed: Any = AutoencoderTiny.from_pretrained(start / "vae")
+    vae = make_vae(packed.config.latent_channels, decoder=LIGHT_DECODER)
+    vae.encoder.load_state_dict(packed.encoder.state_dict())
+    vae.encoder.requires_grad_(False)
+    return vae
+
+def some_noise(n: int, device: torch.device) -> torch.Tensor:
+    "[n, 1, 1, 1] strengths: 0.03 or anything up to 0.25, half of each."
+    strong = .25 * torch.rand(n, 1, 1, 1, device=device)
+    return torch.where(torch.rand(n, 1, 1, 1, device=device) < .5, strong, .03)
+
+# %% ../nbs/90d_stages.ipynb #70ce9fd2
+def train_decoder(art: Art, start: Path, out: Path, minutes: float) -> AutoencoderTiny:
+    "Train a light decoder for the encoder of the packed model `start`; goes on from its checkpoint in `out`."
+    rng, vae = seeded(8), light_vae(start)
+    fast_layout: Any = dict(memory_format=torch.channels_last)
+    torch.nn.Module.to(vae, art.device, **fast_layout)
+    stage = Stage("light_decoder", vae, out, minutes, lr=1.5e-3, params=vae.decoder.parameters(), weight_decay=1e-4)
+    for _ in stage:
+        x = autoencoder_batch(art, rng)
+        with autocast(art.device):
+            with torch.no_grad(): z = vae.encoder(x)
+            y = vae.decoder(z + some_noise(len(z), z.device) * torch.randn_like(z))
+        loss, mse = picture_loss(y.float(), x)
+        stage.learn(loss, mse=mse)
+    return vae
+
+# %% ../nbs/90d_stages.ipynb #61b4ede3
+def with_decoder(start: Path, vae: AutoencoderTiny, folder: Path) -> None:
+    "Write the packed model `start` to `folder` with this autoencoder in it, fp16."
+    if folder.resolve() != start.resolve(): shutil.copytree(start, folder, dirs_exist_ok=True)
+    shutil.rmtree(folder / "vae")
+    vae.cpu().half().save_pretrained(folder / "vae")
+
 # %% ../nbs/90d_stages.ipynb #e8084287
 def without_lora(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     "The same UNet without the LoRA's wrappers."
@@ -721,7 +758,7 @@ def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
 # %% ../nbs/90d_stages.ipynb #0c90cdea
 NO_CHECKER: dict[str, Any] = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
-def pack(out: Path, names: list[list[str]], vae: AutoencoderTiny, text: CLIPTextModel,
+def pack_model(out: Path, names: list[list[str]], vae: AutoencoderTiny, text: CLIPTextModel,
          unet: UNet2DConditionModel, folder: Path) -> None:
     "Write the parts as a diffusers folder (fp16) at `folder`; the UNet's LoRA goes beside it."
     from diffusers import StableDiffusionPipeline
@@ -762,7 +799,7 @@ class Minutes(NamedTuple):
     decoder: float = 10
 
 # %% ../nbs/90d_stages.ipynb #24cb4590
-def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+def train_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     "The command line of `python -m aura_engine.train`."
     ap = argparse.ArgumentParser(description="Train the embedded model.",
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -774,23 +811,28 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true", help="torch.compile the UNet's training (pays on a GPU)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
     add("--start", type=Path, help="a packed model to go on from; a stage of 0 minutes keeps its part")
+    add("--light-decoder", type=float, metavar="MINUTES", help="only train a lighter decoder for --start")
     add("--pack", type=Path, default=Path("build/train/model"), help="the diffusers folder is written here")
     return ap.parse_args(argv)
 
 # %% ../nbs/90d_stages.ipynb #81999fcf
 def ready_art(npm: Path, out: Path, device: str) -> Art:
     "The art in the folder `out`, drawn from the packages where it is missing."
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     if not (out / "art.pt").exists(): make_art(npm, out / "art.pt")
     return Art(out / "art.pt", device)
 
+# %% ../nbs/90d_stages.ipynb #1b92ae58
+def ready_tokenizer(art: Art, folder: Path, start: Path | None) -> CLIPTokenizer:
+    "The tokenizer in `folder`: the packed model's, or one made for the art."
+    if start: shutil.copytree(start / "tokenizer", folder, dirs_exist_ok=True)
+    return make_tokenizer(art.names, art.words, folder)
+
 # %% ../nbs/90d_stages.ipynb #eb1fe930
-def main(argv: list[str] | None = None) -> None:
-    "The stages one after the other; run again to go on where it stopped."
-    a = arguments(argv)
-    out, minutes, art = a.out, Minutes(*a.minutes), ready_art(a.npm, a.out, a.device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    if a.start: shutil.copytree(a.start / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
-    tokenizer = make_tokenizer(art.names, art.words, out / "tokenizer")
+def train_all(a: argparse.Namespace, art: Art) -> None:
+    "The stages one after the other."
+    out, minutes = a.out, Minutes(*a.minutes)
+    tokenizer = ready_tokenizer(art, out / "tokenizer", a.start)
     vae = train_vae(art, out, minutes.vae, a.start)
     pool = make_pool(art, vae, a.crowd, out / "pool.pt")
     sketcher = train_text(tokenizer, art, pool, out, minutes.text, a.start)
@@ -798,7 +840,15 @@ def main(argv: list[str] | None = None) -> None:
     unet = train_lora(tokenizer, art, unet, sketcher, pool, out, minutes.lora)
     vae = polish_decoder(art, vae, out, minutes.decoder)
     plot_losses(out).savefig(out / "losses.png", dpi=150)
-    pack(out, art.names, vae.cpu(), sketcher.text.cpu(), unet.cpu(), a.pack)
+    pack_model(out, art.names, vae.cpu(), sketcher.text.cpu(), unet.cpu(), a.pack)
+
+# %% ../nbs/90d_stages.ipynb #1babb119
+def main(argv: list[str] | None = None) -> None:
+    "`python -m aura_engine.train`: all stages, or only a light decoder."
+    a = train_arguments(argv)
+    art = ready_art(a.npm, a.out, a.device)
+    if a.light_decoder: with_decoder(a.start, train_decoder(art, a.start, a.out, a.light_decoder), a.pack)
+    else: train_all(a, art)
 
 # %% ../nbs/90d_stages.ipynb #f6b92ca5
 #| eval: false

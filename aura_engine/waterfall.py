@@ -27,12 +27,12 @@ from .types import Picture, Plan
 
 # %% auto #0
 __all__ = ['SD15', 'SMALL_SD', 'SIZES', 'FOUR_LEVELS', 'PROMPT', 'STEPS', 'Draw', 'Entrant', 'COPIED', 'REAL', 'TINY', 'PAIR',
-           'PACKAGES', 'EVERY_ROW', 'WATERFALL_HEAD', 'WATERFALL_RESULTS', 'Architecture', 'filled', 'random_text',
-           'random_model', 'diffusers_fp32', 'engine_with', 'AsFunction', 'GraphPart', 'graph_parts', 'copy_configs',
-           'export_genai', 'genai', 'missing', 'Timed', 'time_pictures', 'WaterfallRow', 'alone_on_one_thread',
-           'run_contender', 'ColdStart', 'compile_for', 'cold_start', 'serve_draws', 'in_turn', 'apart', 'compared',
-           'measure_waterfall', 'waterfall_cells', 'waterfall_line', 'waterfall_table', 'waterfall_bars',
-           'waterfall_arguments', 'pair_again', 'main']
+           'PACKAGES', 'EVERY_ROW', 'WATERFALL_HEAD', 'WATERFALL_RESULTS', 'Architecture', 'filled', 'end_marks',
+           'random_text', 'random_model', 'diffusers_fp32', 'engine_with', 'AsFunction', 'GraphPart', 'graph_parts',
+           'copy_configs', 'export_genai', 'genai', 'missing', 'Timed', 'time_pictures', 'WaterfallRow',
+           'alone_on_one_thread', 'run_contender', 'ColdStart', 'compile_for', 'cold_start', 'serve_draws', 'in_turn',
+           'apart', 'compared', 'Course', 'measure_rows', 'after_rows', 'measure_waterfall', 'waterfall_cells',
+           'waterfall_line', 'waterfall_table', 'waterfall_bars', 'waterfall_arguments', 'pair_again', 'main']
 
 # %% ../nbs/16_waterfall.ipynb #f57550d5
 @dataclass(frozen=True)
@@ -82,12 +82,16 @@ def filled(cls: Callable[..., Any], *args: Any, device: str = "cpu", **config: A
     return model
 
 # %% ../nbs/16_waterfall.ipynb #94745f83
+def end_marks(words: Any) -> dict[str, Any]:
+    "A tokenizer's begin, end and padding, as a text encoder's configuration has them."
+    return {k: getattr(words, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+# %% ../nbs/16_waterfall.ipynb #84918699
 def random_text(size: Architecture, make: Callable[..., Any]) -> tuple[Any, Any]:
     "A tokenizer, and a text encoder that `make(class, config)` fills."
     import transformers
     words = transformers.CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer", model_max_length=77)
-    marks: dict[str, Any] = {k: getattr(words, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return words, make(transformers.CLIPTextModel, transformers.CLIPTextConfig(**size.text, **marks))
+    return words, make(transformers.CLIPTextModel, transformers.CLIPTextConfig(**size.text, **end_marks(words)))
 
 # %% ../nbs/16_waterfall.ipynb #538af7e5
 def random_model(folder: Path, name: str = "sd15", device: str = "cpu",
@@ -389,27 +393,61 @@ def compared(row: WaterfallRow, picture: np.ndarray,
 # %% ../nbs/16_waterfall.ipynb #f8831842
 EVERY_ROW = tuple(REAL | TINY)
 
-def measure_waterfall(work: Path, size: str = "sd15", rounds: int = 3, names: Sequence[str] = EVERY_ROW,
-                      run: Callable[..., Any] = apart, say: Callable[[str], Any] = print) -> dict[str, Any]:
-    "Make the model in `work` (12 GB for `sd15`), run the contenders `names` -> what is stored as JSON."
-    folder, px, cache = work / size, SIZES[size].px, work / "cache"
-    first: dict[Path, tuple[WaterfallRow, np.ndarray]] = {}
-    rows, absent = [], {name: why for name in names if (why := missing(name))}
-    for name, why in absent.items(): say(f"{name}: {why}")
-    if not folder.exists(): run(random_model, folder, size)
+@dataclass(frozen=True)
+class Course:
+    "Where and how a waterfall is measured; `run` calls a function, in a process of its own or not."
+    work: Path
+    size: str = "sd15"
+    rounds: int = 3
+    run: Callable[..., Any] = apart
+
+    @property
+    def folder(self) -> Path: return self.work / self.size
+
+    @property
+    def cache(self) -> Path: return self.work / "cache"
+
+    @property
+    def px(self) -> int: return SIZES[self.size].px
+
+    def contender(self, name: str) -> tuple[WaterfallRow, np.ndarray]:
+        "Run one; pictures of the embedded model are small, so there are more of them."
+        where, px, rounds = self.folder, self.px, self.rounds
+        if name in TINY: where, px, rounds = EMBEDDED, 128, 7 * rounds
+        return self.run(run_contender, name, where, px, rounds, self.cache)
+
+# %% ../nbs/16_waterfall.ipynb #fa5c7776
+def measure_rows(course: Course, names: Sequence[str], say: Callable[[str], Any]) -> list[WaterfallRow]:
+    "Run contenders, each compared with the first of its model."
+    rows: list[WaterfallRow] = []
+    first: dict[bool, tuple[WaterfallRow, np.ndarray]] = {}
     for name in names:
-        if name in absent: continue
-        where, side, n = (EMBEDDED, 128, 7 * rounds) if name in TINY else (folder, px, rounds)
-        row, picture = run(run_contender, name, where, side, n, cache)
-        rows.append(compared(row, picture, first.setdefault(where, (row, picture))))
+        row, picture = course.contender(name)
+        rows.append(compared(row, picture, first.setdefault(name in TINY, (row, picture))))
         say(waterfall_line(rows[-1]))
-    ran = {r.name for r in rows}
-    out = {"machine": machine(), "size": size, "steps": STEPS, "absent": absent}
-    out["rows"] = [asdict(r) for r in rows]
-    if run is apart and ran.issuperset(PAIR): out["pair"] = in_turn(PAIR, folder, px, 2 * rounds, cache)
+    return rows
+
+# %% ../nbs/16_waterfall.ipynb #ca929235
+def after_rows(course: Course, ran: set[str]) -> dict[str, Any]:
+    "The pair and the cold start, where the contenders `ran` allow it."
+    out: dict[str, Any] = {}
+    if course.run is apart and ran.issuperset(PAIR):
+        out["pair"] = in_turn(PAIR, course.folder, course.px, 2 * course.rounds, course.cache)
     if any("OpenVINO bf16" in name for name in ran):
-        out["cold"] = asdict(run(cold_start, folder, px, cache))
+        out["cold"] = asdict(course.run(cold_start, course.folder, course.px, course.cache))
     return out
+
+# %% ../nbs/16_waterfall.ipynb #511380ed
+def measure_waterfall(course: Course, names: Sequence[str] = EVERY_ROW,
+                      say: Callable[[str], Any] = print) -> dict[str, Any]:
+    "Make the model (12 GB for `sd15`), run the contenders `names` -> what is stored as JSON."
+    absent = {name: why for name in names if (why := missing(name))}
+    for name, why in absent.items(): say(f"{name}: {why}")
+    if not course.folder.exists(): course.run(random_model, course.folder, course.size)
+    rows = measure_rows(course, [name for name in names if name not in absent], say)
+    stored = [asdict(r) for r in rows]
+    out = {"machine": machine(), "size": course.size, "steps": STEPS, "rows": stored, "absent": absent}
+    return out | after_rows(course, {r.name for r in rows})
 
 # %% ../nbs/16_waterfall.ipynb #41ad3c0b
 WATERFALL_HEAD = ["", "picture, s", "processor, s", "times as fast", "largest error", "mean error",
@@ -473,9 +511,9 @@ def waterfall_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 # %% ../nbs/16_waterfall.ipynb #9bd7100b
 def pair_again(work: Path, a: argparse.Namespace) -> dict[str, Any]:
     "The stored results with a fresh comparison in turn."
-    folder = work / a.size
-    if not folder.exists(): apart(random_model, folder, a.size)
-    pair = in_turn(PAIR, folder, SIZES[a.size].px, 2 * a.rounds, work / "cache")
+    course = Course(work, a.size, a.rounds)
+    if not course.folder.exists(): apart(random_model, course.folder, a.size)
+    pair = in_turn(PAIR, course.folder, course.px, 2 * a.rounds, course.cache)
     return json.loads(a.out.read_text()) | {"pair": pair}
 
 # %% ../nbs/16_waterfall.ipynb #325ed941
@@ -489,7 +527,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             rows = tuple(a.only or REAL | TINY)
             def say(text: str) -> None: print(text, flush=True)
-            results = measure_waterfall(work, a.size, a.rounds, rows, say=say)
+            results = measure_waterfall(Course(work, a.size, a.rounds), rows, say)
     a.out.parent.mkdir(parents=True, exist_ok=True)
     a.out.write_text(json.dumps(results, indent=1) + "\n")
     print(waterfall_table(results), bars_table(waterfall_bars(results)), sep="\n\n")

@@ -33,7 +33,8 @@ def test_the_command_measures_and_stores(tmp_path):
 
 def test_a_package_that_is_absent_is_named_with_its_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(waterfall, "find_spec", lambda name: None)
-    results = waterfall.measure_waterfall(tmp_path, "small", 1, (PLAIN, GENAI), run=lambda call, *args: call(*args), say=lambda text: None)
+    here = waterfall.Course(tmp_path, "small", 1, run=lambda call, *args: call(*args))
+    results = waterfall.measure_waterfall(here, (PLAIN, GENAI), say=lambda text: None)
     assert "aura-engine[peers]" in results["absent"][GENAI] and [r["name"] for r in results["rows"]] == [PLAIN]
     assert "aura-engine[peers]" in waterfall.waterfall_table(results) and all(b.measured is None for b in waterfall.waterfall_bars(results))
 
