@@ -30,17 +30,17 @@ __all__ = ['SDXL_UNET', 'SIX_SIZES', 'TINY_SDXL', 'REAL_SIZE', 'TINY_SIZE', 'Tel
            'RACE_THINGS', 'BIG_TEXT', 'STAGES', 'Told', 'GPU_RESULTS', 'WHOLE', 'BenchSize', 'settled', 'seconds_of',
            'unet_call', 'flops_of', 'error_of', 'limits', 'UNetVariant', 'new_unet_of', 'unet_variants',
            'variant_answer', 'waterfall_of', 'speed', 'new_vae', 'decode_times', 'decode_row', 'unet_stage',
-           'vae_stage', 'sdxl_stage', 'Compiling', 'repeated', 'compiled_rows', 'compile_and_time', 'compiled_stage',
-           'compiled_sdxl_stage', 'autotuned_stage', 'in_eight_bits', 'quantized_stage', 'work_folder', 'saved_model',
-           'requests_of', 'Entered', 'race', 'picture_gaps', 'in_company', 'compare_crowd', 'engine_report',
-           'measured_engine', 'stock', 'neighbours', 'peak_memory', 'engine_stage', 'embedded_stage', 'without_graphs',
-           'graphs_stage', 'engine_compiled_stage', 'second_text', 'random_sdxl', 'race_as_it_comes',
-           'as_it_comes_stage', 'sdxl_as_it_comes_stage', 'compiled_pipeline', 'stock_compiled_stage', 'DecodeVariant',
-           'graphed_decode', 'decode_variants', 'decode_stage', 'beside', 'overlap_stage', 'GpuStage', 'Record',
-           'listen', 'run_stage', 'gpu_card', 'installed', 'hardware', 'import_all', 'ResultsFile', 'run_stages',
-           'main', 'stage_rows', 'timed_rows', 'matrix_rate', 'variant_cells', 'unet_table', 'picture_lines',
-           'picture_table', 'decode_table', 'race_table', 'best_share', 'race_ratio', 'as_it_came', 'end_to_end',
-           'gpu_bars', 'ends_table', 'gpu_report']
+           'vae_stage', 'sdxl_stage', 'Compiling', 'repeated', 'compiled_calls', 'compiled_rows', 'compile_and_time',
+           'compiled_stage', 'compiled_sdxl_stage', 'autotuned_stage', 'in_eight_bits', 'quantized_stage',
+           'work_folder', 'saved_model', 'requests_of', 'Entered', 'race', 'picture_gaps', 'in_company',
+           'compare_crowd', 'engine_report', 'measured_engine', 'stock', 'neighbours', 'peak_memory', 'engine_stage',
+           'embedded_stage', 'without_graphs', 'graphs_stage', 'engine_compiled_stage', 'second_text', 'random_sdxl',
+           'race_as_it_comes', 'as_it_comes_stage', 'sdxl_as_it_comes_stage', 'compiled_pipeline',
+           'stock_compiled_stage', 'DecodeVariant', 'graphed_decode', 'decode_variants', 'decode_stage', 'beside',
+           'overlap_stage', 'GpuStage', 'Record', 'listen', 'run_stage', 'gpu_card', 'installed', 'hardware',
+           'import_all', 'ResultsFile', 'run_stages', 'main', 'stage_rows', 'timed_rows', 'matrix_rate',
+           'variant_cells', 'unet_table', 'picture_lines', 'picture_table', 'decode_table', 'race_table', 'best_share',
+           'race_ratio', 'as_it_came', 'end_to_end', 'gpu_bars', 'ends_table', 'gpu_report']
 
 # %% ../nbs/18_gpu.ipynb #4b147af1
 SDXL_UNET: dict[str, Any] = dict(
@@ -252,6 +252,10 @@ class Compiling:
     name: str = ""                             # of that change
     mode: str | None = None                    # of the compiler
 
+    def called(self, name: str) -> str:
+        "A row's name: the change, what was done, the compiler's mode."
+        return self.name + name + (f", {self.mode}" if self.mode else "")
+
     def prepared(self, size: BenchSize) -> tuple[Any, torch.Tensor, int]:
         "The UNet ready to be compiled, fp32's answer to two rows, and the operations of one."
         unet = new_unet_of(self.config, size)
@@ -267,20 +271,25 @@ def repeated(given: UNetInput, rows: int) -> UNetInput:
     "Two rows repeated until there are `rows`."
     return UNetInput.cat([given] * (rows // 2 or 1)).change(lambda value: value[:rows])
 
+
+def compiled_calls(fast: Any, size: BenchSize) -> dict[str, Any]:
+    "The compiled UNet, and on a GPU the same in a CUDA graph."
+    calls = {"torch.compile": fast}
+    if size.cuda: calls["torch.compile + CUDA graph"] = GraphedUNet(fast)
+    return calls
+
 # %% ../nbs/18_gpu.ipynb #93067092
 def compiled_rows(how: Compiling, fast: Any, batch: int, size: BenchSize, reference: torch.Tensor,
                   flops: int) -> Iterator[dict[str, Any]]:
     "The first call, which compiles, then times without and with a CUDA graph."
-    given, mode = unet_call(how.config, batch, size, size.dtype), f", {how.mode}" if how.mode else ""
+    given = unet_call(how.config, batch, size, size.dtype)
     compiling = round(median_seconds(lambda: (given.call(fast), settled(size)), 1, 0), 1)
     two = repeated(unet_call(how.config, 2, size, size.dtype), batch)
     wanted = reference.repeat(batch // 2 or 1, 1, 1, 1)[:batch]
-    calls: dict[str, Any] = {"torch.compile": fast}
-    if size.cuda: calls["torch.compile + CUDA graph"] = GraphedUNet(fast)
-    for name, call in calls.items():
+    for name, call in compiled_calls(fast, size).items():
         seconds = seconds_of(lambda: given.call(call), size)                  # noqa: B023
         error = error_of(two.call(call), wanted)
-        about = {"variant": how.name + name + mode, "batch": batch, "compile_s": compiling}
+        about = {"variant": how.called(name), "batch": batch, "compile_s": compiling}
         yield about | speed(seconds, batch * flops) | error
 
 # %% ../nbs/18_gpu.ipynb #d77e1337
