@@ -1,5 +1,5 @@
 """What a stranger sends, and what it costs: budgets, refusals that arrive, who may call, and an event loop that nobody holds."""
-import base64, io, json, os, re, socket, subprocess, sys, threading, time, urllib.error, urllib.request
+import base64, io, json, os, re, socket, subprocess, sys, time, urllib.error, urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
