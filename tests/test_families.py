@@ -202,16 +202,16 @@ def test_a_distilled_unet_spares_the_bases(published):
 
 
 MISFITS = {"made for another family": {"SD_MODEL_ID": SDXL_ID, "SD_LCM_LORA_ID": "latent-consistency/lcm-lora-sdv1-5"},
-           "does not fit this model": {"SD_MODEL_ID": SDXL_ID, "SD_LCM_LORA_ID": "stranger/lora"},
+           "does not fit this model": {"SD_MODEL_ID": SDXL_ID, "SD_LCM_LORA_ID": "stranger/lcm-lora"},
            "made for the latents of StableDiffusionXLPipeline": {"SD_MODEL_ID": SD15_ID, "SD_VAE_ID": "madebyollin/taesdxl"},
-           "3 .safetensors files; write owner/name/file.safetensors": {"SD_MODEL_ID": SD15_ID, "SD_LCM_LORA_ID": "stranger/many"}}
+           "3 .safetensors files; write owner/name/file.safetensors": {"SD_MODEL_ID": SD15_ID, "SD_LCM_LORA_ID": "stranger/lcm-many"}}
 
 
 @pytest.mark.parametrize("words", MISFITS)
 def test_what_does_not_fit_says_so_and_the_server_stays(published, words):
     hub, serve = published
     fits_sd15 = hub.repos["latent-consistency/lcm-lora-sdv1-5"]
-    hub.repos |= {"stranger/lora": fits_sd15, "stranger/many": {f"{n}.safetensors": b"x" for n in "abc"}}
+    hub.repos |= {"stranger/lcm-lora": fits_sd15, "stranger/lcm-many": {f"{n}.safetensors": b"x" for n in "abc"}}
     out = serve(**MISFITS[words], requests=[("/generate", {"prompt": "a fox"})])
     assert out["health"]["status"] == "failed" and words in out["health"]["reason"] and out["answers"][0]["status"] == 503
     assert words in out["answers"][0]["detail"]
@@ -224,11 +224,11 @@ def test_a_fused_lora_is_the_lora(tmp_path):
     base, inputs = tiny.save(tmp_path / "base"), dict(sample=torch.ones(1, 4, 16, 16), timestep=torch.tensor(500), encoder_hidden_states=torch.ones(1, 7, 32))
     pipe = diffusers.DiffusionPipeline.from_pretrained(base, safety_checker=None)
     plain = pipe.unet(**inputs).sample
-    pipe.load_lora_weights(str(tiny.lora(tmp_path / "a.safetensors")))
+    pipe.load_lora_weights(str(tiny.lora(tmp_path / "lcm-a.safetensors")))
     wanted = pipe.unet(**inputs).sample
     assert (wanted - plain).abs().max() > 1e-2
     for name, kohya in (("a", False), ("b", True)):
-        file = tiny.lora(tmp_path / f"{name}.safetensors", kohya=kohya)
+        file = tiny.lora(tmp_path / f"lcm-{name}.safetensors", kohya=kohya)
         parts = load(load_settings(SD_MODEL_ID=str(base), SD_LCM_LORA_ID=str(file), SD_DEVICE="cpu"))
         assert (parts.unet(**inputs).sample - wanted).abs().max() < 1e-4 and parts.row.name == "sd15-lcm-lora"
         assert not any("lora" in k for k in parts.unet.state_dict())                # fused: nothing left to compute
@@ -236,7 +236,7 @@ def test_a_fused_lora_is_the_lora(tmp_path):
 
 @pytest.mark.parametrize("file, name", [("Hyper-SD15-8steps-lora.safetensors", "sd15-hyper-8"), ("pytorch_lora_weights.safetensors", "sd15-lcm-lora")])
 def test_a_copied_lora_is_known_by_its_file_name(tmp_path, file, name):
-    base, made = tiny.save(tmp_path / "base"), tiny.lora(tmp_path / "loras" / file)
+    base, made = tiny.save(tmp_path / "base"), tiny.lora(tmp_path / "my-lcm-lora" / file)
     assert load(load_settings(SD_MODEL_ID=str(base), SD_LCM_LORA_ID=str(made), SD_DEVICE="cpu")).row.name == name
     if name == "sd15-lcm-lora": assert load(load_settings(SD_MODEL_ID=str(base), SD_LCM_LORA_ID=str(made.parent), SD_DEVICE="cpu")).row.name == name
 
@@ -258,7 +258,7 @@ def test_a_single_checkpoint_is_the_folder(tmp_path, kind, name):
         assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items()) and a.state_dict().keys() == b.state_dict().keys()
     shutil.rmtree(file.with_suffix(""))                                            # without its configuration, and without a Hub
     with pytest.raises(ModelError, match=f"its configuration, {BASES[name]}, could not be fetched: .*HF_HUB_OFFLINE.*a folder with it named one"): load(load_settings(SD_MODEL_ID=str(file), SD_DEVICE="cpu"))
-    with pytest.raises(ModelError, match="a LoRA belongs into SD_LCM_LORA_ID"): load(load_settings(SD_MODEL_ID=str(tiny.lora(tmp_path / "lora.safetensors")), SD_DEVICE="cpu"))
+    with pytest.raises(ModelError, match="lora.safetensors is a LoRA: it changes a model"): load(load_settings(SD_MODEL_ID=str(tiny.lora(tmp_path / "lora.safetensors")), SD_DEVICE="cpu"))
 
 
 def test_a_single_checkpoint_from_the_hub(published, tmp_path):
