@@ -8,18 +8,18 @@ import math, re, time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from PIL import Image as Pillow, ImageOps
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 # %% auto #0
-__all__ = ['Model', 'SIDE', 'Size', 'NO_USAGE', 'FORM', 'OPENAI', 'EVENT_STREAM', 'compat_routes', 'compat_shapes', 'size_asked',
-           'to_size', 'own_shape', 'translated', 'ImagesRequest', 'numbers_of', 'openai_error', 'described', 'Partials',
-           'openai_event', 'completed', 'partial_image', 'openai_events', 'openai_stream', 'openai_json',
-           'openai_answer', 'post_generations', 'edit_form', 'post_edits', 'get_models', 'get_model', 'HfParameters',
-           'HfRequest', 'hf_size', 'post_inputs']
+__all__ = ['Model', 'Side', 'SIDE', 'Size', 'NO_USAGE', 'FORM', 'OPENAI', 'EVENT_STREAM', 'compat_routes', 'compat_shapes',
+           'size_asked', 'to_size', 'own_shape', 'translated', 'ImagesRequest', 'numbers_of', 'openai_error',
+           'described', 'Partials', 'openai_event', 'completed', 'partial_image', 'openai_events', 'openai_stream',
+           'openai_json', 'openai_answer', 'post_generations', 'edit_form', 'post_edits', 'get_models', 'get_model',
+           'HfParameters', 'HfRequest', 'hf_size', 'post_inputs']
 
 # %% ../nbs/10_compat.ipynb #64fcc498
 from .answers import (
@@ -29,11 +29,12 @@ from .errors import as_error, invalid
 from .images import MIME, encode, to_base64
 from .intake import LARGE, read_form
 from .types import (
-    MAX_N, VISIBLE, AuraError, Count, Failed, GenerateRequest, Image, Invalid, Lora, Preview, Prompt, RefineConfig,
-    RefineRequest, Seed, Step, Steps, Words)
+    MAX_N, VISIBLE, WHOLE, AuraError, Count, Failed, GenerateRequest, Image, Invalid, Lora, Preview, Prompt,
+    RefineConfig, RefineRequest, Seed, Step, Steps, Words)
 from .walls import client_behind
 
 Model = TypeVar("Model", bound=BaseModel)
+Side = Annotated[int, Field(ge=64, le=2048), WHOLE]           # of a picture, in pixels
 
 # %% ../nbs/10_compat.ipynb #9a3e87c7
 SIDE = r"(6[4-9]|[7-9]\d|[1-9]\d\d|1\d\d\d|20[0-3]\d|204[0-8])"                # 64 to 2048
@@ -86,7 +87,7 @@ class ImagesRequest(BaseModel):
     output_format: Literal["png", "jpeg", "webp"] = "png"
     response_format: Literal["b64_json", "url"] = "b64_json"
     stream: bool = False
-    partial_images: int = Field(0, ge=0, le=3)
+    partial_images: Annotated[int, Field(ge=0, le=3), WHOLE] = 0
     seed: Seed | None = None
     num_inference_steps: Steps | None = None
     guidance_scale: float | None = Field(None, ge=0, le=30)
@@ -264,8 +265,8 @@ async def get_model(request: Request, id: str) -> Response:
 class HfParameters(BaseModel):
     "`parameters` of a Hugging Face text-to-image request."
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False, strict=True)
-    width: int | None = Field(None, ge=64, le=2048)
-    height: int | None = Field(None, ge=64, le=2048)
+    width: Side | None = None
+    height: Side | None = None
     num_inference_steps: Steps | None = None
     guidance_scale: float | None = Field(None, ge=0, le=30)
     negative_prompt: str | None = Field(None, max_length=2000)
