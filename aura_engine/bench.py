@@ -30,9 +30,9 @@ __all__ = ['ISA', 'ENGINE_SETTINGS', 'SUBJECTS', 'Contender', 'LOCK', 'BATCHING'
            'percentile', 'summary', 'bare_seconds', 'overhead', 'eta_errors', 'preview_cost', 'free_address',
            'wait_for', 'server_process', 'keep_busy', 'health_latency', 'Load', 'LoadRow', 'contenders_on',
            'close_engines_of', 'put_on', 'capacity_of', 'decode_curve', 'engine_facts', 'warm_up', 'race_all',
-           'a_photo', 'compare', 'markdown_table', 'load_rows', 'bench_table', 'Bar', 'bars_table', 'ratio_of',
-           'bench_bars', 'Spread', 'QuickRow', 'quick_rows', 'quick_contenders', 'quick_compare', 'quick_table',
-           'quick_bars', 'bench_arguments', 'main']
+           'a_photo', 'about_run', 'compare', 'markdown_table', 'load_rows', 'bench_table', 'Bar', 'bars_table',
+           'ratio_of', 'bench_bars', 'Spread', 'QuickRow', 'quick_rows', 'quick_contenders', 'quick_run',
+           'quick_compare', 'quick_table', 'quick_bars', 'bench_arguments', 'main']
 
 # %% ../nbs/14_bench.ipynb #516328ba
 def processor() -> str:
@@ -505,6 +505,11 @@ def a_photo(engine: Engine) -> Any:
 TESTED = "embedded, 128x128, fp32, 1-8 steps mixed, 25 % refinements, 1 torch thread"
 HAS_OPENVINO = find_spec("openvino") is not None
 
+def about_run(n: int, capacity: float) -> dict[str, Any]:
+    "Machine, model, requests a load, the lock's pictures a second."
+    return {"machine": machine(), "model": TESTED, "requests": n, "capacity": round(capacity, 2)}
+
+# %% ../nbs/14_bench.ipynb #8157a0d9
 def compare(n: int = 60, loads: Sequence[Load] = LOADS, core: int | None = 0, openvino: bool = HAS_OPENVINO,
             say: Callable[[LoadRow], Any] = print) -> dict[str, Any]:
     "The whole comparison on the embedded model, one torch thread -> what is stored as JSON."
@@ -518,8 +523,7 @@ def compare(n: int = 60, loads: Sequence[Load] = LOADS, core: int | None = 0, op
         facts = engine_facts(engine, pictures[:n], 0.8 * own, core)
         close_engines_of(contenders)
     if n > 20: facts["healthMs"] = health_latency()             # a trial does not wait for a server
-    about = {"machine": machine(), "model": TESTED, "requests": n, "capacity": round(capacity, 2)}
-    return {**about, "rows": [asdict(r) for r in rows], **facts}
+    return about_run(n, capacity) | {"rows": [asdict(r) for r in rows]} | facts
 
 # %% ../nbs/14_bench.ipynb #7c654020
 BENCH_RESULTS = Path("bench/results.json")
@@ -640,22 +644,32 @@ def quick_contenders(core: int | None) -> dict[str, Any]:
     torch_only = Stepwise("torch", core, previews=False, SD_PRECISION="fp32")
     return {LOCK: Baseline(core=core), ENGINE: torch_only, AS_IT_COMES: Stepwise("auto", core, previews=False)}
 
+# %% ../nbs/14_bench.ipynb #dd78473c
+def quick_run(contenders: dict[str, Any], pictures: Sequence[Picture],
+              clients: Sequence[int]) -> dict[tuple[str, int], Summary]:
+    "Every contender under every number of clients, once."
+    seen = {}
+    for c in clients:
+        for name, contender in contenders.items():
+            seen[name, c] = summary(closed_loop(contender, pictures, c))
+    return seen
+
+# %% ../nbs/14_bench.ipynb #171b3d37
 def quick_compare(n: int = 32, runs: int = 3, clients: Sequence[int] = QUICK_CLIENTS, core: int | None = 0,
                   say: Callable[[str], Any] = print) -> dict[str, Any]:
     "`n` pictures of four steps a load, all contenders in turn, `runs` times -> what is stored as JSON."
-    pictures, seen = [replace(p, steps=4) for p in mixture(n, None)], []
-    pictures = [replace(p, init=None, strength=None) for p in pictures]
+    pictures, seen = [replace(p, steps=4, init=None, strength=None) for p in mixture(n, None)], []
     with one_thread(kept_free=core):
         contenders = quick_contenders(core)
         warm_up(contenders, pictures[:8])
         for k in range(runs):
-            seen.append({(name, c): summary(closed_loop(contender, pictures, c))
-                         for c in clients for name, contender in contenders.items()})
+            seen.append(quick_run(contenders, pictures, clients))
             say(f"run {k + 1} of {runs} is done")
         said = contenders[AS_IT_COMES].engine.health()
         close_engines_of(contenders)
     how = {"backend": said.backend, "precision": said.precision, "optimizations": list(said.optimizations)}
-    return {"machine": machine(), "pictures": n, "runs": runs, "how": how, "rows": [asdict(r) for r in quick_rows(seen)]}
+    rows = [asdict(r) for r in quick_rows(seen)]
+    return {"machine": machine(), "pictures": n, "runs": runs, "how": how, "rows": rows}
 
 # %% ../nbs/14_bench.ipynb #a8ce7496
 def quick_table(results: dict[str, Any]) -> str:
@@ -666,6 +680,7 @@ def quick_table(results: dict[str, Any]) -> str:
         rows.append([r["contender"], r["clients"], *spreads])
     return markdown_table(["", "clients", "pictures/s", "p50 ms", "× the lock"], rows)
 
+# %% ../nbs/14_bench.ipynb #4edcb53a
 def quick_bars(results: dict[str, Any]) -> list[Bar]:
     "Throughput over the lock's, for one client and for many."
     gains = {r["clients"]: r["gain"]["median"] for r in results["rows"] if r["contender"] == AS_IT_COMES}
