@@ -99,7 +99,7 @@ class Attack:
     budget: str
     requests: Callable[[str], Iterable[bytes]]
     right: frozenset[int]
-    cpu: float = 2.5
+    cpu: float = 4.0
     rss: int = 160 * MiB
     answer: int = 64 * 1024
     at_once: int = 1

@@ -23,8 +23,8 @@ WIRES = (
 
     # bodies that are not what their headers say
     row("a client that closes its half after asking", "a client's right", lambda host: [http(host, "/generate", GOOD)], {200}, half_close=True, answer=MiB),
-    row("a body in chunks of one byte", "chunks of a body", lambda host: [head(host, "content-type: application/json", "transfer-encoding: chunked") + chunked(GOOD + b" " * 20_000, 1)], {200, 400, 413}, cpu=4, answer=MiB),
-    row("a body in chunks of 40 MiB in all", "a body", lambda host: [head(host, "content-type: application/json", "transfer-encoding: chunked", path="/refine") + chunked(b" " * (40 * MiB), MiB)], {413}, cpu=4),
+    row("a body in chunks of one byte", "chunks of a body", lambda host: [head(host, "content-type: application/json", "transfer-encoding: chunked") + chunked(GOOD + b" " * 20_000, 1)], {200, 400, 413}, cpu=6, answer=MiB),
+    row("a body in chunks of 40 MiB in all", "a body", lambda host: [head(host, "content-type: application/json", "transfer-encoding: chunked", path="/refine") + chunked(b" " * (40 * MiB), MiB)], {413}, cpu=6),
     row("chunks with long extensions", "chunks of a body", lambda host: [head(host, "content-type: application/json", "transfer-encoding: chunked") + b"1;" + b"x" * 100_000 + b"\r\n{\r\n0\r\n\r\n"], {SILENT, 400, 413, 422, 431}),
     row("two lengths, and a length beside chunks", "one meaning for a request", lambda host: [head(host, "content-length: 5", "content-length: 6") + b"{}   ", head(host, "content-length: 5", "transfer-encoding: chunked", "content-type: application/json") + b"0\r\n\r\nGET /health HTTP/1.1\r\n\r\n"], {SILENT, 400, 422}),
     row("lengths that are none", "one meaning for a request", lambda host: [head(host, f"content-length: {n}") for n in ("-1", "0x10", "1e3", "9" * 400, "١")[:4]], {SILENT, 400, 413}),
@@ -38,8 +38,8 @@ WIRES = (
     row("an id of 10 KB and a key of 10 KB", "headers", lambda host: [http(host, "/generate", GOOD, x_request_id="\x01" * 10_000, authorization="Bearer " + "k" * 10_000)], {200, 400, 431}, answer=MiB),
     row("a key of every byte", "the key", lambda host: [http(host, "/generate", GOOD, authorization="Bearer " + bytes(range(128, 256)).decode("latin-1"))], {401}, keyed=True),
     row("a thousand keys", "the key", lambda host: [http(host, "/generate", GOOD, authorization=f"Bearer {i}") for i in range(300)], {401, 429}, keyed=True, cpu=8, at_once=4),
-    row("paths of every kind", "addresses", lambda host: [http(host, p, b"", kind="", method="GET") for p in ("/" + "a" * 50_000, "/jobs/" + "f" * 5000, "/jobs/..%2f..%2fetc%2fpasswd", "/jobs/%00", "/%ff%fe", "//evil.example/", "/health?" + "a=1&" * 5000)], {SILENT, 200, 307, 400, 401, 404, 414, 431}, cpu=4),
-    row("methods of every kind", "addresses", lambda host: [http(host, "/generate", b"", kind="", method=m) for m in ("TRACE", "CONNECT", "PUT", "X" * 5000, "GET")], {SILENT, 400, 404, 405, 431, 501}, cpu=4),
+    row("paths of every kind", "addresses", lambda host: [http(host, p, b"", kind="", method="GET") for p in ("/" + "a" * 50_000, "/jobs/" + "f" * 5000, "/jobs/..%2f..%2fetc%2fpasswd", "/jobs/%00", "/%ff%fe", "//evil.example/", "/health?" + "a=1&" * 5000)], {SILENT, 200, 307, 400, 401, 404, 414, 431}, cpu=6),
+    row("methods of every kind", "addresses", lambda host: [http(host, "/generate", b"", kind="", method=m) for m in ("TRACE", "CONNECT", "PUT", "X" * 5000, "GET")], {SILENT, 400, 404, 405, 431, 501}, cpu=6),
 
     row("500 connections that ask nothing more", "connections that wait", lambda host: [f"GET /health HTTP/1.1\r\nhost: {host}\r\n\r\n".encode()] * 500, {SILENT, 200, 503}, Siege, at_once=500, cpu=8),
     row("2,000 questions in one breath", "connections", lambda host: [f"GET /health HTTP/1.1\r\nhost: {host}\r\n\r\n".encode() * 2000 + head(host, path="/health", method="GET")], {200, 429}, cpu=20, answer=8 * MiB, to_the_end=True),
