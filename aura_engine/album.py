@@ -30,7 +30,7 @@ __all__ = ['Listener', 'KEPT', 'Shot', 'Album', 'Message', 'preview_file', 'shot
 # %% ../nbs/13a_album.ipynb #4dfc70c6
 @dataclass(eq=False)
 class Shot:
-    "A picture of an album. `at`: when it was made, in seconds since 1970; `seconds`: how long it took; `star`: keep it."
+    "A picture of an album. `at`: when it was made (seconds since 1970); `seconds`: how long it took; `star`: keep it."
     id: str
     image: Pillow.Image = field(repr=False)
     receipt: Receipt | None = field(repr=False)

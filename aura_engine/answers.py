@@ -18,10 +18,10 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 # %% auto #0
 __all__ = ['log', 'T', 'REASONS', 'LONG_WAITS', 'STEPS', 'Ask', 'Finish', 'KINDS', 'UNBUFFERED', 'Metrics', 'Stopwatch', 'Api',
-           'unready', 'add_gauges', 'gpu_memory', 'Order', 'order_of', 'Work', 'pictures_in', 'cost_of', 'place_order',
-           'attended', 'deadline_of', 'begin', 'follow', 'file_of', 'Files', 'files_of', 'answer_kind', 'Told',
-           'sse_frame', 'preview_jpeg', 'told', 'tell', 'heartbeat', 'event_stream', 'sse_events', 'one_picture',
-           'respond']
+           'unready', 'add_gauges', 'gpu_memory', 'Order', 'order_of', 'OrderedJob', 'pictures_in', 'cost_of',
+           'place_order', 'attended', 'deadline_of', 'begin', 'follow', 'file_of', 'Files', 'files_of', 'answer_kind',
+           'Told', 'sse_frame', 'preview_jpeg', 'told', 'tell', 'heartbeat', 'event_stream', 'sse_events',
+           'one_picture', 'respond']
 
 # %% ../nbs/09d_answers.ipynb #824b34f6
 from PIL import Image as Pillow
@@ -171,7 +171,7 @@ def order_of(ask: Ask, row: Row, gpu: bool) -> Order:
 
 # %% ../nbs/09d_answers.ipynb #17cd79b0
 @dataclass(frozen=True)
-class Work:
+class OrderedJob:
     "A job of the engine, and the order that it carries out."
     job: Any
     order: Order
@@ -218,14 +218,14 @@ def deadline_of(ask: Ask) -> float | None:
     if isinstance(ask, ReplayRequest): return None
     return ask.config.deadline_seconds if isinstance(ask, RefineRequest) else ask.deadline_seconds
 
-async def begin(request: Request, ask: Ask, previews: bool = False) -> Work:
+async def begin(request: Request, ask: Ask, previews: bool = False) -> OrderedJob:
     "Plan a checked request and hand it to the engine. Raises NotReady, QueueFull, DeadlineExceeded, Invalid."
     api, client = request.app.state.api, client_behind(request)
     seconds = max(deadline_of(ask) or api.settings.deadline_seconds, 1.0)      # shorter ones the engine judges
     try:
         async with asyncio.timeout(seconds):
             order = await attended(request, place_order(api, ask, client))
-        return Work(api.engine.submit(order.plan, previews=previews, client=client), order)
+        return OrderedJob(api.engine.submit(order.plan, previews=previews, client=client), order)
     except TimeoutError: raise DeadlineExceeded("The pictures of this request were not read in time.") from None
     except Invalid as error:
         if isinstance(ask, RefineRequest): raise in_config(error) from None
@@ -273,7 +273,7 @@ class Files:
                 "warnings": self.warnings}
 
 # %% ../nbs/09d_answers.ipynb #4c53b502
-async def files_of(api: Api, work: Work, request: Request | None = None,
+async def files_of(api: Api, work: OrderedJob, request: Request | None = None,
                    finish: Finish | None = None) -> Files:
     "Wait for all pictures and encode them. Raises the error of a job that failed."
     order = work.order
@@ -342,7 +342,7 @@ async def told(api: Api, event: Event, order: Order, request_id: str = "") -> To
     return Told("done", {"warnings": list(event.warnings)})
 
 # %% ../nbs/09d_answers.ipynb #974aab0e
-async def tell(api: Api, work: Work, request_id: str = "") -> AsyncGenerator[Told]:
+async def tell(api: Api, work: OrderedJob, request_id: str = "") -> AsyncGenerator[Told]:
     "A job's events as clients get them; `done` is always the last. Failures are counted."
     differs: list[str] = []
     try:
@@ -390,7 +390,7 @@ def event_stream(api: Api, source: AsyncGenerator[bytes], job) -> Response:
     beats = heartbeat(source, left=lambda: api.metrics.failed(Cancelled()))
     return EventSourceResponse(beats, headers=UNBUFFERED, background=BackgroundTask(job.cancel))
 
-async def sse_events(api: Api, work: Work, request_id: str) -> AsyncGenerator[bytes]:
+async def sse_events(api: Api, work: OrderedJob, request_id: str) -> AsyncGenerator[bytes]:
     "A job as server-sent events."
     async with aclosing(tell(api, work, request_id)) as events:
         async for event in events: yield sse_frame(event.name, event.data)

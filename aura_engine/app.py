@@ -22,7 +22,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 __all__ = ['SMALL_EXAMPLES', 'EXAMPLES', 'STUDIO', 'STUDIO_FILES', 'PAGE_POLICY', 'EVENTS', 'PICTURES', 'MAKING', 'routes',
            'INLINE', 'JOBS', 'REF', 'post_generate', 'post_refine', 'post_replay', 'get_health', 'get_ready',
            'get_metrics', 'get_examples', 'get_page', 'get_page_file', 'Answer', 'Problem', 'JobState', 'Route',
-           'responses', 'checked_body', 'json_body', 'endpoint', 'answer_error', 'on_error', 'methods_at', 'ask_key',
+           'responses', 'checked_body', 'parsed_body', 'endpoint', 'answer_error', 'on_error', 'methods_at', 'ask_key',
            'create_app', 'add_route', 'openapi']
 
 # %% ../nbs/09f_app.ipynb #83d929dd
@@ -204,7 +204,7 @@ def checked_body(adapter: TypeAdapter, data: bytes) -> Any:
     except ValidationError as error: raise invalid(error, JOBS) from None
 
 # %% ../nbs/09f_app.ipynb #a9697168
-async def json_body(request: Request, route: Route, adapter: TypeAdapter) -> Any:
+async def parsed_body(request: Request, route: Route, adapter: TypeAdapter) -> Any:
     "The checked body of a request."
     api: Api = request.app.state.api
     check_type(request)
@@ -219,7 +219,7 @@ def endpoint(route: Route) -> Callable:
     if route.body is None: return route.handler
     adapter = TypeAdapter(route.body)
     async def answer(request: Request) -> Response:
-        return await route.handler(request, await json_body(request, route, adapter))
+        return await route.handler(request, await parsed_body(request, route, adapter))
     answer.__doc__ = route.handler.__doc__
     return answer
 

@@ -23,7 +23,7 @@ __all__ = ['Model', 'Side', 'SIDE', 'Size', 'NO_USAGE', 'FORM', 'OPENAI', 'EVENT
 
 # %% ../nbs/10_compat.ipynb #64fcc498
 from .answers import (
-    Api, Files, Finish, Work, answer_kind, begin, event_stream, file_of, files_of, follow, sse_frame)
+    Api, Files, Finish, OrderedJob, answer_kind, begin, event_stream, file_of, files_of, follow, sse_frame)
 from .app import MAKING, Route
 from .errors import as_error, invalid
 from .images import MIME, encode, to_base64
@@ -164,7 +164,7 @@ def partial_image(ask: ImagesRequest, kind: str, event: Preview, size: Size, num
     return openai_event(ask, f"{kind}.partial_image", picture, file, partial_image_index=number)
 
 # %% ../nbs/10_compat.ipynb #8abc879f
-async def openai_events(api: Api, work: Work, ask: ImagesRequest, kind: str) -> AsyncGenerator[dict[str, Any]]:
+async def openai_events(api: Api, work: OrderedJob, ask: ImagesRequest, kind: str) -> AsyncGenerator[dict[str, Any]]:
     "A job as `{kind}.partial_image` and `{kind}.completed` events. Raises the error of a job that failed."
     first = work.order.plan.pictures[0]
     size, partials = size_asked(ask.size) or (first.width, first.height), Partials(ask.partial_images)
@@ -178,7 +178,7 @@ async def openai_events(api: Api, work: Work, ask: ImagesRequest, kind: str) -> 
             if number is not None: yield await api.encode(partial_image, ask, kind, event, size, number)
 
 # %% ../nbs/10_compat.ipynb #76b03309
-async def openai_stream(api: Api, work: Work, ask: ImagesRequest, kind: str) -> AsyncGenerator[bytes]:
+async def openai_stream(api: Api, work: OrderedJob, ask: ImagesRequest, kind: str) -> AsyncGenerator[bytes]:
     "The same as frames; an error ends it as OpenAI's does."
     try:
         async with aclosing(openai_events(api, work, ask, kind)) as events:

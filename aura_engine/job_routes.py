@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Request
 from fastapi.responses import EventSourceResponse, JSONResponse, Response
 from pydantic import Field
-from .answers import UNBUFFERED, Api, Told, Work, begin, heartbeat, sse_frame, tell
+from .answers import UNBUFFERED, Api, OrderedJob, Told, begin, heartbeat, sse_frame, tell
 from .errors import request_id
 from .planning import ReplayRequest
 from .types import (
@@ -65,10 +65,10 @@ GROWING = ("preview", "image")                                # the events that 
 
 class KeptJob:
     "A job in the store: its events, how far it is, how it ended. `client` is whose it is."
-    def __init__(self, work: Work, client: str = ""):
+    def __init__(self, work: OrderedJob, client: str = ""):
         self.id, self.client = work.job.id, client
         self.log = SentLog()
-        self.work: Work | None = work                         # None once the engine has finished with it
+        self.work: OrderedJob | None = work                         # None once the engine has finished with it
         self.task: asyncio.Task | None = None                 # the one that watches it
         self.status = JobStatus.queued
         self.ended: float | None = None                       # time.monotonic() of its end
@@ -214,7 +214,7 @@ class ReplayJob(RequestModel):
 AnyJob = Annotated[GenerateJob | RefineJob | ReplayJob, Field(discriminator="route")]
 
 # %% ../nbs/09e_job_routes.ipynb #b4fbd73e
-async def watch_job(api: Api, kept: KeptJob, work: Work) -> None:
+async def watch_job(api: Api, kept: KeptJob, work: OrderedJob) -> None:
     "Follow a job to its end and keep what it tells."
     status = JobStatus.succeeded
     async with aclosing(tell(api, work)) as events:

@@ -22,8 +22,8 @@ from .types import Invalid, ModelError
 
 # %% auto #0
 __all__ = ['DTYPES', 'OURS_TO_SAY', 'devices', 'pick_device', 'pick_precision', 'has_bf16', 'scheduler_of', 'Components',
-           'read_pipeline', 'read_vae', 'encoders_of', 'recognised', 'within', 'row_by_settings', 'commit_of', 'load',
-           'placed']
+           'read_pipeline', 'read_vae', 'encoders_of', 'recognised', 'default_within', 'row_by_settings', 'commit_of',
+           'load', 'placed']
 
 # %% ../nbs/04e_loader.ipynb #0d7e3511
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -150,12 +150,13 @@ def recognised(row: Row | None, pipe: Any, settings: Settings) -> tuple[Row, lis
     return (replace(row, loras=tuple(settings.loras)) if settings.loras else row), [*notes, *own]
 
 # %% ../nbs/04e_loader.ipynb #d2204542
-def within(name: str, given: float, bounds: tuple[float, float, float]) -> tuple[Any, Any, Any]:
+def default_within(name: str, given: float, bounds: tuple[float, float, float]) -> tuple[Any, Any, Any]:
     "`bounds` with another default. Invalid when it is outside of them."
     least, _, most = bounds
     if not least <= given <= most: raise Invalid.value(name, given=given, allowed=f"{least:g} to {most:g}")
     return least, given, most
 
+# %% ../nbs/04e_loader.ipynb #40da281b
 def row_by_settings(row: Row, settings: Settings) -> tuple[Row, list[str]]:
     "(the row with a checkpoint's own defaults, a sentence for each). Invalid outside the row's bounds."
     changed: dict[str, Any] = {}
@@ -163,12 +164,14 @@ def row_by_settings(row: Row, settings: Settings) -> tuple[Row, list[str]]:
         if settings.sampler not in SAMPLERS:
             raise Invalid.value("SD_SAMPLER", given=settings.sampler, allowed=", ".join(SAMPLERS))
         changed["sampler"] = settings.sampler
-    if settings.steps is not None: changed["steps"] = within("SD_STEPS", settings.steps, row.steps)
-    if settings.guidance is not None: changed["guidance"] = within("SD_GUIDANCE", settings.guidance, row.guidance)
+    if settings.steps is not None: changed["steps"] = default_within("SD_STEPS", settings.steps, row.steps)
+    if settings.guidance is not None:
+        changed["guidance"] = default_within("SD_GUIDANCE", settings.guidance, row.guidance)
     if not changed: return row, []
     set_here = {"SD_SAMPLER": settings.sampler, "SD_STEPS": settings.steps, "SD_GUIDANCE": settings.guidance}
     said = ", ".join(f"{name}={value}" for name, value in set_here.items() if value is not None)
-    return replace(row, **changed), [f"{said}, instead of {row.sampler}, {row.steps[1]} steps, guidance {row.guidance[1]:g}"]
+    before = f"{row.sampler}, {row.steps[1]} steps, guidance {row.guidance[1]:g}"
+    return replace(row, **changed), [f"{said}, instead of {before}"]
 
 # %% ../nbs/04e_loader.ipynb #04c18f8e
 def commit_of(where: Path) -> str | None:

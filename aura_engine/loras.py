@@ -127,7 +127,9 @@ def original_name(name: str, layers: int, plain_ups: Container[int] = ()) -> str
     if way == "mid": return f"middle_block.{1 if kind == 'attentions' else 2 * place}.{inner}"
     column = {"resnets": 0, "attentions": 1}.get(kind)
     if kind == "downsamplers": return f"input_blocks.{(block + 1) * (layers + 1)}.0.op"
-    if kind == "upsamplers": return f"output_blocks.{block * (layers + 1) + layers}.{1 if block in plain_ups else 2}.conv"
+    if kind == "upsamplers":
+        after_attention = 1 if block in plain_ups else 2
+        return f"output_blocks.{block * (layers + 1) + layers}.{after_attention}.conv"
     if way == "down": return f"input_blocks.{1 + block * (layers + 1) + place}.{column}.{inner}"
     return f"output_blocks.{block * (layers + 1) + place}.{column}.{inner}"
 
@@ -164,7 +166,7 @@ class LoraFile:
         return notes
 
 def lora_layer(tensors: dict[str, torch.Tensor], settings: Mapping[str, Any]) -> LoraLayer | None:
-    "One layer from its tensors; None when one of the two sides is missing. `settings`: peft's, where the file has them."
+    "One layer from its tensors; None when one side is missing. `settings`: peft's, where the file has them."
     if "down" not in tensors or "up" not in tensors: return None
     down, up = tensors["down"], tensors["up"]
     if "mid" in tensors: down = torch.einsum("rshw,si->rihw", tensors["mid"].float(), down.float().flatten(1))
@@ -285,7 +287,8 @@ def fill_layer(peft_layer: Any, name: str, layer: LoraLayer, dtype: torch.dtype)
     peft_layer.scaling[name] = layer.scale
     if name not in peft_layer.lora_magnitude_vector: return
     lengths = peft_layer.lora_magnitude_vector[name].weight
-    kept = layer.change(peft_layer.base_layer.weight.data).flatten(1).norm(dim=1) if layer.lengths is None else layer.lengths
+    kept = layer.lengths
+    if kept is None: kept = layer.change(peft_layer.base_layer.weight.data).flatten(1).norm(dim=1)
     lengths.data = kept.reshape(lengths.shape).to(dtype)
 
 # %% ../nbs/04d_loras.ipynb #e34bf38f

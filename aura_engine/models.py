@@ -74,7 +74,7 @@ class Row:
     ids: tuple[str, ...] = ()
     files: tuple[str, ...] = ()                  # whole checkpoints in one file, by their published names
     note: str = ""
-    loras: tuple[str, ...] = ()                  # aliases that a request may name: set when the model is loaded (SD_LORAS)
+    loras: tuple[str, ...] = ()                  # aliases that a request may name, from SD_LORAS when it is loaded
 
     @property
     def cfg(self) -> bool:
@@ -148,14 +148,16 @@ def lightning(steps: int) -> Row:
     "SDXL-Lightning for `steps` steps: its UNet, and the whole checkpoint in one file."
     name, file = f"sdxl-lightning-{steps}", f"{_LIGHTNING}_{steps}step"
     if steps > 1:
-        return distilled(_sdxl, name, steps, "euler", base=SDXL_ID, unet=f"{file}_unet.safetensors", files=(f"{file}.safetensors",))
+        whole = (f"{file}.safetensors",)
+        return distilled(_sdxl, name, steps, "euler", base=SDXL_ID, unet=f"{file}_unet.safetensors", files=whole)
     return distilled(_sdxl, name, 1, "euler-x0", base=SDXL_ID, unet=f"{file}_unet_x0.safetensors",
                      files=(f"{file}_x0.safetensors",), note="experimental")
 
 # %% ../nbs/02_models.ipynb #9016a9f1
 def lightning_lora(steps: int) -> Row:
     "SDXL-Lightning's LoRA for `steps` steps."
-    return distilled(_sdxl, f"sdxl-lightning-{steps}-lora", steps, "euler", lora=f"{_LIGHTNING}_{steps}step_lora.safetensors")
+    file = f"{_LIGHTNING}_{steps}step_lora.safetensors"
+    return distilled(_sdxl, f"sdxl-lightning-{steps}-lora", steps, "euler", lora=file)
 
 # %% ../nbs/02_models.ipynb #aa590105
 _NOT_FREE = "licence: not free for commercial use"
@@ -187,7 +189,8 @@ XL_ROWS = (
     *(hyper(_sdxl, "Hyper-SDXL", steps) for steps in (1, 2, 4, 8)),
     *(hyper_cfg(_sdxl, "Hyper-SDXL", steps) for steps in (8, 12)),
     tcd(_sdxl, "h1t/TCD-SDXL-LoRA"),
-    *(distilled(_sdxl, f"sdxl-dmd2-lora{kind.replace('_', '-')}", 4, "dmd2", note="model card: timesteps 999, 749, 499, 249",
+    *(distilled(_sdxl, f"sdxl-dmd2-lora{kind.replace('_', '-')}", 4, "dmd2",
+                note="model card: timesteps 999, 749, 499, 249",
                 lora=f"tianweiy/DMD2/dmd2_sdxl_4step_lora{kind}.safetensors") for kind in ("_fp16", "")),
     distilled(_sdxl, "sdxl-turbo", 1, "euler-a", most=4, native=512, ids=("stabilityai/sdxl-turbo",),
               files=tuple(f"stabilityai/sdxl-turbo/sd_xl_turbo_1.0{kind}.safetensors" for kind in ("_fp16", "")),
@@ -224,9 +227,11 @@ def _source(row: Row) -> str:
 # %% ../nbs/02_models.ipynb #18184667
 def model_table() -> str:
     "The rows as a markdown table."
-    lines = ["| row | what it is | sampler | steps | guidance | native | note |", "| --- | --- | --- | --- | --- | --- | --- |"]
+    lines = ["| row | what it is | sampler | steps | guidance | native | note |",
+             "| --- | --- | --- | --- | --- | --- | --- |"]
     for row in ROWS.values():
-        cells = (f"`{row.name}`", _source(row), row.sampler, _span(row.steps), _span(row.guidance), f"{row.native}²", row.note)
+        numbers = (_span(row.steps), _span(row.guidance), f"{row.native}²")
+        cells = (f"`{row.name}`", _source(row), row.sampler, *numbers, row.note)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -241,9 +246,11 @@ def vae_table() -> str:
 # %% ../nbs/02_models.ipynb #15ca36e9
 _HERE = Path(__file__).parent if "__file__" in globals() else Path("../aura_engine")      # a notebook has no __file__
 EMBEDDED = _HERE / "assets" / "embedded"
-INCLUDED = {"embedded": EMBEDDED, "embedded-base": EMBEDDED, "embedded/lcm-lora": EMBEDDED / "lcm-lora"}      # ask no Hub for these
+# no Hub is asked for these
+INCLUDED = {"embedded": EMBEDDED, "embedded-base": EMBEDDED, "embedded/lcm-lora": EMBEDDED / "lcm-lora"}
 PICKLED = (".ckpt", ".pt", ".bin", ".pth", ".pkl")
-SOURCES = "a Hub id (owner/name), a file on the Hub (owner/name/file.safetensors), a diffusers folder, or a .safetensors file"
+SOURCES = ("a Hub id (owner/name), a file on the Hub (owner/name/file.safetensors), a diffusers folder, "
+           "or a .safetensors file")
 
 # %% ../nbs/02_models.ipynb #406d1ecb
 ALIASES = {"runwayml/stable-diffusion-v1-5": SD15_ID}
@@ -301,7 +308,7 @@ BASES = ("sd15", "sdxl", "ssd-1b", "embedded-base")
 
 
 def with_lora(row: Row, lora: str, explicit: bool = False) -> Row:
-    "The row of a base with the LoRA that is its method. Invalid for another family's, and for an unknown one unless `explicit`."
+    "A base's row with the LoRA that is its method. Invalid for another family's, or an unknown one unless `explicit`."
     if row.name not in BASES: return row
     known = [r for r in ROWS.values() if r.lora and is_named(lora, r.lora)]
     fitting = _nearest(r for r in known if r.pipeline == row.pipeline)

@@ -264,5 +264,6 @@ def read_single(reader: Reader, source: str, vae: str | None = None) -> tuple[An
     pipeline = getattr(diffusers_classes(), served_index(config)["_class_name"])
     reader.progress.stage = "reading"
     with reading():
-        made = pipeline.from_single_file(str(file), config=str(config), dtype=reader.dtype, local_files_only=True, **given)
+        made = pipeline.from_single_file(str(file), config=str(config), dtype=reader.dtype,
+                                         local_files_only=True, **given)
     return made, file

@@ -171,7 +171,8 @@ def estimate_of(out: Any) -> torch.Tensor:
     return next(value for name in names if (value := getattr(out, name, None)) is not None)
 
 # %% ../nbs/06_trajectory.ipynb #42309307
-FIRST_ORDER = ("LCMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "TCDScheduler")
+FIRST_ORDER = ("LCMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
+               "TCDScheduler")
 
 def most_steps(scheduler: Any) -> int:
     "How long this scheduler's timetable may be."
@@ -393,7 +394,8 @@ class Trajectory:
         "Use the UNet's answer with a multistep sampler, which keeps it for the next step."
         given = {}
         if self.sampler.config.get("algorithm_type", "").startswith("sde"):
-            given["variance_noise"] = self.noise.draw(tuple(self.latents.shape)).to(self.latents.device)
+            fresh = self.noise.draw(tuple(self.latents.shape)).to(self.latents.device)
+            given = {"variance_noise": fresh}
         step = self.sampler.step(answer, self.timesteps[self.k], self.latents, return_dict=False, **given)
         self.latents, self.estimate = step[0], self.sampler.model_outputs[-1]
 

@@ -15,7 +15,8 @@ import traitlets as T
 from .album import Message, Shot, Work, count_of, desk_of, shot_message
 from .client import AuraClient, EngineReport, report_of
 from .images import Grid, grid, to_base64
-from .transport import Ask, Replay, checked, generation, json_body, refinement, repetition
+from .transport import (Ask, InProcess, Remote, Replay, checked, generation, json_body, refinement,
+                                   repetition)
 from .types import AuraError, GenerateRequest, Invalid, Receipt, RefineConfig, RefineRequest
 
 _HERE = Path(__file__).parent if "__file__" in globals() else Path("../aura_engine")
@@ -137,9 +138,10 @@ def account_of(report: EngineReport, client: AuraClient) -> dict[str, Any]:
 async def examples_from(client: AuraClient) -> list[str]:
     "Prompts that the engine asked first can draw; none from an engine that does not say."
     door = client.aio.doors[0]
-    if hasattr(door, "engine"):
+    if isinstance(door, InProcess):
         from aura_engine.app import EXAMPLES, SMALL_EXAMPLES
         return list(SMALL_EXAMPLES if door.engine.row.name.startswith("embedded") else EXAMPLES)
+    if not isinstance(door, Remote): return []
     try: return (await door.http.get("/examples")).json()["examples"]
     except Exception: return []
 
@@ -237,7 +239,8 @@ class Studio(Conversation):
 
     def close(self) -> None:
         "Stop its work and take the widget away. The engine goes on for others: `close_desks` ends that, too."
-        self.desk.watchers.remove(self._work_changed)
+        # also called when the widget is collected, after an earlier close
+        if self._work_changed in self.desk.watchers: self.desk.watchers.remove(self._work_changed)
         self.stop()
         super().close()
 

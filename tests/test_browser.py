@@ -191,7 +191,7 @@ def test_the_place_in_the_queue_is_shown(page, server):
         new MutationObserver(() => window.notes.push(root.querySelector('.said')?.textContent ?? '')).observe(root, {subtree: true, childList: true, characterData: true}); }""")
     with httpx.Client(base_url=server.url) as others:
         url = others.post("/jobs", json={"route": "generate", "request": {"prompt": "an owl", "steps": 50, "n": 4}}).json()["statusUrl"]
-        ask(page, "a fox", steps=2)
+        ask(page, "a fox", steps=50)                                            # a short one would go first
         end = time.monotonic() + 30
         while not page.evaluate("window.notes.some(t => /^[1-4] ahead of you, about/.test(t))"):
             assert time.monotonic() < end
@@ -754,7 +754,8 @@ def module(gallery):
 
 def test_form_request_receipt_round_trip(module):
     """For every row of the table: a form becomes a request, the plan's receipt becomes the form again."""
-    from aura_engine.models import ROWS, plan
+    from aura_engine.models import ROWS
+    from aura_engine.planning import plan
     from aura_engine.types import GenerateRequest
     for row in ROWS.values():
         for aspect in ("1:1", "4:3", "3:2", "16:9", "3:4", "2:3", "9:16"):

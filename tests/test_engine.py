@@ -368,20 +368,20 @@ def test_images_come_in_the_log_of_the_job(engine):
 def no_engines(monkeypatch):
     """The environment of a notebook, no engine shared yet -> the list of loads that will have been made."""
     import aura_engine.engine as room
-    from aura_engine import widgets
+    from aura_engine.album import close_desks
+    close_desks()
     for name, value in {"SD_MODEL_ID": "embedded", "SD_DEVICE": "cpu", "SD_BACKEND": "torch"}.items(): monkeypatch.setenv(name, value)
     loads, load = [], room.load
     monkeypatch.setattr(room, "load", lambda *args: (loads.append(args[0]), load(*args))[1])
     yield loads
-    for client in widgets._offline: client.close()
-    widgets._offline.clear()
+    close_desks()
     room.close_engines()
 
 
 def three_cells():
     """What somebody who opens JupyterLab runs first."""
     from aura_engine.widgets import Compare, EngineStatus, Studio
-    return [lambda: Studio("offline"), lambda: EngineStatus("offline"), lambda: Compare("offline", "a red apple", ("steps", [1, 2]), ("seed", [7]))]
+    return [lambda: Studio("offline"), lambda: EngineStatus("offline"), lambda: Compare("offline", "a red apple", x=("steps", [1, 2]), y=("seed", [7]))]
 
 
 @pytest.mark.parametrize("together", [False, True], ids=["in a row", "at once"])

@@ -270,6 +270,6 @@ def test_client_command_and_comparison(served, tmp_path):
         assert client.refine("a fox", [PHOTO], lora="clay", seed=1, steps=2).receipts[0].lora_alias == "clay"
         with pytest.raises(Invalid, match="allowed: ink, clay"): client.generate("a fox", lora="oil")
         grid = Compare(client, "a fox", x=("lora_alias", [None, "ink", "clay", "oil"]), y=("steps", [2])).wait(120)
-        assert len({grid.results[a, 2].images[0].tobytes() for a in (None, "ink", "clay")}) == 3 and isinstance(grid.results["oil", 2], Invalid)
+        assert len({grid.results[a, 2].image.tobytes() for a in (None, "ink", "clay")}) == 3 and isinstance(grid.results["oil", 2], Invalid)
     aura = lambda *argv: subprocess.run([sys.executable, "-c", "from aura_engine.cli import main; main()", "generate", "a fox", "--local", server.url, "--mode", "local", "--steps", "2", "--json", *argv], cwd=tmp_path, env=clean_env(), capture_output=True, text=True)
     assert json.loads(aura("--lora", "clay").stdout)["receipts"][0]["loraAlias"] == "clay" and "allowed: ink, clay" in aura("--lora", "oil").stdout

@@ -13,7 +13,7 @@ LEFT_OUT = re.compile(r"(torch|triton|setuptools|nvidia-[\w-]+|cuda-[\w-]+)==") 
 
 def torch_pin(dockerfile):
     """'torch==2.13.0', as the Dockerfile installs it."""
-    return re.search(r"torch==[\d.]+", dockerfile)[0]
+    return re.findall(r"torch==[\d.]+", dockerfile)[0]
 
 
 def compiled(requirements, pin):
