@@ -1059,6 +1059,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'aura_engine.intake.PictureLine._call': ('intake.html#pictureline._call', 'aura_engine/intake.py'),
                                     'aura_engine.intake.PictureLine._leave': ('intake.html#pictureline._leave', 'aura_engine/intake.py'),
                                     'aura_engine.intake.PictureLine._rest': ('intake.html#pictureline._rest', 'aura_engine/intake.py'),
+                                    'aura_engine.intake.PictureLine.rest_soon': ( 'intake.html#pictureline.rest_soon',
+                                                                                  'aura_engine/intake.py'),
                                     'aura_engine.intake.PictureLine.run': ('intake.html#pictureline.run', 'aura_engine/intake.py'),
                                     'aura_engine.intake.PicturesFull': ('intake.html#picturesfull', 'aura_engine/intake.py'),
                                     'aura_engine.intake._closing': ('intake.html#_closing', 'aura_engine/intake.py'),

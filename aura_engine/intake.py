@@ -301,8 +301,12 @@ class PictureLine:
             if me in line: line.remove(me)
         if not self.waiting and not self.running:
             self.spent.clear()
-            asyncio.get_running_loop().call_later(REST, self._rest)
+            self.rest_soon()
         self._call()
+
+    def rest_soon(self) -> None:
+        "Give memory back in a while, unless there is something to decode then. Also for what came in and was refused."
+        asyncio.get_running_loop().call_later(REST, self._rest)
 
     def _rest(self) -> None:
         "Nothing was decoded for a while, unless something is again."

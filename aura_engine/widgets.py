@@ -76,6 +76,7 @@ class Pane(anywidget.AnyWidget):
     value = T.Dict(FORM).tag(sync=True)
     choice = T.Unicode("").tag(sync=True)
     jobs = T.List().tag(sync=True)
+    looking: Future[Any] | None = None              # until it was made whole: a refused one is closed, too
 
     def __init__(self, source: Any = None, every: float = 3, origin: str | None = None, **traits: Any):
         self.desk = desk_of(source)
@@ -87,7 +88,7 @@ class Pane(anywidget.AnyWidget):
         first = self.doors[0].url
         both = self.desk.client.aio.mode if len(self.doors) > 1 else ""
         super().__init__(address=first if first.startswith("http") else "", mode=both, **traits)
-        self.looking: Future[Any] = self.desk.client.start(self._watch())
+        self.looking = self.desk.client.start(self._watch())
 
     @property
     def client(self) -> AuraClient: return self.desk.client
@@ -115,11 +116,11 @@ class Pane(anywidget.AnyWidget):
 
     def stop(self) -> None:
         "Look no more."
-        self.looking.cancel()
+        if self.looking: self.looking.cancel()
 
     def close(self) -> None:
         "Look no more and take the widget away. The engine, which others may use, goes on."
-        self.looking.cancel()
+        self.stop()
         super().close()
 
 # %% ../nbs/13b_widgets.ipynb #d275db42

@@ -241,7 +241,7 @@ def test_a_wrong_picture_is_named_by_its_place():
 # shape of the vocabulary
 
 def test_errors_are_one_tree_of_titles_and_codes():
-    classes = error_tree()
+    classes = [c for c in error_tree() if c.__module__ == "aura_engine.types"]      # the doors have titles of their own
     assert len({c.code for c in classes}) == len(classes) > 18 and all(c.title and c.title == c.__doc__ for c in classes)
     assert all(c().problem()["status"] == c.status for c in classes) and issubclass(Invalid, AuraError)
 

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from aura_engine.album import Shot, close_desks, desk_of
+from aura_engine.album import close_desks
 from aura_engine.client import AuraClient
 from aura_engine.images import receipt_of
 from aura_engine.types import AuraError, Invalid
@@ -40,6 +41,7 @@ def studio(source):
     yield studio
     studio.close()
     studio.client.close()
+    close_desks()                                           # the next one begins with an empty album
 
 
 def until(condition, seconds=60):
