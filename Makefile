@@ -38,14 +38,17 @@ check: $(VENV)/dev.stamp ## ruff and the type checker (basic) on the package and
 test: $(VENV)/dev.stamp ## every test but the slow ones
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests -m "not slow" -ra -n auto --maxprocesses 4 --dist worksteal
 
-test-slow: $(VENV)/dev.stamp ## the slow tests; prints what was skipped and why
+test-slow: $(VENV)/dev.stamp $(VENV)/site.stamp ## the slow tests; prints what was skipped and why
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests -m slow -ra || test $$? -eq 5
 
 lab: $(VENV)/dev.stamp ## the notebooks in JupyterLab
 	$(PY) -m jupyterlab nbs/00_start.ipynb
 
-site: $(VENV)/serve.stamp ## the notebooks and the interface as a web site, into site/
+$(VENV)/site.stamp: $(VENV)/serve.stamp
 	$(PY) -m pip install -q -e '.[site]'
+	@touch $@
+
+site: $(VENV)/site.stamp ## the notebooks and the interface as a web site, into site/
 	$(PY) tools/pages.py
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 	@echo "look at it: $(PY) -m http.server -d site --bind 127.0.0.1 8000"

@@ -210,7 +210,7 @@ async def parsed_body(request: Request, route: Route, adapter: TypeAdapter) -> A
     check_type(request)
     with api.arrivals.body(client_behind(request)) as arriving:
         data = await read_body(request, route.most, api.arrivals, arriving)
-        if len(data) > SMALL: api.line.rest_soon()            # what it leaves behind is given back, also when it is refused
+        if len(data) > SMALL: api.line.rest_soon()            # its memory is given back, also when it is refused
         if len(data) <= INLINE: return checked_body(adapter, data)
         return await api.read(checked_body, adapter, data)
 

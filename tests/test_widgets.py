@@ -5,7 +5,6 @@ import pytest
 from PIL import Image
 
 from aura_engine.album import Shot, close_desks, desk_of
-from aura_engine.album import close_desks
 from aura_engine.client import AuraClient
 from aura_engine.images import receipt_of
 from aura_engine.types import AuraError, Invalid
