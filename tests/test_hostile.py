@@ -20,6 +20,7 @@ VICTIM, LOOKOUT = "127.0.0.2", "127.0.0.3"             # other addresses than th
 # One thread of OpenMP: two that wait for each other on a busy machine spin, and the spinning would be counted.
 COUNTED = {"OMP_NUM_THREADS": 1, "MKL_NUM_THREADS": 1}
 LAG = 2.0                                               # processor seconds that may pass while /health is answered
+KEPT = 256 * MiB                                        # freed memory that glibc may keep, see keep_memory in 08c_runner
 QUESTION = {"prompt": "a red apple", "seed": 11, "steps": 4}
 
 
@@ -167,13 +168,14 @@ def test_an_attack_meets_its_budget_and_a_victim_gets_its_picture(attack, reques
 
 
 def test_afterwards_all_is_as_before(open_server):
-    """No answer of the server's own failure, no traceback, its memory back, and the picture still the same."""
+    """No answer of the server's own failure, no traceback, its memory back but for what the C library keeps, and the same picture."""
     w = open_server
     if len(SEEN) < len(CORPUS) // 2: pytest.skip("only a part of the corpus was run before")
     assert np.abs(pixels(w.ask()) - w.picture).max() <= 4
     end = time.monotonic() + 30
-    while w.rss() > 1.1 * w.at_rest and time.monotonic() < end: time.sleep(0.5)
-    assert w.rss() <= 1.1 * w.at_rest, f"{w.rss() / MiB:.0f} MiB, {w.at_rest / MiB:.0f} MiB before"
+    most = 1.1 * w.at_rest + KEPT
+    while w.rss() > most and time.monotonic() < end: time.sleep(0.5)
+    assert w.rss() <= most, f"{w.rss() / MiB:.0f} MiB, {w.at_rest / MiB:.0f} MiB before"
     metrics = w.target.exchange(http(w.target.host, "/metrics", kind="", method="GET"), LOOKOUT).body.decode()
     assert not re.findall(r'aura_requests_total\{code="5.*', metrics)
     assert "Traceback" not in w.server.log.read_text(encoding="utf-8", errors="replace")
