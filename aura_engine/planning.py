@@ -17,13 +17,13 @@ from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, 
 from pydantic import model_validator
 from .images import decode, from_base64, receipt_of
 from .models import EMBEDDED, NARROWEST, SAMPLERS, Row, executed_steps, fit_size, makes, size_for
-from .types import (MAX_PROMPT, MAX_SEED, FieldError, GenerateRequest, Invalid, Note, Picture, Plan, Prompt, Receipt,
-    RefineConfig, RefineRequest, RequestModel, Steps, Words, field_errors, shown)
+from .types import (MAX_PROMPT, MAX_SEED, WHOLE, FieldError, GenerateRequest, Invalid, Note, Picture, Plan,
+    Prompt, Receipt, RefineConfig, RefineRequest, RequestModel, Seed, Steps, Words, field_errors, shown)
 
 # %% auto #0
-__all__ = ['CLOSELY', 'MOST_HELPED', 'MOST_VERSIONS', 'Label', 'SamplerName', 'COMPARED', 'MOST_DIFFERENCES', 'known_words',
-           'is_slip', 'shorter_by_one', 'letter_pairs', 'Vocabulary', 'vocabulary', 'meant', 'alike', 'some',
-           'understood', 'clamp', 'allowed_lora', 'plan', 'prepare', 'sized', 'PictureRecipe', 'Replayed',
+__all__ = ['CLOSELY', 'MOST_HELPED', 'MOST_VERSIONS', 'Label', 'SamplerName', 'Side', 'COMPARED', 'MOST_DIFFERENCES',
+           'known_words', 'is_slip', 'shorter_by_one', 'letter_pairs', 'Vocabulary', 'vocabulary', 'meant', 'alike',
+           'some', 'understood', 'clamp', 'allowed_lora', 'plan', 'prepare', 'sized', 'PictureRecipe', 'Replayed',
            'ReplayRequest', 'replay_plan', 'differences']
 
 # %% ../nbs/03b_planning.ipynb #b19b3380
@@ -308,17 +308,19 @@ def _known_sampler(name: str) -> str:
 SamplerName = Annotated[Label, AfterValidator(_known_sampler), Field(json_schema_extra={"enum": [*SAMPLERS]})]
 
 # %% ../nbs/03b_planning.ipynb #e1613a93
+Side = Annotated[int, Field(ge=64, le=4096), WHOLE]      # pixels
+
 class PictureRecipe(RequestModel):
     "What of a receipt makes its picture again."
     model_config = {**RequestModel.model_config, "extra": "ignore"}
     prompt: Prompt
     negative_prompt: Prompt
-    width: int = Field(ge=64, le=4096)
-    height: int = Field(ge=64, le=4096)
-    steps: int = Field(ge=1, le=100)
+    width: Side
+    height: Side
+    steps: Steps
     guidance_scale: float = Field(ge=0, le=30)
     strength: float | None = Field(None, ge=0.05, le=1)
-    seed: int = Field(ge=0, le=MAX_SEED)
+    seed: Seed
     temperature: float = Field(ge=0, le=2)
     scheduler: SamplerName
     lora_alias: Label | None = None
