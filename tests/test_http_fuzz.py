@@ -107,9 +107,12 @@ def before_call(ctx, case, kwargs):
         for k in ("prompt", "model", "user"):
             if k in body and not isinstance(body[k], str): body[k] = ""
     # What a schema cannot say: the receipt of a picture made here.
-    if case.operation.path == "/replay" and isinstance(body, dict) and case.meta and case.meta.generation.mode.is_positive:
+    positive = case.meta and case.meta.generation.mode.is_positive
+    replay = body if case.operation.path == "/replay" else None
+    if case.operation.path == "/jobs" and isinstance(body, dict) and body.get("route") == "replay": replay = body.get("request")
+    if positive and isinstance(replay, dict):
         for k in ("receipt", "image", "init"):
-            if body.get(k) is not None: body[k] = MADE[k]
+            if replay.get(k) is not None: replay[k] = MADE[k]
 """
 
 
