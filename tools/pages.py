@@ -16,7 +16,8 @@ UPWARD_LINK = re.compile(r"\]\(\.\./([A-Z]+)\.md\)")                 # from nbs/
 
 def to_pages(text: str) -> str:
     """Links between notebooks, and to the documents above them, as links between pages."""
-    return UPWARD_LINK.sub(lambda m: f"]({m[1].lower()}.html)", NOTEBOOK_LINK.sub(r"\1.html", text))
+    text = UPWARD_LINK.sub(lambda m: f"]({m[1].lower()}.html)", NOTEBOOK_LINK.sub(r"\1.html", text))
+    return re.sub(r"\[([^\]]+)\]\(\.\./[^)]+\)", r"\1", text)          # other files of the repository have no page
 
 
 def page_of(path: Path) -> dict:
