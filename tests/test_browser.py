@@ -435,7 +435,7 @@ def test_a_reload_loses_nothing(page):
     expect(page.locator(".said")).to_contain_text("step")
     prompt(page).fill("typed but not asked")
     page.reload()
-    assert prompt(page).input_value() == "typed but not asked"
+    expect(prompt(page)).to_have_value("typed but not asked")
     expect(page.locator(".note")).to_have_text("Went on while you were away.")
     expect(tiles(page).last).to_have_attribute("aria-label", "a red apple")
     finished(page, 3)
@@ -451,9 +451,34 @@ def test_a_reload_loses_nothing(page):
     press(page, "Undo")
     finished(page, 3)
     press(page, "Clear all")
+    expect(page.locator(".note")).to_contain_text("All pictures are deleted.")      # said when it is true
     page.reload()
     expect(state(page)).to_contain_text("ready")
-    assert tiles(page).count() == 0 and prompt(page).input_value() == "typed but not asked"
+    expect(prompt(page)).to_have_value("typed but not asked")
+    assert tiles(page).count() == 0
+
+
+def test_what_is_typed_around_a_reload_stays(page, context, server):
+    """The form is there when it is first seen, so nothing typed then is overwritten; what was typed just before is kept."""
+    page.evaluate("""() => { const e = document.getElementById('studio').shadowRoot.querySelector('[name=prompt]');
+        e.value = 'the very last word'; e.dispatchEvent(new Event('input', {bubbles: true})); location.reload(); }""")
+    held = []
+    page.route("**/health", lambda r: held.append(r))                       # an engine that takes its time
+    page.wait_for_event("load")
+    expect(prompt(page)).to_have_value("the very last word")
+    expect(prompt(page)).to_be_focused()
+    page.keyboard.press("End")
+    page.keyboard.type(", and more")
+    held[-1].continue_()                                                    # earlier ones went with the page that asked
+    page.unroute("**/health")
+    expect(state(page)).to_contain_text("ready")
+    expect(prompt(page)).to_have_value("the very last word, and more")
+    other = context.new_page()                                              # a new tab begins with the form used last ...
+    other.goto(server.url)
+    expect(prompt(other)).to_have_value("the very last word, and more")
+    prompt(other).fill("another tab")
+    page.reload()                                                           # ... and each keeps its own
+    expect(prompt(page)).to_have_value("the very last word, and more")
 
 
 def test_two_tabs(page, context, server):

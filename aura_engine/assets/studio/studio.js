@@ -480,14 +480,16 @@ class BrowserStore {
 
   async list() { return (await this.ask("pictures", (s) => s.getAll())).sort((a, b) => b.at - a.at); }
   put({ url, ...picture }) { return this.ask("pictures", (s) => s.put(picture)); }
-  remove(id) { return this.ask("pictures", (s) => s.delete(id)); }
+  // One transaction: all of them go, or none.
+  remove(ids) { return this.ask("pictures", (s) => ids.map((id) => s.delete(id)).at(-1)); }
   jobs() { return this.ask("jobs", (s) => s.getAll()); }
   keepJob({ id, job, engine, request, start, at }) {
     return this.ask("jobs", (s) => s.put({ id, job, engine, request, start, at }));
   }
   dropJob(id) { return this.ask("jobs", (s) => s.delete(id)); }
-  form() { return remembered.get("form"); }
-  keepForm(form) { remembered.set("form", form); }
+  // Each tab keeps its own form; a new tab begins with the one used last.
+  form() { return session.get("form") ?? remembered.get("form"); }
+  keepForm(form) { session.set("form", form); remembered.set("form", form); }
   async start() { return (await this.ask("start", (s) => s.getAll()))[0]; }
   keepStart(start) { return this.ask("start", (s) => (start ? s.put({ ...start, id: 0 }) : s.clear())); }
 }
@@ -501,7 +503,7 @@ class KernelStore {
     return found;
   }
   put({ id, star }) { this.model.send({ type: "put", picture: id, star }); }
-  remove(id) { this.model.send({ type: "remove", picture: id }); }
+  remove(ids) { ids.forEach((picture) => this.model.send({ type: "remove", picture })); }
   jobs() {
     return this.model.get("jobs").map(({ request, ...job }) => ({ ...job, request: { ...request, images: Array(job.n).fill(null) } }));
   }
@@ -522,7 +524,12 @@ export class Studio extends EventTarget {
   pictures = []; runs = []; chosen = null; spread = null; comparing = null; form = { ...FORM }; start = null;
   health = {}; limits = limitsOf(); examples = []; note = null; trouble = null; wrong = []; offer = null;
 
-  constructor(engine) { super(); Object.assign(this, { engine, store: engine.store }); }
+  constructor(engine) {
+    super();
+    Object.assign(this, { engine, store: engine.store });
+    // Before anything is drawn: nobody shall type into an empty form that fills itself a moment later.
+    Object.assign(this.form, this.store.form());
+  }
 
   /** Have the views drawn again; `focus` names the field that shall have the focus then. */
   touch(focus) {
@@ -530,9 +537,8 @@ export class Studio extends EventTarget {
     this.due ??= Promise.resolve().then(() => { this.due = null; this.dispatchEvent(new Event("change")); });
   }
 
-  /** Take up what was there: the form, the pictures, the work under way. Then follow the engine's health. */
+  /** Take up what was there: the pictures and the work under way. Then follow the engine's health. */
   async begin() {
-    Object.assign(this.form, this.store.form());
     this.#watch();
     const [pictures, jobs, start] = await Promise.all([this.store.list(), this.store.jobs(), this.store.start()]);
     this.pictures.push(...pictures.filter(({ id }) => !this.find(id)));
@@ -693,7 +699,7 @@ export class Studio extends EventTarget {
     while (over()) {
       const old = this.pictures.findLast((p) => !p.star && p !== picture);
       if (!old) break;
-      this.#forget(old);
+      this.#forget([old]);
       this.say(t("full"));
     }
   }
@@ -746,16 +752,17 @@ export class Studio extends EventTarget {
     this.touch();
   }
 
-  #forget(picture) {
-    this.pictures = this.pictures.filter((other) => other !== picture);
-    this.store.remove(picture.id);
+  #forget(gone) {
+    this.pictures = this.pictures.filter((picture) => !gone.includes(picture));
+    return this.store.remove(gone.map(({ id }) => id));
   }
 
-  remove(...gone) {
+  async remove(...gone) {
     const before = this.pictures;
     const at = before.indexOf(gone[0]);
-    gone.forEach((picture) => this.#forget(picture));
+    const forgotten = this.#forget(gone);
     if (!this.find(this.chosen)) this.choose((this.pictures[at] ?? this.pictures[at - 1])?.id);
+    await forgotten;
     this.say(t(gone.length > 1 ? "cleared" : "removed"), () => {
       this.pictures = [...this.pictures.filter((p) => !before.includes(p)), ...before];
       gone.forEach((picture) => this.store.put(picture));
