@@ -36,7 +36,7 @@ def notebooks(names=(), root=ROOT, folder="nbs", ext=".ipynb"):
 
 
 def room(stem):
-    """Where a notebook stands on the ladder: '03b_planning' -> (3, 'b'), above '03a_images' and below '04_loader'."""
+    """Where a notebook stands on the ladder: '03d_planning' -> (3, 'b'), above '03a_images' and below '04_loader'."""
     number, letter = re.findall(r"^(\d+)([a-z]?)", stem)[0]
     return int(number), letter
 
