@@ -177,7 +177,8 @@ def test_afterwards_all_is_as_before(open_server):
     while w.rss() > most and time.monotonic() < end: time.sleep(0.5)
     assert w.rss() <= most, f"{w.rss() / MiB:.0f} MiB, {w.at_rest / MiB:.0f} MiB before"
     metrics = w.target.exchange(http(w.target.host, "/metrics", kind="", method="GET"), LOOKOUT).body.decode()
-    assert not re.findall(r'aura_requests_total\{code="5.*', metrics)
+    own = re.findall(r'aura_requests_total\{code="5.*', metrics)
+    assert not [line for line in own if 'code="503",route="/ready"' not in line]      # asked by the test itself until the model was loaded
     assert "Traceback" not in w.server.log.read_text(encoding="utf-8", errors="replace")
 
 
