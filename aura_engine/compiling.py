@@ -27,13 +27,16 @@ def solid(given: UNetInput) -> UNetInput:
 
 # %% ../nbs/05e_compiling.ipynb #b1a51609
 class CompiledUNet:
-    "A UNet compiled for each (rows, latents, text) shape it meets until it is sealed. Later shapes run eagerly."
+    """A UNet compiled for each (rows, latents, text) shape it meets until it is sealed. Later shapes run eagerly.
+
+    When compiling fails, all shapes do, and `tell` gets a sentence for people."""
     GRAPHS = 64                                   # as many as shapes are wanted; torch gives up after 8
 
-    def __init__(self, unet: Any, **how: Any):
-        self.unet, self.config = unet, unet.config
+    def __init__(self, unet: Any, tell: Callable[[str], None] = log.warning, **how: Any):
+        self.unet, self.config, self.tell = unet, unet.config, tell
         self.shapes: set[tuple] = set()
         self.sealed = False
+        self.failed = False                       # compiling did not work here
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, self.GRAPHS)
         self.fast: Callable = torch.compile(unet, dynamic=False, **how)
 
@@ -50,9 +53,24 @@ class CompiledUNet:
     def __call__(self, *values, return_dict: bool = False, **more) -> tuple[torch.Tensor]:
         given = solid(UNetInput.of_call(*values, **more))
         shape = tuple(given.sample.shape), tuple(given.text.shape)
-        if self.sealed and shape not in self.shapes: return (given.call(self.unet),)
-        self.shapes.add(shape)
-        return (given.call(self.fast),)
+        if shape in self.shapes: return (given.call(self.fast),)
+        if self.sealed or self.failed: return (given.call(self.unet),)
+        out = self.first_call(given)
+        if not self.failed: self.shapes.add(shape)
+        return (out,)
+
+    def first_call(self, given: UNetInput) -> torch.Tensor:
+        "Compile a shape by calling it; eagerly when that fails, and from then on."
+        try: return given.call(self.fast)
+        except torch.OutOfMemoryError: raise
+        except Exception as e:
+            out = given.call(self.unet)           # fails as well when compiling was not to blame
+            self.failed = True
+            self.shapes.clear()
+            log.exception("torch.compile failed")
+            why = str(e).strip().split("\n")[0][:200] or type(e).__name__
+            self.tell(f"TORCH_COMPILE: compiling failed, so the UNet runs without it ({why})")
+            return out
 
 # %% ../nbs/05e_compiling.ipynb #416e67b4
 @dataclass

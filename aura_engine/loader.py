@@ -21,9 +21,9 @@ from .reader import Reader, diffusers_classes, read_folder, read_single
 from .types import Invalid, ModelError
 
 # %% auto #0
-__all__ = ['DTYPES', 'OURS_TO_SAY', 'devices', 'pick_device', 'pick_precision', 'has_bf16', 'scheduler_of', 'Components',
-           'read_pipeline', 'read_vae', 'encoders_of', 'recognised', 'default_within', 'row_by_settings', 'commit_of',
-           'load', 'placed']
+__all__ = ['DTYPES', 'OURS_TO_SAY', 'devices', 'torch_wheel', 'nvidia_driver', 'gpu_fault', 'best_device', 'pick_device',
+           'pick_precision', 'has_bf16', 'scheduler_of', 'Components', 'read_pipeline', 'read_vae', 'encoders_of',
+           'recognised', 'default_within', 'row_by_settings', 'commit_of', 'load', 'placed']
 
 # %% ../nbs/04e_loader.ipynb #0d7e3511
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -34,14 +34,58 @@ def devices() -> list[str]:
     apple = ["mps"] if mps and mps.is_available() else []
     return ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *apple]
 
+# %% ../nbs/04e_loader.ipynb #6f0e4dba
+def torch_wheel() -> str:
+    "Which torch is installed, and the CUDA that it was built for."
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+    return f"torch {torch.__version__}, {cuda}"
+
+def nvidia_driver(file: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    "The version of this machine's NVIDIA driver; None when there is none."
+    try: text = file.read_text()
+    except OSError: return None
+    found = re.search(r"\b\d{3,}\.\d[\d.]*", text)
+    return found[0] if found else "of unknown version"
+
+# %% ../nbs/04e_loader.ipynb #a6293dea
+def gpu_fault(device: torch.device) -> str | None:
+    "What is wrong with a GPU, as a trial kernel finds it; None when it works."
+    side = 16
+    try:
+        ones = torch.ones(side, side, device=device)
+        if float((ones @ ones).sum()) == side ** 3: return None
+        why = "it computes a wrong product"
+    except Exception as e: why = str(e).strip().split("\n")[0][:200]
+    versions = f"{torch_wheel()}; NVIDIA driver {nvidia_driver() or 'not found'}"
+    return f"{device} does not work: {why} ({versions})"
+
+# %% ../nbs/04e_loader.ipynb #98bf693b
+def best_device(there: list[str]) -> tuple[torch.device, list[str]]:
+    "(the fastest of these devices that works, what is wrong with faster ones)."
+    notes = []
+    for name in there:
+        if not name.startswith("cuda"): continue
+        fault = gpu_fault(torch.device(name))
+        if fault is None: return torch.device(name), notes
+        notes.append(fault)
+    driver = nvidia_driver()
+    if driver and not torch.version.cuda and not torch.version.hip:
+        notes.append(f"an NVIDIA driver ({driver}) is here, but not a GPU for {torch_wheel()}")
+    slower = [name for name in there if not name.startswith("cuda")][-1]
+    return torch.device(slower), notes
+
 # %% ../nbs/04e_loader.ipynb #b8d09bba
-def pick_device(wanted: str) -> torch.device:
-    "'auto', 'cpu', 'mps', 'cuda', 'cuda:N' -> a device that exists. ModelError names what is there."
+def pick_device(wanted: str) -> tuple[torch.device, list[str]]:
+    "'auto', 'cpu', 'mps', 'cuda', 'cuda:N' -> (a device that works, warnings). ModelError says what is there."
     there = devices()
-    if wanted == "auto": return torch.device("cuda:0" if "cuda:0" in there else there[-1])
+    if wanted == "auto": return best_device(there)
     exact = "cuda:0" if wanted == "cuda" else wanted
-    if exact not in there: raise ModelError(f"SD_DEVICE={wanted}: this machine has {', '.join(there)}.")
-    return torch.device(exact)
+    if exact not in there:
+        raise ModelError(f"SD_DEVICE={wanted}: this machine has {', '.join(there)} ({torch_wheel()}).")
+    device = torch.device(exact)
+    fault = gpu_fault(device) if device.type == "cuda" else None
+    if fault: raise ModelError(f"SD_DEVICE={wanted}: {fault}.")
+    return device, []
 
 # %% ../nbs/04e_loader.ipynb #2336f5bb
 def pick_precision(wanted: str, device: torch.device) -> tuple[str, list[str]]:
@@ -183,8 +227,9 @@ def load(settings: Settings, progress: Progress | None = None) -> Components:
     "Read the model that `settings` name onto their device. ModelError with the true cause when that cannot be done."
     check_source(settings.model_id)
     model, moved = resolve_id(settings.model_id)
-    device = pick_device(settings.device)
-    precision, notes = pick_precision(settings.precision, device)
+    device, notes = pick_device(settings.device)
+    precision, said = pick_precision(settings.precision, device)
+    notes += said
     if moved: notes.append(moved)
     reader = Reader(DTYPES[precision], progress or Progress(), model, settings.revision, settings.prediction, notes)
     lora = settings.lcm_lora_id

@@ -218,7 +218,7 @@ def can_compile(parts: Components, settings: Settings) -> Answer:
 # %% ../nbs/05f_optimize.ipynb #44ccab64
 def compile_unet(parts: Components, settings: Settings) -> str:
     "Put a compiled UNet in its place."
-    parts.unet = CompiledUNet(parts.unet)
+    parts.unet = CompiledUNet(parts.unet, parts.notes.append)
     return "torch.compile, a static graph for each shape" + ("" if on_cuda(parts) else " (forced)")
 
 # %% ../nbs/05f_optimize.ipynb #2b08e3b5

@@ -1,4 +1,5 @@
 """Every optimisation applies, can be undone or says why not, and draws the picture that the plain model draws."""
+import re
 from copy import deepcopy
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch._dynamo.utils import counters
 
 import tiny
-from aura_engine import compiling, packing, precision, static_graphs
+from aura_engine import compiling, loader, packing, precision, static_graphs
 from aura_engine import optimize as opt
 from aura_engine.config import load_settings
 from aura_engine.engine import Engine
@@ -134,6 +135,48 @@ def test_no_recompiles_after_the_warm_up(small):
     opt.seal(parts)
     for rows in (4, 1, 3, 8, 2): same(picture(parts, replace(APPLE, seed=3), rows), plain)
     assert made == 3 == counters["stats"]["unique_graphs"]
+
+
+def test_where_there_is_no_compiler_it_runs_without(small, monkeypatch, tmp_path):
+    """torch's own compiler, on a machine without a C++ compiler: the same picture, eagerly, and a warning for /health."""
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    plain = parts_of(small, plain=True)
+    parts = parts_of(small, TORCH_COMPILE="force", SD_BACKEND="torch")
+    same(picture(parts), picture(plain))
+    same(picture(parts, rows=2), picture(plain))
+    told = [n for n in parts.notes if "TORCH_COMPILE" in n]
+    assert len(told) == 1 and "InvalidCxxCompiler" in told[0]
+    assert compiled_of(parts.unet).failed
+
+
+def compiled_of(unet):
+    """The compiled UNet, whatever is around it."""
+    return unet if isinstance(unet, compiling.CompiledUNet) else unet.unet
+
+
+def test_memory_that_runs_out_is_not_a_compiler_that_fails(small):
+    parts = parts_of(small, plain=True)
+    def full(graph, inputs): return lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory"))
+    parts.unet = compiling.CompiledUNet(parts.unet, parts.notes.append, backend=full)
+    with pytest.raises(torch.OutOfMemoryError): picture(parts)
+    assert not parts.unet.failed and not parts.notes
+
+
+def test_a_gpu_is_believed_when_a_kernel_has_run(monkeypatch):
+    """As with a driver that is too old: the card is counted, and the first kernel fails."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    if torch.cuda.is_available(): pytest.skip("this machine has a GPU that works")
+    device, notes = loader.pick_device("auto")
+    assert device.type == "cpu" and len(notes) >= 1 and "cuda:0 does not work" in notes[0] and torch.__version__ in notes[0] and "NVIDIA driver" in notes[0]
+    with pytest.raises(ModelError, match=f"SD_DEVICE=cuda: cuda:0 does not work.*{re.escape(torch.__version__)}"): loader.pick_device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ModelError, match="this machine has cpu.*torch"): loader.pick_device("cuda")
+
+
+def test_the_drivers_version_is_read_from_the_kernel_module(tmp_path):
+    (tmp_path / "version").write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  535.183.01  Sun May 12 19:39:15 UTC 2024\nGCC version: 12.2.0\n")
+    assert loader.nvidia_driver(tmp_path / "version") == "535.183.01" and loader.nvidia_driver(tmp_path / "none") is None
 
 
 def test_auto_precision_is_measured_and_only_for_large_models(monkeypatch):
