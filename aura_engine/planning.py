@@ -22,9 +22,9 @@ from .types import (MAX_PROMPT, MAX_SEED, WHOLE, FieldError, GenerateRequest, In
 
 # %% auto #0
 __all__ = ['CLOSELY', 'MOST_HELPED', 'MOST_VERSIONS', 'Label', 'SamplerName', 'Side', 'COMPARED', 'MOST_DIFFERENCES',
-           'known_words', 'is_slip', 'shorter_by_one', 'letter_pairs', 'Vocabulary', 'vocabulary', 'meant', 'alike',
-           'some', 'understood', 'clamp', 'allowed_lora', 'plan', 'prepare', 'sized', 'PictureRecipe', 'Replayed',
-           'ReplayRequest', 'replay_plan', 'differences']
+           'LONGEST_LABEL', 'known_words', 'is_slip', 'shorter_by_one', 'letter_pairs', 'Vocabulary', 'vocabulary',
+           'meant', 'alike', 'some', 'understood', 'clamp', 'allowed_lora', 'plan', 'prepare', 'sized', 'PictureRecipe',
+           'Replayed', 'ReplayRequest', 'replay_plan', 'differences']
 
 # %% ../nbs/03d_planning.ipynb #b19b3380
 @cache
@@ -420,6 +420,7 @@ def replay_plan(ask: ReplayRequest, row: Row) -> tuple[Receipt, Plan]:
 # %% ../nbs/03d_planning.ipynb #f2cae18a
 COMPARED = ("model", "revision", "lora", "lora_source", "precision", "backend", "device", "init_sha256")
 MOST_DIFFERENCES = 20
+LONGEST_LABEL = 310                              # letters shown: those of a Label and its quotes
 
 
 def differences(old: Receipt, new: Receipt) -> list[str]:
@@ -435,4 +436,5 @@ def differences(old: Receipt, new: Receipt) -> list[str]:
 
 # %% ../nbs/03d_planning.ipynb #0b5dda36
 def _changed(name: str, then: Any, now: Any) -> str:
-    return f"The picture may differ: {name} was {shown(then, 60)} then, and is {shown(now, 60)} now."
+    before, after = shown(then, LONGEST_LABEL), shown(now, LONGEST_LABEL)
+    return f"The picture may differ: {name} was {before} then, and is {after} now."
