@@ -179,15 +179,21 @@ class OrderedJob:
 # %% ../nbs/09d_answers.ipynb #6eeeba65
 def pictures_in(ask: Ask) -> dict[str, str]:
     "The pictures of a request that have to be decoded, as base64, by the path of their field."
-    if isinstance(ask, RefineRequest): return {f"images.{i}": text for i, text in enumerate(ask.images)}
-    return {"init": ask.init} if isinstance(ask, ReplayRequest) and ask.init else {}
+    if isinstance(ask, GenerateRequest): return {}
+    given = [("mask", ask.mask)]
+    if isinstance(ask, RefineRequest): given += [(f"images.{i}", text) for i, text in enumerate(ask.images)]
+    else: given.append(("init", ask.init))
+    return {loc: text for loc, text in given if text}
 
 # %% ../nbs/09d_answers.ipynb #8157bcd8
 def cost_of(ask: Ask, row: Row) -> DecodeCost:
     "What decoding the pictures of a request will take. Invalid when one of them is none that is read here."
     texts = pictures_in(ask)
-    costs = [decode_cost(facts_of(from_base64(text, loc), loc), row.native) for loc, text in texts.items()]
+    facts = [facts_of(from_base64(text, loc), loc) for loc, text in texts.items()]
+    masked = "mask" in texts
+    costs = [decode_cost(one, None if masked else row.native) for one in facts]
     held = sum(map(len, texts.values()))                      # the base64 of all of them, and one of them decoded
+    if masked: held += sum(4 * one.pixels for one in facts)   # or all of them, whole, because they are pasted into
     return DecodeCost(sum(seconds for seconds, _ in costs), held + max((peak for _, peak in costs), default=0))
 
 # %% ../nbs/09d_answers.ipynb #143a0eaa

@@ -33,12 +33,13 @@ from .types import AuraError, Image, Invalid, Queued, Receipt, Step
 __all__ = ['Local', 'CLOUD_HELP', 'Cloud', 'Mode', 'OFFLINE_HELP', 'Offline', 'ApiKey', 'AsJson', 'Quiet', 'OR_ELSE', 'STDOUT',
            'ABOUT', 'HELP_NAMES', 'cli', 'VERSION', 'Version', 'OUT_HELP', 'Out', 'Negative', 'Seed', 'Steps',
            'Guidance', 'Lora', 'Temperature', 'Words', 'Aspect', 'Resolution', 'HowMany', 'Becoming', 'GIVEN_HELP',
-           'Given', 'Strength', 'AT_ONCE', 'Listed', 'Folder', 'Own', 'INIT_HELP', 'Init', 'HEALTH_ROWS', 'Origin',
-           'Host', 'Port', 'AS_IT_IS', 'FAULT', 'columns', 'queue_line', 'Meter', 'Bars', 'in_panel', 'errors_told',
-           'client_for', 'check_writable', 'slug_of', 'Destination', 'save_to', 'line_of', 'report_pictures',
-           'words_of', 'print_version', 'generate_command', 'refine_command', 'prompts_in', 'sheet_of', 'make_all',
-           'report_batch', 'batch_command', 'replay_command', 'health_table', 'health_command', 'serve_command',
-           'hand_over', 'bench_command', 'deploy_command', 'main']
+           'Given', 'STRENGTH_HELP', 'Strength', 'MASK_HELP', 'Mask', 'PADDING_HELP', 'Padding', 'AT_ONCE', 'Listed',
+           'Folder', 'Own', 'INIT_HELP', 'Init', 'ITS_MASK_HELP', 'ItsMask', 'HEALTH_ROWS', 'Origin', 'Host', 'Port',
+           'AS_IT_IS', 'FAULT', 'columns', 'queue_line', 'Meter', 'Bars', 'in_panel', 'errors_told', 'client_for',
+           'check_writable', 'slug_of', 'Destination', 'save_to', 'line_of', 'report_pictures', 'words_of',
+           'print_version', 'generate_command', 'refine_command', 'prompts_in', 'sheet_of', 'make_all', 'report_batch',
+           'batch_command', 'replay_command', 'health_table', 'health_command', 'serve_command', 'hand_over',
+           'bench_command', 'deploy_command', 'main']
 
 # %% ../nbs/17_cli.ipynb #ad84d76c
 def columns() -> list[Any]:
@@ -273,14 +274,19 @@ def generate_command(
 Becoming = Annotated[str, typer.Argument(help="What it should become; - reads it from stdin.")]
 GIVEN_HELP = "1 to 4 pictures (PNG, JPEG, WebP)."
 Given = Annotated[list[Path], typer.Argument(help=GIVEN_HELP, exists=True, dir_okay=False)]
-Strength = Annotated[float, typer.Option(help="How far from the picture it may go (0.05-1).")]
+STRENGTH_HELP = "How far from the picture it may go (0.05-1). Default: 0.5, with a mask 1."
+Strength = Annotated[float | None, typer.Option(help=STRENGTH_HELP)]
+MASK_HELP = "A picture that says where: white is drawn anew, black or transparent stays."
+Mask = Annotated[Path | None, typer.Option(help=MASK_HELP, exists=True, dir_okay=False)]
+PADDING_HELP = "Work on the mask and so many pixels around it alone, at the model's full size."
+Padding = Annotated[int | None, typer.Option("--padding-mask-crop", help=PADDING_HELP)]
 
 # %% ../nbs/17_cli.ipynb #4975efa0
 @cli.command("refine")
 def refine_command(
-        prompt: Becoming, images: Given, out: Out = None, strength: Strength = 0.5,
-        negative: Negative = "", temperature: Temperature = 0.7, seed: Seed = None, steps: Steps = None,
-        guidance: Guidance = None, lora: Lora = None, local: Local = LOCAL, cloud: Cloud = None,
+        prompt: Becoming, images: Given, out: Out = None, mask: Mask = None, padding: Padding = None,
+        strength: Strength = None, negative: Negative = "", temperature: Temperature = 0.7, seed: Seed = None,
+        steps: Steps = None, guidance: Guidance = None, lora: Lora = None, local: Local = LOCAL, cloud: Cloud = None,
         mode: Mode = "auto", offline: Offline = False, api_key: ApiKey = None, as_json: AsJson = False,
         quiet: Quiet = False) -> None:
     "Make new pictures from given ones."
@@ -289,8 +295,9 @@ def refine_command(
         to.check()
         with client_for(local, cloud, mode, offline, api_key) as client, Bars(quiet or as_json) as bars:
             made = client.refine(
-                to.prompt, images, strength=strength, negative_prompt=negative, temperature=temperature,
-                seed=seed, steps=steps, guidance_scale=guidance, lora=lora, on_event=bars)
+                to.prompt, images, mask=mask, padding_mask_crop=padding, strength=strength,
+                negative_prompt=negative, temperature=temperature, seed=seed, steps=steps,
+                guidance_scale=guidance, lora=lora, on_event=bars)
         report_pictures(made, to, as_json)
 
 # %% ../nbs/17_cli.ipynb #daad3c85
@@ -362,18 +369,20 @@ def batch_command(
 Own = Annotated[Path, typer.Argument(help="A PNG that an engine made.", exists=True, dir_okay=False)]
 INIT_HELP = "For a refinement: the picture it started from."
 Init = Annotated[Path | None, typer.Option(help=INIT_HELP, exists=True, dir_okay=False)]
+ITS_MASK_HELP = "For a refinement under a mask: that mask."
+ItsMask = Annotated[Path | None, typer.Option(help=ITS_MASK_HELP, exists=True, dir_okay=False)]
 
 @cli.command("replay")
 def replay_command(
-        image: Own, out: Out = None, init: Init = None, local: Local = LOCAL, cloud: Cloud = None,
-        mode: Mode = "auto", offline: Offline = False, api_key: ApiKey = None, as_json: AsJson = False,
-        quiet: Quiet = False) -> None:
+        image: Own, out: Out = None, init: Init = None, mask: ItsMask = None, local: Local = LOCAL,
+        cloud: Cloud = None, mode: Mode = "auto", offline: Offline = False, api_key: ApiKey = None,
+        as_json: AsJson = False, quiet: Quiet = False) -> None:
     "Make the picture of a file again; what may differ is said."
     with errors_told(as_json, offline):
         to = Destination(out, image.stem)
         to.check()
         with client_for(local, cloud, mode, offline, api_key) as client, Bars(quiet or as_json) as bars:
-            made = client.replay(image, init, on_event=bars)
+            made = client.replay(image, init, mask, on_event=bars)
         report_pictures(made, to, as_json)
 
 # %% ../nbs/17_cli.ipynb #607a1dae

@@ -401,29 +401,33 @@ class AsyncAuraClient(Chooser):
         return await self.collect(ask, on_event)
 
     async def refine(
-            self, prompt: str, images: Any, *, strength: float = 0.5, negative_prompt: str = "",
-            seed: int | None = None, steps: int | None = None, guidance_scale: float | None = None,
-            temperature: float = 0.7, lora: str | None = None, deadline_seconds: float | None = None,
+            self, prompt: str, images: Any, *, mask: Any = None, padding_mask_crop: int | None = None,
+            strength: float | None = None, negative_prompt: str = "", seed: int | None = None,
+            steps: int | None = None, guidance_scale: float | None = None, temperature: float = 0.7,
+            lora: str | None = None, deadline_seconds: float | None = None,
             on_event: OnEvent | None = None) -> Pictures:
         """A picture from each given one.
 
         `images`: one picture or a list of up to four, each a PIL picture, file bytes, a path or base64.
-        `strength`: 0.05 to 1, how far from the given picture the answer may go.
+        `mask`: a picture like these, for all of them. White is drawn anew, black or transparent is kept.
+        `padding_mask_crop`: work on the mask and so many pixels around it alone, at the model's full size.
+        `strength`: 0.05 to 1, how far from the given picture the answer may go; None: 0.5, or 1 under a mask.
         The others are those of `generate`.
         """
         ask = refinement(
-            prompt, images, strength=strength, negative_prompt=negative_prompt, seed=seed, steps=steps,
-            guidance_scale=guidance_scale, temperature=temperature, lora=lora,
-            deadline_seconds=deadline_seconds)
+            prompt, images, mask, padding_mask_crop=padding_mask_crop, strength=strength,
+            negative_prompt=negative_prompt, seed=seed, steps=steps, guidance_scale=guidance_scale,
+            temperature=temperature, lora=lora, deadline_seconds=deadline_seconds)
         return await self.collect(ask, on_event)
 
-    async def replay(self, receipt: Any, init: Any = None, *, on_event: OnEvent | None = None) -> Pictures:
+    async def replay(self, receipt: Any, init: Any = None, mask: Any = None, *,
+                     on_event: OnEvent | None = None) -> Pictures:
         """The picture of a receipt again; `warnings` say what may differ.
 
         `receipt`: a `Receipt`, its JSON, or a PNG (bytes or path) that holds one.
-        `init`: the picture a refinement started from.
+        `init`: the picture a refinement started from. `mask`: its mask.
         """
-        return await self.collect(repetition(receipt, init), on_event)
+        return await self.collect(repetition(receipt, init, mask), on_event)
 
     async def health(self, origin: str | None = None) -> dict[str, EngineReport]:
         "A report of each engine by its name, and whether web pages of `origin` may call it."
@@ -538,28 +542,32 @@ class AuraClient(Background):
             deadline_seconds=deadline_seconds, on_event=on_event))
 
     def refine(
-            self, prompt: str, images: Any, *, strength: float = 0.5, negative_prompt: str = "",
-            seed: int | None = None, steps: int | None = None, guidance_scale: float | None = None,
-            temperature: float = 0.7, lora: str | None = None, deadline_seconds: float | None = None,
+            self, prompt: str, images: Any, *, mask: Any = None, padding_mask_crop: int | None = None,
+            strength: float | None = None, negative_prompt: str = "", seed: int | None = None,
+            steps: int | None = None, guidance_scale: float | None = None, temperature: float = 0.7,
+            lora: str | None = None, deadline_seconds: float | None = None,
             on_event: OnEvent | None = None) -> Pictures:
         """A picture from each given one.
 
         `images`: one picture or a list of up to four, each a PIL picture, file bytes, a path or base64.
-        `strength`: 0.05 to 1, how far from the given picture the answer may go.
+        `mask`: a picture like these, for all of them. White is drawn anew, black or transparent is kept.
+        `padding_mask_crop`: work on the mask and so many pixels around it alone, at the model's full size.
+        `strength`: 0.05 to 1, how far from the given picture the answer may go; None: 0.5, or 1 under a mask.
         The others are those of `generate`.
         """
         return self.wait(self.aio.refine(
-            prompt, images, strength=strength, negative_prompt=negative_prompt, seed=seed, steps=steps,
-            guidance_scale=guidance_scale, temperature=temperature, lora=lora,
-            deadline_seconds=deadline_seconds, on_event=on_event))
+            prompt, images, mask=mask, padding_mask_crop=padding_mask_crop, strength=strength,
+            negative_prompt=negative_prompt, seed=seed, steps=steps, guidance_scale=guidance_scale,
+            temperature=temperature, lora=lora, deadline_seconds=deadline_seconds, on_event=on_event))
 
-    def replay(self, receipt: Any, init: Any = None, *, on_event: OnEvent | None = None) -> Pictures:
+    def replay(self, receipt: Any, init: Any = None, mask: Any = None, *,
+               on_event: OnEvent | None = None) -> Pictures:
         """The picture of a receipt again; `warnings` say what may differ.
 
         `receipt`: a `Receipt`, its JSON, or a PNG (bytes or path) that holds one.
-        `init`: the picture a refinement started from.
+        `init`: the picture a refinement started from. `mask`: its mask.
         """
-        return self.wait(self.aio.replay(receipt, init, on_event=on_event))
+        return self.wait(self.aio.replay(receipt, init, mask, on_event=on_event))
 
     def health(self, origin: str | None = None) -> dict[str, EngineReport]:
         "A report of each engine by its name, and whether web pages of `origin` may call it."

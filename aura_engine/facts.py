@@ -121,7 +121,8 @@ def check_kind(file: Path, table: Mapping[str, Tensor]) -> Kind:
     kind = kind_of(table)
     if kind.refused: raise Unusable(f"{file.name} is {kind.name}: {kind.refused}")
     takes = table[_FIRST].shape[1] if _FIRST in table else 4
-    if takes != 4: raise Unusable(f"{file.name} is an inpainting or editing model: its UNet takes {takes} channels")
+    # 9: an inpainting model, whose UNet takes a mask and a picture's latents besides its own
+    if takes not in (4, 9): raise Unusable(f"{file.name} is an editing model: its UNet takes {takes} channels")
     return kind
 
 # %% ../nbs/04b_facts.ipynb #906ee21e

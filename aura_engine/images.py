@@ -5,18 +5,19 @@
 # %% ../nbs/03a_images.ipynb #41ae11c6
 from __future__ import annotations
 import base64, binascii, io, json, math, re, struct, time, zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, zip_longest
 from typing import Any, Literal, NoReturn
-from PIL import Image
+from PIL import Image, ImageChops
 from .types import Invalid, Receipt, Words, shown
 
 # %% auto #0
 __all__ = ['FORMATS', 'PNG_SIGNATURE', 'JPEG_SIGNATURE', 'MIN_SIDE', 'MAX_PIXELS', 'MAX_ASPECT', 'MAX_PARTS', 'MAX_SCANS',
            'MAX_FRAMES', 'MAX_EXTRA', 'DECODE_RATES', 'MIME', 'MAX_RECEIPT', 'from_base64', 'Part', 'png_parts',
            'number_at', 'jpeg_parts', 'webp_parts', 'PictureFacts', 'facts_of', 'DecodeRate', 'decode_cost', 'drafted',
-           'essential', 'from_pil', 'decode', 'encode', 'as_file', 'to_base64', 'receipt_of', 'Grid', 'grid']
+           'essential', 'from_pil', 'decode', 'mask_from_pil', 'decode_mask', 'encode', 'as_file', 'to_base64',
+           'receipt_of', 'Grid', 'grid']
 
 # %% ../nbs/03a_images.ipynb #eefb3d40
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -371,8 +372,27 @@ def decode(data: bytes, loc: str = "images", side: float | None = None) -> Image
 
     `side`: of the square whose area is needed. A far larger picture is read at reduced size.
     Invalid names `loc`."""
+    return _decoded(data, loc, lambda im: from_pil(im, side), side)
+
+# %% ../nbs/03a_images.ipynb #41c29642
+def mask_from_pil(im: Image.Image) -> Image.Image:
+    "Any PIL picture -> an upright mask (L): its brightness, 0 where it is transparent."
+    turn, plain = _turn(im), _plain(im)
+    gray = plain.convert("L")
+    if "A" in plain.getbands(): gray = ImageChops.multiply(gray, plain.getchannel("A"))
+    return gray.transpose(turn) if turn is not None else gray
+
+
+def decode_mask(data: bytes, loc: str = "mask") -> Image.Image:
+    "PNG, JPEG or WebP bytes -> a mask (L), by the rules of `decode`."
+    return _decoded(data, loc, mask_from_pil)
+
+# %% ../nbs/03a_images.ipynb #adb51a45
+def _decoded(data: bytes, loc: str, finish: Callable[[Image.Image], Image.Image],
+             side: float | None = None) -> Image.Image:
+    "What `finish` makes of the pixels of a picture file within the limits. Invalid names `loc`."
     facts, parts = _checked(data, loc)
-    try: return from_pil(_opened(essential(data, parts), facts, side), side)
+    try: return finish(_opened(essential(data, parts), facts, side))
     except Exception:                            # whatever a decoder raises on a damaged file
         damaged = f"{_READABLE} (this one is damaged)"
         raise Invalid.value(loc, given=Words(f"{len(data)} bytes"), allowed=damaged) from None

@@ -104,6 +104,7 @@ def held_by(kept: KeptJob) -> int:
     texts = sum(len(event.data.get("image", "")) for event in kept.told)
     pictures = kept.work.order.plan.pictures if kept.work else ()
     starts = sum(3 * p.width * p.height for p in pictures if p.init is not None)
+    starts += sum(p.inpainting.nbytes for p in pictures if p.inpainting is not None)
     return AROUND + texts + starts
 
 # %% ../nbs/09e_job_routes.ipynb #7e7ebc09

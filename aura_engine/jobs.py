@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 import numpy as np
 from PIL import Image as Pillow
+from .masks import Inpainting
 from .types import Cancelled, Done, Event, Failed, Image, JobStatus, Plan, Preview, Step
 
 # %% auto #0
@@ -88,6 +89,7 @@ def is_empty(event: Event) -> bool:
 def bytes_in(pixels: Any) -> int:
     "Bytes that a PIL picture or an array holds; 0 for anything else."
     if isinstance(pixels, np.ndarray): return pixels.nbytes
+    if isinstance(pixels, Inpainting): return pixels.nbytes
     if isinstance(pixels, Pillow.Image): return pixels.width * pixels.height * len(pixels.getbands())
     return 0
 
@@ -175,7 +177,8 @@ class Job(PixelLog):
     @property
     def nbytes(self) -> int:
         "Bytes of all pixels that this job holds: finished pictures, previews, pictures to start from."
-        given = {id(p.init): p.init for p in self.plan.pictures}
+        pictures = self.plan.pictures
+        given = {id(pixels): pixels for p in pictures for pixels in (p.init, p.inpainting)}
         return self.pixel_bytes + sum(map(bytes_in, given.values()))
 
     def free(self) -> None:
@@ -185,5 +188,7 @@ class Job(PixelLog):
 
     def free_inputs(self, index: int | None = None) -> None:
         "Give back the pictures that this job starts from, or that of picture `index`."
-        pictures = [replace(p, init=None) if index in (None, i) else p for i, p in enumerate(self.plan.pictures)]
+        pictures = list(self.plan.pictures)
+        for i, p in enumerate(pictures):
+            if index in (None, i): pictures[i] = replace(p, init=None, inpainting=None)
         self.plan = replace(self.plan, pictures=tuple(pictures))

@@ -153,6 +153,21 @@ class Components:
         blocks = config.get("block_out_channels") or config["encoder_block_out_channels"]
         return 2 ** (len(blocks) - 1)
 
+    @property
+    def latent_channels(self) -> int:
+        "Channels of a latent."
+        return self.vae.config["latent_channels"]
+
+    @property
+    def draws_latents(self) -> bool:
+        "Whether the VAE's encoder answers a distribution; a tiny VAE answers latents."
+        return "encoder_block_out_channels" not in self.vae.config
+
+    @property
+    def takes_mask(self) -> bool:
+        "Whether this is an inpainting UNet: it takes a mask and the latents of a picture besides its own."
+        return self.unet.config["in_channels"] == 2 * self.latent_channels + 1
+
     def scheduler(self, name: str | None = None) -> Any:
         "A fresh diffusers scheduler with sampler `name` (default: the family's)."
         return scheduler_of(self.schedule, SAMPLERS[name or self.row.sampler])
@@ -164,9 +179,9 @@ def read_pipeline(reader: Reader, model: str, row: Row | None, settings: Setting
     if base: return read_folder(reader, base, row.unet if row and row.unet and not is_local(model) else model)
     if model.endswith(".safetensors"): pipe, where = read_single(reader, model, settings.vae_id)
     else: pipe, where = read_folder(reader, model)
-    channels = pipe.unet.config.in_channels
-    if channels != pipe.vae.config.latent_channels:
-        raise Unusable(f"its UNet takes {channels} channels, not only a noisy picture (an inpainting or editing model)")
+    channels, own = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+    if channels not in (own, 2 * own + 1):
+        raise Unusable(f"its UNet takes {channels} channels: neither a noisy picture alone, nor a mask with it")
     return pipe, where
 
 # %% ../nbs/04e_loader.ipynb #7b95d34b

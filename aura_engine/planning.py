@@ -15,13 +15,14 @@ from typing import Annotated, Any, Literal
 from PIL import Image
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, ValidationError
 from pydantic import model_validator
-from .images import decode, from_base64, receipt_of
+from .images import decode, decode_mask, from_base64, receipt_of
+from .masks import Region, Inpainting, box_around, fitted_mask, is_white, widened
 from .models import EMBEDDED, NARROWEST, SAMPLERS, Row, executed_steps, fit_size, makes, size_for
-from .types import (MAX_PROMPT, MAX_SEED, WHOLE, FieldError, GenerateRequest, Invalid, Note, Picture, Plan,
-    Prompt, Receipt, RefineConfig, RefineRequest, RequestModel, Seed, Steps, Words, field_errors, shown)
+from .types import (MAX_PROMPT, MAX_SEED, WHOLE, FieldError, GenerateRequest, Invalid, Note, Padding,
+    Picture, Plan, Prompt, Receipt, RefineConfig, RefineRequest, RequestModel, Seed, Steps, Words, field_errors, shown)
 
 # %% auto #0
-__all__ = ['CLOSELY', 'MOST_HELPED', 'MOST_VERSIONS', 'Label', 'SamplerName', 'Side', 'COMPARED', 'MOST_DIFFERENCES',
+__all__ = ['CLOSELY', 'MOST_HELPED', 'STRENGTH', 'MOST_VERSIONS', 'Label', 'SamplerName', 'Side', 'COMPARED', 'MOST_DIFFERENCES',
            'LONGEST_LABEL', 'known_words', 'is_slip', 'shorter_by_one', 'letter_pairs', 'Vocabulary', 'vocabulary',
            'meant', 'alike', 'some', 'understood', 'clamp', 'allowed_lora', 'plan', 'prepare', 'sized', 'PictureRecipe',
            'Replayed', 'ReplayRequest', 'replay_plan', 'differences']
@@ -249,44 +250,96 @@ def _size_like(picture: Image.Image, row: Row) -> tuple[int, int]:
     return fit_size(row, picture.width / picture.height, within)
 
 # %% ../nbs/03d_planning.ipynb #1976999b
-def _refinement(request: RefineRequest, row: Row, images: Sequence[Image.Image]) -> Plan:
-    notes: list[Note] = []
-    first = _common(row, request.refine_prompt, request.config, notes)
-    run, strength = _refining(row, first.steps, request.config.strength, notes)
+def _part_size(mask: Image.Image, padding: int, row: Row) -> tuple[int, int]:
+    "The size that the surroundings of a mask are worked at."
+    width, height = box_around(mask, padding).size
+    aspect = width / height
+    return fit_size(row, min(max(aspect, 1 / NARROWEST), NARROWEST), row.native)
+
+# %% ../nbs/03d_planning.ipynb #6f678398
+def _inpainting(image: Image.Image, mask: Image.Image, padding: int | None,
+                row: Row) -> tuple[Inpainting, tuple[int, int]]:
+    "(what of a picture is worked on, at which size) under a mask of the picture's size."
+    if padding is None: return Inpainting(image, mask, Region(0, 0, *image.size)), _size_like(image, row)
+    size = _part_size(mask, padding, row)
+    box = widened(box_around(mask, padding), size, image.size)
+    return Inpainting(image, mask, box, padding), size
+
+# %% ../nbs/03d_planning.ipynb #d28fabcd
+def _starting(first: Picture, image: Image.Image, mask: Image.Image | None, padding: int | None, row: Row,
+              notes: list[Note]) -> Picture:
+    "`first` with the picture it starts from, under the mask if there is one, at the size that is worked at."
+    if mask is None:
+        width, height = _size_like(image, row)
+        return replace(first, width=width, height=height, init=image)
+    if mask.size != image.size:
+        given, used = (f"{im.width}x{im.height}" for im in (mask, image))
+        notes.append(Note("mask", given, used, f"The mask was {given} and was resized to its picture's {used}."))
+    inpainting, (width, height) = _inpainting(image, fitted_mask(mask, image.size), padding, row)
+    return replace(first, width=width, height=height, init=image, inpainting=inpainting)
+
+# %% ../nbs/03d_planning.ipynb #ef32df78
+def _usable_mask(mask: Image.Image | None, padding: int | None, notes: list[Note]) -> Image.Image | None:
+    "The mask of a request, or None when it keeps nothing. Invalid for padding without a mask."
+    if mask is None and padding is not None:
+        raise Invalid.value("paddingMaskCrop", given=padding, allowed="null without a mask")
+    if mask is None or not is_white(mask): return mask
+    notes.append(Note("mask", "white", "ignored", "The mask is white everywhere: the whole picture is refined."))
+    return None
+
+# %% ../nbs/03d_planning.ipynb #8b8d84b3
+STRENGTH = 0.5                                   # of a refinement whose request names none
+
+
+def _refinement(request: RefineRequest, row: Row, images: Sequence[Image.Image],
+                mask: Image.Image | None) -> Plan:
+    config, notes = request.config, []
+    first = _common(row, request.refine_prompt, config, notes)
+    asked = config.strength or (STRENGTH if mask is None else 1.0)
+    run, strength = _refining(row, first.steps, asked, notes)
     first = replace(first, steps=run, strength=strength, steps_asked=first.steps)
+    padding = config.padding_mask_crop
+    mask = _usable_mask(mask, padding, notes)
     pictures = []
     for i, image in enumerate(images):
-        width, height = _size_like(image, row)
-        pictures.append(replace(first, width=width, height=height, seed=_seed(first, i), init=image))
-    return Plan(tuple(pictures), tuple(notes), request.config.deadline_seconds)
+        one = replace(first, seed=_seed(first, i))
+        pictures.append(_starting(one, image, mask, padding, row, notes))
+    return Plan(tuple(pictures), tuple(dict.fromkeys(notes)), config.deadline_seconds)
 
 # %% ../nbs/03d_planning.ipynb #fa2f4627
 def plan(request: GenerateRequest | RefineRequest, row: Row, images: Sequence[Image.Image] = (),
-         gpu: bool = False) -> Plan:
+         gpu: bool = False, mask: Image.Image | None = None) -> Plan:
     """A checked request and the row of the loaded model -> what to do, with notes.
 
-    `images`: the decoded pictures of a refinement (PIL, RGB). Invalid names a field as the request does.
+    `images`: the decoded pictures of a refinement (PIL, RGB), `mask`: its decoded mask (PIL, L). Invalid names
+    a field as the request does.
     """
-    if isinstance(request, RefineRequest): return _refinement(request, row, images)
+    if isinstance(request, RefineRequest): return _refinement(request, row, images, mask)
     return _generation(request, row, gpu)
 
-# %% ../nbs/03d_planning.ipynb #056ffee3
+# %% ../nbs/03d_planning.ipynb #29a52b99
 def prepare(request: RefineRequest, row: Row, gpu: bool = False) -> Plan:
     "Decode the pictures of a refinement and plan it. Invalid names the picture (`images.0`) or the field."
-    images = []
+    mask = decode_mask(from_base64(request.mask, "mask")) if request.mask else None
+    decoded: dict[str, Image.Image] = {}                               # the same picture may be there several times
     for i, text in enumerate(request.images):
+        if text in decoded: continue
         loc = f"images.{i}"
-        images.append(decode(from_base64(text, loc), loc, side=row.native))
-    return sized(plan(request, row, images, gpu))
+        decoded[text] = decode(from_base64(text, loc), loc, side=row.native if mask is None else None)
+    images = [decoded[text] for text in request.images]
+    return sized(plan(request, row, images, gpu, mask))
 
-# %% ../nbs/03d_planning.ipynb #29a52b99
+# %% ../nbs/03d_planning.ipynb #5d4dc90c
+def _at_size(p: Picture) -> Picture:
+    size = p.width, p.height
+    if p.init is None: return p
+    if p.inpainting is not None: return replace(p, init=p.inpainting.part(size))
+    return replace(p, init=p.init.resize(size, Image.Resampling.LANCZOS))
+
+
 def sized(todo: Plan) -> Plan:
-    "The plan with each initial picture at the size it is worked at."
-    pictures = []
-    for p in todo.pictures:
-        init = p.init.resize((p.width, p.height), Image.Resampling.LANCZOS)
-        pictures.append(replace(p, init=init))
-    return replace(todo, pictures=tuple(pictures))
+    "The plan with what each picture starts from at the size it is worked at."
+    return replace(todo, pictures=tuple(map(_at_size, todo.pictures)))
 
 # %% ../nbs/03d_planning.ipynb #6870bc95
 MOST_VERSIONS = 40                               # packages that a receipt may name
@@ -325,6 +378,7 @@ class PictureRecipe(RequestModel):
     scheduler: SamplerName
     lora_alias: Label | None = None
     steps_asked: Steps | None = None
+    padding_mask_crop: Padding = None
 
 # %% ../nbs/03d_planning.ipynb #2e7c0e87
 class Replayed(PictureRecipe):
@@ -338,6 +392,7 @@ class Replayed(PictureRecipe):
     versions: Annotated[dict[Label, Label], BeforeValidator(_few_versions)]
     lora_source: Label | None = None
     init_sha256: Label | None = None
+    mask_sha256: Label | None = None
 
     def receipt(self) -> Receipt:
         "The receipt it is."
@@ -352,12 +407,13 @@ def _either(one: str, other: str) -> dict[str, Any]:
 class ReplayRequest(RequestModel):
     """Body of POST /replay: a `receipt`, or an `image` (base64 PNG of ours) that holds one.
 
-    `init`: the picture a refinement started from."""
+    `init`: the picture a refinement started from. `mask`: its mask."""
     _one_of_two = {"oneOf": [_either("receipt", "image"), _either("image", "receipt")]}
     model_config = {**RequestModel.model_config, "json_schema_extra": _one_of_two}
     receipt: Replayed | None = None
     image: str | None = Field(None, json_schema_extra={"format": "picture"})
     init: str | None = Field(None, json_schema_extra={"format": "picture"})
+    mask: str | None = Field(None, json_schema_extra={"format": "picture"})
     format: Literal["png", "jpeg", "webp"] = "png"
 
     @model_validator(mode="after")
@@ -395,16 +451,26 @@ def _held(data: bytes) -> Replayed:
         raise Invalid.of(error.under("receipt.") for error in field_errors(e)) from None
 
 # %% ../nbs/03d_planning.ipynb #cfeaa282
-def _start(ask: ReplayRequest, r: Replayed, row: Row) -> Image.Image | None:
-    "The picture that a replayed refinement starts from. Invalid when it is missing, or of no use."
-    refined = r.strength is not None
-    if refined != bool(ask.init):
-        allowed = "none: this receipt is not of a refinement"
-        if refined: allowed = "the picture the refinement started from"
-        raise Invalid.value("init", given=ask.init and ask.init[:20], allowed=allowed)
-    if not ask.init: return None
-    picture = decode(from_base64(ask.init, "init"), "init", side=row.native)
-    return picture.resize((r.width, r.height), Image.Resampling.LANCZOS)
+def _check_pictures(ask: ReplayRequest, r: Replayed) -> None:
+    "Invalid unless a replay comes with the pictures that its receipt tells of, and no others."
+    of = {"init": ("the picture the refinement started from", r.strength is not None),
+          "mask": ("the mask of the refinement", r.mask_sha256 is not None)}
+    for name, (what, needed) in of.items():
+        given = getattr(ask, name)
+        if needed == bool(given): continue
+        allowed = what if needed else f"none: this receipt is not of a refinement with {name}"
+        raise Invalid.value(name, given=given and given[:20], allowed=allowed)
+
+# %% ../nbs/03d_planning.ipynb #2502d149
+def _started(p: Picture, ask: ReplayRequest, r: Replayed, row: Row) -> Picture:
+    "The picture of a receipt with what its refinement started from."
+    if not ask.init: return p
+    init = decode(from_base64(ask.init, "init"), "init", side=None if ask.mask else row.native)
+    if not ask.mask: return replace(p, init=init)
+    mask = fitted_mask(decode_mask(from_base64(ask.mask, "mask")), init.size)
+    box, padding = Region(0, 0, *init.size), r.padding_mask_crop
+    if padding is not None: box = widened(box_around(mask, padding), (p.width, p.height), init.size)
+    return replace(p, init=init, inpainting=Inpainting(init, mask, box, padding))
 
 # %% ../nbs/03d_planning.ipynb #7ded5d01
 def replay_plan(ask: ReplayRequest, row: Row) -> tuple[Receipt, Plan]:
@@ -413,12 +479,14 @@ def replay_plan(ask: ReplayRequest, row: Row) -> tuple[Receipt, Plan]:
     if wrong := _misfits(r, row): raise Invalid.of(wrong)
     lora = allowed_lora(r.lora_alias, row, "receipt.loraAlias")
     scheduler = None if r.scheduler == row.sampler else r.scheduler
+    _check_pictures(ask, r)
     picture = Picture(r.prompt, r.width, r.height, r.steps, r.guidance_scale, r.seed, r.temperature,
-                      r.negative_prompt, r.strength, _start(ask, r, row), scheduler, lora, r.steps_asked)
-    return r.receipt(), Plan((picture,))
+                      r.negative_prompt, r.strength, None, scheduler, lora, r.steps_asked)
+    return r.receipt(), sized(Plan((_started(picture, ask, r, row),)))
 
 # %% ../nbs/03d_planning.ipynb #f2cae18a
-COMPARED = ("model", "revision", "lora", "lora_source", "precision", "backend", "device", "init_sha256")
+COMPARED = ("model", "revision", "lora", "lora_source", "precision", "backend", "device", "init_sha256",
+            "mask_sha256")
 MOST_DIFFERENCES = 20
 LONGEST_LABEL = 310                              # letters shown: those of a Label and its quotes
 

@@ -25,6 +25,7 @@ class Task(Entry):
     picture: Picture
     trajectory: Trajectory | None = None            # from its first step on
     init_sha256: str | None = None                  # of the picture it starts from
+    mask_sha256: str | None = None                  # and of its mask
     times: dict[str, float] = field(default_factory=dict)      # seconds by stage, for the receipt
 
 # %% ../nbs/08b_queue.ipynb #d350c70f

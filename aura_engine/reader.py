@@ -24,7 +24,8 @@ __all__ = ['PARTS', 'SERVED', 'WEIGHTS', 'NO_PICKLES', 'LOADING', 'NO_VAE', 'NO_
 
 # %% ../nbs/04c_reader.ipynb #1afc7159
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-SERVED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline")
+SERVED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline",
+          "StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline")
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(\.fp16)?(?:-\d{5}-of-(\d{5}))?\.safetensors")
 
 def whole_sets(names: list[str]) -> dict[bool, list[str]]:

@@ -25,7 +25,8 @@ from .unet_input import UNetInput
 # %% auto #0
 __all__ = ['M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'M_ARENA_MAX', 'mallopt', 'keep_memory', 'one_heap', 'preview_matrix',
            'preview_image', 'clocked', 'Trial', 'try_out', 'key_of', 'curve_name', 'measured_curves', 'costs_of',
-           'versions_of', 'receipt_of_task', 'spend', 'begin_task', 'Runner', 'prepare_runner']
+           'versions_of', 'receipt_of_task', 'spend', 'take_digests', 'begin_task', 'finished', 'Runner',
+           'prepare_runner']
 
 # %% ../nbs/08c_runner.ipynb #bda0bf3f
 M_TRIM_THRESHOLD = -1               # the names and numbers of glibc's malloc.h
@@ -109,7 +110,7 @@ def key_of(texts: TextCache, p: Picture) -> tuple[Key, int]:
     tokens = keys[0][1] * parts.tokenizers[0].model_max_length
     scale = parts.vae_scale
     h, w = p.height // scale, p.width // scale
-    return (parts.unet.config.in_channels, h, w, tokens, p.lora), len(keys)
+    return (parts.latent_channels, h, w, tokens, p.lora), len(keys)
 
 # %% ../nbs/08c_runner.ipynb #2b431a59
 def curve_name(parts: Components, settings: Settings, trial: Trial) -> str:
@@ -166,7 +167,9 @@ def receipt_of_task(task: Task, parts: Components, versions: dict[str, str],
         model=parts.model, revision=parts.revision, lora=parts.lora, lora_alias=p.lora,
         lora_source=parts.loras.sources.get(p.lora) if p.lora else None,
         precision=parts.precision, backend=parts.backend, device=parts.device.type, versions=versions,
-        init_sha256=task.init_sha256, corrections=(*map(str, task.job.plan.notes), *repairs),
+        init_sha256=task.init_sha256, mask_sha256=task.mask_sha256,
+        padding_mask_crop=p.inpainting.padding if p.inpainting else None,
+        corrections=(*map(str, task.job.plan.notes), *repairs),
         timings={stage: round(seconds, 4) for stage, seconds in task.times.items()})
 
 # %% ../nbs/08c_runner.ipynb #1f25bff7
@@ -176,20 +179,36 @@ def spend(task: Task, stage: str, seconds: float, share: float) -> None:
     task.used += share
 
 # %% ../nbs/08c_runner.ipynb #aee425e8
+def take_digests(task: Task) -> None:
+    "Note which pictures a task starts from."
+    p = task.picture
+    if p.inpainting is not None: task.init_sha256, task.mask_sha256 = p.inpainting.digests
+    elif p.init is not None: task.init_sha256 = hashlib.sha256(p.init.tobytes()).hexdigest()
+
+# %% ../nbs/08c_runner.ipynb #15c31e47
 def begin_task(task: Task, parts: Components, texts: TextCache, text: float) -> float:
     "Noise and first latents of a newcomer, whose text took `text` seconds -> seconds in all."
     p = task.picture
     spend(task, "queue", time.monotonic() - task.arrived, 0.0)
-    if p.init is not None: task.init_sha256 = hashlib.sha256(p.init.tobytes()).hexdigest()
+    take_digests(task)
     trajectory, seconds = clocked(Trajectory, parts, p, texts)
     spend(task, "text", text + seconds, text + seconds)
     task.picture = trajectory.picture = replace(p, init=None)
     task.trajectory, task.begin = trajectory, 0.0
-    task.job.free_inputs(task.index)
+    if p.inpainting is None: task.job.free_inputs(task.index)
     if trajectory.cut: task.job.cuts.append(f"the prompt was cut before: {trajectory.cut[:200]}")
     return text + seconds
 
-# %% ../nbs/08c_runner.ipynb #15c31e47
+# %% ../nbs/08c_runner.ipynb #b045006f
+def finished(task: Task, outcome: Decoded | Degenerate) -> Decoded | Degenerate:
+    "A decoded picture as it is handed out: under a mask, with the rest of the picture it started from."
+    inpainting = task.picture.inpainting
+    if inpainting is None or isinstance(outcome, Degenerate): return outcome
+    image, again = outcome
+    task.job.free_inputs(task.index)
+    return inpainting.paste(image), again
+
+# %% ../nbs/08c_runner.ipynb #b01486a0
 class Runner:
     "A loaded model at work. `cost` learns from every call; `texts` keeps encoded prompts."
     def __init__(self, parts: Components, cost: StepCost, matrix: np.ndarray, texts: TextCache):
@@ -238,7 +257,7 @@ class Runner:
         outcomes, seconds = clocked(decode_batch, self.parts, torch.cat([latents, padding]))
         self.cost.decode.observe(batch[0].key, bucket, seconds)
         for task in batch: spend(task, "decode", seconds, seconds / len(batch))
-        return outcomes[:len(batch)]
+        return [finished(task, outcome) for task, outcome in zip(batch, outcomes)]
 
     def preview(self, task: Task) -> np.ndarray:
         "What a picture under way looks like now: uint8 [h, w, 3]."

@@ -13,16 +13,18 @@ from typing import Any, NamedTuple
 import numpy as np, torch
 from PIL import Image
 from .loader import Components
+from .masks import HALF
 from .models import SAMPLERS, executed_steps
 from .types import Degenerate, Picture
 from .unet_input import UNetInput
 
 # %% auto #0
-__all__ = ['MAX_CHUNKS', 'FIRST_ORDER', 'FLAT', 'OVERFLOWED', 'EMPTY', 'Decoded', 'Text', 'chunk_ids', 'token_rows',
-           'encode_texts', 'TextKey', 'is_guided', 'TextCache', 'Coefficients', 'Table', 'probe', 'estimate_of',
-           'most_steps', 'timetable', 'make_table', 'Noise', 'dtype_of', 'overflows', 'moved', 'encode_picture',
-           'sampled', 'decode_as', 'decode_batch', 'decode_latents', 'Conditions', 'conditions', 'guidance_embedding',
-           'Trajectory', 'advance', 'take', 'fresh_noise']
+__all__ = ['MAX_CHUNKS', 'Weights', 'FIRST_ORDER', 'FLAT', 'OVERFLOWED', 'EMPTY', 'Decoded', 'Text', 'chunk_ids', 'token_rows',
+           'encode_texts', 'TextKey', 'is_guided', 'TextCache', 'Coefficients', 'Mixture', 'Table', 'probe',
+           'estimate_of', 'most_steps', 'timetable', 'mix_of', 'make_table', 'Noise', 'dtype_of', 'overflows', 'moved',
+           'pixels_of', 'encode_pixels', 'encode_picture', 'sampled', 'decode_as', 'decode_batch', 'decode_latents',
+           'Conditions', 'conditions', 'guidance_embedding', 'Kept', 'latent_mask', 'mask_tensor', 'hole_in',
+           'begins_pure', 'Beginning', 'beginning', 'Trajectory', 'advance', 'take', 'fresh_noise']
 
 # %% ../nbs/06_trajectory.ipynb #90089ddf
 MAX_CHUNKS = 4
@@ -102,8 +104,8 @@ class TextCache:
     def _count_chunks(self, text: str) -> int:
         return max(len(chunk_ids(tokenizer, text)[0]) for tokenizer in self.parts.tokenizers)
 
-    def _make_table(self, sampler: str | None, steps: int, strength: float | None) -> Table:
-        return make_table(self.parts.scheduler(sampler), steps, strength)
+    def _make_table(self, sampler: str | None, steps: int, strength: float | None, pure: bool) -> Table:
+        return make_table(self.parts.scheduler(sampler), steps, strength, pure)
 
     def keys(self, p: Picture) -> list[TextKey]:
         "The text keys of a picture, the negative prompt first when there is guidance. Any thread may ask."
@@ -141,12 +143,21 @@ class Coefficients(NamedTuple):
     xb: float
 
 # %% ../nbs/06_trajectory.ipynb #750ab3a9
+Weights = tuple[float, float]                # of picture and noise
+
+@dataclass(frozen=True)
+class Mixture:
+    "Weights of picture and noise: in the first latents, and for a refinement `before` each step and at the end."
+    start: Weights
+    before: list[Weights]
+
+# %% ../nbs/06_trajectory.ipynb #111c9d4f
 @dataclass(frozen=True)
 class Table:
-    "One row of coefficients a step. `start`: the weights of (picture, noise) in the first latents."
+    "One row of coefficients a step. `mix`: how picture and noise are mixed on the way."
     timesteps: torch.Tensor
     rows: list[Coefficients]
-    start: tuple[float, float]
+    mix: Mixture
 
 # %% ../nbs/06_trajectory.ipynb #d2f4a4b6
 def probe(scheduler: Any, k: int) -> Coefficients:
@@ -180,25 +191,38 @@ def most_steps(scheduler: Any) -> int:
     return max((sampler.max_steps for sampler in SAMPLERS.values() if sampler.cls == name), default=1000)
 
 # %% ../nbs/06_trajectory.ipynb #54fbaaa1
-def timetable(scheduler: Any, steps: int, strength: float | None) -> tuple[int, tuple[float, float]]:
-    "Set the scheduler up. -> (first step, weights of picture and noise in the first latents)."
+def timetable(scheduler: Any, steps: int, strength: float | None) -> int:
+    "Set the scheduler up -> its first step."
     if strength is None:
         scheduler.set_timesteps(steps)
-        return 0, (0.0, float(scheduler.init_noise_sigma))
+        return 0
     run, length = executed_steps(steps, strength, most_steps(scheduler))
     scheduler.set_timesteps(length)
     first = length - run
     if hasattr(scheduler, "set_begin_index"): scheduler.set_begin_index(first)
-    picture, noise = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
-    mix = scheduler.add_noise(picture, noise, scheduler.timesteps[first:first + 1])
-    return first, (mix[0].item(), mix[1].item())
+    return first
+
+# %% ../nbs/06_trajectory.ipynb #d1622e33
+def mix_of(scheduler: Any, first: int, strength: float | None, pure: bool = False) -> Mixture:
+    "The mixtures of a scheduler that is set up and begins at step `first`; `pure`: with noise alone."
+    alone = 0.0, float(scheduler.init_noise_sigma)
+    if strength is None: return Mixture(alone, [])
+    picture, noise = torch.eye(2)
+    before = []
+    for k in range(first, len(scheduler.timesteps)):
+        scheduler._step_index = k            # schedulers of the sigma kind look there, the others at the timestep
+        mixed = scheduler.add_noise(picture, noise, scheduler.timesteps[k:k + 1])
+        before.append((mixed[0].item(), mixed[1].item()))
+    scheduler._step_index = None
+    return Mixture(alone if pure else before[0], [*before, (1.0, 0.0)])
 
 # %% ../nbs/06_trajectory.ipynb #fe450d8f
-def make_table(scheduler: Any, steps: int, strength: float | None = None) -> Table:
-    "The timetable of a first-order diffusers scheduler for `steps` executed steps."
-    first, start = timetable(scheduler, steps, strength)
+def make_table(scheduler: Any, steps: int, strength: float | None = None, pure: bool = False) -> Table:
+    "The timetable of a first-order diffusers scheduler for `steps` executed steps; `pure`: as in `mix_of`."
+    first = timetable(scheduler, steps, strength)
+    mix = mix_of(scheduler, first, strength, pure)
     rows = [probe(scheduler, k) for k in range(first, len(scheduler.timesteps))]
-    return Table(scheduler.timesteps[first:].clone(), rows, start)
+    return Table(scheduler.timesteps[first:].clone(), rows, mix)
 
 # %% ../nbs/06_trajectory.ipynb #6b3f955e
 class Noise:
@@ -231,20 +255,29 @@ def moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 # %% ../nbs/06_trajectory.ipynb #12da1ba8
-@torch.inference_mode()
-def encode_picture(parts: Components, image: Image.Image, width: int, height: int, noise: Noise) -> torch.Tensor:
-    "An RGB picture, resized -> latents [1, C, h, w] in fp32."
+def pixels_of(image: Image.Image, width: int, height: int) -> torch.Tensor:
+    "An RGB picture, resized -> pixels [1, 3, H, W] from -1 to 1."
     small = np.asarray(image.resize((width, height), Image.Resampling.LANCZOS), dtype=np.float32)
-    pixels = torch.from_numpy(small / 255.0).permute(2, 0, 1)[None] * 2 - 1
+    return torch.from_numpy(small / 255.0).permute(2, 0, 1)[None] * 2 - 1
+
+# %% ../nbs/06_trajectory.ipynb #06f60bb3
+@torch.inference_mode()
+def encode_pixels(parts: Components, pixels: torch.Tensor, noise: Noise) -> torch.Tensor:
+    "Pixels [1, 3, H, W] -> latents [1, C, h, w] in fp32."
     vae, raised = parts.vae, overflows(parts)
     if raised: vae.float()
     out = vae.encode(pixels.to(parts.device, vae.dtype))
     if raised: vae.half()
     return sampled(out, noise).float() * vae.config.scaling_factor
 
+# %% ../nbs/06_trajectory.ipynb #2a9cd6fa
+def encode_picture(parts: Components, image: Image.Image, width: int, height: int, noise: Noise) -> torch.Tensor:
+    "An RGB picture, resized -> latents [1, C, h, w] in fp32."
+    return encode_pixels(parts, pixels_of(image, width, height), noise)
+
 # %% ../nbs/06_trajectory.ipynb #e8d94959
 def sampled(out: Any, noise: Noise) -> torch.Tensor:
-    "Latents from what a VAE's encoder answers: a tiny VAE gives them, a full one gives their distribution."
+    "Latents from what a VAE's encoder answers, drawn if that is a distribution."
     if hasattr(out, "latents"): return out.latents
     mean, std = out.latent_dist.mean, out.latent_dist.std
     return mean + std * noise.draw(tuple(mean.shape)).to(mean.device)
@@ -327,6 +360,76 @@ def guidance_embedding(scale: float, dim: int, rows: int) -> torch.Tensor:
     w = torch.tensor([(scale - 1) * 1000.0] * rows)
     return get_timestep_embedding(w, dim, flip_sin_to_cos=False, downscale_freq_shift=1)
 
+# %% ../nbs/06_trajectory.ipynb #e86d6d29
+@dataclass(frozen=True)
+class Kept:
+    "What a mask keeps: latents and noise [1, C, h, w] of a picture, their weights, and a mask [1, 1, h, w], 1 to draw."
+    latents: torch.Tensor
+    noise: torch.Tensor
+    mask: torch.Tensor
+    before: list[Weights]
+
+    def put_back(self, x: torch.Tensor, k: int) -> torch.Tensor:
+        "`x` inside the mask; outside of it the picture, as noisy as it is before step k."
+        picture, noise = self.before[k]
+        return (1 - self.mask) * (picture * self.latents + noise * self.noise) + self.mask * x
+
+# %% ../nbs/06_trajectory.ipynb #47966c91
+def latent_mask(mask: Image.Image, scale: int) -> np.ndarray:
+    "A mask (L) as latents of `scale` pixels a side see it: bool [h, w], True where they are drawn anew."
+    white = np.asarray(mask) >= HALF
+    corners = white[::scale, ::scale]
+    if corners.any(): return corners
+    h, w = corners.shape
+    return white.reshape(h, scale, w, scale).any(axis=(1, 3))
+
+# %% ../nbs/06_trajectory.ipynb #8be39ff5
+def mask_tensor(parts: Components, p: Picture) -> torch.Tensor:
+    "The mask of a picture at latent resolution [1, 1, h, w]; 1 where it is drawn, which is everywhere without a mask."
+    scale = parts.vae_scale
+    if p.inpainting is None: return torch.ones(1, 1, p.height // scale, p.width // scale, device=parts.device)
+    seen = latent_mask(p.inpainting.part_mask((p.width, p.height)), scale)
+    return torch.from_numpy(seen.astype(np.float32))[None, None].to(parts.device)
+
+# %% ../nbs/06_trajectory.ipynb #d83f75cd
+def hole_in(parts: Components, p: Picture, noise: Noise) -> torch.Tensor:
+    "What an inpainting UNet is told besides the latents [1, 1 + C, h, w]: the mask, and the picture without that part."
+    pixels = torch.zeros(1, 3, p.height, p.width)
+    if p.inpainting is not None:
+        white = np.asarray(p.inpainting.part_mask((p.width, p.height))) >= HALF
+        pixels = pixels_of(p.init, p.width, p.height) * torch.from_numpy(~white)
+    return torch.cat([mask_tensor(parts, p), encode_pixels(parts, pixels, noise)], 1)
+
+# %% ../nbs/06_trajectory.ipynb #85fe53d6
+def begins_pure(parts: Components, p: Picture) -> bool:
+    "Whether a refinement begins with noise alone."
+    return p.strength == 1 and (p.inpainting is not None or parts.takes_mask)
+
+# %% ../nbs/06_trajectory.ipynb #5b870da6
+@dataclass(frozen=True)
+class Beginning:
+    "The first latents [1, C, h, w] of a picture, what a mask keeps, and what an inpainting UNet is told."
+    latents: torch.Tensor
+    kept: Kept | None = None
+    hole: torch.Tensor | None = None
+
+# %% ../nbs/06_trajectory.ipynb #58704e38
+def beginning(parts: Components, p: Picture, mix: Mixture, noise: Noise) -> Beginning:
+    "How a picture begins with the numbers of its scheduler."
+    of_picture, of_noise = mix.start
+    shape = (1, parts.latent_channels, p.height // parts.vae_scale, p.width // parts.vae_scale)
+    encoded = None
+    if p.init is not None and (of_picture or not parts.takes_mask):
+        encoded = encode_picture(parts, p.init, p.width, p.height, noise)
+    drawn = noise.draw(shape).to(parts.device)
+    latents = of_noise * drawn if encoded is None else of_picture * encoded + of_noise * drawn
+    if parts.takes_mask: return Beginning(latents, hole=hole_in(parts, p, noise))
+    if p.inpainting is None: return Beginning(latents)
+    assert encoded is not None
+    # The pipelines encode the picture with its hole here too, and do not use it. The draw counts.
+    if parts.draws_latents: noise.draw(shape)
+    return Beginning(latents, Kept(encoded, drawn, mask_tensor(parts, p), mix.before))
+
 # %% ../nbs/06_trajectory.ipynb #991e7735
 class Trajectory:
     "One picture: `k` of `steps` UNet steps are done. `latents` [1, C, h, w] fp32, `estimate` the picture-to-be."
@@ -336,25 +439,23 @@ class Trajectory:
         self.estimate: torch.Tensor | None = None
         self.table: Table | None = None                 # a first-order sampler
         self.sampler: Any = None                        # or a multistep one, with a memory of its own
-        self.timesteps, start = self._timetable(texts)
+        self.timesteps, mix = self._timetable(texts)
         self.clock = self.timesteps.to(parts.device).float()
         self.conditions = conditions(parts, picture, [texts(key) for key in texts.keys(picture)])
-        self.latents = self._first_latents(start)
+        begun = beginning(parts, picture, mix, self.noise)
+        self.latents = begun.latents
+        self.kept = begun.kept
+        self.hole = begun.hole
 
-    def _timetable(self, texts: TextCache) -> tuple[torch.Tensor, tuple[float, float]]:
+    def _timetable(self, texts: TextCache) -> tuple[torch.Tensor, Mixture]:
         p = self.picture
+        pure = begins_pure(self.parts, p)
         if SAMPLERS[p.scheduler or self.parts.row.sampler].cls in FIRST_ORDER:
-            self.table = texts.table(p.scheduler, p.steps, p.strength)
-            return self.table.timesteps, self.table.start
+            self.table = texts.table(p.scheduler, p.steps, p.strength, pure)
+            return self.table.timesteps, self.table.mix
         self.sampler = self.parts.scheduler(p.scheduler)
-        first, start = timetable(self.sampler, p.steps, p.strength)
-        return self.sampler.timesteps[first:], start
-
-    def _first_latents(self, start: tuple[float, float]) -> torch.Tensor:
-        p, scale = self.picture, self.parts.vae_scale
-        shape = (1, self.parts.unet.config.in_channels, p.height // scale, p.width // scale)
-        encoded = encode_picture(self.parts, p.init, p.width, p.height, self.noise) if p.init is not None else 0.0
-        return start[0] * encoded + start[1] * self.noise.draw(shape).to(self.parts.device)
+        first = timetable(self.sampler, p.steps, p.strength)
+        return self.sampler.timesteps[first:], mix_of(self.sampler, first, p.strength, pure)
 
     @property
     def steps(self) -> int:
@@ -386,6 +487,7 @@ class Trajectory:
         given = self.conditions
         if self.table is not None: x = self.latents * self.table.rows[self.k].scale
         else: x = self.sampler.scale_model_input(self.latents, self.timesteps[self.k])
+        if self.hole is not None: x = torch.cat([x, self.hole], 1)
         sample = x.to(given.text.dtype).expand(self.rows, -1, -1, -1)
         time = self.clock[self.k:self.k + 1].expand(self.rows)
         return UNetInput(sample, time, given.text, given.pooled, given.time_ids, given.guidance)
@@ -405,6 +507,13 @@ class Trajectory:
         without, with_prompt = answer[:1], answer[1:]
         return without + self.picture.guidance_scale * (with_prompt - without)
 
+    def count(self) -> None:
+        "A step is done: put back what a mask keeps."
+        self.k += 1
+        if self.kept is None: return
+        self.latents = self.kept.put_back(self.latents, self.k)
+        if self.estimate is not None: self.estimate = self.kept.put_back(self.estimate, self.steps)
+
 # %% ../nbs/06_trajectory.ipynb #64abe783
 @torch.inference_mode()
 def advance(batch: list[Trajectory], unet: Any, bucket: int = 0) -> None:
@@ -421,7 +530,7 @@ def advance(batch: list[Trajectory], unet: Any, bucket: int = 0) -> None:
         else:
             t.remember(answer)
     if tabled: take(tabled, torch.cat(answers))
-    for t in batch: t.k += 1
+    for t in batch: t.count()
 
 # %% ../nbs/06_trajectory.ipynb #aedf5810
 def take(batch: list[Trajectory], v: torch.Tensor) -> None:

@@ -21,7 +21,7 @@ from dotenv import dotenv_values, find_dotenv
 from httpx_sse import EventSource
 from PIL import Image as Pillow
 from pydantic import BaseModel, ValidationError
-from .images import decode, encode, from_base64, from_pil, receipt_of, to_base64
+from .images import decode, encode, from_base64, from_pil, mask_from_pil, receipt_of, to_base64
 from .planning import ReplayRequest, differences, plan, prepare, replay_plan
 from .types import (
     Asleep, AuraError, Done, Event, Failed, FieldError, GenerateRequest, Health, Image, Invalid, NotReady, Plan,
@@ -29,16 +29,18 @@ from .types import (
 
 # %% auto #0
 __all__ = ['Ask', 'ROUTES', 'GUIDE', 'SPACE_PAGE', 'AN_ADDRESS', 'CLOUD_VARIABLE', 'QUICK', 'PATIENT', 'Replay', 'checked',
-           'as_base64', 'GenerateOptions', 'generation', 'refinement', 'repetition', 'json_body', 'error_from',
-           'error_in', 'is_near', 'event_of', 'events_in', 'engine_url', 'cloud_url', 'Proxy', 'proxy_for', 'Door',
-           'connections', 'Wire', 'Probed', 'Remote', 'Broken', 'InProcess', 'until_ready', 'planned']
+           'as_base64', 'GenerateOptions', 'generation', 'mask_as_base64', 'refinement', 'repetition', 'json_body',
+           'error_from', 'error_in', 'is_near', 'event_of', 'events_in', 'engine_url', 'cloud_url', 'Proxy',
+           'proxy_for', 'Door', 'connections', 'Wire', 'Probed', 'Remote', 'Broken', 'InProcess', 'until_ready',
+           'planned']
 
 # %% ../nbs/12a_transport.ipynb #b90302ca
 @dataclass(frozen=True)
 class Replay:
-    "Ask for the picture of a receipt; `init` is the picture a refinement started from, as base64."
+    "Ask for the picture of a receipt; `init` is the picture a refinement started from, `mask` its mask, as base64."
     receipt: Receipt
     init: str | None = None
+    mask: str | None = None
 
 Ask = GenerateRequest | RefineRequest | Replay
 ROUTES = {GenerateRequest: "/generate", RefineRequest: "/refine", Replay: "/replay"}
@@ -85,19 +87,28 @@ def generation(prompt: str, **options: Unpack[GenerateOptions]) -> GenerateReque
     return checked(GenerateRequest, prompt=prompt, **options)
 
 # %% ../nbs/12a_transport.ipynb #2bffd8a5
-def refinement(prompt: str, images: Any, **options: Any) -> RefineRequest:
+def mask_as_base64(mask: Pillow.Image | bytes | str | Path) -> str:
+    "A mask as people have it -> base64. Of a PIL picture, what is transparent becomes black."
+    if isinstance(mask, Pillow.Image): mask = encode(mask_from_pil(mask))
+    return as_base64(mask)
+
+# %% ../nbs/12a_transport.ipynb #21115ef2
+def refinement(prompt: str, images: Any, mask: Any = None, **options: Any) -> RefineRequest:
     "The body of `/refine`. `images`: one picture or a list; options are those of `AuraClient.refine`."
     if not isinstance(images, (list, tuple)): images = [images]
     config = checked(RefineConfig, **options)
     pictures = [as_base64(p) for p in images]
-    return checked(RefineRequest, refine_prompt=prompt, images=pictures, config=config)
+    painted = None if mask is None else mask_as_base64(mask)
+    return checked(RefineRequest, refine_prompt=prompt, images=pictures, mask=painted, config=config)
 
 # %% ../nbs/12a_transport.ipynb #9138ff36
-def repetition(receipt: Receipt | Mapping[str, Any] | bytes | str | Path, init: Any = None) -> Replay:
+def repetition(receipt: Receipt | Mapping[str, Any] | bytes | str | Path, init: Any = None,
+               mask: Any = None) -> Replay:
     "The body of `/replay` from a `Receipt`, its JSON, or a PNG (bytes or path) that holds one."
     if isinstance(receipt, Mapping): receipt = Receipt.from_json(dict(receipt))
     if not isinstance(receipt, Receipt): receipt = receipt_of(from_base64(as_base64(receipt)))
-    return Replay(receipt, None if init is None else as_base64(init))
+    picture = None if init is None else as_base64(init)
+    return Replay(receipt, picture, None if mask is None else mask_as_base64(mask))
 
 # %% ../nbs/12a_transport.ipynb #ccaf52bd
 GUIDE = ("prompt", "aspectRatio", "temperature", "resolution")      # what the guide's clients always send
@@ -105,8 +116,8 @@ GUIDE = ("prompt", "aspectRatio", "temperature", "resolution")      # what the g
 def json_body(ask: Ask) -> dict[str, Any]:
     "A question as JSON."
     if isinstance(ask, Replay):
-        body = {"receipt": ask.receipt.to_json()}
-        return body | {"init": ask.init} if ask.init else body
+        given = {"init": ask.init, "mask": ask.mask}
+        return {"receipt": ask.receipt.to_json()} | {name: text for name, text in given.items() if text}
     full = ask.model_dump(by_alias=True)
     given = ask.model_dump(by_alias=True, exclude_defaults=True)
     return {k: full[k] for k in GUIDE if k in full} | given

@@ -15,13 +15,13 @@ from pydantic.alias_generators import to_camel
 
 # %% auto #0
 __all__ = ['MOST_ITEMS', 'MAX_PROMPT', 'MAX_N', 'MAX_SEED', 'MOST_UNKNOWN', 'WHOLE', 'Prompt', 'VISIBLE', 'Seed', 'Steps',
-           'Count', 'Lora', 'Deadline', 'PictureText', 'MOST_ERRORS', 'Event', 'Words', 'shown', 'FieldError',
-           'AuraError', 'ModelError', 'Malformed', 'Unauthorized', 'ForeignOrigin', 'NotFound', 'MethodNotAllowed',
-           'TooLarge', 'Unsupported', 'HeadersTooLarge', 'Invalid', 'QueueFull', 'NotReady', 'OutOfMemory',
-           'ShuttingDown', 'DeadlineExceeded', 'Cancelled', 'Degenerate', 'EngineFailed', 'Unreachable', 'Asleep',
-           'error_tree', 'RequestModel', 'clean_text', 'whole', 'GenerateRequest', 'RefineConfig', 'RefineRequest',
-           'field_errors', 'Note', 'Picture', 'Plan', 'Queued', 'Step', 'Preview', 'Image', 'Failed', 'Done', 'Receipt',
-           'JobStatus', 'EngineState', 'QueueLoad', 'Limits', 'Health']
+           'Count', 'Lora', 'Padding', 'Deadline', 'PictureText', 'MOST_ERRORS', 'Event', 'Words', 'shown',
+           'FieldError', 'AuraError', 'ModelError', 'Malformed', 'Unauthorized', 'ForeignOrigin', 'NotFound',
+           'MethodNotAllowed', 'TooLarge', 'Unsupported', 'HeadersTooLarge', 'Invalid', 'QueueFull', 'NotReady',
+           'OutOfMemory', 'ShuttingDown', 'DeadlineExceeded', 'Cancelled', 'Degenerate', 'EngineFailed', 'Unreachable',
+           'Asleep', 'error_tree', 'RequestModel', 'clean_text', 'whole', 'GenerateRequest', 'RefineConfig',
+           'RefineRequest', 'field_errors', 'Note', 'Picture', 'Plan', 'Queued', 'Step', 'Preview', 'Image', 'Failed',
+           'Done', 'Receipt', 'JobStatus', 'EngineState', 'QueueLoad', 'Limits', 'Health']
 
 # %% ../nbs/01_types.ipynb #6fbf2da6
 MOST_ITEMS = 8                                   # items of a list or an object that a message shows
@@ -206,6 +206,7 @@ Seed = Annotated[int, Field(ge=0, le=MAX_SEED), WHOLE]
 Steps = Annotated[int, Field(ge=1, le=100), WHOLE]
 Count = Annotated[int, Field(ge=1, le=MAX_N), WHOLE]
 Lora = Annotated[str | None, Field(max_length=60, json_schema_extra={"format": "lora-alias"})]      # null: as it is
+Padding = Annotated[int | None, Field(ge=0, le=512), WHOLE]     # pixels; null: work on the whole picture
 Deadline = Annotated[float | None, Field(gt=0, le=86400)]      # seconds of use; null: the engine's own limit
 
 # %% ../nbs/01_types.ipynb #b0034ebd
@@ -234,14 +235,18 @@ class GenerateRequest(RequestModel):
 
 # %% ../nbs/01_types.ipynb #7f4af2e0
 class RefineConfig(RequestModel):
-    "Optional numbers of POST /refine. `strength` 0.05-1: how far from the given picture to go."
+    """Optional numbers of POST /refine.
+
+    `strength` 0.05-1: how far from the given picture to go; unset it is 0.5, and 1 under a mask.
+    `paddingMaskCrop`: work on the mask and so many pixels around it alone, at the model's full size."""
     steps: Steps | None = None
     guidance_scale: float | None = Field(None, ge=0, le=30)
-    strength: float = Field(0.5, ge=0.05, le=1)
+    strength: float | None = Field(None, ge=0.05, le=1)
     temperature: float = Field(0.7, ge=0, le=2)
     seed: Seed | None = None
     negative_prompt: Prompt = ""
     lora: Lora = None
+    padding_mask_crop: Padding = None
     deadline_seconds: Deadline = None
     format: Literal["png", "jpeg", "webp"] = "png"
     _negative = field_validator("negative_prompt")(clean_text)
@@ -251,9 +256,12 @@ PictureText = Annotated[str, Field(json_schema_extra={"format": "picture"})]
 
 
 class RefineRequest(RequestModel):
-    "Body of POST /refine. `images`: 1-4 PNG, JPEG or WebP in base64, also with a data: prefix."
+    """Body of POST /refine. `images`: 1-4 PNG, JPEG or WebP in base64, also with a data: prefix.
+
+    `mask`: another such picture, for all of them. White is drawn anew, black or transparent is kept."""
     refine_prompt: Prompt = Field(json_schema_extra=VISIBLE)
     images: list[PictureText] = Field(min_length=1, max_length=MAX_N)
+    mask: PictureText | None = None
     config: RefineConfig = RefineConfig.model_validate({})
     _prompt = field_validator("refine_prompt")(_not_blank)
 
@@ -312,8 +320,8 @@ class Note:
 class Picture:
     """One picture to make. Sizes in pixels; `steps` are UNet steps really run.
 
-    `init` is the RGB picture to start from (img2img) or None. `steps_asked` are the steps of a refinement
-    before its strength shortened them."""
+    `init` is the RGB picture to start from (img2img) or None. `inpainting` is a `masks.Inpainting` when a mask
+    keeps a part of it. `steps_asked` are the steps of a refinement before its strength shortened them."""
     prompt: str
     width: int
     height: int
@@ -327,6 +335,7 @@ class Picture:
     scheduler: str | None = None                 # None: the family's own
     lora: str | None = None                      # alias from SD_LORAS
     steps_asked: int | None = None
+    inpainting: Any = field(default=None, repr=False, compare=False)
 
 # %% ../nbs/01_types.ipynb #294a9bc1
 @dataclass(frozen=True)
@@ -393,7 +402,8 @@ class Receipt:
 
     `lora`: what is fused into the model; `lora_alias`, `lora_source`: the one the request named.
     `init_sha256` names the picture a refinement started from, `steps_asked` its steps before strength
-    shortened them."""
+    shortened them. `mask_sha256` and `padding_mask_crop` tell of its mask. `width` and `height` are the size
+    that was worked at; a masked picture itself has the size of the one it started from."""
     prompt: str
     negative_prompt: str
     width: int
@@ -417,6 +427,8 @@ class Receipt:
     corrections: tuple[str, ...] = ()
     timings: dict[str, float] = field(default_factory=dict)
     steps_asked: int | None = None
+    mask_sha256: str | None = None
+    padding_mask_crop: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         "The receipt as JSON-able camelCase."

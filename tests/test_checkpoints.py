@@ -181,10 +181,19 @@ def test_files_of_other_kinds_are_refused_by_name(tmp_path, kind):
     with pytest.raises(ModelError, match=f"file.safetensors is {kind}"): loaded(file)
 
 
-def test_nine_channels_are_refused_by_what_they_are(single):
+def test_eight_channels_are_refused_by_what_they_are(single):
     first = "model.diffusion_model.input_blocks.0.0.weight"
-    file = copied(single, "inpaint.safetensors", lambda s: s | {first: torch.zeros(s[first].shape[0], 9, 3, 3)})
-    with pytest.raises(ModelError, match="inpainting or editing model: its UNet takes 9 channels"): loaded(file)
+    file = copied(single, "edit.safetensors", lambda s: s | {first: torch.zeros(s[first].shape[0], 8, 3, 3)})
+    with pytest.raises(ModelError, match="editing model: its UNet takes 8 channels"): loaded(file)
+
+
+@pytest.mark.parametrize("kind", ["sd15-inpaint", "sdxl-deep-inpaint"])
+def test_an_inpainting_checkpoint_in_one_file(kind, tmp_path):
+    folder = tiny.save(tmp_path / "model", kind)
+    parts = loaded(tiny.single(folder, tmp_path / "inpaint.safetensors"))
+    assert parts.takes_mask and parts.latent_channels == 4
+    written = load_file(folder / "unet/diffusion_pytorch_model.safetensors")
+    assert torch.equal(parts.unet.conv_in.weight, written["conv_in.weight"])
 
 
 def test_a_checkpoint_without_a_vae_takes_the_one_that_is_named(single, tmp_path):

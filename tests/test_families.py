@@ -299,12 +299,12 @@ def test_an_overflowing_vae_is_decoded_in_fp32(tmp_path):
     assert decode_latents(parts, torch.randn(1, 4, 16, 16))[1] is False
 
 
-@pytest.mark.parametrize("damage, words", [("pickles", "only pickled weights"), ("inpainting", "not only a noisy picture"), ("class", "it is a StableDiffusion3Pipeline"), ("shard", "no safetensors weights for unet")])
+@pytest.mark.parametrize("damage, words", [("pickles", "only pickled weights"), ("editing", "its UNet takes 8 channels"), ("class", "it is a StableDiffusion3Pipeline"), ("shard", "no safetensors weights for unet")])
 def test_a_folder_that_cannot_be_served_says_why(tmp_path, damage, words):
     folder = tiny.save(tmp_path / "model")
     weights = folder / "unet/diffusion_pytorch_model.safetensors"
     if damage == "pickles": torch.save({}, weights.with_suffix(".bin")); weights.unlink()
     if damage == "shard": weights.rename(weights.with_name("diffusion_pytorch_model-00001-of-00002.safetensors"))
     if damage == "class": (folder / "model_index.json").write_text((folder / "model_index.json").read_text().replace("StableDiffusionPipeline", "StableDiffusion3Pipeline"))
-    if damage == "inpainting": tiny.unet(in_channels=9).save_pretrained(folder / "unet")
+    if damage == "editing": tiny.unet(in_channels=8).save_pretrained(folder / "unet")
     with pytest.raises(ModelError, match=words): load(load_settings(SD_MODEL_ID=str(folder), SD_DEVICE="cpu"))

@@ -191,7 +191,7 @@ def test_a_short_request_passes_a_flood_in_the_engine(engine, monkeypatch):
 
 def test_health_knows_the_models_limits(engine):
     health = engine.health()
-    assert health.limits.steps == engine.row.steps and health.limits.native == engine.row.native and not health.limits.mask
+    assert health.limits.steps == engine.row.steps and health.limits.native == engine.row.native and health.limits.mask
     assert health.to_json()["limits"]["steps"] == list(engine.row.steps) and health.memory["rss"] > 0
 
 

@@ -3,7 +3,7 @@ import re, shutil
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DPMSolverMultistepScheduler, LatentConsistencyModelPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DPMSolverMultistepScheduler, LatentConsistencyModelPipeline, StableDiffusionInpaintPipeline, StableDiffusionPipeline, StableDiffusionXLInpaintPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -40,16 +40,18 @@ def text(tok, cls=CLIPTextModel, layers=3, width=32):
 
 def save(folder, kind="sd15", seed=0, **more):
     """Make and save one of: sd15, sd15-lcm (guidance embedded in the UNet, LCM's own pipeline class), sdxl, sdxl-deep (two encoders of different size,
-    ten layers in the second, by which a single checkpoint is known). `more` goes to save_pretrained."""
+    ten layers in the second, by which a single checkpoint is known), sd15-inpaint, sdxl-inpaint, sdxl-deep-inpaint (a UNet of nine channels). `more` goes to save_pretrained."""
     torch.manual_seed(seed)
     folder = Path(folder)
     tok = tokenizer(folder.parent / f"{folder.name}-tokenizer")
     schedule = DPMSolverMultistepScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
     if kind.startswith("sdxl"):
-        second, wide = (text(tok, CLIPTextModelWithProjection, 10, 48), 80) if kind == "sdxl-deep" else (text(tok, CLIPTextModelWithProjection), 64)
-        pipe = StableDiffusionXLPipeline(vae(), text(tok), second, tok, tok, unet(xl=True, cross_attention_dim=wide), schedule)
+        second, wide = (text(tok, CLIPTextModelWithProjection, 10, 48), 80) if kind.startswith("sdxl-deep") else (text(tok, CLIPTextModelWithProjection), 64)
+        cls, channels = (StableDiffusionXLInpaintPipeline, 9) if kind.endswith("inpaint") else (StableDiffusionXLPipeline, 4)
+        pipe = cls(vae(), text(tok), second, tok, tok, unet(xl=True, cross_attention_dim=wide, in_channels=channels), schedule)
     else:
-        cls, body = (LatentConsistencyModelPipeline, unet(time_cond_proj_dim=32)) if kind == "sd15-lcm" else (StableDiffusionPipeline, unet())
+        cls, body = {"sd15-lcm": (LatentConsistencyModelPipeline, dict(time_cond_proj_dim=32)), "sd15-inpaint": (StableDiffusionInpaintPipeline, dict(in_channels=9))}.get(kind, (StableDiffusionPipeline, {}))
+        body = unet(**body)
         pipe = cls(vae(), text(tok), tok, body, schedule, None, None, requires_safety_checker=False)
     pipe.save_pretrained(folder, safe_serialization=True, **more)
     return folder
