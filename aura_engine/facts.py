@@ -14,8 +14,9 @@ from .models import Row
 
 # %% auto #0
 __all__ = ['MOST_HEADER', 'WEIGHTS', 'KINDS', 'NO_SIGNAL', 'SIGMAS', 'VELOCITY', 'EDM', 'STATISTICS', 'cosine_betas', 'betas',
-           'last_sigma', 'Tensor', 'header', 'check_types', 'Kind', 'has_name', 'kind_of', 'check_kind', 'Facts',
-           'facts_of_configs', 'facts_of_header', 'said_by_file', 'config_in', 'facts', 'check_facts', 'row_by_facts']
+           'last_sigma', 'Tensor', 'header', 'check_types', 'Kind', 'has_name', 'without_words', 'kind_of',
+           'check_kind', 'Facts', 'facts_of_configs', 'facts_of_header', 'said_by_file', 'config_in', 'facts',
+           'check_facts', 'row_by_facts']
 
 # %% ../nbs/04b_facts.ipynb #80eb892c
 def cosine_betas(n: int) -> list[float]:
@@ -108,10 +109,15 @@ def has_name(names: list[str], mark: str) -> bool:
     later = f".{mark}" if mark.startswith("lo") else "\0"
     return any(name.startswith(mark) or later in name for name in names)
 
+# %% ../nbs/04b_facts.ipynb #40c09052
+def without_words(name: str) -> str:
+    "A tensor's name without the words of torch.compile (also inside) and of parallel training."
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
 # %% ../nbs/04b_facts.ipynb #c2da73ea
 def kind_of(names: Iterable[str]) -> Kind:
     "What a file is, by the names of its tensors."
-    names = list(names)
+    names = [without_words(name) for name in names]
     for kind in KINDS:
         if all(has_name(names, mark) for mark in kind.names): return kind
     return Kind("none of the files that this engine knows", (), f"{_NOT_SD}, as a checkpoint or a diffusers folder")

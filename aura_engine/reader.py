@@ -5,6 +5,7 @@
 # %% ../nbs/04c_reader.ipynb #9d19fcbb
 from __future__ import annotations
 import json, re, threading, warnings
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,15 +13,18 @@ from types import SimpleNamespace
 from typing import Any
 import torch
 from .downloads import Progress, Unusable, Want, class_names, fetch, names_in, true_cause
-from .facts import (
-    SIGMAS, check_facts, check_kind, check_types, config_in, facts_of_configs, facts_of_header, header, said_by_file)
+from aura_engine.facts import (
+    SIGMAS, check_facts, check_kind, check_types, config_in, facts_of_configs, facts_of_header, header, said_by_file,
+    without_words)
 from .models import INCLUDED, PICKLED, SD15_ID, is_local
 
 # %% auto #0
-__all__ = ['PARTS', 'SERVED', 'WEIGHTS', 'NO_PICKLES', 'LOADING', 'NO_VAE', 'NO_PICKLED_FILE', 'NO_DIFFUSERS', 'UNUSED',
-           'whole_sets', 'weight_files', 'read_json', 'served_index', 'pipeline_files', 'quiet', 'reading',
-           'diffusers_classes', 'Checkpoint', 'recognise', 'nothing_else', 'config_and_weights', 'Reader',
-           'read_scheduler', 'read_unet', 'read_folder', 'configuration_of', 'read_single']
+__all__ = ['PARTS', 'SERVED', 'WEIGHTS', 'NO_PICKLES', 'CLASSES', 'LOADING', 'NO_VAE', 'NO_PICKLED_FILE', 'NO_DIFFUSERS',
+           'PART_WORDS', 'HARMLESS', 'UNUSED', 'whole_sets', 'weight_files', 'read_json', 'check_classes',
+           'served_index', 'pipeline_files', 'quiet', 'reading', 'diffusers_classes', 'Checkpoint', 'recognise',
+           'nothing_else', 'config_and_weights', 'unwrapped', 'bare', 'fill', 'check_weights', 'said_of_tensors',
+           'complete', 'complete_parts', 'Reader', 'read_scheduler', 'read_unet', 'read_folder', 'configuration_of',
+           'single_pipeline', 'read_single']
 
 # %% ../nbs/04c_reader.ipynb #1afc7159
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
@@ -34,9 +38,6 @@ def whole_sets(names: list[str]) -> dict[bool, list[str]]:
     for name in names:
         if m := WEIGHTS.fullmatch(name): sets.setdefault(bool(m[1]), []).append((name, int(m[2] or 1)))
     return {half: [name for name, _ in files] for half, files in sets.items() if len(files) == files[0][1]}
-
-# %% ../nbs/04c_reader.ipynb #40b2fb21
-#| export
 
 # %% ../nbs/04c_reader.ipynb #17d3d636
 NO_PICKLES = (" has only pickled weights, which can run code when they are read; take a safetensors version of it "
@@ -58,11 +59,23 @@ def read_json(file: Path) -> dict:
     return json.loads(file.read_text(encoding="utf-8"))
 
 # %% ../nbs/04c_reader.ipynb #4e39a9bf
+CLASSES = {
+    "unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL", "AutoencoderTiny"),
+    "text_encoder": ("CLIPTextModel",), "text_encoder_2": ("CLIPTextModelWithProjection",)}
+
+def check_classes(index: dict) -> None:
+    "Unusable when a model_index.json names a part of a class that this engine does not build."
+    for part, allowed in CLASSES.items():
+        named = (index.get(part) or [None, None])[1]
+        if named and named not in allowed: raise Unusable(f"its {part} is a {named}; allowed: {', '.join(allowed)}")
+
+# %% ../nbs/04c_reader.ipynb #7b8962ec
 def served_index(folder: Path) -> dict:
     "The model_index.json of a diffusers folder. Unusable when it names a pipeline that this engine does not serve."
     index = read_json(folder / "model_index.json")
     name = index.get("_class_name")
     if name not in SERVED: raise Unusable(f"it is a {name}; this engine serves {', '.join(SERVED)}")
+    check_classes(index)
     return index
 
 # %% ../nbs/04c_reader.ipynb #249bf3f5
@@ -152,6 +165,71 @@ def config_and_weights(half: bool) -> Want:
     return want
 
 # %% ../nbs/04c_reader.ipynb #6b690bc2
+PART_WORDS = ("text_encoder_2.", "text_encoder.", "unet.", "vae.")
+
+def unwrapped(name: str) -> str:
+    "A tensor's name without the words that programs put before it."
+    name = without_words(name)
+    for word in PART_WORDS: name = name.removeprefix(word)
+    return name
+
+def bare(name: str) -> str:
+    "The unwrapped name in the spelling of every version of transformers."
+    return unwrapped(name).removeprefix("text_model.")
+
+# %% ../nbs/04c_reader.ipynb #ea794fc6
+def fill(module: Any, files: list[Path], dtype: torch.dtype) -> None:
+    "Give a model the tensors in safetensors files, by their bare names."
+    from safetensors.torch import load_file
+    there = {bare(name): tensor for file in files for name, tensor in load_file(file).items()}
+    mine = {name: there[bare(name)].to(dtype) for name in module.state_dict() if bare(name) in there}
+    module.load_state_dict(mine, strict=False, assign=True)
+
+# %% ../nbs/04c_reader.ipynb #9e4f2ca4
+def check_weights(module: Any, where: str, lacking: Iterable[str] = ()) -> None:
+    "Unusable when a model lacks tensors (those, and those without values), or holds values that are no numbers."
+    empty = [name for name, values in module.named_parameters() if values.is_meta]
+    names = list(dict.fromkeys([*lacking, *empty]))
+    more = " …" if len(names) > 3 else ""
+    if names: raise Unusable(f"{where} lacks {len(names)} tensors: {', '.join(names[:3])}{more}")
+    for name, values in module.named_parameters():
+        if not torch.isfinite(values.detach().sum(dtype=torch.float32)):
+            raise Unusable(f"{where} holds values that are no numbers ({name})")
+
+# %% ../nbs/04c_reader.ipynb #a4476cdd
+HARMLESS = (".position_ids", ".query.", ".key.", ".value.", ".proj_attn.")
+
+def said_of_tensors(module: Any, part: str, names: list[str]) -> list[str]:
+    "Sentences about the tensors of a part's files: wrapped names, and names that the part has no place for."
+    said, known = [], {bare(name) for name in module.state_dict()}
+    words = sorted({name[:len(name) - len(unwrapped(name))] for name in names if name.endswith(unwrapped(name))} - {""})
+    if words: said.append(f"{part}: its tensors are named {words[0]}…, which was taken off")
+    unused = [name for name in names if bare(name) not in known and not any(h in f".{name}" for h in HARMLESS)]
+    if unused: said.append(f"{part}: {len(unused)} tensors in its file are not used ({unused[0]} …)")
+    return said
+
+# %% ../nbs/04c_reader.ipynb #a57f7041
+def complete(reader: Reader, module: Any, part: str, files: list[Path]) -> None:
+    "Hold a part against its files, and give it what its library missed. Unusable, naming what is not there."
+    tables = {file: header(file) for file in files}
+    for file, table in tables.items(): check_types(file, table)
+    names = [name for table in tables.values() for name in table]
+    if any(unwrapped(name) != name for name in names): fill(module, files, reader.dtype)
+    reader.notes += said_of_tensors(module, part, names)
+    there, lacking = {bare(name) for name in names}, []
+    if part.startswith("text_encoder"):                # diffusers leaves a lacking tensor empty, transformers does not
+        lacking = [name for name, _ in module.named_parameters() if bare(name) not in there]
+    check_weights(module, f"{part}/{files[0].name}", lacking)
+
+# %% ../nbs/04c_reader.ipynb #bcdb3459
+def complete_parts(reader: Reader, pipe: Any, folder: Path, names: list[str]) -> None:
+    "`complete` for each part of a pipeline that was read from the files `names` of a folder."
+    weights = [name for name in names if name.endswith(".safetensors")]
+    for part in CLASSES:
+        files = [folder / name for name in weights if name.startswith(part + "/")]
+        if files: complete(reader, getattr(pipe, part), part, files)
+
+# %% ../nbs/04c_reader.ipynb #09198bc3
 @dataclass
 class Reader:
     "Reads parts of models in `dtype`, telling `progress`. `revision` belongs to the repository `model`."
@@ -188,9 +266,12 @@ class Reader:
         "A lone diffusers model (UNet or VAE) from a folder or repository with its config.json."
         diffusers = diffusers_classes()
         folder = self.located(source, "config.json", config_and_weights(self.half))
-        cls = getattr(diffusers, read_json(folder / "config.json")["_class_name"])
+        named, allowed = read_json(folder / "config.json").get("_class_name"), CLASSES["unet"] + CLASSES["vae"]
+        if named not in allowed: raise Unusable(f"its config.json names a {named}; allowed: {', '.join(allowed)}")
         names = weight_files([p.name for p in folder.iterdir()], "", self.half)
-        return self.from_folder(cls, folder, names)
+        made = self.from_folder(getattr(diffusers, named), folder, names)
+        complete(self, made, folder.name, [folder / name for name in names])
+        return made
 
     def from_folder(self, cls: Any, folder: Path, names: list[str], **given: Any) -> Any:
         "A diffusers class from a folder, of whose files `names` are to be read."
@@ -216,11 +297,17 @@ def read_scheduler(reader: Reader, folder: Path, more: dict[str, Any] | None = N
 def read_unet(reader: Reader, source: str, config: Path) -> Any:
     "A distilled UNet. `config`: the folder with the base's configuration."
     if not source.endswith(".safetensors"): return reader.model_of(source)
-    from safetensors.torch import load_file
     cls, file = diffusers_classes().UNet2DConditionModel, reader.located(source, "", nothing_else)
-    with reading(), torch.device("meta"): unet = cls.from_config(cls.load_config(config))
-    unet.load_state_dict(load_file(file), assign=True)
-    return unet.to(reader.dtype)
+    names = header(file)
+    check_types(file, names)
+    if any(name.startswith("model.diffusion_model.") for name in names):
+        with reading(): unet = cls.from_single_file(str(file), config=str(config), dtype=reader.dtype)
+    else:
+        with reading(), torch.device("meta"): unet = cls.from_config(cls.load_config(config))
+        fill(unet, [file], reader.dtype)
+        reader.notes += said_of_tensors(unet, file.name, list(names))
+    check_weights(unet, file.name)
+    return unet
 
 # %% ../nbs/04c_reader.ipynb #f223cc2a
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
@@ -238,7 +325,9 @@ def read_folder(reader: Reader, source: str, unet: str | None = None) -> tuple[A
     given: dict[str, Any] = {part: None for part in UNUSED if part in index}
     given["scheduler"] = read_scheduler(reader, folder)
     if unet: given["unet"] = read_unet(reader, unet, folder / "unet")
-    return reader.from_folder(diffusers_classes().DiffusionPipeline, folder, names, **given), folder
+    made = reader.from_folder(diffusers_classes().DiffusionPipeline, folder, names, **given)
+    complete_parts(reader, made, folder, names)
+    return made, folder
 
 # %% ../nbs/04c_reader.ipynb #4131e655
 def configuration_of(reader: Reader, file: Path, repo: str) -> Path:
@@ -252,6 +341,21 @@ def configuration_of(reader: Reader, file: Path, repo: str) -> Path:
                        f"a folder with it named {file.stem}, beside the file, will do") from e
 
 # %% ../nbs/04c_reader.ipynb #84809e4e
+def single_pipeline(reader: Reader, file: Path, config: Path, given: dict[str, Any]) -> Any:
+    "A pipeline from a single file and the folder of its configuration. Unusable when a tensor is missing."
+    pipeline = getattr(diffusers_classes(), served_index(config)["_class_name"])
+    try:
+        with reading():
+            made = pipeline.from_single_file(str(file), config=str(config), dtype=reader.dtype,
+                                             local_files_only=True, **given)
+    except NotImplementedError as e:
+        raise Unusable(f"{file.name} lacks tensors of its UNet or of its VAE") from e
+    for part in CLASSES:
+        module = getattr(made, part, None)
+        if module is not None: check_weights(module, f"{file.name} ({part})")
+    return made
+
+# %% ../nbs/04c_reader.ipynb #9f5a5b0d
 def read_single(reader: Reader, source: str, vae: str | None = None) -> tuple[Any, Path]:
     "(pipeline, file) from one original-layout .safetensors file. `vae`: where one comes from that the file lacks."
     file = reader.located(source, "", nothing_else)
@@ -262,9 +366,5 @@ def read_single(reader: Reader, source: str, vae: str | None = None) -> tuple[An
     if not found.has_vae:
         if vae is None: raise Unusable(NO_VAE.format(file.name))
         given["vae"] = reader.model_of(vae)
-    pipeline = getattr(diffusers_classes(), served_index(config)["_class_name"])
     reader.progress.stage = "reading"
-    with reading():
-        made = pipeline.from_single_file(str(file), config=str(config), dtype=reader.dtype,
-                                         local_files_only=True, **given)
-    return made, file
+    return single_pipeline(reader, file, config, given), file

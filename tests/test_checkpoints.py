@@ -2,7 +2,7 @@
 
 The right pictures come from stock diffusers pipelines with the scheduler configurations that their makers publish, and never from our loader.
 """
-import json
+import json, shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -275,3 +275,95 @@ def test_a_unet_alone_takes_the_base_that_is_named(tmp_path):
     save_file({k: v.contiguous() for k, v in other.state_dict().items()}, mine := tmp_path / "mine.safetensors")
     assert loaded(mine, SD_BASE_ID=str(base)).row.name == "sdxl"
     with pytest.raises(ModelError, match="is a UNet alone: it needs a base: name it in SD_BASE_ID"): loaded(mine)
+
+
+# row 9: what is in the files is in the model, and nothing is made up
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory): return tiny.save(tmp_path_factory.mktemp("whole") / "model", "sdxl")
+
+
+def changed(whole, folder, part, change):
+    """A copy of the folder with another weights file in one part. -> the folder."""
+    shutil.copytree(whole, folder)
+    file = next((folder / part).glob("*.safetensors"))
+    save_file(change(load_file(file)), file)
+    return folder
+
+
+def part_of(parts, part): return {"unet": parts.unet, "vae": parts.vae, "text_encoder": parts.text_encoders[0], "text_encoder_2": parts.text_encoders[1]}[part]
+
+
+@pytest.mark.parametrize("part, word", [("text_encoder", "_orig_mod."), ("text_encoder", "text_encoder."), ("text_encoder", "text_model."), ("text_encoder_2", "module."), ("text_encoder_2", "text_encoder_2._orig_mod."), ("unet", "_orig_mod."), ("vae", "module.")])
+def test_words_before_names_are_taken_off(whole, tmp_path, part, word):
+    """Compared with the tensors in the file. Before, a text encoder was random, another one at each start."""
+    folder = changed(whole, tmp_path / "model", part, lambda s: {word + k: v for k, v in s.items()})
+    parts = loaded(folder)
+    got, want = part_of(parts, part).state_dict(), load_file(next((folder / part).glob("*.safetensors")))
+    bare = {k.removeprefix(word).removeprefix("text_model."): v for k, v in want.items()}
+    assert {k.removeprefix("text_model.") for k in got} == bare.keys()
+    assert all(torch.equal(v, bare[k.removeprefix("text_model.")]) for k, v in got.items())
+    assert word == "text_model." or any(f"{part}: its tensors are named {word}" in n for n in parts.notes)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2", "unet", "vae"])
+def test_missing_tensors_are_refused_with_file_and_names(whole, tmp_path, part):
+    gone = sorted(load_file(next((whole / part).glob("*.safetensors"))))[2:4]
+    folder = changed(whole, tmp_path / "model", part, lambda s: {k: v for k, v in s.items() if k not in gone})
+    with pytest.raises(ModelError, match=rf"{part}/.*safetensors lacks 2 tensors: .*{gone[0].removeprefix('text_model.')}"): loaded(folder)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(whole, tmp_path, part, value):
+    """One value of one tensor is enough."""
+    def spoil(state):
+        last = sorted(state)[-1]
+        state[last].view(-1)[-1] = value
+        return state
+    with pytest.raises(ModelError, match=rf"{part}/.*safetensors holds values that are no numbers \("): loaded(changed(whole, tmp_path / "model", part, spoil))
+
+
+@pytest.mark.parametrize("part, dtype, name", [("text_encoder", torch.int8, "I8"), ("unet", torch.float8_e4m3fn, "F8_E4M3")])
+def test_weights_of_a_folder_have_a_type_that_is_run_in(whole, tmp_path, part, dtype, name):
+    with pytest.raises(ModelError, match=rf"holds weights of type {name} \("): loaded(changed(whole, tmp_path / "model", part, lambda s: {k: v.to(dtype) if v.numel() > 1000 else v for k, v in s.items()}))
+
+
+def test_tensors_without_a_place_are_told(whole, tmp_path):
+    parts = loaded(changed(whole, tmp_path / "model", "text_encoder", lambda s: s | {"visual.proj": torch.ones(2), "embeddings.position_ids": torch.arange(77)}))
+    assert [n for n in parts.notes if "not used" in n] == ["text_encoder: 1 tensors in its file are not used (visual.proj …)"]
+
+
+@pytest.mark.parametrize("where", ["index", "vae"])
+def test_a_part_is_of_a_class_that_is_built_here(whole, tmp_path, where):
+    """A folder cannot name a class of its own choice: a VAE that says it is a pipeline was built as one."""
+    shutil.copytree(whole, folder := tmp_path / "model")
+    if where == "index":
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps(index | {"text_encoder": ["transformers", "AutoModel"]}))
+        with pytest.raises(ModelError, match="its text_encoder is a AutoModel; allowed: CLIPTextModel"): loaded(folder)
+    else:
+        (folder / "vae" / "config.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+        with pytest.raises(ModelError, match="SD_VAE_ID=.*its config.json names a StableDiffusionPipeline; allowed: "): loaded(whole, SD_VAE_ID=str(folder / "vae"))
+
+
+def test_single_files_lack_nothing_either(single):
+    for stem, part in (("conditioner.embedders.0.", "text_encoder"), ("conditioner.embedders.1.", "text_encoder_2"), ("model.diffusion_model.", "unet"), ("first_stage_model.", "vae")):
+        def less(state, stem=stem):
+            gone = [k for k in sorted(state) if k.startswith(stem) and k.endswith("bias")][-1]
+            return {k: v for k, v in state.items() if k != gone}
+        words = rf"less-{part}.safetensors \({part}\) lacks [1-3] tensors: " if part.startswith("text") else f"less-{part}.safetensors lacks tensors of its UNet or of its VAE"
+        with pytest.raises(ModelError, match=words): loaded(copied(single, f"less-{part}.safetensors", less))
+
+
+def test_a_lone_unet_in_the_original_names_is_the_same_unet(single, tmp_path):
+    """As other programs extract it; with a base it was 'not the names the configuration asks for'."""
+    folder = single.with_suffix("")
+    base = tiny.save(tmp_path / "base", "sdxl-deep")
+    file = copied(single, "alone.safetensors", lambda s: {k: v for k, v in s.items() if k.startswith("model.diffusion_model.")})
+    got, want = loaded(file, SD_BASE_ID=str(base)).unet.state_dict(), loaded(single).unet.state_dict()
+    assert folder.exists() and all(torch.equal(v, want[k]) for k, v in got.items())
+    file = copied(single, "wrapped.safetensors", lambda _: {f"_orig_mod.{k}": v.contiguous() for k, v in want.items()})
+    with pytest.raises(ModelError, match="is a UNet alone"): loaded(file)
+    got = loaded(file, SD_BASE_ID=str(base)).unet.state_dict()
+    assert all(torch.equal(v, want[k]) for k, v in got.items())
