@@ -1,5 +1,5 @@
 """The Studio as the page at `/`, in a real Chromium: what a person sees and does. `AURA_PICTURES=1` keeps the screenshots."""
-import base64, io, json, os, re, shutil, signal, subprocess, sys, time
+import base64, gzip, io, json, os, re, shutil, signal, subprocess, sys, time
 
 import httpx
 import pytest
@@ -578,26 +578,6 @@ def test_an_address_that_is_no_engine(page):
     expect(page.get_by_role("alert")).to_be_hidden()
 
 
-def test_auto_falls_back_to_the_cloud(page, server, tmp_path):
-    """Local answers 503, the second engine (another origin, allowed by its ALLOW_ORIGINS) makes the picture."""
-    cloud = start(APP, tmp_path / "log.txt", ALLOW_ORIGINS=server.url).wait_ready()
-    try:
-        state(page).click()
-        page.get_by_label("Address of the cloud engine").fill(cloud.url)
-        page.get_by_role("radio", name="Auto").check()
-        expect(page.locator(".engines h2")).to_have_count(2)
-        page.route(server.url + "/jobs", lambda r: r.fulfill(status=503, content_type="application/problem+json", body='{"type": "urn:aura:shutting_down", "detail": "The engine is stopping.", "status": 503}'))
-        ask(page, "a fox", steps=1)
-        finished(page)
-        assert httpx.get(cloud.url + "/metrics").text.count('aura_requests_total{code="202",route="/jobs"} 1.0') == 1
-        page.get_by_label("Address of the cloud engine").fill(f"http://127.0.0.1:{free_port()}")
-        page.get_by_role("radio", name="Cloud", exact=True).check()
-        press(page, "Generate")
-        expect(state(page)).to_contain_text("not reachable")
-        expect(page.locator(".engines")).to_contain_text("ALLOW_ORIGINS")
-    finally: cloud.stop()
-
-
 def test_engine_panel(page):
     state(page).click()
     panel = page.locator(".engine")
@@ -804,7 +784,7 @@ def test_events_cut_at_every_byte(module):
         return [...new Set(all)]; })()"""
     answers = module(code, text)
     assert len(answers) == 1
-    assert json.loads(answers[0]) == [{"id": "1", "event": "step", "data": {"step": 1, "word": "ü☀"}}, {"id": "2", "event": "done", "data": {"warnings": []}}]
+    assert json.loads(answers[0]) == [{"event": "step", "data": {"step": 1, "word": "ü☀"}}, {"event": "done", "data": {"warnings": []}}]
 
 
 def test_receipts_in_pictures(module):
@@ -816,6 +796,14 @@ def test_receipts_in_pictures(module):
     read = lambda data: module("m.receiptIn(new Blob([Uint8Array.from(a[0])]))", list(data))
     assert read(png) == json.loads(json.dumps(receipt.to_json()))
     for other in (b"", b"abc", png[:20], png[:60], encode(Image.new("RGB", (64, 64)), "png"), noise(64, 64, "JPEG")): assert read(other) is None
+
+
+def test_sizes():
+    """What the browser loads is what lies here: no build step, and still small."""
+    scripts, styles = [b"".join(p.read_bytes() for p in sorted(STUDIO.glob(f"*.{kind}"))) for kind in ("js", "css")]
+    assert len(scripts) <= 60_000 and len(styles) <= 18_000, (len(scripts), len(styles))
+    zipped = [len(gzip.compress(part, 9)) for part in (scripts, styles)]
+    assert sum(zipped) <= 25_000, zipped
 
 
 def test_limits_of_an_engine_that_does_not_say(module):
