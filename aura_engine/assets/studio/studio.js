@@ -1,10 +1,9 @@
-// The Studio: one module for the page at `/` and for notebooks. What the browser loads is what you read: no build step.
+// The Studio: one module for the page at `/` and for notebooks, without a build step.
 
-// ---- texts: what a translation replaces
-// A key that is not here is its own text.
+// ---- texts, for translations to replace: a key that is not here is its own text
 export const TEXTS = {
 	prompt: "What should it be?", become: "What should it become?", example: "a fox on a green background",
-	generate: "Generate", stop: "Stop", surprise: "Surprise me", addPicture: "Start from a picture of yours",
+	generate: "Generate", stop: "Stop", surprise: "Surprise me", addPicture: "Add a picture",
 	settings: "Settings", shape: "Shape", count: "Pictures", seed: "Seed", dice: "Draw a seed", steps: "Steps",
 	guidance: "Guidance", temperature: "Temperature", strength: "Strength", negative: "Without",
 	negativeOff: "acts with guidance above 1", lora: "Style (LoRA)", size: "Size", high: "large",
@@ -16,26 +15,26 @@ export const TEXTS = {
 	work: "{n} in work", failed: "not working", draining: "stopping", away: "not reachable", ended: "kernel ended",
 	on: "{model} on {device}", waitLoading: "The model is loading. Your picture starts by itself.",
 	waitBusy: "The engine is busy. Asking again in {n} s.", waitAway: "No answer. Trying again in {n} s.",
-	waitAsleep: "The engine is waking up. Asking again in {n} s.", waitNext: "Asking the other engine.",
+	waitAsleep: "Waking up. Asking again in {n} s.", waitNext: "Asking the other engine.",
 	waitKernel: "The kernel is busy with a cell; your picture is next.", asking: "asking …",
 	queued: "{position} ahead of you, about {n} s", soon: "about {n} s", step: "step {step} of {steps}",
 	finishing: "finishing …", stopped: "Stopped.", done: "Done.", resumed: "Went on while you were away.",
 	notReached: "The engine cannot be reached. The Studio keeps trying.",
-	notOurs: "The address answered {status}, but not as an engine.", broken: "Something went wrong here: {why}",
-	modelFailed: "The model could not be loaded. {why}", lost: "The picture it started from is not here any more.",
-	kernelEnded: "The kernel ended. Run the cell again; the pictures here can still be saved.",
+	notOurs: "Answered {status}, but not as an engine.", broken: "Something went wrong here: {why}",
+	modelFailed: "The model could not be loaded. {why}", lost: "Its start picture is gone.",
+	kernelEnded: "The kernel ended. Run the cell again. Pictures here can still be saved.",
 	keyMissing: "This engine asks for its key.", keyWrong: "That is not this engine's key.", key: "Key",
 	useKey: "Use key", noPrompt: "Say first what it should be.", close: "Close", undo: "Undo", removed: "Deleted.",
 	seedWrong: "A seed is a whole number up to 9007199254740991. Empty draws one.",
 	cleared: "All pictures are deleted.", retry: "Try again", notPicture: "That is not a PNG, JPEG or WebP picture.",
-	offer: "This picture carries its receipt.", shared: "A picture was shared with you: “{prompt}”", makeIt: "Make it",
-	drop: "Drop the picture to start from it", badLink: "This link does not hold a picture.",
+	offer: "This picture carries its receipt.", shared: "Shared with you: “{prompt}”", makeIt: "Make it",
+	drop: "Drop it to start from it",
 	full: "The oldest pictures made room. Kept ones stay.", takeOff: "Take the picture off",
 	making: "in work: {prompt}", vary: "Vary", words: "Words", make: "Make {n}", grid: "{prompt} · seed {seed}",
 	axisWrong: "{axis}: up to 8 values within {allowed}, comma between.", made: "{n} of {of}",
-	engine: "Engine", which: "Which engine", local: "Local", cloud: "Cloud", auto: "Auto",
+	engine: "Engine", which: "Engines", local: "Local", cloud: "Cloud", auto: "Auto",
 	queueIs: "{length} pictures, {seconds} s", advice: "what to do", url: "where", lately: "last pictures",
-	stepCost: "Milliseconds of a step, by pictures in it", gib: "{n} GiB", gpuGib: "{n} GiB on the GPU",
+	stepCost: "Milliseconds of a step, by pictures in it", gib: "{n} GiB",
 	fetching: "fetching {file}", bytes: "{done} of {total} GB",
 	keys: "Keys: Ctrl+Enter generate · Esc stop · / prompt · V again · E start from it · C compare · R use settings · "
 		+ "S save · F keep · Delete · arrows choose",
@@ -43,7 +42,7 @@ export const TEXTS = {
 
 let texts = TEXTS;
 const number = (n, maximumFractionDigits = 2) => (
-	new Intl.NumberFormat(undefined, { maximumFractionDigits, useGrouping: false }).format(n));
+	n.toLocaleString(undefined, { maximumFractionDigits, useGrouping: false }));
 const t = (key, slots = {}) => (texts[key] ?? String(key)).replace(/\{(\w+)\}/g, (_, name) => {
 	const value = slots[name] ?? "";
 	return typeof value === "number" ? number(value) : value;
@@ -82,9 +81,9 @@ const FIELDS = { refinePrompt: "prompt", aspectRatio: "aspect", guidanceScale: "
 export const FORM = { prompt: "", negative: "", aspect: "1:1", n: 1, seed: null, steps: null, guidance: null,
 	temperature: 0.7, strength: 0.5, lora: null, high: false };
 
-/** What the loaded model allows, [least, its own, most], from /health. Until then the bounds of the API. */
+/** What the model allows, [least, its own, most], from /health. Until then the bounds of the API. */
 export function limitsOf(health) {
-	return { native: 512, mask: false, loras: health?.loras ?? [], gpu: health?.gpu ?? false,
+	return { native: 512, loras: health?.loras ?? [], gpu: health?.gpu ?? false,
 		steps: [1, null, 100], guidance: [0, null, 30], seed: [0, null, Number.MAX_SAFE_INTEGER],
 		temperature: [0, FORM.temperature, 2], strength: [0.05, FORM.strength, 1], ...health?.limits };
 }
@@ -92,7 +91,6 @@ export function limitsOf(health) {
 const within = ([low, own, high], value) => (value === null ? own : clamp(value, low, high));
 const withoutActs = (form, limits) => (within(limits.guidance, form.guidance) ?? 2) > 1;
 
-/** The form as a request. What is null stays out, so that the model's own number acts. */
 export function requestOf(form, limits, start) {
 	const numbers = { seed: form.seed ?? newSeed(), temperature: form.temperature };
 	if (form.steps !== null) numbers.steps = within(limits.steps, form.steps);
@@ -121,7 +119,6 @@ function aspectOf({ width, height }) {
 	return off(nearest) < 0.09 ? nearest : `${width}:${height}`;
 }
 
-/** A receipt as a form: asked for again, it makes the same picture. */
 export function formOf(receipt, limits) {
 	return { ...FORM, prompt: receipt.prompt, negative: receipt.negativePrompt, aspect: aspectOf(receipt),
 		seed: receipt.seed, steps: receipt.stepsAsked ?? receipt.steps, guidance: receipt.guidanceScale,
@@ -142,11 +139,10 @@ const toBase64 = async (blob) => (
 	btoa(Array.from(new Uint8Array(await blob.arrayBuffer()), (byte) => String.fromCharCode(byte)).join("")));
 const picture = (text, kind) => new Blob([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))], { type: `image/${kind}` });
 
-/** The receipt in the part of an address behind the #, or null. */
-export const receiptOfLink = (hash) => (hash.startsWith("#r=") ? JSON.parse(decodeURIComponent(hash.slice(3))) : null);
+function receiptOfLink(hash) { try { return JSON.parse(decodeURIComponent(/^#r=(.+)/.exec(hash)[1])); } catch { return null; } }
 const fileName = ({ prompt, seed }) => `${prompt.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40)}-${seed}.png`;
 
-/** A receipt as link, curl, Python or JSON. `address`: where the engine answers; a kernel has none. */
+/** A receipt as link, curl, Python or JSON. A kernel has no address. */
 export function copyAs(kind, receipt, limits, address) {
 	if (kind === "json") return JSON.stringify(receipt, null, 2);
 	if (kind === "link") return `${address}/#r=${encodeURIComponent(JSON.stringify({ ...receipt, timings: undefined }))}`;
@@ -159,25 +155,25 @@ export function copyAs(kind, receipt, limits, address) {
 	}
 	const { prompt, refinePrompt, config, n, ...options } = body;
 	const named = Object.entries({ ...options, ...config }).map(([name, value]) => (
-		`${name.replace(/[A-Z]/g, (c) => `_${c.toLowerCase()}`)}=${JSON.stringify(value)}`));
-	const words = [JSON.stringify(prompt ?? refinePrompt), route === "refine" && '"start.png"', ...named].filter(Boolean);
-	return `from aura_engine import AuraClient\n\nclient = AuraClient(${JSON.stringify(address ?? "offline")})\n`
-		+ `client.${route}(${words.join(", ")}).save(${JSON.stringify(file)})`;
+		`, ${name.replace(/[A-Z]/g, (c) => `_${c.toLowerCase()}`)}=${JSON.stringify(value)}`));
+	const start = refinePrompt ? ', "start.png"' : "";
+	return `import aura_engine as ae\n\nclient = ae.AuraClient(${JSON.stringify(address ?? "offline")})\n`
+		+ `client.${route}(${JSON.stringify(prompt ?? refinePrompt)}${start}${named.join("")}).save(${JSON.stringify(file)})\n`;
 }
 
-/** A picture from outside, small enough to travel: at most `most` pixels a side. */
+/** A picture from outside, small enough to travel. */
 async function shrunk(blob, most) {
 	const bitmap = await createImageBitmap(blob).catch(() => { throw new Trouble("picture", t("notPicture")); });
 	const { width, height } = bitmap;
 	const scale = Math.min(1, most / Math.max(width, height));
 	if (scale === 1 && blob.size < 2e6) return { blob, ratio: width / height };
-	const canvas = Object.assign(document.createElement("canvas"), { width: width * scale, height: height * scale });
+	const canvas = new OffscreenCanvas(scale * width, scale * height);
 	canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
-	return { blob: await new Promise((resolve) => { canvas.toBlob(resolve); }), ratio: width / height };
+	return { blob: await canvas.convertToBlob(), ratio: width / height };
 }
 
 // ---- engines
-/** Server-sent events {event, data} of a body, cut wherever the network cuts it. */
+/** Server-sent events {event, data}, cut wherever the network cuts them. */
 export async function* eventsIn(body) {
 	const reader = body.pipeThrough(new TextDecoderStream()).getReader();
 	let text = "";
@@ -202,7 +198,7 @@ const [remembered, session] = [storage("localStorage"), storage("sessionStorage"
 const COMES_BACK = { not_ready: "waitLoading", queue_full: "waitBusy", unreachable: "waitAway", asleep: "waitAsleep",
 	shutting_down: "waitAway", not_found: "asking" };
 
-/** The page's own engine, over HTTP. Work goes through /jobs, so that it lives on when the page goes. */
+/** The page's engine, over HTTP. Work goes through /jobs, so that it lives on when the page goes. */
 export class HttpEngine {
 	seen = {};
 	store = new BrowserStore();
@@ -245,7 +241,6 @@ export class HttpEngine {
 		yield* this.resume(id, { signal });
 	}
 
-	/** All events of a job from its first one. */
 	async* resume(job, { signal }) {
 		const { body } = await this.call(`/jobs/${job}/events`, { signal, accept: "text/event-stream" });
 		for await (const { event: type, data } of eventsIn(body)) {
@@ -284,7 +279,6 @@ export async function* patiently(engine, run) {
 	}
 }
 
-/** The kernel as an engine: messages with pictures as binary buffers. */
 export class WidgetEngine {
 	talks = new Map();
 	ended = false;
@@ -305,9 +299,9 @@ export class WidgetEngine {
 
 	/** Send a message and read what comes back under its id, until `done` or `end`. */
 	async* talk({ id = newId(), ...message }, { buffers = [], signal } = {}) {
-		const heard = [];
-		let wake;
-		const put = (item) => { heard.push(item); wake?.(); };
+		const { readable, writable } = new TransformStream();
+		const [reader, writer] = [readable.getReader(), writable.getWriter()];
+		const put = (item) => { writer.write(item); };
 		const busy = setTimeout(() => put({ type: "waits", say: "waitKernel" }), 1500);
 		signal?.addEventListener("abort", () => put({ error: signal.reason }));
 		this.talks.set(id, (event, [bytes] = []) => (
@@ -315,9 +309,7 @@ export class WidgetEngine {
 		this.model.send({ id, ...message }, undefined, buffers);
 		try {
 			for (;;) {
-				if (!heard.length) await new Promise((resolve) => { wake = resolve; });
-				const event = heard.shift();
-				if (!event) continue;
+				const { value: event } = await reader.read();
 				if (event.error) throw event.error;
 				if (event.type !== "waits") clearTimeout(busy);
 				if (event.type === "end") return;
@@ -361,24 +353,20 @@ const pictureFrom = ({ picture: id, blob, receipt, at = Date.now(), seconds = wo
 class BrowserStore {
 	most = 200e6; // bytes of pictures
 
-	open() {
-		return this.db ??= new Promise((resolve) => {
-			const asked = indexedDB.open("aura-studio", 1);
-			asked.onupgradeneeded = () => {
-				for (const name of ["pictures", "jobs", "start"]) asked.result.createObjectStore(name, { keyPath: "id" });
-			};
-			asked.onsuccess = () => resolve(asked.result);
-			asked.onerror = () => resolve(null);
-		}).catch(() => null);
-	}
-
+	/** What IndexedDB answers, or nothing where there is none. */
 	async ask(table, act) {
-		const db = await this.open();
-		return new Promise((resolve) => {
-			const asked = act(db.transaction(table, "readwrite").objectStore(table));
-			asked.onsuccess = () => resolve(asked.result);
-			asked.onerror = () => resolve([]);
-		}).catch(() => []);
+		const answer = (asked) => new Promise((resolve, reject) => {
+			Object.assign(asked, { onsuccess: () => resolve(asked.result), onerror: reject });
+		});
+		const open = () => {
+			const asked = indexedDB.open("aura-studio", 1);
+			const tables = () => ["pictures", "jobs", "start"].map((name) => asked.result.createObjectStore(name, { keyPath: "id" }));
+			return answer(Object.assign(asked, { onupgradeneeded: tables }));
+		};
+		try {
+			const db = await (this.db ??= open());
+			return await answer(act(db.transaction(table, "readwrite").objectStore(table)));
+		} catch { return []; }
 	}
 
 	async all(table) { return (await this.ask(table, (s) => s.getAll())).sort((a, b) => b.at - a.at); }
@@ -390,7 +378,6 @@ class BrowserStore {
 	keepForm(form) { session.set("form", form); remembered.set("form", form); }
 }
 
-/** The notebook: the kernel owns the pictures, the browser asks for them. */
 class KernelStore {
 	constructor(engine) { Object.assign(this, { engine, model: engine.model }); }
 
@@ -420,7 +407,7 @@ const free = (url) => url && setTimeout(() => URL.revokeObjectURL(url), 1000);
 /** Everything the views show. Says `change` once a turn, and `choice` when another picture is chosen. */
 export class Studio extends EventTarget {
 	pictures = []; runs = []; chosen = null; spread = null; comparing = null; form = { ...FORM }; start = null; wrong = [];
-	health = {}; limits = limitsOf(); examples = []; note = null; trouble = null; offer = null; brush = null;
+	health = {}; limits = limitsOf(); examples = []; note = null; trouble = null; offer = null;
 
 	constructor(engine) {
 		super();
@@ -435,7 +422,6 @@ export class Studio extends EventTarget {
 		this.due ??= Promise.resolve().then(() => { this.due = null; this.dispatchEvent(new Event("change")); });
 	}
 
-	/** Take up what was there: the pictures and the work under way. Then follow the engine's health. */
 	async begin() {
 		this.#watch();
 		const tables = ["pictures", "jobs", "start"].map((table) => this.store.all(table));
@@ -463,7 +449,6 @@ export class Studio extends EventTarget {
 		this.touch({ examples: await this.engine.examples().catch(() => []) });
 	}
 
-	// ---- words for people
 	say(text, undo) {
 		clearTimeout(this.noteEnds);
 		if (text) this.noteEnds = setTimeout(() => this.say(""), 6000);
@@ -479,22 +464,20 @@ export class Studio extends EventTarget {
 		this.touch({ focus: this.wrong[0] ?? this.focus });
 	}
 
-	// ---- the form
 	set(values) {
 		this.store.keepForm(Object.assign(this.form, values));
 		if (this.wrong.length) this.fail(null);
 		this.touch();
 	}
 
-	/** The picture to start from: {blob, name, mask}, or null. */
+	/** The picture to start from: {blob, name, ratio}, or null. */
 	setStart(start) {
 		free(this.start?.url);
 		if (start) this.store.put("start", { ...start, id: 0 });
 		else this.store.remove("start", [0]);
-		this.touch({ start: start && { ...start, url: URL.createObjectURL(start.blob) }, brush: null, focus: "prompt" });
+		this.touch({ start: start && { ...start, url: URL.createObjectURL(start.blob) }, focus: "prompt" });
 	}
 
-	/** A picture from the person becomes the start. One of ours also offers its settings. */
 	async take(file) {
 		try {
 			const receipt = await receiptIn(file);
@@ -503,7 +486,6 @@ export class Studio extends EventTarget {
 		} catch (trouble) { this.fail(trouble); }
 	}
 
-	// ---- making pictures
 	generate() {
 		const { seed, prompt } = this.form;
 		if (!prompt.trim()) return this.fail(Trouble.of("prompt", "noPrompt"));
@@ -518,7 +500,6 @@ export class Studio extends EventTarget {
 		return this.#show(run);
 	}
 
-	/** Work that was under way when the page went, or that Python began. */
 	pickUp(job) {
 		if (!this.runs.some((run) => run.job === job.job)) this.#show(this.#make(job));
 	}
@@ -533,7 +514,6 @@ export class Studio extends EventTarget {
 
 	#show(run) {
 		this.runs.unshift(run);
-		this.brush = null;
 		this.choose(run.id);
 		return this.#follow(run);
 	}
@@ -599,7 +579,6 @@ export class Studio extends EventTarget {
 		}
 	}
 
-	// ---- the choice, and what is done with it
 	find(id) { return this.pictures.find((picture) => picture.id === id); }
 	url(picture) { return (picture.url ??= URL.createObjectURL(picture.blob)); }
 	get picture() { return this.find(this.chosen); }
@@ -665,7 +644,7 @@ export class Studio extends EventTarget {
 		});
 	}
 
-	// ---- compare: one or two settings, varied around the chosen picture
+	// ---- compare
 	compare(picture = this.picture) {
 		const form = picture ? formOf(picture.receipt, this.limits) : { ...this.form, n: 1, seed: this.form.seed ?? newSeed() };
 		if (!form.prompt.trim()) return this.fail(Trouble.of("prompt", "noPrompt"));
@@ -686,7 +665,7 @@ export class Studio extends EventTarget {
 		return low === undefined || (value >= low && value <= high && !(WHOLE.includes(axis) && value % 1));
 	}
 
-	/** The values of an axis as they were written; null when one of them is not allowed. */
+	/** The values of an axis, or null when one is not allowed. */
 	values(axis) {
 		if (!axis) return [null];
 		const words = axis === "words";
@@ -695,7 +674,6 @@ export class Studio extends EventTarget {
 		return values.length && values.length <= 8 && values.every((value) => this.allows(axis, value)) ? values : null;
 	}
 
-	/** Make the pictures of the table, four at a time. */
 	async fill(c = this.comparing) {
 		const [xs, ys] = [this.values(c.x), this.values(c.y)];
 		if (!xs || !ys) {
@@ -717,7 +695,7 @@ export class Studio extends EventTarget {
 		return Promise.all([work(), work(), work(), work()]);
 	}
 
-	/** The table of a comparison that Python makes: the work of each tile is listened to. */
+	/** The table of a comparison that Python makes. */
 	show({ jobs = [], form, xs, ys, ...axes }) {
 		const make = (job, i) => ({ x: xs[i % xs.length], y: ys[Math.floor(i / xs.length)],
 			run: this.#make({ job, aside: true, request: { body: form } }) });
@@ -726,7 +704,6 @@ export class Studio extends EventTarget {
 		this.touch();
 	}
 
-	/** A tile becomes the choice, and with that part of the history. */
 	pick(picture) {
 		this.add(picture);
 		this.choose(picture.id);
@@ -739,7 +716,7 @@ export class Studio extends EventTarget {
 	}
 }
 
-// ---- drawing: a view is described, the DOM made to look like it
+// ---- drawing
 /** What an element should be: h("div.row", {props}, ...kids). */
 function h(name, ...kids) {
 	const [tag, ...classes] = name.split(".");
@@ -751,7 +728,7 @@ function h(name, ...kids) {
 function create({ tag, props }) {
 	if (!tag) return document.createTextNode("");
 	if (tag === "svg" || tag === "path") return document.createElementNS("http://www.w3.org/2000/svg", tag);
-	return props.node ?? Object.assign(document.createElement(tag), tag === "button" && { type: "button" });
+	return Object.assign(document.createElement(tag), tag === "button" && { type: "button" });
 }
 
 function setProp(el, name, value) {
@@ -762,7 +739,7 @@ function setProp(el, name, value) {
 	else if (el.getAttribute(name) !== String(value)) el.setAttribute(name, value === true && !aria ? "" : value);
 }
 
-/** Make the children of `parent` look like `kids`. Nodes of one kind and key stay, and with them focus and scroll. */
+/** Make the children of `parent` look like `kids`. Nodes of one kind and key stay, with focus and scroll. */
 function patch(parent, kids) {
 	const old = [...parent.childNodes];
 	const nodes = kids.map((kid) => {
@@ -774,7 +751,7 @@ function patch(parent, kids) {
 	nodes.forEach((node, i) => {
 		if (parent.childNodes[i] !== node) parent.insertBefore(node, parent.childNodes[i] ?? null);
 		if (!kids[i].tag) { node.data = kids[i]; return; }
-		const { key, value, checked, node: own, ...rest } = kids[i].props;
+		const { key, value, checked, ...rest } = kids[i].props;
 		for (const name of Object.keys(rest)) setProp(node, name, rest[name]);
 		patch(node, kids[i].kids);
 		if (value !== undefined && node.value !== String(value)) node.value = value;
@@ -787,7 +764,7 @@ const ICONS = {
 	dice: "M3.5 3.5h13v13h-13zM7 7h.01M13 13h.01M7 13h.01M13 7h.01", generate: "M10 16V4M5 9l5-5 5 5",
 	settings: "M3 6h14M3 14h14M7 3.5v5M13 11.5v5", again: "M16 10a6 6 0 1 1-2-4.5M16 2v4h-4", startFrom: "M16 10H4M9 5l-5 5 5 5",
 	compare: "M3 3h6v6H3zM11 3h6v6h-6zM3 11h6v6H3zM11 11h6v6h-6z", save: "M10 3v10M5.5 8.5L10 13l4.5-4.5M3 17h14",
-	remove: "M4 5.5h12M8 5V3h4v2M5.5 5.5l.7 11.5h7.6l.7-11.5M8.5 9v5M11.5 9v5", paint: "M4 16c3 0 2-3 4-4l8-8-1-1-8 8c-1 2-4 1-4 4z",
+	remove: "M4 5.5h12M8 5V3h4v2M5.5 5.5l.7 11.5h7.6l.7-11.5M8.5 9v5M11.5 9v5",
 	keep: "M10 2.8l2.2 4.7 5 .6-3.7 3.5 1 5-4.5-2.5-4.5 2.5 1-5L2.8 8.1l5-.6z",
 };
 const SPACE = h("span.grow");
@@ -795,10 +772,8 @@ const CHOSEN = "[role=option][tabindex='0']";
 const DOT = h("i.dot");
 const dim = (...kids) => h("span.dim", ...kids);
 const icon = (name) => ICONS[name] && h("svg", { viewBox: "0 0 20 20", class: "icon", "aria-hidden": true }, h("path", { d: ICONS[name] }));
-/** A button with words; `name` is a key of the texts, and of the icon if it has one. */
 const button = (name, onclick, props) => h("button", { onclick, ...props }, icon(name), h("span", t(name)));
 const link = (name, onclick, props) => h("button.link", { onclick, ...props }, t(name));
-/** A button of a sign alone; its words are read out, and shown where the mouse rests. */
 const small = (name, sign, onclick, { class: more = "", ...props } = {}) => (
 	h("button", { onclick, title: t(name), "aria-label": t(name), ...props, class: `quiet ${more}` }, icon(sign)));
 const card = (name, props, ...kids) => h("section", { key: name, class: `card ${name}`, "aria-label": t(name), ...props }, ...kids);
@@ -873,7 +848,6 @@ function composerView(s) {
 		h("textarea", { id: "prompt", name: "prompt", rows: 2, maxlength: 2000, placeholder: t("example"), value: form.prompt,
 			"aria-invalid": s.wrong.includes("prompt"), oninput: (e) => s.set({ prompt: e.target.value }) }),
 		start && h("div.start", h("img", { alt: "", src: start.url }), h("span.grow", start.name || t("yours")),
-			limits.mask && small("paint", "paint", () => s.paint(), { "aria-pressed": Boolean(start.mask) }),
 			small("takeOff", "x", () => s.setStart(null))),
 		h("div.row",
 			h("label.button.quiet", { title: t("addPicture") }, icon("picture"), h("input.hidden", { type: "file",
@@ -923,7 +897,6 @@ function settingsView(s) {
 
 function stageView(s) {
 	const { picture, running: run } = s;
-	if (s.painting) return paintView(s);
 	const made = (one) => ({ src: s.url(one), alt: one.receipt.prompt, class: "", id: one.id });
 	const at = (_, i) => (run.made[i] ? made(run.made[i])
 		: { src: run.previews[i], alt: runName(run), class: run.previews[i] ? "preview" : "blank" });
@@ -941,11 +914,9 @@ function stageView(s) {
 }
 
 function meterView(s, run) {
-	const share = Math.round(100 * shareOf(run));
 	const said = sentence(run.said);
 	return h("div.actions.meter", { key: "meter" },
-		h("div.bar", { role: "progressbar", "aria-label": runName(run), "aria-valuemin": 0, "aria-valuemax": 100,
-			"aria-valuenow": share, "aria-valuetext": said, "--at": `${Math.max(3, share)}%` }),
+		h("progress", { "aria-label": runName(run), "aria-valuetext": said, max: 1, value: shareOf(run) }),
 		h("span.said", said), button("stop", () => s.stop(run), { title: "Escape" }));
 }
 
@@ -1036,13 +1007,14 @@ function receiptView(s) {
 			value: s.copied, onfocus: (e) => e.target.select() }));
 }
 
-function engineFacts({ queue, memory, ...e }) {
-	const gib = (bytes) => number(bytes / 2 ** 30, 1);
-	return { status: t(e.status) + inWork(queue), reason: e.reason, advice: e.advice?.join(" "), url: e.url, model: e.model,
-		device: e.gpuName ?? e.device, loras: e.loras?.join(", "), scheduler: e.scheduler, precision: e.precision,
-		queue: queue && t("queueIs", queue), version: e.version,
-		memory: memory && t("gib", { n: gib(memory.rss) }) + (memory.gpu ? `, ${t("gpuGib", { n: gib(memory.gpu) })}` : ""),
-		optimizations: e.optimizations?.join(", "), warnings: e.warnings?.join("; "), lately: e.lately };
+const FACTS = ["status", "reason", "advice", "url", "model", "device", "loras", "scheduler", "precision", "queue", "memory",
+	"version", "optimizations", "warnings", "lately"];
+
+function engineFacts({ status, queue, memory, ...e }) {
+	const gib = (bytes) => t("gib", { n: number(bytes / 2 ** 30, 1) });
+	const words = { ...e, status: t(status) + inWork(queue), device: e.gpuName ?? e.device, queue: queue && t("queueIs", queue),
+		memory: memory && [gib(memory.rss), memory.gpu && `GPU ${gib(memory.gpu)}`].filter(Boolean) };
+	return Object.fromEntries(FACTS.map((key) => [key, [words[key] ?? []].flat().join("; ")]));
 }
 
 function stepChart(costs = {}) {
@@ -1081,16 +1053,13 @@ const VIEWS = {
 
 // ---- hosts
 function isDark() {
-	const places = [document.body, document.documentElement];
-	const said = (name) => places.map((place) => place.getAttribute(name)).find(Boolean);
-	const lab = said("data-jp-theme-light");
-	if (lab) return lab === "false";
-	const theme = said("data-vscode-theme-kind") ?? said("data-theme");
-	if (theme) return /dark|high-contrast$/.test(theme);
-	return places.some((place) => place.classList.contains("dark")) || matchMedia("(prefers-color-scheme: dark)").matches;
+	const [body, html] = [document.body, document.documentElement];
+	const said = (name) => body.getAttribute(name) ?? html.getAttribute(name);
+	if (said("data-jp-theme-light")) return said("data-jp-theme-light") === "false";
+	const theme = said("data-vscode-theme-kind") ?? said("data-theme") ?? (/\bdark\b/.exec(`${body.className} ${html.className}`)?.[0]);
+	return theme ? /dark|high-contrast$/.test(theme) : matchMedia("(prefers-color-scheme: dark)").matches;
 }
 
-/** What a key does, if anything. Letters act only where nobody types. */
 function actionOf(e, s, target) {
 	const { key } = e;
 	const inList = target.matches("[role=option]");
@@ -1127,7 +1096,7 @@ export function mount(host, s, { styles, view = "studio", texts: own } = {}) {
 			root.querySelector(focus === CHOSEN ? CHOSEN : `[name="${focus}"]`)?.focus();
 		} else if (focused && !root.activeElement) root.querySelector("[name=prompt], button")?.focus();
 	};
-	// Twice a second: the host's theme, which says nothing when it changes, and the countdowns.
+	// Twice a second: the host's theme and the countdowns.
 	const look = () => {
 		host.toggleAttribute("data-dark", isDark());
 		if (s.runs.some(({ said }) => said.until)) draw();
@@ -1136,43 +1105,39 @@ export function mount(host, s, { styles, view = "studio", texts: own } = {}) {
 	s.addEventListener("change", draw);
 
 	const take = (e, { files }) => { if (files.length && view === "studio") done(() => s.take(files[0]))(e); };
-	const over = (e, on) => {
+	const over = (e) => {
 		if (e.dataTransfer.types.includes("Files")) e.preventDefault();
-		el.classList.toggle("over", on && view === "studio");
+		el.classList.toggle("over", e.type === "dragover" && view === "studio");
+		if (e.type === "drop") take(e, e.dataTransfer);
 	};
-	const on = {
-		keydown: (e) => {
+	Object.assign(el, {
+		onkeydown: (e) => {
 			s.view = root;
 			const act = !e.isComposing && !e.defaultPrevented && actionOf(e, s, e.target);
 			if (act) { e.stopPropagation(); done(act)(e); }
 		},
-		pointerdown: () => { s.view = root; },
-		paste: (e) => take(e, e.clipboardData),
-		dragover: (e) => over(e, true), dragleave: (e) => over(e, false), drop: (e) => { over(e, false); take(e, e.dataTransfer); },
-	};
-	for (const [name, run] of Object.entries(on)) el.addEventListener(name, run);
+		onpointerdown: () => { s.view = root; },
+		onpaste: (e) => take(e, e.clipboardData),
+		ondragover: over, ondragleave: over, ondrop: over,
+	});
 	look();
 	draw();
 	return () => { clearInterval(tick); s.removeEventListener("change", draw); };
 }
 
-/** The page at `/`: engines over HTTP, and a link's picture offered. */
 export async function openPage(host, styles) {
 	const s = new Studio(new HttpEngine());
 	mount(host, s, { styles });
-	try {
-		const receipt = receiptOfLink(location.hash);
-		const run = () => {
-			history.replaceState(null, "", location.pathname);
-			s.run({ route: "replay", images: [], body: { receipt } });
-		};
-		if (receipt) s.offer = { say: t("shared", receipt), act: "makeIt", run };
-	} catch { s.fail(new Trouble("link", t("badLink"))); }
+	const receipt = receiptOfLink(location.hash);
+	const run = () => {
+		history.replaceState(null, "", location.pathname);
+		s.run({ route: "replay", images: [], body: { receipt } });
+	};
+	if (receipt) s.offer = { say: t("shared", receipt), act: "makeIt", run };
 	await s.begin();
 	s.touch({ focus: "prompt" });
 }
 
-/** The notebook widget: one state for all its views. */
 export default function widget() {
 	let s;
 	return {
@@ -1187,12 +1152,12 @@ export default function widget() {
 				examples: () => s.touch({ examples: get("examples") }),
 				jobs: async () => (await s.store.all("jobs")).forEach((job) => s.pickUp(job)),
 				table: () => s.show(get("table")),
-				health: () => s.look(), engines: () => s.look(), mode: () => s.look(),
 			};
 			for (const [name, run] of Object.entries(changes)) model.on(`change:${name}`, run);
+			model.on("change:health change:engines change:mode", () => s.look());
 			model.on("comm_live_update", () => engine.hello());
 			if (get("view") === "studio") s.begin();
-			else s.look();
+			s.look();
 			s.show(get("table") ?? {});
 		},
 		render: ({ model, el }) => mount(el, s, { styles: model.get("styles"), view: model.get("view") }),
