@@ -49,7 +49,8 @@ def all_emoji(npm: Path) -> list[Emoji]:
     return found
 
 # %% ../nbs/90a_art.ipynb #a1a1ffe6
-PEOPLE, SYMBOLS = 1, 8                         # groups of emojibase; of these only some subgroups are taken
+# groups of emojibase; of these only some subgroups are taken
+PEOPLE, SYMBOLS = 1, 8
 WHOLE = (0, 3, 4, 5, 6, 7)                     # smileys, nature, food, travel, activities, objects
 PARTS = {SYMBOLS: {87, 90, 91, 92, 96}, PEOPLE: {*range(16, 24), 25, 26, 31}}
 GROUPS: dict[int, set[int] | None] = dict.fromkeys(WHOLE) | PARTS
@@ -156,7 +157,8 @@ def flat_art(npm: Path) -> dict[str, Icon]:
     for code, name in json.loads((folder / "chars.json").read_text()).items():
         icon = drawn["icons"].get(name)
         if not icon: continue
-        icons[plain_code(code)] = Icon(icon["body"], icon.get("width", width), icon.get("height", height))
+        icons[plain_code(code)] = Icon(icon["body"], icon.get("width", width),
+                                       icon.get("height", height))
     return icons
 
 # %% ../nbs/90a_art.ipynb #5366267c
@@ -316,7 +318,8 @@ def backdrops(size: tuple[int, int] = SQUARE) -> torch.Tensor:
     "All backgrounds in `size` (width, height): [colours, BACKDROPS, 3, H, W] in 0..255."
     base = torch.tensor(list(COLOURS.values()), dtype=torch.float32)     # [colours, 3]
     is_white = (base == 255).all(1, keepdim=True)
-    shade = torch.where(is_white, base * .85, (base + 255) / 2)          # halfway to white, or a little darker
+    # halfway to white, or a little darker
+    shade = torch.where(is_white, base * .85, (base + 255) / 2)
     base, change = base[:, None, :, None, None], (shade - base)[:, None, :, None, None]
     return base + backdrop_masks(*size)[None, :, None] * change
 
@@ -330,7 +333,7 @@ def places(arrangement: int, size: tuple[int, int]) -> tuple[Place, ...]:
 
 # %% ../nbs/90a_art.ipynb #81639dc8
 def lay_over(pictures: torch.Tensor, rows: torch.Tensor, sprites: torch.Tensor, place: Place) -> None:
-    "Lay RGBA `sprites` [b, 4, side, side] over `rows` [b] of `pictures` [B, 3, H, W] in 0..255, in place."
+    "Lay RGBA `sprites` [b, 4, s, s] over `rows` [b] of `pictures` [B, 3, H, W] in 0..255, in place."
     tall = slice(place.y, place.y + place.side)
     wide = slice(place.x, place.x + place.side)
     alpha = sprites[:, 3:] / 255

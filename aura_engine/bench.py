@@ -102,20 +102,24 @@ def stock_pipeline(model: str | Path, device: str, dtype: torch.dtype) -> Any:
 def pipeline_around(parts: Components) -> Any:
     "diffusers' pipeline loop around the engine's components."
     import diffusers
-    ours: dict[str, Any] = dict(vae=parts.vae, text_encoder=parts.text_encoders[0], tokenizer=parts.tokenizers[0],
+    ours: dict[str, Any] = dict(vae=parts.vae, text_encoder=parts.text_encoders[0],
+                                tokenizer=parts.tokenizers[0],
                                 unet=parts.unet, scheduler=parts.scheduler())
-    rest: dict[str, Any] = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    rest: dict[str, Any] = dict(safety_checker=None, feature_extractor=None,
+                                requires_safety_checker=False)
     with quiet(): return diffusers.StableDiffusionPipeline(**ours, **rest)
 
 # %% ../nbs/14_bench.ipynb #dffc5341
 class StockPipelines:
     "diffusers' own pipelines on a model: as `from_pretrained` loads it, or around `parts`."
-    def __init__(self, parts: Components | None = None, model: str | Path = EMBEDDED, device: str = "cpu",
+    def __init__(self, parts: Components | None = None, model: str | Path = EMBEDDED,
+                 device: str = "cpu",
                  dtype: torch.dtype = torch.float32):
         import diffusers
         self.txt2img: Any = pipeline_around(parts) if parts else stock_pipeline(model, device, dtype)
         shared = self.txt2img.components
-        self.img2img: Any = diffusers.StableDiffusionImg2ImgPipeline(**shared, requires_safety_checker=False)
+        self.img2img: Any = diffusers.StableDiffusionImg2ImgPipeline(**shared,
+                                                                     requires_safety_checker=False)
         for p in (self.txt2img, self.img2img): p.set_progress_bar_config(disable=True)
         self.most = SAMPLERS[ROWS["embedded"].sampler].max_steps
 
@@ -126,7 +130,8 @@ class StockPipelines:
         prompts = [q.prompt for q in pictures]
         given: dict[str, Any] = dict(prompt=prompts, guidance_scale=p.guidance_scale, generator=seeds)
         if p.init is None:
-            return self.txt2img(num_inference_steps=p.steps, width=p.width, height=p.height, **given).images
+            return self.txt2img(num_inference_steps=p.steps, width=p.width, height=p.height,
+                                **given).images
         steps = executed_steps(p.steps, p.strength or 1.0, self.most)[1]
         starts = [q.init for q in pictures]
         return self.img2img(image=starts, strength=p.strength, num_inference_steps=steps, **given).images
@@ -204,10 +209,13 @@ class Stepwise:
         return previews[0] - job.times[0] if previews else None
 
 # %% ../nbs/14_bench.ipynb #1a349b30
-SUBJECTS = ["a fox", "a red apple on a blue background", "a rocket", "an owl on white", "a cupcake on pink"]
+SUBJECTS = ["a fox", "a red apple on a blue background", "a rocket", "an owl on white",
+            "a cupcake on pink"]
 
 def shuffled_deck(n: int, rng: random.Random) -> list[tuple[int, bool]]:
-    "(steps, whether it refines) of `n` pictures: in every eight of them each number of steps, and two refinements."
+    """(steps, whether it refines) of `n` pictures.
+
+    Every eight of them have each number of steps once, and two refinements."""
     cards: list[tuple[int, bool]] = []
     while len(cards) < n:
         steps = rng.sample(range(1, 9), 8)
@@ -219,7 +227,8 @@ def mixture(n: int, photo: Any, seed: int = 0) -> list[Picture]:
     "`n` pictures to make: 1-8 steps, a quarter of them refinements of `photo`."
     rng, pictures = random.Random(seed), []
     for k, (steps, refined) in enumerate(shuffled_deck(n, rng)):
-        picture = Picture(rng.choice(SUBJECTS), 128, 128, steps=steps, guidance_scale=1.0, seed=k, temperature=1.0)
+        picture = Picture(rng.choice(SUBJECTS), 128, 128, steps=steps, guidance_scale=1.0, seed=k,
+                          temperature=1.0)
         pictures.append(replace(picture, init=photo, strength=0.5) if refined else picture)
     return pictures
 
@@ -238,7 +247,8 @@ class Taken:
     latency: float
     preview: float | None
 
-Contender = Callable[[Picture], float | None]              # takes a picture, blocks, -> seconds to a preview
+# takes a picture, blocks, -> seconds to a preview
+Contender = Callable[[Picture], float | None]
 
 def ask(contender: Contender, picture: Picture) -> Taken:
     "Let a contender make a picture."
@@ -323,7 +333,8 @@ def overhead(engine: Engine, picture: Picture, repeats: int = 40,
             ours.append(median_seconds(lambda: engine.submit(Plan((picture,))).result(), 1, 0))
     e, b = np.array(ours[3:]), np.array(theirs[3:])              # the first three are warm-ups
     more = round(float(np.median(e / b)) - 1, 3)
-    return {"bare_ms": round(1e3 * float(np.median(b)), 2), "engine_ms": round(1e3 * float(np.median(e)), 2),
+    return {"bare_ms": round(1e3 * float(np.median(b)), 2),
+            "engine_ms": round(1e3 * float(np.median(e)), 2),
             "overhead": more, "steps": picture.steps}
 
 # %% ../nbs/14_bench.ipynb #f414bc66
@@ -389,7 +400,8 @@ def keep_busy(url: str, seed: int, end: float) -> None:
     "Ask for pictures, one after the other, until the clock says `end`."
     import httpx
     body = {"prompt": "a fox", "seed": seed}
-    while time.monotonic() < end: httpx.post(url + "/generate", json=body, timeout=120).raise_for_status()
+    while time.monotonic() < end:
+        httpx.post(url + "/generate", json=body, timeout=120).raise_for_status()
 
 # %% ../nbs/14_bench.ipynb #05a7f70a
 def health_latency(seconds: float = 15, clients: int = 8) -> dict[str, Any]:
@@ -420,7 +432,8 @@ ENGINE = "step-level (this engine)"
 ENGINE_OV = "step-level, OpenVINO"
 BUSY, FULL = Load("poisson", 0.8), Load("closed", 32)            # the loads that the bars are about
 LOADS = (Load("poisson", 0.5), BUSY, Load("poisson", 1.2), Load("closed", 1), Load("closed", 8), FULL)
-SHARE = {Load("poisson", 0.5): 0.5, BUSY: 2.5, Load("closed", 1): 0.5, FULL: 1.5}    # of the requests; else 1
+# of the requests; else 1
+SHARE = {Load("poisson", 0.5): 0.5, BUSY: 2.5, Load("closed", 1): 0.5, FULL: 1.5}
 
 # %% ../nbs/14_bench.ipynb #5faa2609
 @dataclass(frozen=True)
@@ -469,7 +482,8 @@ def decode_curve(engine: Engine) -> dict[str, float]:
     return {str(b): round(s, 4) for b, s in engine.cost.decode(engine.cost.native).items()}
 
 # %% ../nbs/14_bench.ipynb #3ff2ec5a
-def engine_facts(engine: Engine, pictures: Sequence[Picture], rate: float, core: int | None) -> dict[str, Any]:
+def engine_facts(engine: Engine, pictures: Sequence[Picture], rate: float,
+                 core: int | None) -> dict[str, Any]:
     "What is measured of the engine alone; the promise under Poisson arrivals of `rate` a second."
     apple, said = replace(pictures[0], steps=4, init=None, strength=None), engine.health()
     decode = decode_curve(engine)
@@ -510,7 +524,8 @@ def about_run(n: int, capacity: float) -> dict[str, Any]:
     return {"machine": machine(), "model": TESTED, "requests": n, "capacity": round(capacity, 2)}
 
 # %% ../nbs/14_bench.ipynb #8157a0d9
-def compare(n: int = 60, loads: Sequence[Load] = LOADS, core: int | None = 0, openvino: bool = HAS_OPENVINO,
+def compare(n: int = 60, loads: Sequence[Load] = LOADS, core: int | None = 0,
+            openvino: bool = HAS_OPENVINO,
             say: Callable[[LoadRow], Any] = print) -> dict[str, Any]:
     "The whole comparison on the embedded model, one torch thread -> what is stored as JSON."
     with one_thread(kept_free=core):
@@ -592,8 +607,10 @@ def bench_bars(results: dict[str, Any]) -> list[Bar]:
         Bar("throughput, 32 clients, × the lock", "≥", 1.8, ratio_of(rows, FULL, "throughput", LOCK)),
         Bar("p95 at 80 % load, × the lock", "≤", 0.5, ratio_of(rows, BUSY, "p95", LOCK)),
         Bar("p95 at 80 % load, × request batching", "≤", 0.75, ratio_of(rows, BUSY, "p95", BATCHING)),
-        Bar("p95 of ≤ 2 steps at 80 % load, × the lock", "≤", 0.4, ratio_of(rows, BUSY, "short_p95", LOCK)),
-        Bar("overhead over bare UNet and VAE calls, batch 1", "≤", 0.05, results["overhead"]["overhead"]),
+        Bar("p95 of ≤ 2 steps at 80 % load, × the lock", "≤", 0.4,
+            ratio_of(rows, BUSY, "short_p95", LOCK)),
+        Bar("overhead over bare UNet and VAE calls, batch 1", "≤", 0.05,
+            results["overhead"]["overhead"]),
         Bar("error of the promised time, median size", "≤", 0.3, results["eta"].get("median_size")),
         Bar("what previews add to a picture", "≤", 0.05, results["previewCost"]),
         Bar("/health of a saturated server, p99, ms", "≤", 50.0, health.get("p99")),
@@ -620,7 +637,9 @@ class Spread:
 # %% ../nbs/14_bench.ipynb #f93c36f8
 @dataclass(frozen=True)
 class QuickRow:
-    "A contender under `clients`: pictures a second, p50 in milliseconds, throughput over the lock's of the same run."
+    """A contender under `clients`: pictures a second, p50 in milliseconds, gain.
+
+    `gain`: its throughput over the lock's of the same run."""
     contender: str
     clients: int
     throughput: Spread
@@ -642,7 +661,8 @@ def quick_rows(runs: Sequence[dict[tuple[str, int], Summary]]) -> list[QuickRow]
 def quick_contenders(core: int | None) -> dict[str, Any]:
     "The stock pipeline behind a lock, the engine in torch's fp32, the engine as it comes."
     torch_only = Stepwise("torch", core, previews=False, SD_PRECISION="fp32")
-    return {LOCK: Baseline(core=core), ENGINE: torch_only, AS_IT_COMES: Stepwise("auto", core, previews=False)}
+    return {LOCK: Baseline(core=core), ENGINE: torch_only,
+            AS_IT_COMES: Stepwise("auto", core, previews=False)}
 
 # %% ../nbs/14_bench.ipynb #dd78473c
 def quick_run(contenders: dict[str, Any], pictures: Sequence[Picture],
@@ -655,7 +675,8 @@ def quick_run(contenders: dict[str, Any], pictures: Sequence[Picture],
     return seen
 
 # %% ../nbs/14_bench.ipynb #171b3d37
-def quick_compare(n: int = 32, runs: int = 3, clients: Sequence[int] = QUICK_CLIENTS, core: int | None = 0,
+def quick_compare(n: int = 32, runs: int = 3, clients: Sequence[int] = QUICK_CLIENTS,
+                  core: int | None = 0,
                   say: Callable[[str], Any] = print) -> dict[str, Any]:
     "`n` pictures of four steps a load, all contenders in turn, `runs` times -> what is stored as JSON."
     pictures, seen = [replace(p, steps=4, init=None, strength=None) for p in mixture(n, None)], []
@@ -667,7 +688,8 @@ def quick_compare(n: int = 32, runs: int = 3, clients: Sequence[int] = QUICK_CLI
             say(f"run {k + 1} of {runs} is done")
         said = contenders[AS_IT_COMES].engine.health()
         close_engines_of(contenders)
-    how = {"backend": said.backend, "precision": said.precision, "optimizations": list(said.optimizations)}
+    how = {"backend": said.backend, "precision": said.precision,
+           "optimizations": list(said.optimizations)}
     rows = [asdict(r) for r in quick_rows(seen)]
     return {"machine": machine(), "pictures": n, "runs": runs, "how": how, "rows": rows}
 
@@ -685,7 +707,8 @@ def quick_bars(results: dict[str, Any]) -> list[Bar]:
     "Throughput over the lock's, for one client and for many."
     gains = {r["clients"]: r["gain"]["median"] for r in results["rows"] if r["contender"] == AS_IT_COMES}
     asked = {1: 2.5, 32: 4.5}
-    return [Bar(f"as it comes, {c} clients, × the lock", "≥", asked[c], gains.get(c)) for c in QUICK_CLIENTS]
+    return [Bar(f"as it comes, {c} clients, × the lock", "≥", asked[c], gains.get(c))
+            for c in QUICK_CLIENTS]
 
 # %% ../nbs/14_bench.ipynb #edebf9dc
 QUICK_RESULTS = Path("bench/quick.json")
@@ -695,11 +718,13 @@ def bench_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     ap = argparse.ArgumentParser(description="Compare the engine with a pipeline behind a lock and with "
                                              "request-level batching.")
     add = ap.add_argument
-    add("--quick", action="store_true", help="in five minutes: four steps, closed loops, medians of three runs")
+    add("--quick", action="store_true",
+        help="in five minutes: four steps, closed loops, medians of three runs")
     add("--requests", type=int, help="requests a load (64, quick 32); eights keep the mixture even")
     add("--runs", type=int, default=3, help="how often --quick measures everything")
     add("--core", type=int, default=0, help="the core that every contender works on")
-    add("--out", type=Path, help="where the results go (nbs/bench/results.json, quick nbs/bench/quick.json)")
+    add("--out", type=Path,
+        help="where the results go (nbs/bench/results.json, quick nbs/bench/quick.json)")
     return ap.parse_args(argv)
 
 # %% ../nbs/14_bench.ipynb #91934797

@@ -180,7 +180,8 @@ def one_thing(rng: random.Random, names: list[str], counted: bool = False) -> st
     filler = rng.choice(FILLERS) + " " if rng.random() < .08 else ""
     name = filler + some_name(rng, names)
     if counted: return rng.choice(["one ", "a single "]) + name
-    return rng.choice([name, "the " + name, *[with_article(name)] * 3])        # 'a fox' is the usual form
+    # 'a fox' is the usual form
+    return rng.choice([name, "the " + name, *[with_article(name)] * 3])
 
 # %% ../nbs/90b_captions.ipynb #8159d9d4
 def subject(rng: random.Random, names: list[list[str]], scene: Scene) -> str:

@@ -18,15 +18,19 @@ __all__ = ['DEFAULT_ORIGINS', 'DEFAULT_PORTS', 'LOOPBACK', 'ALIAS', 'SECRETS', '
            'setting_names', 'settings_table', 'SettingsError', 'complaint', 'load_settings', 'unknown_settings']
 
 # %% ../nbs/00_config.ipynb #eb521c57
-DEFAULT_ORIGINS = ("http://localhost:5173", "http://127.0.0.1:5173")      # where the guide's frontend runs
+# where the guide's frontend runs
+DEFAULT_ORIGINS = ("http://localhost:5173", "http://127.0.0.1:5173")
 DEFAULT_PORTS = {"http": 80, "https": 443}                                # a browser leaves these out
 
 def normalise_origin(text: str) -> str:
-    "'HTTPS://A.example/ ' -> 'https://a.example'. '*' stays. A path, or no origin at all, is a ValueError."
+    """'HTTPS://A.example/ ' -> 'https://a.example'.
+
+    '*' stays. A path, or no origin at all, is a ValueError."""
     text = text.strip()
     if text == "*": return text
     # A browser sends one whole origin, and it is compared whole.
-    if "*" in text: raise ValueError(f"{text!r} has a wildcard inside; list each origin, or say '*' for all")
+    if "*" in text:
+        raise ValueError(f"{text!r} has a wildcard inside; list each origin, or say '*' for all")
     parts = urlsplit(text)
     scheme = parts.scheme.lower()
     beyond = parts.path not in ("", "/") or parts.query or parts.fragment or "@" in parts.netloc
@@ -38,7 +42,9 @@ def normalise_origin(text: str) -> str:
 
 # %% ../nbs/00_config.ipynb #efb73780
 def parse_origins(text: str | None) -> tuple[str, ...]:
-    "Comma-separated origins, normalised, without repeats. None: the development origins. '': no other origin at all."
+    """Comma-separated origins, normalised, without repeats.
+
+    None: the development origins. '': no other origin at all."""
     if text is None: return DEFAULT_ORIGINS
     return tuple(dict.fromkeys(normalise_origin(o) for o in text.split(",") if o.strip()))
 
@@ -64,27 +70,31 @@ def parse_proxies(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     for name in names:
         if name == "private" or is_network(name): continue
-        raise ValueError(f"{name!r} is no address and no network; write 10.0.0.7, 10.0.0.0/8 or private")
+        raise ValueError(f"{name!r} is neither an address nor a network; write 10.0.0.7, 10.0.0.0/8 or private")
     return names
 
 # %% ../nbs/00_config.ipynb #5193c543
 ALIAS = re.compile(r"[\w.-]{1,60}")
 
 def parse_loras(text: str) -> dict[str, str]:
-    "'ink=owner/ink, oil=/models/oil' -> {'ink': 'owner/ink', 'oil': '/models/oil'}; ValueError says what is wrong."
+    """'ink=owner/ink, oil=/models/oil' -> {'ink': 'owner/ink', 'oil': '/models/oil'}.
+
+    A ValueError says what is wrong."""
     loras: dict[str, str] = {}
     for pair in filter(str.strip, text.split(",")):
         alias, _, source = pair.partition("=")
         alias = alias.strip()
         if not ALIAS.fullmatch(alias) or not source.strip():
             raise ValueError("write alias=id,alias=id; an alias is up to 60 letters, digits, - _ .")
-        if alias in loras: raise ValueError("an alias is there twice")
+        if alias in loras: raise ValueError("an alias is named twice")
         loras[alias] = source.strip()
     return loras
 
 # %% ../nbs/00_config.ipynb #f513149f
 class ModelSettings(BaseSettings):
-    "Which model runs, and how. The model is a Hub id, a folder or a file; 'embedded' ships with the package."
+    """Which model runs, and how.
+
+    The model is a Hub id, a folder or a file; 'embedded' ships with the package."""
     model_config = SettingsConfigDict(frozen=True, extra="ignore", case_sensitive=True)
     model_id: str = Field("embedded", alias="SD_MODEL_ID",
         description="Hub id, folder or .safetensors file; 'embedded' is the model in the package")
@@ -99,10 +109,11 @@ class ModelSettings(BaseSettings):
     revision: str | None = Field(None, alias="SD_REVISION", description="commit of the model on the Hub")
     vae_id: str | None = Field(None, alias="SD_VAE_ID", description="another VAE: Hub id or folder")
     base_id: str | None = Field(None, alias="SD_BASE_ID",
-        description="base of a model that is a UNet alone: Hub id or folder")
+        description="base for a model that is only a UNet: Hub id or folder")
     sampler: str | None = Field(None, alias="SD_SAMPLER",
         description="the checkpoint's own sampler, where it differs from its family's")
-    steps: int | None = Field(None, alias="SD_STEPS", ge=1, le=100, description="the checkpoint's own number of steps")
+    steps: int | None = Field(None, alias="SD_STEPS", ge=1, le=100,
+                              description="the checkpoint's own number of steps")
     guidance: float | None = Field(None, alias="SD_GUIDANCE", ge=0, le=20,
         description="the checkpoint's own guidance scale")
     prediction: Literal["epsilon", "v_prediction"] | None = Field(None, alias="SD_PREDICTION",
@@ -140,12 +151,13 @@ class Settings(ModelSettings):
         description="proxies whose X-Forwarded-For is believed: addresses or networks, comma-separated; "
                     "private: every private network")
     max_queue_seconds: float = Field(120, alias="AURA_MAX_QUEUE_SECONDS", gt=0, le=86400,
-        description="refuse work beyond this many predicted seconds")
+        description="refuse a request that could not be finished within so many seconds")
     deadline_seconds: float = Field(600, alias="AURA_DEADLINE_SECONDS", gt=0, le=86400,
-        description="give a request up after this long; a request may ask for less")
+        description="seconds after which a request is given up; a request may ask for less")
     grace_seconds: float = Field(20, alias="AURA_GRACE_SECONDS", ge=0, le=600,
-        description="time to finish work when asked to stop")
-    max_batch: int = Field(16, alias="AURA_MAX_BATCH", ge=1, le=64, description="most UNet rows in one step")
+        description="seconds to finish work when asked to stop")
+    max_batch: int = Field(16, alias="AURA_MAX_BATCH", ge=1, le=64,
+                           description="most UNet rows in one step")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", alias="AURA_LOG_LEVEL",
         description="log threshold")
 
@@ -181,7 +193,9 @@ def settings_table() -> str:
 
 # %% ../nbs/00_config.ipynb #4317e3c7
 class SettingsError(ValueError):
-    "One or more variables are wrong. The text has a line for each: name, what was given, what is allowed."
+    """One or more variables are wrong.
+
+    The text has a line for each: name, what was given, what is allowed."""
 
 SECRETS = ("AURA_API_KEY",)
 
@@ -198,13 +212,15 @@ def complaint(error: ValidationError) -> str:
 
 # %% ../nbs/00_config.ipynb #d3515cf4
 def load_settings(**given: Any) -> Settings:
-    "Settings from the environment. Keyword arguments (by variable name) come first. Raises SettingsError."
+    """Settings from the environment.
+
+    Keyword arguments (by variable name) come first. Raises SettingsError."""
     try: return Settings(**given)
     except ValidationError as e: raise SettingsError(complaint(e)) from None
 
 # %% ../nbs/00_config.ipynb #a0bbc872
 def unknown_settings(env: Mapping[str, str] | None = None) -> list[str]:
-    "A warning for every SD_* or AURA_* variable that the engine does not know, with the nearest name it does."
+    "A warning for each SD_* or AURA_* variable that the engine does not know, with the nearest known name."
     known = [*setting_names(), "AURA_BUILD_ID"]                   # the last one is part of the image
     warnings = []
     for name in sorted(env if env is not None else os.environ):

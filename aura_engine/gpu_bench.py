@@ -72,7 +72,8 @@ class BenchSize:
     def sd15(self) -> Architecture: return SIZES[self.name]
 
     @property
-    def dtype(self) -> torch.dtype: return {"bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+    def dtype(self) -> torch.dtype:
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
     @property
     def cuda(self) -> bool: return self.device.startswith("cuda")
@@ -82,7 +83,8 @@ TINY_SDXL = SIZES["small"].unet | dict(addition_embed_type="text_time", addition
                                        cross_attention_dim=64,       # two text encoders of 32
                                        projection_class_embeddings_input_dim=SIX_SIZES * 8 + 32)
 REAL_SIZE = BenchSize()
-TINY_SIZE = BenchSize("small", TINY_SDXL, device="cpu", batches=(1, 8), repeats=1, matrix=64, megabytes=1,
+TINY_SIZE = BenchSize("small", TINY_SDXL, device="cpu", batches=(1, 8), repeats=1, matrix=64,
+                      megabytes=1,
                       clients=4, pictures=8, compiler="eager", patience=5)
 
 # %% ../nbs/18_gpu.ipynb #f5f81e83
@@ -133,7 +135,8 @@ def limits(size: BenchSize, tell: Tell) -> None:
     for dtype in dict.fromkeys((size.dtype, torch.float32)):
         a, b = torch.randn(2, n, n, device=size.device).to(dtype)
         seconds = seconds_of(lambda: a @ b, size)                             # noqa: B023
-        tell({"what": f"matrix product, {str(dtype)[6:]}", "teraflops": round(2 * n ** 3 / seconds / 1e12, 3)})
+        tell({"what": f"matrix product, {str(dtype)[6:]}",
+              "teraflops": round(2 * n ** 3 / seconds / 1e12, 3)})
     x = torch.ones(size.megabytes << 20, dtype=torch.uint8, device=size.device)
     y = torch.empty_like(x)
     seconds = seconds_of(lambda: y.copy_(x), size)
@@ -214,11 +217,13 @@ def new_vae(tiny: bool, size: BenchSize, dtype: torch.dtype) -> Any:
 
 def decode_times(seconds: float, batch: int) -> dict[str, Any]:
     "Milliseconds of a decode and of each picture in it."
-    return {"batch": batch, "ms": round(1e3 * seconds, 3), "ms_a_picture": round(1e3 * seconds / batch, 3)}
+    return {"batch": batch, "ms": round(1e3 * seconds, 3),
+            "ms_a_picture": round(1e3 * seconds / batch, 3)}
 
 # %% ../nbs/18_gpu.ipynb #82d804b0
 @torch.inference_mode()
-def decode_row(size: BenchSize, tell: Tell, tiny: bool, side: int, batch: int, dtype: torch.dtype) -> None:
+def decode_row(size: BenchSize, tell: Tell, tiny: bool, side: int, batch: int,
+               dtype: torch.dtype) -> None:
     "Time one decode of `batch` latents of `side`."
     decoder, precision = new_vae(tiny, size, dtype), {torch.float32: "fp32"}.get(dtype, size.precision)
     z = torch.randn(batch, 4, side, side, device=size.device, dtype=dtype)
@@ -234,13 +239,15 @@ def unet_stage(size: BenchSize, tell: Tell) -> None:
 def vae_stage(size: BenchSize, tell: Tell) -> None:
     "Decoding at 512 px."
     for tiny in (False, True):
-        for batch in (1, 8): decode_row(size, tell, tiny, size.sd15.unet["sample_size"], batch, size.dtype)
+        for batch in (1, 8):
+            decode_row(size, tell, tiny, size.sd15.unet["sample_size"], batch, size.dtype)
 
 # %% ../nbs/18_gpu.ipynb #901e5c0e
 def sdxl_stage(size: BenchSize, tell: Tell) -> None:
     "SDXL's UNet at 1024 px without guidance, and what its VAE costs."
     waterfall_of(size.sdxl, size, tell, [b for b in size.batches if b <= 8], skip=(PLAIN_UNET, SEARCH))
-    for dtype in (size.dtype, torch.float32): decode_row(size, tell, False, size.sdxl["sample_size"], 1, dtype)
+    for dtype in (size.dtype, torch.float32):
+        decode_row(size, tell, False, size.sdxl["sample_size"], 1, dtype)
 
 # %% ../nbs/18_gpu.ipynb #190ef77e
 @dataclass(frozen=True)
@@ -307,7 +314,8 @@ def compile_and_time(how: Compiling, size: BenchSize, tell: Tell) -> None:
     another = unet_call(how.config, 1, size, size.dtype, seed=5)
     for rows in (*how.batches, *(b + 1 for b in how.batches)): another.pad(rows).call(fast)
     again = counters["stats"]["unique_graphs"] - made
-    tell({"variant": how.name + "graphs", "shapes": len(how.batches), "graphs": made, "recompiles": again})
+    tell({"variant": how.name + "graphs", "shapes": len(how.batches), "graphs": made,
+          "recompiles": again})
 
 # %% ../nbs/18_gpu.ipynb #ca08472e
 def compiled_stage(size: BenchSize, tell: Tell) -> None:
@@ -324,7 +332,8 @@ def autotuned_stage(size: BenchSize, tell: Tell) -> None:
     compile_and_time(Compiling(size.sd15.unet, (8,), mode=mode), size, tell)
 
 # %% ../nbs/18_gpu.ipynb #983c1a6b
-EIGHT_BITS = {"int8": "Int8DynamicActivationInt8WeightConfig", "fp8": "Float8DynamicActivationFloat8WeightConfig"}
+EIGHT_BITS = {"int8": "Int8DynamicActivationInt8WeightConfig",
+              "fp8": "Float8DynamicActivationFloat8WeightConfig"}
 
 def in_eight_bits(kind: str) -> Callable[[Any], Any]:
     "A change to a UNet: its linear layers in eight bits by torchao (`pip install torchao`)."
@@ -334,7 +343,8 @@ def in_eight_bits(kind: str) -> Callable[[Any], Any]:
 def quantized_stage(size: BenchSize, tell: Tell) -> None:
     "SD 1.5's UNet in eight bits, compiled, batch 8."
     for kind in EIGHT_BITS:
-        try: compile_and_time(Compiling(size.sd15.unet, (8,), in_eight_bits(kind), f"{kind} + "), size, tell)
+        try: compile_and_time(Compiling(size.sd15.unet, (8,), in_eight_bits(kind), f"{kind} + "),
+                              size, tell)
         except Exception as e: tell({"variant": kind, "why": f"{type(e).__name__}: {str(e)[:200]}"})
 
 # %% ../nbs/18_gpu.ipynb #903629b6
@@ -356,11 +366,14 @@ def saved_model(size: BenchSize) -> Iterator[Path]:
 RACE_THINGS = ("a fox", "a red apple", "a rocket", "an owl", "a cupcake")
 
 def requests_of(n: int, side: int, steps: int | tuple[int, int], init: Any = None) -> list[Picture]:
-    "`n` pictures with prompts of their own; `steps`: a number, or (least, most) to draw from; refinements of `init`."
+    """`n` pictures with prompts of their own; refinements of `init`.
+
+    `steps`: a number, or (least, most) to draw from."""
     rng, pictures = random.Random(0), []
     for i in range(n):
         prompt, number = f"{rng.choice(RACE_THINGS)} {i}", steps if isinstance(steps, int) else rng.randint(*steps)
-        p = Picture(prompt, side, side, steps=number, guidance_scale=1.0, seed=i, temperature=1.0, scheduler="lcm")
+        p = Picture(prompt, side, side, steps=number, guidance_scale=1.0, seed=i, temperature=1.0,
+                    scheduler="lcm")
         pictures.append(replace(p, init=init, strength=0.5) if init and i % 4 == 3 else p)
     return pictures
 
@@ -371,7 +384,8 @@ class Entered(NamedTuple):
     contender: Contender
     pictures: int
 
-def race(entered: Iterable[Entered], pictures: list[Picture], clients: int, load: str, tell: Tell) -> None:
+def race(entered: Iterable[Entered], pictures: list[Picture], clients: int, load: str,
+         tell: Tell) -> None:
     "The same closed loop for each."
     for e in entered:
         closed_loop(e.contender, pictures[:8], clients)          # warm
@@ -405,7 +419,8 @@ def compare_crowd(engine: Engine, tell: Tell, side: int, n: int = 16) -> None:
     asked = requests_of(n, side, (1, 8), init=first)
     together = [image(job) for job in [made(p) for p in asked]]
     alone = [image(made(p)) for p in asked]
-    tell({"what": "a mixed crowd against each alone", "pictures": n, **picture_gaps(zip(together, alone))})
+    tell({"what": "a mixed crowd against each alone", "pictures": n,
+          **picture_gaps(zip(together, alone))})
     one, *strangers = requests_of(8, side, 4)
     pair = in_company(engine.parts, one, strangers, 8), in_company(engine.parts, one, [], 8)
     tell({"what": "strangers in the call, the same 8 rows", "pictures": 1, **picture_gaps([pair])})
@@ -448,9 +463,10 @@ def peak_memory(size: BenchSize) -> float | None:
 
 # %% ../nbs/18_gpu.ipynb #dcfe83f7
 def engine_stage(size: BenchSize, tell: Tell) -> None:
-    "The engine with SD 1.5 (LCM, 4 steps) under many clients, against the lock and against request batching."
+    "The engine with SD 1.5 (LCM, 4 steps) and many clients, against the lock and request batching."
     with saved_model(size) as folder:
-        how: dict[str, Any] = dict(SD_MODEL_ID=str(folder), SD_DEVICE=size.device, SD_PRECISION=size.precision)
+        how: dict[str, Any] = dict(SD_MODEL_ID=str(folder), SD_DEVICE=size.device,
+                                   SD_PRECISION=size.precision)
         with measured_engine(tell, "loaded, tested, measured", **how) as ours:
             side, n = ours.engine.parts.row.native, size.pictures
             compare_crowd(ours.engine, tell, side)
@@ -458,7 +474,8 @@ def engine_stage(size: BenchSize, tell: Tell) -> None:
             race(entered, requests_of(n, side, 4), size.clients, "4 steps", tell)
             race(entered[:2], requests_of(12, side, 4), 1, "4 steps", tell)
             race(entered, requests_of(n, side, (1, 8)), size.clients, "1-8 steps", tell)
-            tell({"what": "after the race", **engine_report(ours.engine), "memory_gb": peak_memory(size)})
+            tell({"what": "after the race", **engine_report(ours.engine),
+                  "memory_gb": peak_memory(size)})
 
 # %% ../nbs/18_gpu.ipynb #cde83cd0
 def embedded_stage(size: BenchSize, tell: Tell) -> None:
@@ -467,7 +484,8 @@ def embedded_stage(size: BenchSize, tell: Tell) -> None:
         side, dtype = ours.engine.parts.row.native, torch.float16 if size.cuda else torch.float32
         compare_crowd(ours.engine, tell, side)
         lock = Baseline(device=size.device, dtype=dtype)
-        entered = [Entered("engine", ours, 2 * size.pictures), Entered("lock + pipeline", lock, size.pictures)]
+        entered = [Entered("engine", ours, 2 * size.pictures),
+                   Entered("lock + pipeline", lock, size.pictures)]
         asked = requests_of(2 * size.pictures, side, 4)
         for clients in (1, size.clients): race(entered, asked, clients, "4 steps", tell)
 
@@ -493,7 +511,7 @@ def _graphs_made() -> int:
 
 # %% ../nbs/18_gpu.ipynb #0bbe3c53
 def engine_compiled_stage(size: BenchSize, tell: Tell) -> None:
-    "The engine with the embedded model and TORCH_COMPILE=1: what is compiled at the start, and afterwards."
+    "The embedded model with TORCH_COMPILE=1: what is compiled at the start, and afterwards."
     more: dict[str, Any] = dict(SD_DEVICE=size.device, TORCH_COMPILE="1", AURA_MAX_BATCH="4")
     with measured_engine(tell, "ready", lambda: {"graphs": _graphs_made()}, **more) as ours:
         made, side = _graphs_made(), ours.engine.parts.row.native
@@ -503,7 +521,8 @@ def engine_compiled_stage(size: BenchSize, tell: Tell) -> None:
         tell({"what": "after the race", "graphs": _graphs_made(), "recompiles": _graphs_made() - made})
 
 # %% ../nbs/18_gpu.ipynb #ef3170aa
-BIG_TEXT: dict[str, Any] = dict(vocab_size=49408, hidden_size=1280, intermediate_size=5120, projection_dim=1280,
+BIG_TEXT: dict[str, Any] = dict(vocab_size=49408, hidden_size=1280, intermediate_size=5120,
+                                projection_dim=1280,
                                 num_hidden_layers=32, num_attention_heads=20)
 
 def second_text(size: BenchSize) -> dict[str, Any]:
@@ -521,7 +540,8 @@ def random_sdxl(folder: Path, size: BenchSize) -> Path:
         words, text = random_text(size.sd15, make)
         wide = transformers.CLIPTextConfig(**second_text(size), **end_marks(words))
         parts: dict[str, Any] = dict(
-            vae=make(diffusers.AutoencoderKL, **size.sd15.vae, **FOUR_LEVELS), text_encoder=text, tokenizer=words,
+            vae=make(diffusers.AutoencoderKL, **size.sd15.vae, **FOUR_LEVELS), text_encoder=text,
+            tokenizer=words,
             text_encoder_2=make(transformers.CLIPTextModelWithProjection, wide), tokenizer_2=words,
             unet=make(diffusers.UNet2DConditionModel, **size.sdxl),
             scheduler=diffusers.EulerDiscreteScheduler(timestep_spacing="trailing"))
@@ -529,7 +549,8 @@ def random_sdxl(folder: Path, size: BenchSize) -> Path:
     return folder
 
 # %% ../nbs/18_gpu.ipynb #dec4c403
-def race_as_it_comes(name: str, side: int, sampler: str, size: BenchSize, tell: Tell, **settings: Any) -> None:
+def race_as_it_comes(name: str, side: int, sampler: str, size: BenchSize, tell: Tell,
+                     **settings: Any) -> None:
     "The engine with nothing set but what it draws with, for one client and for many, four steps."
     with measured_engine(tell, name, SD_DEVICE=size.device, **settings) as ours:
         asked = [replace(p, scheduler=sampler) for p in requests_of(size.pictures, side, 4)]
@@ -572,7 +593,8 @@ def stock_compiled_stage(size: BenchSize, tell: Tell) -> None:
     with saved_model(size) as folder:
         pipe, start = compiled_pipeline(folder, size), time.perf_counter()
         def draw(p: Picture) -> None:
-            pipe(p.prompt, height=p.height, width=p.width, num_inference_steps=p.steps, guidance_scale=1.0,
+            pipe(p.prompt, height=p.height, width=p.width, num_inference_steps=p.steps,
+                 guidance_scale=1.0,
                  generator=torch.Generator().manual_seed(p.seed))
         asked = requests_of(max(4, size.pictures // 8), size.sd15.px, 4)
         for p in asked[:3]: draw(p)
@@ -641,7 +663,7 @@ def beside(first: Callable[[], Any], second: Callable[[], Any], size: BenchSize)
 # %% ../nbs/18_gpu.ipynb #c7c11035
 @torch.inference_mode()
 def overlap_stage(size: BenchSize, tell: Tell) -> None:
-    "A UNet step of eight rows and a decode of one picture: each alone, one after the other, side by side."
+    "A UNet step of eight rows and a decode of one picture: alone, one after the other, side by side."
     unet = new_unet_of(size.sd15.unet, size).to(size.dtype, memory_format=torch.channels_last)
     given, vae = unet_call(size.sd15.unet, 8, size, size.dtype), new_vae(False, size, size.dtype)
     z = torch.randn(1, 4, *given.sample.shape[2:], device=size.device, dtype=size.dtype)
@@ -735,7 +757,8 @@ def run_stage(name: str, size: BenchSize, seconds: float, told: Told, method: st
     "Run a stage for at most `seconds`."
     context: Any = multiprocessing.get_context(method)
     ours, theirs = context.Pipe(duplex=False)
-    process, record, start = context.Process(target=_child, args=(name, size, theirs)), Record(), time.monotonic()
+    process = context.Process(target=_child, args=(name, size, theirs))
+    record, start = Record(), time.monotonic()
     process.start()
     theirs.close()
     listen(ours, record, seconds, told)
@@ -768,7 +791,8 @@ def hardware() -> dict[str, Any]:
 def import_all() -> None:
     "Import what stages need, once, before they fork."
     import diffusers, transformers
-    for name in ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "AutoencoderTiny", "LCMScheduler"):
+    for name in ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "AutoencoderTiny",
+                 "LCMScheduler"):
         getattr(diffusers, name)
     _ = transformers.CLIPTextModel, transformers.CLIPTokenizer
 
@@ -829,9 +853,11 @@ def main(argv: list[str] | None = None) -> None:
     ap = argparse.ArgumentParser(description="Measure the engine on a CUDA device, with random weights of the real "
                                              "architectures.")
     add = ap.add_argument
-    add("--out", type=Path, default=Path("nbs/bench/gpu.json"), help="results; what is there of other stages is kept")
+    add("--out", type=Path, default=Path("nbs/bench/gpu.json"),
+        help="results; what is there of other stages is kept")
     add("--budget", type=float, default=230, help="seconds for all stages together")
-    add("--stages", nargs="+", choices=list(STAGES), default=(), help="only these (default: all, in this order)")
+    add("--stages", nargs="+", choices=list(STAGES), default=(),
+        help="only these (default: all, in this order)")
     add("--tiny", action="store_true", help="tiny models on the CPU: that it runs, not how fast")
     a = ap.parse_args(argv)
     print(gpu_report(run_stages(a.out, a.budget, TINY_SIZE if a.tiny else REAL_SIZE, a.stages)))
@@ -863,11 +889,13 @@ def variant_cells(rows: list[dict[str, Any]], batches: Sequence[int], rate: floa
     return [rows[0]["variant"], *(at.get(b, "") for b in batches), *errors, compiling]
 
 # %% ../nbs/18_gpu.ipynb #1bfead2f
-def unet_table(results: dict[str, Any], stages: Sequence[str] = ("unet", "compiled", "quantized", "autotuned")) -> str:
+def unet_table(results: dict[str, Any],
+               stages: Sequence[str] = ("unet", "compiled", "quantized", "autotuned")) -> str:
     "UNet calls as a markdown table."
     rate, rows = matrix_rate(results) or float("nan"), timed_rows(results, stages)
     batches, variants = sorted({r["batch"] for r in rows}), dict.fromkeys(r["variant"] for r in rows)
-    lines = [variant_cells([r for r in rows if r["variant"] == name], batches, rate) for name in variants]
+    lines = [variant_cells([r for r in rows if r["variant"] == name], batches, rate)
+             for name in variants]
     columns = [f"batch {b}" for b in batches]
     return markdown_table(["UNet call", *columns, "largest error", "mean error", "compiled in"], lines)
 
@@ -881,7 +909,8 @@ WHOLE = {                                      # a picture's UNet stages, and th
 def picture_lines(results: dict[str, Any], name: str) -> list[list[str]]:
     "A line a batch: the variant, milliseconds of four steps and of a decode, pictures a second."
     stages, decodes = WHOLE[name]
-    full = [r["ms_a_picture"] for r in stage_rows(results, decodes, "ms_a_picture") if "full" in r["variant"]]
+    full = [r["ms_a_picture"]
+            for r in stage_rows(results, decodes, "ms_a_picture") if "full" in r["variant"]]
     rows, lines = timed_rows(results, stages) if full else [], []
     for b in sorted({r["batch"] for r in rows}):
         best = min((r for r in rows if r["batch"] == b), key=lambda r: r["ms"])
@@ -922,7 +951,8 @@ def best_share(results: dict[str, Any]) -> float | None:
 # %% ../nbs/18_gpu.ipynb #b0421243
 def race_ratio(results: dict[str, Any], load: str) -> float | None:
     "The engine's throughput over the lock's, many clients."
-    rows = [r for r in stage_rows(results, "engine", "contender") if r["clients"] > 1 and r["load"] == load]
+    rows = [r for r in stage_rows(results, "engine", "contender")
+            if r["clients"] > 1 and r["load"] == load]
     found = {r["contender"]: r["throughput"] for r in rows}
     if not {"engine", "lock + pipeline"} <= set(found): return None
     return found["engine"] / found["lock + pipeline"]
@@ -950,10 +980,12 @@ def end_to_end(results: dict[str, Any]) -> list[Bar]:
 # %% ../nbs/18_gpu.ipynb #1763fb07
 def gpu_bars(results: dict[str, Any]) -> list[Bar]:
     "The bars, as a run has them."
-    again = [r["recompiles"] for s in ("compiled", "engine_compiled") for r in stage_rows(results, s, "recompiles")]
+    again = [r["recompiles"] for s in ("compiled", "engine_compiled")
+             for r in stage_rows(results, s, "recompiles")]
     crowds = [r for s in ("engine", "embedded", "graphs") for r in stage_rows(results, s, "max")]
     company = [r["max"] for r in crowds if "strangers" in r["what"]]
-    races = [Bar(f"throughput, many clients, {load}, × lock and pipeline", "≥", 3.0, race_ratio(results, load))
+    races = [Bar(f"throughput, many clients, {load}, × lock and pipeline", "≥", 3.0,
+                 race_ratio(results, load))
              for load in ("4 steps", "1-8 steps")]
     return [
         Bar("UNet of SD 1.5, batch 8, of the matrix rate", "≥", 0.55, best_share(results)),
@@ -978,7 +1010,8 @@ def gpu_report(results: dict[str, Any]) -> str:
     tables = [unet_table(results), unet_table(results, ("sdxl", "compiled_sdxl")), decode_table(results)]
     raced = ("as_it_comes", "sdxl_as_it_comes", "stock_compiled", "engine", "embedded", "graphs")
     races = [race_table(results, stage) for stage in raced if stage_rows(results, stage, "contender")]
-    parts = [where, ends_table(results), *tables, picture_table(results), *races, bars_table(gpu_bars(results))]
+    parts = [where, ends_table(results), *tables, picture_table(results), *races,
+             bars_table(gpu_bars(results))]
     return "\n\n".join(parts)
 
 # %% ../nbs/18_gpu.ipynb #78cf9bcd

@@ -49,7 +49,8 @@ def byte_pairs(corpus: list[str], size: int = 5120) -> tuple[list[str], list[tup
     return alphabet, [(a, b) for a, b in merges]
 
 # %% ../nbs/90c_nets.ipynb #af0efb54
-def make_tokenizer(names: list[list[str]], words: list[str], folder: Path, seed: int = 0) -> CLIPTokenizer:
+def make_tokenizer(names: list[list[str]], words: list[str], folder: Path,
+                   seed: int = 0) -> CLIPTokenizer:
     "Train a CLIPTokenizer and save it in `folder`; one that is there already is kept."
     from transformers import CLIPTokenizer
     if not (folder / "tokenizer.json").exists():
@@ -81,7 +82,7 @@ def start_well(vae: AutoencoderTiny) -> None:
 
 # %% ../nbs/90c_nets.ipynb #0a30398d
 class DecoderShape(NamedTuple):
-    "A decoder: its channels, and the blocks at an eighth, a quarter, a half and the whole of the picture's side."
+    "A decoder: its channels, and its blocks at 1/8, 1/4, 1/2 and 1/1 of the picture's side."
     width: int
     blocks: tuple[int, int, int, int]
 
@@ -89,7 +90,8 @@ DECODER = DecoderShape(44, (3, 3, 2, 1))
 LIGHT_DECODER = DecoderShape(32, (6, 4, 2, 0))
 
 # %% ../nbs/90c_nets.ipynb #7bb7658d
-def make_vae(channels: int = CHANNELS, encoder: int = 32, decoder: DecoderShape = DECODER) -> AutoencoderTiny:
+def make_vae(channels: int = CHANNELS, encoder: int = 32,
+             decoder: DecoderShape = DECODER) -> AutoencoderTiny:
     "An untrained AutoencoderTiny: [B, 3, H, W] in -1..1 <-> [B, channels, H/8, W/8]."
     from diffusers import AutoencoderTiny
     vae = AutoencoderTiny(latent_channels=channels, scaling_factor=1.0,

@@ -80,7 +80,8 @@ class Optimisers:
         for optimiser in self.each: optimiser.step()
 
 # %% ../nbs/90d_stages.ipynb #e677c3ea
-def averaged(model: torch.nn.Module, decay: float, step: Callable[[], int]) -> torch.optim.swa_utils.AveragedModel:
+def averaged(model: torch.nn.Module, decay: float,
+             step: Callable[[], int]) -> torch.optim.swa_utils.AveragedModel:
     "A running average of the weights, which keeps `decay` of itself at a late `step()` and less before."
     def blend(mean, now, _) -> None:
         keep = min(decay, (4 + step()) / (40 + step()))
@@ -102,7 +103,8 @@ class TrainProgress:
 # %% ../nbs/90d_stages.ipynb #65490f9a
 class Learner:
     "A model that learns, with the running `average` of its weights (the decay is given)."
-    def __init__(self, model: torch.nn.Module, params: Iterable[torch.nn.Parameter], lr: float, average: float,
+    def __init__(self, model: torch.nn.Module, params: Iterable[torch.nn.Parameter], lr: float,
+                 average: float,
                  **optimiser):
         self.model, self.progress = model, TrainProgress()
         self.optimisers = Optimisers(model, list(params), lr, **optimiser)
@@ -148,7 +150,8 @@ class Stage:
 
     `out`: folder of the checkpoint. `params`: what learns, all of the model by default. `average`: decay of the
     running average. `warmup`: steps until the rate is `lr`."""
-    def __init__(self, name: str, model: torch.nn.Module, out: Path, minutes: float, lr: float, *, params=None,
+    def __init__(self, name: str, model: torch.nn.Module, out: Path, minutes: float, lr: float, *,
+                 params=None,
                  average: float = .998, warmup: int = 100, **optimiser):
         self.path, self.seconds = out / f"{name}.pt", minutes * 60
         self.warmup = warmup
@@ -178,7 +181,8 @@ class Stage:
         "One optimiser step. `shown` goes to the bar and into the log."
         self.learner.update(loss)
         mean = self.smooth(loss)
-        if self.progress.step % 50 == 0:                                    # .item() waits for the device
+        # .item() waits for the device
+        if self.progress.step % 50 == 0:
             rate = self.progress.step / max(self.progress.spent, 1)
             self.show(loss.item(), {**shown, "average": mean, "a_second": rate})
         self.tick()
@@ -356,12 +360,13 @@ class Speaker:
         if swap: said = says(rng, colour=.45, style=.35)
         words = caption(rng, self.names, scene, self.fillers, said) if said else ""
         if not self.relatives or canvas > 0: return Example(row, [row] * ALTERNATIVES, words)
-        if swap and said: return Example(instead(self.relatives, rng, row, said), [row] * ALTERNATIVES, words)
+        if swap and said:
+            return Example(instead(self.relatives, rng, row, said), [row] * ALTERNATIVES, words)
         return Example(row, allowed_rows(self.relatives, rng, row, said), words)
 
 # %% ../nbs/90d_stages.ipynb #9609e274
 class Batch(NamedTuple):
-    "Rows of one canvas of the pool, what is given in their place, what the captions allow too, and the captions."
+    "Rows of one canvas of the pool, what is given instead, what the captions allow, and the captions."
     canvas: int                                # number in the pool
     rows: torch.Tensor                         # [B]
     given: torch.Tensor                        # [B]
@@ -412,13 +417,15 @@ class Wordings(torch.utils.data.IterableDataset[Batch]):
             yield self.make(rng, canvas)
 
 # %% ../nbs/90d_stages.ipynb #cd2fb6ff
-def word_loader(pool: list[Pooled], art: Art, tokenizer: CLIPTokenizer, batch: int, mix: Mix) -> Iterator[Batch]:
+def word_loader(pool: list[Pooled], art: Art, tokenizer: CLIPTokenizer, batch: int,
+                mix: Mix) -> Iterator[Batch]:
     "Endless batches of the pool, made by worker processes."
     workers = min(max((os.cpu_count() or 1) - 2, 0), 14)
     bare = [Pooled(p.scenes, torch.empty(0), p.singles) for p in pool]        # a worker needs no latents
     words = Wordings(bare, Speaker(bare[0], art.names, make_fillers(art), mix), tokenizer, batch)
     ahead = 8 if workers else None
-    return iter(torch.utils.data.DataLoader(words, batch_size=None, num_workers=workers, prefetch_factor=ahead,
+    return iter(torch.utils.data.DataLoader(words, batch_size=None, num_workers=workers,
+                                            prefetch_factor=ahead,
                                             pin_memory=pool[0].latents.is_cuda))
 
 # %% ../nbs/90d_stages.ipynb #75afbfec
@@ -461,7 +468,7 @@ def fresh_seed() -> int:
 @torch.no_grad()
 def adopt_text(model: Sketcher, folder: Path, words: Iterator[Batch], latents: torch.Tensor,
                batches: int = 24) -> None:
-    "Put the text encoder of a packed model into `model`, layers it lacks as no-ops, and fit the head to it."
+    "Put a packed model's text encoder into `model`, missing layers as no-ops, and fit the head to it."
     from transformers import CLIPTextModel
     old = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
     missing = model.text.load_state_dict(old.state_dict(), strict=False).missing_keys
@@ -470,7 +477,8 @@ def adopt_text(model: Sketcher, folder: Path, words: Iterator[Batch], latents: t
     fit_head(model, [next(words) for _ in range(batches)], latents)
 
 # %% ../nbs/90d_stages.ipynb #c1180fe0
-def normal_equations(model: Sketcher, batches: list[Batch], latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def normal_equations(model: Sketcher, batches: list[Batch],
+                     latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "What least squares needs: inputs times inputs, inputs times cells."
     square, mixed = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for b in batches:
@@ -487,20 +495,23 @@ def fit_head(model: Sketcher, batches: list[Batch], latents: torch.Tensor) -> No
     "Fit the linear layer to the text encoder as it is, by ridge regression."
     square, mixed = normal_equations(model, batches, latents)
     ridge = 1e-4 * square.diagonal().mean() * torch.eye(len(square)).to(square)
-    fit = torch.linalg.solve(square + ridge, mixed).float()                   # [WIDTH + 1, 16 * channels]
+    # [WIDTH + 1, 16 * channels]
+    fit = torch.linalg.solve(square + ridge, mixed).float()
     model.head.weight.copy_(fit[:-1].T)
     model.head.bias.copy_(fit[-1])
 
 # %% ../nbs/90d_stages.ipynb #c4872a4f
 EARLY = .25                                    # share of the stage that is spent on the sketch alone
 NOISIEST = 999
-FEW_STEPS = [999] * 6 + [879, 759, 759, 639, 499, 499, 379, 259, 259, 139]     # where few-step samplers stop
+# where few-step samplers stop
+FEW_STEPS = [999] * 6 + [879, 759, 759, 639, 499, 499, 379, 259, 259, 139]
 GIVEN = [799, 799, 759, 639, 599, 499, 399, 299]    # where refinements begin
 DECIDED = 850                                  # from here up the noise decides
 
 def any_of(some: list[int], like: torch.Tensor) -> torch.Tensor:
     "[B] numbers drawn from `some`, on the device of `like` [B]."
-    return torch.tensor(some, device=like.device)[torch.randint(len(some), (len(like),), device=like.device)]
+    which = torch.randint(len(some), (len(like),), device=like.device)
+    return torch.tensor(some, device=like.device)[which]
 
 # %% ../nbs/90d_stages.ipynb #32434098
 def timesteps(swapped: torch.Tensor, few: float = .6) -> torch.Tensor:
@@ -527,7 +538,8 @@ def decided(latents: torch.Tensor, batch: Batch, noise: torch.Tensor, t: torch.T
     whose `latents` lie most in the direction of the `noise`, seen from the middle of them all."""
     free = (t >= DECIDED) & (batch.allowed != batch.allowed[:, :1]).any(1)
     allowed = batch.allowed[free]
-    away = latents[allowed].float().flatten(2)                               # [free, ALTERNATIVES, C * h * w]
+    # [free, ALTERNATIVES, C * h * w]
+    away = latents[allowed].float().flatten(2)
     away = F.normalize(away - away.mean(1, keepdim=True), dim=2)
     likeness = (away @ noise[free].flatten(1)[..., None])[..., 0]             # [free, ALTERNATIVES]
     best = allowed.gather(1, likeness.argmax(1, keepdim=True))[:, 0]
@@ -580,7 +592,9 @@ def text_sketch(sketcher: Sketcher, hidden: torch.Tensor) -> torch.Tensor:
 
 # %% ../nbs/90d_stages.ipynb #ea89d039
 class Teacher:
-    "Makes questions for the UNet from batches of the pool; the text encoder and its head stay as they are."
+    """Makes questions for the UNet from batches of the pool.
+
+    The text encoder and its head stay as they are."""
     def __init__(self, sketcher: Sketcher, pool: list[Pooled]):
         self.pool, self.device = pool, pool[0].latents.device
         self.sketcher = sketcher.eval().requires_grad_(False)
@@ -657,7 +671,8 @@ class Pupil:
         leaps = torch.tensor(LEAPS)[torch.randint(len(LEAPS), (len(batch.rows),))]
         first, then = leaps.T.to(batch.rows.device)
         noise = torch.randn(len(first), *latents.shape[1:], device=latents.device)
-        choice, hidden = decided(latents, batch, noise, first), text_states(self.teacher.sketcher, batch.ids)
+        choice = decided(latents, batch, noise, first)
+        hidden = text_states(self.teacher.sketcher, batch.ids)
         x = self.diffusion.noised(latents[choice.given].float(), first, noise)
         again = self.diffusion.noised(self.answer(x, first, hidden), then, torch.randn_like(x))
         x = torch.where((first == then).view(-1, 1, 1, 1), x, again)
@@ -675,7 +690,8 @@ def train_lora(tokenizer: CLIPTokenizer, art: Art, unet: UNet2DConditionModel, s
     unet.requires_grad_(False).add_adapter(config, adapter_name="lcm")
     mine = [p for p in unet.parameters() if p.requires_grad]
     words = word_loader(pool, art, tokenizer, batch, Mix(empty=.02, swapped=.35, seed=fresh_seed()))
-    stage = Stage("lora", unet, out, minutes, lr=1e-3, params=mine, average=.98, warmup=30, weight_decay=0)
+    stage = Stage("lora", unet, out, minutes, lr=1e-3, params=mine, average=.98, warmup=30,
+                  weight_decay=0)
     pupil = Pupil(unet, Teacher(sketcher, pool))
     for _ in stage:
         q = pupil.question(next(words).to(device))
@@ -716,11 +732,12 @@ def some_noise(n: int, device: torch.device) -> torch.Tensor:
 
 # %% ../nbs/90d_stages.ipynb #70ce9fd2
 def train_decoder(art: Art, start: Path, out: Path, minutes: float) -> AutoencoderTiny:
-    "Train a light decoder for the encoder of the packed model `start`; goes on from its checkpoint in `out`."
+    "Train a light decoder for the encoder of the packed model `start`; resumes a checkpoint in `out`."
     rng, vae = seeded(8), light_vae(start)
     fast_layout: Any = dict(memory_format=torch.channels_last)
     torch.nn.Module.to(vae, art.device, **fast_layout)
-    stage = Stage("light_decoder", vae, out, minutes, lr=1.5e-3, params=vae.decoder.parameters(), weight_decay=1e-4)
+    stage = Stage("light_decoder", vae, out, minutes, lr=1.5e-3, params=vae.decoder.parameters(),
+                  weight_decay=1e-4)
     for _ in stage:
         x = autoencoder_batch(art, rng)
         with autocast(art.device):
@@ -756,7 +773,8 @@ def save_lora(unet: UNet2DConditionModel, folder: Path) -> None:
     StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=halves)
 
 # %% ../nbs/90d_stages.ipynb #0c90cdea
-NO_CHECKER: dict[str, Any] = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+NO_CHECKER: dict[str, Any] = dict(safety_checker=None, feature_extractor=None,
+                                  requires_safety_checker=False)
 
 def pack_model(out: Path, names: list[list[str]], vae: AutoencoderTiny, text: CLIPTextModel,
          unet: UNet2DConditionModel, folder: Path) -> None:
@@ -764,7 +782,8 @@ def pack_model(out: Path, names: list[list[str]], vae: AutoencoderTiny, text: CL
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPTokenizer
     save_lora(unet, folder / "lcm-lora")
-    parts: dict[str, Any] = dict(vae=vae, text_encoder=text, unet=without_lora(unet), scheduler=make_schedule(),
+    parts: dict[str, Any] = dict(vae=vae, text_encoder=text, unet=without_lora(unet),
+                                 scheduler=make_schedule(),
                                  tokenizer=CLIPTokenizer.from_pretrained(out / "tokenizer"))
     pipe = StableDiffusionPipeline(**parts, **NO_CHECKER)
     pipe.to(torch.float16).save_pretrained(folder, safe_serialization=True)
@@ -805,14 +824,19 @@ def train_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add, stages = ap.add_argument, tuple(name.upper() for name in Minutes._fields)
     add("--npm", type=Path, default=Path("node_modules"), help="folder with the npm packages of the art")
-    add("--out", type=Path, default=Path("build/train"), help="checkpoints; art.pt is made here if missing")
-    add("--minutes", type=float, nargs=5, default=Minutes(), metavar=stages, help="how long each stage trains")
-    add("--crowd", type=int, default=60000, help="how many scenes of several things are encoded for training")
+    add("--out", type=Path, default=Path("build/train"),
+        help="checkpoints; art.pt is made here if missing")
+    add("--minutes", type=float, nargs=5, default=Minutes(), metavar=stages,
+        help="how long each stage trains")
+    add("--crowd", type=int, default=60000,
+        help="how many scenes of several things are encoded for training")
     add("--compile", action="store_true", help="torch.compile the UNet's training (pays on a GPU)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
     add("--start", type=Path, help="a packed model to go on from; a stage of 0 minutes keeps its part")
-    add("--light-decoder", type=float, metavar="MINUTES", help="only train a lighter decoder for --start")
-    add("--pack", type=Path, default=Path("build/train/model"), help="the diffusers folder is written here")
+    add("--light-decoder", type=float, metavar="MINUTES",
+        help="only train a lighter decoder for --start")
+    add("--pack", type=Path, default=Path("build/train/model"),
+        help="the diffusers folder is written here")
     return ap.parse_args(argv)
 
 # %% ../nbs/90d_stages.ipynb #81999fcf
@@ -847,7 +871,8 @@ def main(argv: list[str] | None = None) -> None:
     "`python -m aura_engine.train`: all stages, or only a light decoder."
     a = train_arguments(argv)
     art = ready_art(a.npm, a.out, a.device)
-    if a.light_decoder: with_decoder(a.start, train_decoder(art, a.start, a.out, a.light_decoder), a.pack)
+    if a.light_decoder:
+        with_decoder(a.start, train_decoder(art, a.start, a.out, a.light_decoder), a.pack)
     else: train_all(a, art)
 
 # %% ../nbs/90d_stages.ipynb #f6b92ca5

@@ -65,7 +65,8 @@ SMALL_SD = Architecture(
     text=dict(vocab_size=8192, hidden_size=32, intermediate_size=64, projection_dim=32,
               num_hidden_layers=2, num_attention_heads=4))
 SIZES = {"sd15": SD15, "small": SMALL_SD}
-FOUR_LEVELS = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+FOUR_LEVELS = dict(down_block_types=("DownEncoderBlock2D",) * 4,
+                   up_block_types=("UpDecoderBlock2D",) * 4)
 
 # %% ../nbs/16_waterfall.ipynb #00e685fb
 def filled(cls: Callable[..., Any], *args: Any, device: str = "cpu", **config: Any) -> Any:
@@ -78,7 +79,8 @@ def filled(cls: Callable[..., Any], *args: Any, device: str = "cpu", **config: A
     for name, p in model.named_parameters():
         if p.ndim > 1: p.uniform_(-1, 1, generator=g).mul_((1.5 / p[0].numel()) ** 0.5)
         else: p.fill_(float("norm" in name and name.endswith("weight")))
-    for b in model.buffers(): b.copy_(torch.arange(b.shape[-1]).expand(b.shape))      # a text encoder's positions
+    # a text encoder's positions
+    for b in model.buffers(): b.copy_(torch.arange(b.shape[-1]).expand(b.shape))
     return model
 
 # %% ../nbs/16_waterfall.ipynb #94745f83
@@ -91,23 +93,26 @@ def random_text(size: Architecture, make: Callable[..., Any]) -> tuple[Any, Any]
     "A tokenizer, and a text encoder that `make(class, config)` fills."
     import transformers
     words = transformers.CLIPTokenizer.from_pretrained(EMBEDDED / "tokenizer", model_max_length=77)
-    return words, make(transformers.CLIPTextModel, transformers.CLIPTextConfig(**size.text, **end_marks(words)))
+    return words, make(transformers.CLIPTextModel,
+                       transformers.CLIPTextConfig(**size.text, **end_marks(words)))
 
 # %% ../nbs/16_waterfall.ipynb #538af7e5
 def random_model(folder: Path, name: str = "sd15", device: str = "cpu",
                  dtype: torch.dtype = torch.float32) -> Path:
-    "Save SD 1.5's parts with random weights (4.1 GB in fp32), a tiny VAE in `folder`/tiny_vae -> `folder`."
+    "Save SD 1.5 with random weights (4.1 GB in fp32) and a tiny VAE in `folder`/tiny_vae -> `folder`."
     import diffusers
     size = SIZES[name]
     def make(cls: Callable[..., Any], *args: Any, **config: Any) -> Any:
         return filled(cls, *args, device=device, **config).to(dtype)
     with quiet():
         words, text = random_text(size, make)
-        noise: Any = diffusers.PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        noise: Any = diffusers.PNDMScheduler(beta_start=0.00085, beta_end=0.012,
+                                             beta_schedule="scaled_linear",
                                              steps_offset=1, skip_prk_steps=True)
         vae = make(diffusers.AutoencoderKL, **size.vae, **FOUR_LEVELS)
         unet, pipe = make(diffusers.UNet2DConditionModel, **size.unet), diffusers.StableDiffusionPipeline
-        nothing: dict[str, Any] = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        nothing: dict[str, Any] = dict(safety_checker=None, feature_extractor=None,
+                                       requires_safety_checker=False)
         pipe(vae, text, words, unet, noise, **nothing).save_pretrained(folder)
         make(diffusers.AutoencoderTiny, **size.tiny_vae).save_pretrained(folder / "tiny_vae")
     return folder
@@ -115,7 +120,8 @@ def random_model(folder: Path, name: str = "sd15", device: str = "cpu",
 # %% ../nbs/16_waterfall.ipynb #366ab754
 PROMPT, STEPS = "a red apple on a blue background", 4
 Draw = Callable[[int], Image.Image]                             # seed -> picture
-Entrant = Callable[[Path, int], AbstractContextManager[Draw]]   # (model, side in pixels) -> a context with Draw
+# (model, side in pixels) -> a context with Draw
+Entrant = Callable[[Path, int], AbstractContextManager[Draw]]
 
 @contextmanager
 def diffusers_fp32(folder: Path, px: int) -> Iterator[Draw]:
@@ -127,7 +133,8 @@ def diffusers_fp32(folder: Path, px: int) -> Iterator[Draw]:
     pipe.set_progress_bar_config(disable=True)
     def draw(seed: int, steps: int = STEPS) -> Image.Image:
         noise = torch.Generator().manual_seed(seed)
-        made = pipe(PROMPT, height=px, width=px, num_inference_steps=steps, guidance_scale=1.0, generator=noise)
+        made = pipe(PROMPT, height=px, width=px, num_inference_steps=steps, guidance_scale=1.0,
+                    generator=noise)
         return made.images[0]
     draw(0, 1)                                                  # warm
     yield draw
@@ -140,7 +147,8 @@ def engine_with(tiny: bool = False, **settings: str) -> Entrant:
         asked = {"SD_MODEL_ID": str(folder), "SD_DEVICE": "cpu", "AURA_MAX_BATCH": "1",
                  "AURA_DEADLINE_SECONDS": "3600", **settings}
         if tiny: asked["SD_VAE_ID"] = str(folder / "tiny_vae")
-        blank = Picture(PROMPT, px, px, steps=STEPS, guidance_scale=1.0, seed=0, temperature=1.0, scheduler="lcm")
+        blank = Picture(PROMPT, px, px, steps=STEPS, guidance_scale=1.0, seed=0, temperature=1.0,
+                        scheduler="lcm")
         with Engine(load_settings(**asked)).start() as engine:
             if not engine.wait_ready(3600): raise RuntimeError(engine.reason)
             yield lambda seed: engine.submit(Plan((replace(blank, seed=seed),))).result()[0].image
@@ -180,7 +188,8 @@ def graph_parts(pipe: Any) -> list[GraphPart]:
     ]
 
 # %% ../nbs/16_waterfall.ipynb #c1b83d20
-COPIED = ("model_index.json", "tokenizer", "unet/config.json", "vae/config.json", "text_encoder/config.json")
+COPIED = ("model_index.json", "tokenizer", "unet/config.json", "vae/config.json",
+          "text_encoder/config.json")
 
 def copy_configs(folder: Path, out: Path) -> None:
     "Copy what openvino-genai reads besides graphs."
@@ -317,7 +326,8 @@ class ColdStart:
     imports: float                             # until everything is imported
     graphs: float                              # from there until a picture can be drawn
     cpu: float                                 # processor time of that
-    picture: float                             # until one has been, without the engine's self-test and curves
+    # until one has been, without the engine's self-test and curves
+    picture: float
 
 # %% ../nbs/16_waterfall.ipynb #935b6c78
 def compile_for(parts: Components, trajectory: Trajectory) -> None:
@@ -500,11 +510,14 @@ def waterfall_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = ap.add_argument
     add("--size", choices=list(SIZES), default="sd15",
         help="sd15 needs 10 GB of memory and 12 GB of disk; small is a trial of seconds")
-    add("--rounds", type=int, default=3, help="pictures a contender (fewer when they take over a minute)")
+    add("--rounds", type=int, default=3,
+        help="pictures a contender (fewer when they take over a minute)")
     add("--core", type=int, help="the core that everything runs on (default: any one)")
     add("--only", action="append", choices=list(REAL | TINY), help="only this row (may be given again)")
-    add("--in-turn", action="store_true", help="only the two contenders in turn, added to stored figures")
-    add("--work", type=Path, help="folder for the model and its conversions, kept; default: a temporary one")
+    add("--in-turn", action="store_true",
+        help="only the two contenders in turn, added to stored figures")
+    add("--work", type=Path,
+        help="folder for the model and its conversions, kept; default: a temporary one")
     add("--out", type=Path, default=Path("nbs") / WATERFALL_RESULTS)
     return ap.parse_args(argv)
 
