@@ -19,8 +19,8 @@ from aura_engine.facts import (
 from .models import INCLUDED, PICKLED, SD15_ID, is_local
 
 # %% auto #0
-__all__ = ['PARTS', 'SERVED', 'WEIGHTS', 'NO_PICKLES', 'CLASSES', 'LOADING', 'NO_VAE', 'NO_PICKLED_FILE', 'NO_DIFFUSERS',
-           'PART_WORDS', 'HARMLESS', 'UNUSED', 'whole_sets', 'weight_files', 'read_json', 'check_classes',
+__all__ = ['PARTS', 'UNUSED', 'SERVED', 'WEIGHTS', 'NO_PICKLES', 'CLASSES', 'LOADING', 'NO_VAE', 'NO_PICKLED_FILE',
+           'NO_DIFFUSERS', 'PART_WORDS', 'HARMLESS', 'whole_sets', 'weight_files', 'read_json', 'check_classes',
            'served_index', 'pipeline_files', 'quiet', 'reading', 'diffusers_classes', 'Checkpoint', 'recognise',
            'nothing_else', 'config_and_weights', 'unwrapped', 'bare', 'fill', 'check_weights', 'said_of_tensors',
            'complete', 'complete_parts', 'Reader', 'read_scheduler', 'read_unet', 'read_folder', 'configuration_of',
@@ -28,6 +28,7 @@ __all__ = ['PARTS', 'SERVED', 'WEIGHTS', 'NO_PICKLES', 'CLASSES', 'LOADING', 'NO
 
 # %% ../nbs/04c_reader.ipynb #1afc7159
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 SERVED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline",
           "StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline")
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(\.fp16)?(?:-\d{5}-of-(\d{5}))?\.safetensors")
@@ -310,8 +311,6 @@ def read_unet(reader: Reader, source: str, config: Path) -> Any:
     return unet
 
 # %% ../nbs/04c_reader.ipynb #f223cc2a
-UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
-
 def read_folder(reader: Reader, source: str, unet: str | None = None) -> tuple[Any, Path]:
     "(pipeline, folder) from a folder or repository. `unet` is another source for the UNet."
     def want(names: list[str], at: Path) -> list[str]:

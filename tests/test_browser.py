@@ -5,7 +5,7 @@ import httpx
 import pytest
 from PIL import Image
 
-from conftest import ROOT, Server, clean_env, free_port, start
+from conftest import ROOT, Server, clean_env, start
 from test_faults import Hub
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
