@@ -122,6 +122,8 @@ class ModelSettings(BaseSettings):
         description="what runs UNet and decoder; auto: OpenVINO for small models when it is installed, else torch")
     loras: Annotated[dict[str, str], NoDecode] = Field({}, alias="SD_LORAS",
         description="alias=id,alias=id: LoRAs that a request may name by alias")
+    prompt_weights: bool = Field(True, alias="SD_PROMPT_WEIGHTS",
+        description="0: brackets in prompts are text, and give no weight to words")
 
     @model_validator(mode="before")
     @classmethod

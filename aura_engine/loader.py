@@ -206,7 +206,9 @@ def recognised(row: Row | None, pipe: Any, settings: Settings) -> tuple[Row, lis
                         explicit=settings.sampler is not None)
     row, notes = row_by_facts(row, facts_of_configs(pipe.scheduler.config, pipe.unet.config, pipe.vae.config))
     row, own = row_by_settings(row, settings)
-    return (replace(row, loras=tuple(settings.loras)) if settings.loras else row), [*notes, *own]
+    if settings.loras: row = replace(row, loras=tuple(settings.loras))
+    if not settings.prompt_weights: row = replace(row, weights="literal")
+    return row, [*notes, *own]
 
 # %% ../nbs/04e_loader.ipynb #d2204542
 def default_within(name: str, given: float, bounds: tuple[float, float, float]) -> tuple[Any, Any, Any]:

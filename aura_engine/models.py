@@ -74,6 +74,7 @@ class Row:
     ids: tuple[str, ...] = ()
     files: tuple[str, ...] = ()                  # whole checkpoints in one file, by their published names
     note: str = ""
+    weights: str = "applied"                     # prompt weights; or "ignored", or "literal": brackets are text
     loras: tuple[str, ...] = ()                  # aliases that a request may name, from SD_LORAS when it is loaded
 
     @property
@@ -98,7 +99,7 @@ _sdxl = Row("sdxl", XL, "dpm", (1, 25, 100), (1, 5.0, 15), 1024, tiny_vae="madeb
             note="the VAE overflows in fp16; decoded in fp32")
 _ssd = replace(_sdxl, name="ssd-1b", ids=(SSD_ID,), note="SDXL with half the UNet")
 _small = Row("embedded-base", SD, "ddim", (1, 25, 50), (1, 1.0, 4), 128, multiple=16, standard=1.0, token_limit=48,
-             ids=("embedded-base",), note="the embedded model as a base, for many steps")
+             weights="ignored", ids=("embedded-base",), note="the embedded model as a base, for many steps")
 
 # %% ../nbs/02_models.ipynb #9d251b88
 def lcm_lora(base: Row, lora: str) -> Row:

@@ -18,6 +18,7 @@ from pydantic import model_validator
 from .images import decode, decode_mask, from_base64, receipt_of
 from .masks import Region, Inpainting, box_around, fitted_mask, is_white, widened
 from .models import EMBEDDED, NARROWEST, SAMPLERS, Row, executed_steps, fit_size, makes, size_for
+from .prompt_weights import has_weights, plain_text
 from .types import (MAX_PROMPT, MAX_SEED, WHOLE, FieldError, GenerateRequest, Invalid, Note, Padding,
     Picture, Plan, Prompt, Receipt, RefineConfig, RefineRequest, RequestModel, Seed, Steps, Words, field_errors, shown)
 
@@ -121,7 +122,7 @@ _WORD = re.compile(r"[^\W_]+")
 def understood(row: Row, prompt: str, notes: list[Note]) -> str:
     "`prompt` with its typing mistakes mended. Notes say which, and what the model does not know."
     if not row.name.startswith("embedded"): return prompt                 # other models take any words
-    strange = _strange(prompt, vocabulary(EMBEDDED))
+    strange = _strange(plain_text(prompt), vocabulary(EMBEDDED))
     mended = {w: right for w in strange if (right := _mended(w))}
     unknown = [w for w in strange if w not in mended]
     if unknown: notes.append(_unknown_note(unknown))
@@ -186,6 +187,17 @@ def _warn_of_negative(row: Row, negative: str, guidance: float, notes: list[Note
     text += " Raise guidance above 1 to use it." if row.cfg else " This model works without it."
     notes.append(Note("negativePrompt", shown(negative, 40), "ignored", text))
 
+# %% ../nbs/03d_planning.ipynb #b3d92cc0
+_UNWEIGHTED = {
+    "ignored": "This model gives no weight to words: the brackets were left out.",
+    "literal": "Prompt weights are switched off here: brackets are read as text.",
+}
+
+
+def _warn_of_weights(row: Row, field: str, prompt: str, notes: list[Note]) -> None:
+    if row.weights == "applied" or not has_weights(prompt): return
+    notes.append(Note(field, shown(prompt, 40), row.weights, _UNWEIGHTED[row.weights]))
+
 # %% ../nbs/03d_planning.ipynb #28b17b76
 def _size(request: GenerateRequest, row: Row, gpu: bool, notes: list[Note]) -> tuple[int, int]:
     asked = size_for(row, request.aspect_ratio, request.resolution)
@@ -209,6 +221,8 @@ def _common(row: Row, prompt: str, r: GenerateRequest | RefineConfig, notes: lis
     guidance = _guidance(row, r.guidance_scale, notes)
     _warn_of_negative(row, r.negative_prompt, guidance, notes)
     text = understood(row, prompt, notes)
+    _warn_of_weights(row, "prompt", prompt, notes)
+    _warn_of_weights(row, "negativePrompt", r.negative_prompt, notes)
     seed = secrets.randbelow(2**32) if r.seed is None else r.seed
     return Picture(text, 0, 0, steps, guidance, seed, temperature=float(r.temperature),
                    negative_prompt=r.negative_prompt, lora=allowed_lora(r.lora, row))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 # %% auto #0
-__all__ = ['STEP', 'MOST_WEIGHT', 'Piece', 'Span', 'Reading', 'Product', 'weighted', 'has_weights', 'plain_text']
+__all__ = ['STEP', 'MOST_WEIGHT', 'Piece', 'Span', 'Reading', 'Product', 'weighted', 'has_weights', 'plain_text', 'pieces_of']
 
 # %% ../nbs/03c_prompt_weights.ipynb #8ebc966c
 @dataclass(frozen=True)
@@ -128,3 +128,9 @@ def has_weights(prompt: str) -> bool:
 def plain_text(prompt: str) -> str:
     "The words of a prompt without the marks of its weights."
     return " ".join("".join(piece.text for piece in chunk) for chunk in weighted(prompt))
+
+# %% ../nbs/03c_prompt_weights.ipynb #eec216f4
+def pieces_of(prompt: str, weights: str = "applied") -> list[list[Piece]]:
+    "The chunks of a prompt for a model whose `weights` are 'applied', 'ignored' (marks are left out) or 'literal'."
+    if weights == "applied": return weighted(prompt)
+    return [[Piece(plain_text(prompt) if weights == "ignored" else prompt)]]

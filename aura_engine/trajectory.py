@@ -15,16 +15,18 @@ from PIL import Image
 from .loader import Components
 from .masks import HALF
 from .models import SAMPLERS, executed_steps
+from .prompt_weights import MOST_WEIGHT, Piece, pieces_of
 from .types import Degenerate, Picture
 from .unet_input import UNetInput
 
 # %% auto #0
-__all__ = ['MAX_CHUNKS', 'Weights', 'FIRST_ORDER', 'FLAT', 'OVERFLOWED', 'EMPTY', 'Decoded', 'Text', 'chunk_ids', 'token_rows',
-           'encode_texts', 'TextKey', 'is_guided', 'TextCache', 'Coefficients', 'Mixture', 'Table', 'probe',
-           'estimate_of', 'most_steps', 'timetable', 'mix_of', 'make_table', 'Noise', 'dtype_of', 'overflows', 'moved',
-           'pixels_of', 'encode_pixels', 'encode_picture', 'sampled', 'decode_as', 'decode_batch', 'decode_latents',
-           'Conditions', 'conditions', 'guidance_embedding', 'Kept', 'latent_mask', 'mask_tensor', 'hole_in',
-           'begins_pure', 'Beginning', 'beginning', 'Trajectory', 'advance', 'take', 'fresh_noise']
+__all__ = ['MAX_CHUNKS', 'Weights', 'FIRST_ORDER', 'FLAT', 'OVERFLOWED', 'EMPTY', 'Decoded', 'Text', 'Token', 'tokens_of',
+           'chunk_tokens', 'token_rows', 'weigh', 'encode_rows', 'encode_texts', 'TextKey', 'is_guided', 'TextCache',
+           'Coefficients', 'Mixture', 'Table', 'probe', 'estimate_of', 'most_steps', 'timetable', 'mix_of',
+           'make_table', 'Noise', 'dtype_of', 'overflows', 'moved', 'pixels_of', 'encode_pixels', 'encode_picture',
+           'sampled', 'decode_as', 'decode_batch', 'decode_latents', 'Conditions', 'conditions', 'guidance_embedding',
+           'Kept', 'latent_mask', 'mask_tensor', 'hole_in', 'begins_pure', 'Beginning', 'beginning', 'Trajectory',
+           'advance', 'take', 'fresh_noise']
 
 # %% ../nbs/06_trajectory.ipynb #90089ddf
 MAX_CHUNKS = 4
@@ -42,41 +44,80 @@ class Text:
         return Text(torch.zeros_like(self.embeds), pooled)
 
 # %% ../nbs/06_trajectory.ipynb #e00c56ef
-def chunk_ids(tokenizer: Any, text: str) -> tuple[list[list[int]], str]:
-    "Token ids in chunks without begin and end marks, and the text beyond MAX_CHUNKS."
-    ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
-    room = tokenizer.model_max_length - 2
-    chunks = [ids[i:i + room] for i in range(0, len(ids), room)] or [[]]
-    return chunks[:MAX_CHUNKS], tokenizer.decode(ids[room * MAX_CHUNKS:]).strip()
+class Token(NamedTuple):
+    "A number that the text encoder knows, and how much it counts."
+    id: int
+    weight: float = 1.0
+
+# %% ../nbs/06_trajectory.ipynb #c92d4f90
+def tokens_of(tokenizer: Any, pieces: list[Piece]) -> list[Token]:
+    "The tokens of a chunk of a prompt, without begin and end marks. Each piece is read for itself."
+    texts = [piece.text for piece in pieces]
+    ids = tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False).input_ids
+    return [Token(i, piece.weight) for piece, mine in zip(pieces, ids) for i in mine]
 
 # %% ../nbs/06_trajectory.ipynb #837d9301
-def token_rows(tokenizer: Any, prompts: list[list[list[int]]], chunks: int) -> list[list[int]]:
-    "Chunks of ids for each prompt -> `chunks` rows for each, with begin, end and padding."
+def chunk_tokens(tokenizer: Any, prompt: list[list[Piece]]) -> tuple[list[list[Token]], str]:
+    "A prompt's tokens in chunks of the tokenizer's limit, and the text beyond MAX_CHUNKS."
+    room = tokenizer.model_max_length - 2
+    chunks: list[list[Token]] = []
+    for pieces in prompt:
+        tokens = tokens_of(tokenizer, pieces)
+        chunks += [tokens[i:i + room] for i in range(0, len(tokens), room)] or [[]]
+    if len(chunks) > 1 and not chunks[-1]: chunks.pop()                # nothing comes after the last BREAK
+    rest = [token.id for chunk in chunks[MAX_CHUNKS:] for token in chunk]
+    return chunks[:MAX_CHUNKS], tokenizer.decode(rest).strip()
+
+# %% ../nbs/06_trajectory.ipynb #2e41d01f
+def token_rows(tokenizer: Any, prompts: list[list[list[Token]]], chunks: int) -> list[list[Token]]:
+    "Chunks of tokens for each prompt -> `chunks` rows for each, with begin, end and padding."
+    begin = Token(tokenizer.bos_token_id)
+    end = Token(tokenizer.eos_token_id)
+    padding = Token(tokenizer.pad_token_id)
     rows = []
-    for ids in prompts:
-        for chunk in ids + [[]] * (chunks - len(ids)):
-            row = [tokenizer.bos_token_id, *chunk, tokenizer.eos_token_id]
-            rows.append(row + [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(row)))
+    for prompt in prompts:
+        for chunk in prompt + [[]] * (chunks - len(prompt)):
+            row = [begin, *chunk, end]
+            rows.append(row + [padding] * (tokenizer.model_max_length - len(row)))
     return rows
 
-# %% ../nbs/06_trajectory.ipynb #c655d34f
+# %% ../nbs/06_trajectory.ipynb #004d4f49
+def weigh(embeds: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
+    "Embeddings [T, D] of a chunk times the weights of its tokens, with the mean they had."
+    plain = embeds.float()
+    heavy = plain * torch.tensor(weights, device=embeds.device)[:, None]
+    scale = (plain.mean() / heavy.mean()).item()
+    sound = 1 / MOST_WEIGHT < scale < MOST_WEIGHT
+    return (heavy * scale if sound else heavy).to(embeds.dtype)
+
+# %% ../nbs/06_trajectory.ipynb #636fbad4
+def encode_rows(parts: Components, encoder: Any, rows: list[list[Token]]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    "Rows of tokens through one encoder -> weighted embeddings [R, T, D], and for SDXL the pooled ones [R, P]."
+    # On a GPU the number of rows decides in which order a kernel sums: calls of one size give one result.
+    padding = rows[:1] * (-len(rows) % 8) if parts.device.type == "cuda" else []
+    ids = [[token.id for token in row] for row in rows + padding]
+    out = encoder(torch.tensor(ids, device=parts.device), output_hidden_states=parts.xl)
+    hidden = out.hidden_states[-2] if parts.xl else out.last_hidden_state
+    embeds = [hidden[i] for i in range(len(rows))]
+    for i, row in enumerate(rows):
+        weights = [token.weight for token in row]
+        if any(weight != 1 for weight in weights): embeds[i] = weigh(embeds[i], weights)
+    return torch.stack(embeds), out[0][:len(rows)] if parts.xl else None
+
+# %% ../nbs/06_trajectory.ipynb #88c13ca0
 @torch.inference_mode()
 def encode_texts(parts: Components, texts: list[str], chunks: int) -> list[Text]:
     "Encode prompts into exactly `chunks` chunks each. Shorter ones are filled up with empty chunks."
     n = len(texts)
     per_encoder, pooled, cut = [], None, [""] * n
     for tokenizer, encoder in zip(parts.tokenizers, parts.text_encoders):
-        split = [chunk_ids(tokenizer, text) for text in texts]
+        split = [chunk_tokens(tokenizer, pieces_of(text, parts.row.weights)) for text in texts]
         cut = [max(before, rest, key=len) for before, (_, rest) in zip(cut, split)]
-        rows = token_rows(tokenizer, [ids for ids, _ in split], chunks)
-        # On a GPU the number of rows decides in which order a kernel sums: calls of one size give one result.
-        if parts.device.type == "cuda": rows += rows[:1] * (-len(rows) % 8)
-        out = encoder(torch.tensor(rows, device=parts.device), output_hidden_states=parts.xl)
-        hidden = out.hidden_states[-2] if parts.xl else out.last_hidden_state
-        per_encoder.append(hidden[:n * chunks].reshape(n, -1, hidden.shape[-1]))
-        if parts.xl: pooled = out[0][:n * chunks].reshape(n, chunks, -1)[:, 0]
+        rows = token_rows(tokenizer, [tokens for tokens, _ in split], chunks)
+        embeds, pooled = encode_rows(parts, encoder, rows)
+        per_encoder.append(embeds.reshape(n, -1, embeds.shape[-1]))
     embeds = torch.cat(per_encoder, dim=-1).to(parts.dtype)
-    pools = [None] * n if pooled is None else list(pooled.split(1))
+    pools = [None] * n if pooled is None else list(pooled.reshape(n, chunks, -1)[:, :1].unbind(0))
     return [Text(*both) for both in zip(embeds.split(1), pools, cut)]
 
 # %% ../nbs/06_trajectory.ipynb #91d4b33e
@@ -102,7 +143,8 @@ class TextCache:
         self.table = lru_cache(size)(self._make_table)
 
     def _count_chunks(self, text: str) -> int:
-        return max(len(chunk_ids(tokenizer, text)[0]) for tokenizer in self.parts.tokenizers)
+        pieces = pieces_of(text, self.parts.row.weights)
+        return max(len(chunk_tokens(tokenizer, pieces)[0]) for tokenizer in self.parts.tokenizers)
 
     def _make_table(self, sampler: str | None, steps: int, strength: float | None, pure: bool) -> Table:
         return make_table(self.parts.scheduler(sampler), steps, strength, pure)

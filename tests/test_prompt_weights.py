@@ -1,9 +1,18 @@
 """Prompt weights are read as the web UI that made them popular reads them; the reference below is its rule, written out."""
 import random, re, time
 
+import diffusers
 import pytest
+import torch
 
-from aura_engine.prompt_weights import MOST_WEIGHT, Piece, has_weights, plain_text, weighted
+import tiny
+from aura_engine.config import load_settings
+from aura_engine.loader import load
+from aura_engine.models import ROWS
+from aura_engine.planning import plan
+from aura_engine.prompt_weights import MOST_WEIGHT, Piece, has_weights, pieces_of, plain_text, weighted
+from aura_engine.trajectory import TextCache, Trajectory, advance, encode_texts
+from aura_engine.types import GenerateRequest, Picture
 
 TOKENS = re.compile(r"\\\(|\\\)|\\\[|\\]|\\\\|\\|\(|\[|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|\)|]|[^\\()\[\]:]+|:")
 
@@ -78,3 +87,105 @@ def test_a_prompt_without_weights_is_itself():
         assert not has_weights(text) and len(weighted(text)) == 1
     assert weighted("a fox, a red barn") == [[Piece("a fox, a red barn")]] and plain_text("a (red:1.3) fox BREAK on [blue]") == "a red fox on blue"
     assert has_weights("(fox)") and has_weights("a BREAK b")
+
+
+# what a weight does to an embedding: the web UI's "Original" emphasis, written out with the encoders alone
+
+@pytest.fixture(scope="module", params=["sd15", "sdxl-deep"])
+def parts(request, tmp_path_factory):
+    folder = tiny.save(tmp_path_factory.mktemp(request.param) / "model", request.param)
+    made = load(load_settings(SD_MODEL_ID=str(folder), SD_DEVICE="cpu"))
+    for encoder in made.text_encoders:                                     # a fresh one answers embeddings whose mean is 0, unlike any that was trained
+        for name, bias in encoder.named_parameters():
+            if name.endswith(("norm.bias", "fc2.bias")): bias.normal_(0.3, 0.1, generator=torch.Generator().manual_seed(0))
+    return made
+
+
+def chunks_of(tokenizer, text):
+    """[[(id, weight)]] of 75: a full chunk or a BREAK begins the next."""
+    chunks, now = [], []
+    for piece, weight in reference(text):
+        if weight is None:
+            chunks, now = chunks + [now], []
+            continue
+        for token in tokenizer(piece, add_special_tokens=False).input_ids:
+            if len(now) == 75: chunks, now = chunks + [now], []
+            now.append((token, weight))
+    return chunks + [now] if now or not chunks else chunks
+
+
+def emphasised(parts, text, chunks=0):
+    """(embeds [1, T, D], pooled or None) of a prompt, `chunks` of them at least."""
+    rows, pooled = [], None
+    for tokenizer, encoder in zip(parts.tokenizers, parts.text_encoders):
+        split, out = chunks_of(tokenizer, text), []
+        for chunk in split + [[]] * (chunks - len(split)):
+            ids = [tokenizer.bos_token_id, *(t for t, _ in chunk), *[tokenizer.eos_token_id], *[tokenizer.pad_token_id] * (75 - len(chunk))]
+            multipliers = torch.tensor([1.0, *(w for _, w in chunk), *[1.0] * (76 - len(chunk))])
+            with torch.no_grad(): answer = encoder(torch.tensor([ids]), output_hidden_states=True)
+            z = answer.hidden_states[-2] if parts.xl else answer.last_hidden_state
+            original_mean = z.mean()
+            z = z * multipliers.reshape(1, 77, 1).expand(z.shape)
+            out.append(z * (original_mean / z.mean()))
+            if parts.xl and len(out) == 1: pooled = answer[0]
+        rows.append(torch.cat(out, 1))
+    return torch.cat(rows, -1), pooled
+
+
+WEIGHTED = ["a fox", "a (red:1.3) fox", "(a [blue] fox:0.7), (((owl)))", "a fox BREAK on (red:1.5)", "a BREAK", "BREAK a (fox)", r"a \(real\) (fox:0)", "(fox:-0.5) and an owl", "a (red fox and an owl:1.2) " * 20]
+
+
+@pytest.mark.parametrize("text", WEIGHTED, ids=lambda t: t[:20])
+def test_embeddings_are_those_of_the_reference_formula(parts, text):
+    chunks = TextCache(parts).chunks(text)
+    ours = encode_texts(parts, ["an owl", text], chunks)[1]                # in company, which must not matter
+    embeds, pooled = emphasised(parts, text)
+    assert ours.embeds.shape == embeds.shape and (ours.embeds - embeds).abs().max() <= 1e-5 * embeds.abs().max().clamp(min=1)
+    assert not parts.xl or (ours.pooled - pooled).abs().max() <= 1e-5
+    assert torch.equal(encode_texts(parts, [text], chunks)[0].embeds, encode_texts(parts, [text, text], chunks)[1].embeds) and not ours.cut
+
+
+def test_a_weighted_picture_is_the_pipelines_with_those_embeddings(parts):
+    """Prompt and negative prompt of different lengths, through guidance."""
+    p = Picture("a (red:1.4) fox BREAK on blue", 128, 128, steps=3, guidance_scale=3.0, seed=3, temperature=1.0, negative_prompt="[noise], (owl:1.2)", scheduler="ddim")
+    t = Trajectory(parts, p, TextCache(parts))
+    while not t.done: advance([t], parts.unet)
+    (yes, pooled), (no, no_pooled) = emphasised(parts, p.prompt, 2), emphasised(parts, p.negative_prompt, 2)
+    if parts.xl:
+        pipe = diffusers.StableDiffusionXLPipeline(parts.vae, *parts.text_encoders, *parts.tokenizers, parts.unet, parts.scheduler("ddim"), add_watermarker=False)
+        given = dict(pooled_prompt_embeds=pooled, negative_pooled_prompt_embeds=no_pooled)
+    else: pipe, given = diffusers.StableDiffusionPipeline(parts.vae, parts.text_encoders[0], parts.tokenizers[0], parts.unet, parts.scheduler("ddim"), None, None, requires_safety_checker=False), {}
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(prompt_embeds=yes, negative_prompt_embeds=no, num_inference_steps=3, guidance_scale=3.0, width=128, height=128, generator=torch.Generator().manual_seed(3), output_type="latent", **given).images
+    assert (t.latents - theirs).abs().max() <= 1e-4 * theirs.abs().max().clamp(min=1)
+
+
+def test_what_is_beyond_the_last_chunk_is_named(parts):
+    text = encode_texts(parts, ["a BREAK b BREAK c BREAK d BREAK an (owl:1.2)"], 4)[0]
+    assert text.cut == "an owl"
+
+
+# where they are not applied
+
+def test_a_setting_makes_brackets_text(tmp_path):
+    folder = tiny.save(tmp_path / "model")
+    plain = load(load_settings(SD_MODEL_ID=str(folder), SD_DEVICE="cpu", SD_PROMPT_WEIGHTS="0"))
+    usual = load(load_settings(SD_MODEL_ID=str(folder), SD_DEVICE="cpu"))
+    one, other = (encode_texts(p, [text], 1)[0].embeds for p, text in ((plain, "a (fox)"), (usual, r"a \(fox\)")))
+    assert torch.equal(one, other) and not torch.equal(one, encode_texts(usual, ["a (fox)"], 1)[0].embeds)
+    assert [str(n) for n in plan(GenerateRequest(prompt="a (fox)"), plain.row).notes] == ["Prompt weights are switched off here: brackets are read as text."]
+
+
+def test_the_embedded_model_reads_the_words_alone():
+    """Its words spread over all tokens, so a weight on one does nothing to be seen. The prompt stays as written, and the answer says so."""
+    parts = load(load_settings(SD_MODEL_ID="embedded", SD_DEVICE="cpu"))
+    asked = GenerateRequest(prompt="a (red:1.3) fox BREAK on [blue]", negative_prompt="(owl)")
+    todo = plan(asked, parts.row)
+    assert todo.pictures[0].prompt == asked.prompt and [n.field for n in todo.notes if n.used == "ignored"].count("prompt") == 1
+    assert not any("know" in str(n) for n in todo.notes)                    # 1.3 and BREAK are no words
+    assert torch.equal(encode_texts(parts, [asked.prompt], 1)[0].embeds, encode_texts(parts, ["a red fox on blue"], 1)[0].embeds)
+
+
+def test_other_rows_apply_them_without_a_note():
+    assert not plan(GenerateRequest(prompt="a (red:1.3) fox"), ROWS["sd15"]).notes and {row.name for row in ROWS.values() if row.weights == "ignored"} == {n for n in ROWS if n.startswith("embedded")}
+    assert pieces_of("a (b:2)", "ignored") == [[Piece("a b")]] and pieces_of("a (b:2)", "literal") == [[Piece("a (b:2)")]]
