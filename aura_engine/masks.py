@@ -20,7 +20,7 @@ Size = tuple[int, int]                           # width, height
 
 def fitted_mask(mask: Image.Image, size: Size, loc: str = "mask") -> Image.Image:
     "A mask (L) in the size of its picture. Invalid names `loc` when nothing in it is white."
-    if mask.getextrema()[1] < HALF:
+    if not any(mask.histogram()[HALF:]):
         allowed = "a mask with white where the picture is to be drawn anew"
         raise Invalid.value(loc, given=Words("a mask without white"), allowed=allowed)
     return mask if mask.size == size else mask.resize(size, Image.Resampling.BILINEAR)
@@ -28,7 +28,7 @@ def fitted_mask(mask: Image.Image, size: Size, loc: str = "mask") -> Image.Image
 # %% ../nbs/03b_masks.ipynb #2a4a7b18
 def is_white(mask: Image.Image) -> bool:
     "Whether a mask (L) is white everywhere."
-    return mask.getextrema()[0] == 255
+    return not any(mask.histogram()[:255])
 
 # %% ../nbs/03b_masks.ipynb #a93eed0a
 class Region(NamedTuple):

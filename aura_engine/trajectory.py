@@ -423,7 +423,7 @@ def latent_mask(mask: Image.Image, scale: int) -> np.ndarray:
     corners = white[::scale, ::scale]
     if corners.any(): return corners
     h, w = corners.shape
-    return white.reshape(h, scale, w, scale).any(axis=(1, 3))
+    return np.asarray(white.reshape(h, scale, w, scale).any(axis=(1, 3)))
 
 # %% ../nbs/06_trajectory.ipynb #8be39ff5
 def mask_tensor(parts: Components, p: Picture) -> torch.Tensor:
