@@ -36,11 +36,13 @@ ARG EXTRA_PACKAGES=
 RUN if [ -n "$EXTRA_PACKAGES" ]; then pip install --no-cache-dir $EXTRA_PACKAGES; fi
 
 # The app runs as uid 1000 and may write only under its home. HOST: a container's port is what decides who may call.
+# AURA_MODELS: models may be mounted there, as owner/name.
 USER 1000
 ENV HOME=/home/user \
     HOST=0.0.0.0 \
     PORT=7860 \
     PYTHONUNBUFFERED=1 \
+    AURA_MODELS=/models \
     XDG_CACHE_HOME=/home/user/.cache \
     HF_HOME=/home/user/.cache/huggingface \
     TORCHINDUCTOR_CACHE_DIR=/home/user/.cache/inductor \

@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast, contextlib, hashlib, json, re, sys
 from collections.abc import Iterator, Mapping
 from datetime import date
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from packaging.requirements import Requirement
@@ -14,7 +15,7 @@ from packaging.requirements import Requirement
 # %% auto #0
 __all__ = ['EXITS', 'ROLLED_BACK', 'UPLOAD', 'WEIGHTS_FOLDER', 'LARGEST', 'LOCK_AGAIN', 'LOCK_DAYS', 'MUST_HAVE', 'DeployError',
            'upload_set', 'build_id', 'stamp', 'modules_named', 'packages_of', 'imported', 'plain_name', 'installed_by',
-           'locked_versions', 'lock_age', 'stale_modules', 'faults']
+           'locked_versions', 'lock_age', 'stale_modules', 'distributions_here', 'faults']
 
 # %% ../nbs/15a_bundle.ipynb #1fb2960c
 EXITS = {
@@ -245,6 +246,12 @@ def _docker_faults(files: Mapping[str, bytes]) -> Iterator[str]:
                 yield f"Dockerfile copies {name}, which is not uploaded"
 
 # %% ../nbs/15a_bundle.ipynb #565e8531
+@cache
+def distributions_here() -> Mapping[str, list[str]]:
+    "Packages that can be imported here -> the distributions that bring them."
+    return metadata.packages_distributions()
+
+# %% ../nbs/15a_bundle.ipynb #f9ef04f3
 def _code_faults(files: Mapping[str, bytes]) -> Iterator[str]:
     try: modules = imported(files)
     except SyntaxError as e:
@@ -252,7 +259,7 @@ def _code_faults(files: Mapping[str, bytes]) -> Iterator[str]:
         return
     have, complete = installed_by(files["requirements.txt"].decode())
     if not complete: return             # what the missing lines would bring is not known here
-    where = metadata.packages_distributions()
+    where = distributions_here()
     for module, path in modules.items():
         distributions = {plain_name(name) for name in where.get(module, [module])}
         if not have & distributions: yield f"{path} imports {module}, which no line of requirements.txt installs"

@@ -7,6 +7,7 @@ from __future__ import annotations
 import difflib, os, re
 from collections.abc import Mapping
 from ipaddress import ip_address, ip_network
+from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
@@ -124,6 +125,9 @@ class ModelSettings(BaseSettings):
         description="alias=id,alias=id: LoRAs that a request may name by alias")
     prompt_weights: bool = Field(True, alias="SD_PROMPT_WEIGHTS",
         description="0: brackets in prompts are text, and give no weight to words")
+    models: Path | None = Field(
+        None, alias="AURA_MODELS",
+        description="folder with models as owner/name, such as a mounted volume: looked at before the Hub")
 
     @model_validator(mode="before")
     @classmethod

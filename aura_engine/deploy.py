@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['ADDRESS', 'BackStep', 'PICTURE', 'set_one', 'commit_files', 'create_space', 'apply_plan', 'set_line', 'swap_file',
-           'write_env', 'DeployJournal', 'journal_of', 'DeployReceipt', 'DeployRecord', 'cut_off', 'restore_settings',
-           'restore_files', 'roll_back', 'gone_secrets', 'take_back', 'print_step', 'deploy_cleaner', 'checked_files',
-           'bill', 'smoke_questions', 'DeployPlanning', 'DeployApplying', 'DeployProving', 'DeployReturning',
-           'Deployment', 'deploy_space', 'DeployWatch', 'SpacePanel', 'live_health', 'space_status', 'hardware_panel',
-           'drift', 'settings_panel', 'diagnose', 'json_steps', 'run_deploy', 'main']
+__all__ = ['DECLINED', 'ADDRESS', 'BackStep', 'PICTURE', 'set_one', 'commit_files', 'without_volumes', 'create_space',
+           'apply_plan', 'set_line', 'swap_file', 'write_env', 'DeployJournal', 'journal_of', 'DeployReceipt',
+           'DeployRecord', 'cut_off', 'restore_settings', 'restore_files', 'roll_back', 'gone_secrets', 'take_back',
+           'print_step', 'deploy_cleaner', 'checked_files', 'bill', 'smoke_questions', 'DeployPlanning',
+           'DeployApplying', 'DeployProving', 'DeployReturning', 'Deployment', 'deploy_space', 'DeployWatch',
+           'SpacePanel', 'live_health', 'space_status', 'hardware_panel', 'drift', 'settings_panel', 'diagnose',
+           'json_steps', 'run_deploy', 'main']
 
 # %% ../nbs/15e_deploy.ipynb #d2d92913
 import httpx
@@ -26,24 +27,25 @@ from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOpera
 from .config import parse_origins
 from .bundle import (EXITS, LOCK_AGAIN, LOCK_DAYS, ROLLED_BACK, DeployError, build_id, faults, lock_age,
                                 upload_set)
-from .hub import (Cleaner, SpaceHub, SpaceState, creation_settings, find_token, git_oid, log_causes, log_lines,
-                             look_at, redactor, stored_token)
-from .deploy_plan import (HIDDEN, DeployOptions, DeployPlan, SpaceChange, has_gpu, is_ours, objections,
-                                     parse_deploy, plan_deployment, plan_rows, price_text, right_wheels, slow_start,
-                                     wrong_settings)
+from .hub import (Cleaner, SpaceHub, SpaceState, SpaceVolume, creation_settings, find_token, git_oid,
+                             log_causes, log_lines, look_at, redactor, stored_token)
+from .deploy_plan import (DOWNLOADS, HIDDEN, SHELF, DeployOptions, DeployPlan, SpaceChange, has_gpu, is_ours,
+                                     model_repos, objections, parse_deploy, plan_deployment, plan_rows, price_text,
+                                     right_wheels, slow_start, volumes_text, wrong_settings)
 from .proof import DEAD, Say, SmokeResult, SmokeTest, check_newest, smoke_test, wait_for_commit
 
 # %% ../nbs/15e_deploy.ipynb #583accf3
-def set_one(hub: SpaceHub, change: SpaceChange, o: DeployOptions) -> None:
-    "Carry out one change that is not a file."
+def set_one(hub: SpaceHub, change: SpaceChange, plan: DeployPlan, o: DeployOptions) -> None:
+    "Carry out one change of the plan that is not a file."
     match change.verb, change.what:
         case "delete", "secret": hub.delete_secret(change.name)
         case "delete", "variable": hub.delete_variable(change.name)
         case "set", "variable": hub.set_variable(change.name, change.then)
         case "set", "secret": hub.set_secret(change.name, o.secret[change.name])
-        case "set", "hardware": hub.set_hardware(change.name)
+        case "set", "hardware": hub.set_hardware(change.name, plan.target.sleep_time)
         case "set", "sleep": hub.set_sleep_time(int(change.then))
         case "set", "visibility": hub.set_visibility(change.then)
+        case "set", "volumes": hub.set_volumes(plan.target.volumes)
         case "rebuild", "space": hub.restart(rebuild=True)
         case _: raise ValueError(f"no such change: {change}")
 
@@ -56,25 +58,44 @@ def commit_files(hub: SpaceHub, plan: DeployPlan, parent: str) -> str:
 
     return hub.commit(operations, f"aura_engine {plan.build}", parent)
 
+# %% ../nbs/15e_deploy.ipynb #9f320a08
+DECLINED = (400, 402, 403)      # statuses by which the Hub refuses a volume
+
+
+def without_volumes(e: DeployError, plan: DeployPlan, o: DeployOptions) -> str:
+    "What to say when volumes were refused by `e` and can be done without; otherwise `e` is raised."
+    if o.bucket or not plan.target.volumes or e.status not in DECLINED: raise e
+    return f"the Hub mounts no volume here ({e}), so every start downloads the model; --no-volumes asks no more"
+
 # %% ../nbs/15e_deploy.ipynb #53240b21
-def create_space(hub: SpaceHub, plan: DeployPlan, o: DeployOptions) -> str:
+def create_space(hub: SpaceHub, plan: DeployPlan, o: DeployOptions, say: Say) -> str:
     "Make the Space with its settings; its first commit, which the Hub makes."
-    settings = creation_settings(hub.id, plan.target.variables, o.secret)
-    machine = {"space_hardware": plan.target.ask, "space_sleep_time": plan.target.sleep_time}
-    hub.create(visibility=plan.target.visibility, **machine, **settings)
+    target = plan.target
+    def create(volumes: Sequence[SpaceVolume]) -> None:
+        settings = creation_settings(hub.id, target.variables, o.secret, volumes)
+        machine = {"space_hardware": target.ask, "space_sleep_time": target.sleep_time}
+        hub.create(visibility=target.visibility, **machine, **settings)
+
+    try: create(target.volumes)
+    except DeployError as e:
+        text = without_volumes(e, plan, o)
+        create(())      # whoever may not have a Space at all is refused again
+        say("plan", text)
     return hub.info().sha
 
 # %% ../nbs/15e_deploy.ipynb #92147c4c
-def apply_plan(hub: SpaceHub, plan: DeployPlan, o: DeployOptions) -> str:
-    "Carry out the plan, in its order; the commit that the Space must run then."
-    head = plan.state.head or create_space(hub, plan, o)
+def apply_plan(hub: SpaceHub, plan: DeployPlan, o: DeployOptions, head: str, say: Say) -> str:
+    "Carry out the plan in its order, on a Space whose newest commit is `head`; the commit that it must run then."
     committed = False
     for change in plan.changes:
         if change.what == "file":
             if not committed: head = commit_files(hub, plan, head)
             committed = True
-        # A new Space was made with its settings.
-        elif plan.state.head: set_one(hub, change, o)
+        elif plan.state.head:
+            try: set_one(hub, change, plan, o)
+            except DeployError as e:
+                if change.what != "volumes": raise
+                say("plan", without_volumes(e, plan, o))
     return head
 
 # %% ../nbs/15e_deploy.ipynb #83b18620
@@ -131,13 +152,15 @@ class DeployJournal:
     hardware: str | None = None                 # the old one; None: it was not changed
     sleep_time: int | None = None               # the old one; None: it was not changed
     visibility: str | None = None               # the old one; None: it was not changed
+    volumes: Sequence[Mapping[str, Any]] | None = None              # the old ones; None: they were not changed
     lost: tuple[str, ...] = ()                  # what cannot be undone
     time: float = field(default_factory=time.time)                          # seconds since 1970
 
     @property
     def settings(self) -> bool:
         "Did it change something for which the Space restarts?"
-        return bool(self.variables or self.secrets or self.hardware or self.lost)
+        mounted = self.volumes is not None
+        return bool(self.variables or self.secrets or self.hardware or self.lost or mounted)
 
 # %% ../nbs/15e_deploy.ipynb #ae144a32
 def _old_variables(plan: DeployPlan, old: DeployJournal, lost: Sequence[str]) -> dict[str, str | None]:
@@ -155,10 +178,14 @@ def _old_machine(plan: DeployPlan, old: DeployJournal) -> dict[str, Any]:
         "hardware": state.machine,
         "sleep_time": -1 if state.sleep_time is None else state.sleep_time,
         "visibility": state.visibility,
+        "volumes": [asdict(volume) for volume in state.volumes],
     }
-    # A plan calls the sleep time "sleep".
+    # A plan calls the sleep time "sleep", and hardware brings its own.
     changed = {change.what.replace("sleep", "sleep_time") for change in plan.changes if state.head}
-    return {name: getattr(old, name) or (value if name in changed else None) for name, value in now.items()}
+    if "hardware" in changed: changed.add("sleep_time")
+    known = {name: getattr(old, name) for name in now}
+    changing = {name: value for name, value in now.items() if name in changed}
+    return changing | {name: value for name, value in known.items() if value is not None}
 
 # %% ../nbs/15e_deploy.ipynb #aa334ac5
 def journal_of(plan: DeployPlan, good: str | None, cut: DeployJournal | None = None) -> DeployJournal:
@@ -227,13 +254,16 @@ BackStep = Callable[[], None]
 
 
 def _machine_back(hub: SpaceHub, journal: DeployJournal, now: SpaceState) -> Iterator[tuple[str, BackStep]]:
-    if journal.hardware and now.machine != journal.hardware:
-        yield f"hardware {journal.hardware}", partial(hub.set_hardware, journal.hardware)
-    paid = now.prices.get(journal.hardware or now.machine)
-    if paid and journal.sleep_time and now.sleep_time != journal.sleep_time:
-        yield f"sleep time {journal.sleep_time}", partial(hub.set_sleep_time, journal.sleep_time)
+    hardware = journal.hardware or now.machine
+    sleep_time = journal.sleep_time if now.prices.get(hardware) else None       # free hardware has none of its own
+    if now.machine != hardware: yield f"hardware {hardware}", partial(hub.set_hardware, hardware, sleep_time)
+    elif sleep_time and now.sleep_time != sleep_time:
+        yield f"sleep time {sleep_time}", partial(hub.set_sleep_time, sleep_time)
     if journal.visibility and now.visibility != journal.visibility:
         yield f"visibility {journal.visibility}", partial(hub.set_visibility, journal.visibility)
+    if journal.volumes is None: return
+    volumes = tuple(SpaceVolume(**row) for row in journal.volumes)
+    if now.volumes != volumes: yield "volumes", partial(hub.set_volumes, volumes)
 
 # %% ../nbs/15e_deploy.ipynb #d0c79c64
 def _settings_back(hub: SpaceHub, journal: DeployJournal, now: SpaceState) -> Iterator[tuple[str, BackStep]]:
@@ -295,13 +325,17 @@ def gone_secrets(hub: SpaceHub, plan: DeployPlan) -> list[str]:
     return [name for name in names if now.get(name, "(none)") != plan.state.secrets[name]]
 
 # %% ../nbs/15e_deploy.ipynb #f5369bd2
-def take_back(hub: SpaceHub, plan: DeployPlan, journal: DeployJournal) -> list[str]:
-    "Undo what a failed `apply_plan` did; what was put back. DeployError when it cannot be undone."
+def take_back(hub: SpaceHub, plan: DeployPlan, journal: DeployJournal, made: str | None = None) -> list[str]:
+    """Undo what a failed `apply_plan` did; what was put back. DeployError when it cannot be undone.
+
+    `made`: the first commit of the Space, if this run made it."""
     now = look_at(hub)
+    if made and now.head == made:
+        hub.delete()
+        return ["no Space"]
     if plan.state.head is None:
         if now.head is None: return []
-        # This command deletes no Space, not even one that it made.
-        raise DeployError("preflight", f"the Space {hub.id} exists now, without files; the same command carries on")
+        raise DeployError("preflight", f"the Space {hub.id} exists now; the same command carries on")
     back = restore_settings(hub, journal)
     ours = now.tree.get("Dockerfile") == journal.dockerfile
     if now.head != plan.state.head and ours:
@@ -380,6 +414,7 @@ class DeployPlanning:
     def check(self) -> None:
         self.files = checked_files(self.o, self.say)
         self.hub = SpaceHub(self.o.space_id, find_token(), self.o.poll, deploy_cleaner(self.o))
+        if self.o.bucket: self.hub.check_bucket(self.o.bucket)
 
     def make_plan(self) -> None:
         state = look_at(self.hub)
@@ -403,6 +438,7 @@ class DeployPlanning:
 class DeployApplying(DeployPlanning):
     "The second chapter: the Hub gets what the Space is to run."
     gone: tuple[str, ...] = ()                  # secrets whose old values are gone
+    made: str | None = None                     # the first commit of the Space, if this run made it
 
     def apply(self) -> None:
         known = self.record.read()
@@ -425,7 +461,9 @@ class DeployApplying(DeployPlanning):
 
     def apply_once(self) -> None:
         if self.plan.changes and self.journal: self.record.begin(self.journal)
-        self.receipt = replace(self.receipt, oid=apply_plan(self.hub, self.plan, self.o))
+        head = self.plan.state.head
+        if head is None: head = self.made = create_space(self.hub, self.plan, self.o, self.say)
+        self.receipt = replace(self.receipt, oid=apply_plan(self.hub, self.plan, self.o, head, self.say))
 
     def give_up(self, e: DeployError, known: Mapping[str, Any]) -> None:
         "Undo what was done before error `e`, and forget it; `known` is what was recorded before."
@@ -433,7 +471,7 @@ class DeployApplying(DeployPlanning):
         if self.gone:
             names = ", ".join(self.gone)
             return e.add(f"the old value of {names} is gone, so nothing was undone; the same command carries on")
-        try: back = take_back(self.hub, self.plan, self.journal)
+        try: back = take_back(self.hub, self.plan, self.journal, self.made)
         except DeployError as second: return e.add(str(second))
         self.record.write(known)
         if back:
@@ -621,6 +659,8 @@ def _settings_advice(state: SpaceState) -> Iterator[str]:
         yield f"SD_DEVICE=cuda, but {state.machine} has no GPU: --hardware t4-small --yes, or --var SD_DEVICE=auto"
     if state.prices.get(state.machine) and (state.sleep_time or -1) < 0:
         yield f"{state.machine} never sleeps: --sleep-time 600 lets it"
+    mounted = any(volume.folder.startswith(SHELF) for volume in state.volumes)
+    if model_repos(state.variables) and not mounted: yield f"{DOWNLOADS}; a preset or --model mounts it"
 
 # %% ../nbs/15e_deploy.ipynb #f1f1d6e8
 def _running_advice(state: SpaceState, health: Mapping[str, Any]) -> Iterator[str]:
@@ -647,11 +687,12 @@ def drift(state: SpaceState, o: DeployOptions) -> str:
 
 # %% ../nbs/15e_deploy.ipynb #ade75cb7
 def settings_panel(state: SpaceState) -> SpacePanel:
-    "Sleep time, visibility, variables and the names of the secrets."
+    "Sleep time, visibility, volumes, variables and the names of the secrets."
     variables = [f"{name}={value}" for name, value in sorted(state.variables.items())]
     return SpacePanel({
         "sleeps": f"after {state.sleep_time} s" if (state.sleep_time or -1) > 0 else "never",
         "visibility": state.visibility,
+        "volumes": volumes_text(state.volumes),
         "variables": ", ".join(variables) or "none",
         "secrets": ", ".join(sorted(state.secrets)) or "none",
     })

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 # %% auto #0
-__all__ = ['OPENVINO', 'CUDA_WHEELS', 'PRESETS', 'DEPLOY_FLAGS', 'DEPLOY_EPILOG', 'SLEEP', 'TAG', 'SUGGESTED', 'BUILT_IN',
-           'CONVERTS', 'HIDDEN', 'Preset', 'preset_table', 'DeployOptions', 'wrong_settings', 'check_known',
-           'check_options', 'DeployParser', 'project_folder', 'parse_deploy', 'hardware_for', 'sleep_for', 'has_gpu',
-           'right_wheels', 'SpaceTarget', 'stale_names', 'target_for', 'slow_start', 'needed_settings', 'front_matter',
-           'written_readme', 'space_readme', 'is_ours', 'objections', 'SpaceChange', 'DeployPlan', 'plan_rows',
-           'file_rows', 'aligned', 'all_changes', 'price_text', 'plan_deployment']
+__all__ = ['KEPT', 'OPENVINO', 'CUDA_WHEELS', 'PRESETS', 'DEPLOY_FLAGS', 'DEPLOY_EPILOG', 'SLEEP', 'SHELF', 'TAG', 'SUGGESTED',
+           'BUILT_IN', 'CONVERTS', 'DOWNLOADS', 'HIDDEN', 'Preset', 'preset_table', 'DeployOptions', 'wrong_settings',
+           'check_known', 'check_options', 'DeployParser', 'project_folder', 'parse_deploy', 'hardware_for',
+           'sleep_for', 'has_gpu', 'right_wheels', 'model_repos', 'model_volumes', 'volumes_for', 'SpaceTarget',
+           'stale_names', 'target_for', 'slow_start', 'needed_settings', 'front_matter', 'written_readme',
+           'space_readme', 'is_ours', 'objections', 'SpaceChange', 'DeployPlan', 'plan_rows', 'file_rows', 'aligned',
+           'volumes_text', 'all_changes', 'price_text', 'plan_deployment']
 
 # %% ../nbs/15c_deploy_plan.ipynb #d950f918
 import yaml
@@ -25,7 +26,7 @@ from .config import (SettingsError, load_settings, parse_origins, setting_names,
 from .models import ROWS, check_source, is_local, resolve_id, row_for
 from .types import AuraError
 from .bundle import EXITS, ROLLED_BACK, DeployError, stamp
-from .hub import SpaceState, same_file, secret_mark
+from .hub import SpaceState, SpaceVolume, same_file, secret_mark
 
 # %% ../nbs/15c_deploy_plan.ipynb #5e151b33
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Preset:
     note: str
 
 
+KEPT = "/data"                          # where a bucket is mounted: what XDG_CACHE_HOME then names
 OPENVINO = "openvino>=2026.2"           # the extra of that name in settings.ini; an image has it only when asked
 _SD15 = {
     "SD_MODEL_ID": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -93,6 +95,8 @@ class DeployOptions:
     take_over: bool = False                                     # replace another app
     rebuild: bool = False                                       # build the image without its cache
     any_model: bool = False                                     # a model that the engine's table does not know
+    volumes: bool = True                                        # mount the model, where there is one on the Hub
+    bucket: str | None = None                                   # owner/name, for what is kept; '': none; None: as it is
 
     def __post_init__(self) -> None: check_options(self)
 
@@ -101,6 +105,7 @@ class DeployOptions:
         out = dict(PRESETS[self.preset].variables) if self.preset else {}
         if self.model: out["SD_MODEL_ID"] = resolve_id(self.model)[0]
         if self.origins is not None: out["ALLOW_ORIGINS"] = ",".join(self.origins)
+        if self.bucket: out["XDG_CACHE_HOME"] = KEPT
         out |= self.var
         if out.get("SD_BACKEND") == "openvino": out.setdefault("EXTRA_PACKAGES", OPENVINO)
         return out
@@ -131,6 +136,8 @@ def check_options(o: DeployOptions) -> None:
     "DeployError 'usage' for options that cannot be meant."
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", o.space_id):
         raise DeployError("usage", f"--space-id {o.space_id!r}: write owner/name")
+    if o.bucket and not re.fullmatch(r"[\w.-]+/[\w.-]+", o.bucket):
+        raise DeployError("usage", f"--bucket {o.bucket!r}: write owner/name")
     variables = o.variables()
     both = ", ".join(sorted(set(variables) & set(o.secret)))
     if both:
@@ -153,6 +160,9 @@ _WHAT = [
     ("--model", "SD_MODEL_ID: a Hub id", {"metavar": "ID"}),
     ("--var", "a variable of the Space", {"metavar": "NAME=VALUE", **_many}),
     ("--secret", "a secret of the Space: from the environment, else asked for", {"metavar": "NAME", **_many}),
+    ("--bucket", "a storage bucket of yours, where converted models and measured speeds stay ('': none)",
+     {"metavar": "OWNER/NAME"}),
+    ("--no-volumes", "do not mount the model into the Space: each start downloads it", _flag),
     ("--any-model", "allow a --model that the engine's table does not know", _flag),
     ("--hardware", "ask for this hardware (default: the preset's, where the Space has less)", {"metavar": "NAME"}),
     ("--sleep-time", "paid hardware sleeps after so long without a visit (default: 600; -1: never)",
@@ -272,7 +282,7 @@ def parse_deploy(argv: Sequence[str] | None = None,
         secret=_secrets(a, os.environ if env is None else env), hardware=a.hardware, sleep_time=a.sleep_time,
         visibility=a.visibility, source=a.source or project_folder(), env_file=a.env_file, dry_run=a.dry_run,
         wait=not a.no_wait, timeout=a.timeout, smoke=a.smoke, rollback=not a.no_rollback, yes=a.yes, poll=a.poll,
-        take_over=a.take_over, rebuild=a.rebuild, any_model=a.any_model)
+        take_over=a.take_over, rebuild=a.rebuild, any_model=a.any_model, volumes=not a.no_volumes, bucket=a.bucket)
     return options, a
 
 # %% ../nbs/15c_deploy_plan.ipynb #3770631f
@@ -307,6 +317,44 @@ def right_wheels(after: Mapping[str, str], hardware: str) -> str | None:
     if cuda and named.rstrip("/").endswith("cpu"): return CUDA_WHEELS
     return "cpu" if not cuda and not named.rstrip("/").endswith("cpu") else None
 
+# %% ../nbs/15c_deploy_plan.ipynb #77b2a013
+SHELF = "/models"       # AURA_MODELS in the Dockerfile
+_REPO = re.compile(r"([\w.-]+/[\w.-]+)(?:/.*)?")
+
+
+def model_repos(variables: Mapping[str, str]) -> list[str]:
+    "The Hub's repositories that an engine with these variables reads, without repeats."
+    model = resolve_id(variables.get("SD_MODEL_ID", "embedded"))[0]
+    lora = variables.get("SD_LCM_LORA_ID")
+    row = row_for(model, lora)
+    with_alias = variables.get("SD_LORAS", "").split(",")
+    loras = [pair.partition("=")[2].strip() for pair in with_alias]
+    base = row.base if row else None
+    named = [model, lora, variables.get("SD_VAE_ID"), variables.get("SD_BASE_ID") or base, *loras]
+    found = [_REPO.fullmatch(name) for name in named if name and not name.startswith((".", "~", "/"))]
+    return list(dict.fromkeys(match[1] for match in found if match))
+
+# %% ../nbs/15c_deploy_plan.ipynb #126e71d0
+def model_volumes(variables: Mapping[str, str]) -> list[SpaceVolume]:
+    "The engine's models, as volumes."
+    model = resolve_id(variables.get("SD_MODEL_ID", "embedded"))[0]
+    out = []
+    for repo in model_repos(variables):
+        revision = variables.get("SD_REVISION") if model.startswith(repo) else None
+        out.append(SpaceVolume("model", repo, f"{SHELF}/{repo}", revision))
+    return out
+
+# %% ../nbs/15c_deploy_plan.ipynb #0c192840
+def volumes_for(state: SpaceState, o: DeployOptions, variables: Mapping[str, str]) -> tuple[SpaceVolume, ...]:
+    "What shall be mounted when the Space has these variables."
+    models = [volume for volume in state.volumes if volume.folder.startswith(SHELF + "/")]
+    rest = [volume for volume in state.volumes if volume not in models]
+    if not o.volumes: models = []
+    elif o.preset or "SD_MODEL_ID" in o.variables(): models = model_volumes(variables)
+    if o.bucket is not None: rest = [volume for volume in rest if volume.folder != KEPT]
+    if o.bucket: rest.append(SpaceVolume("bucket", o.bucket, KEPT, read_only=False))
+    return tuple(sorted([*models, *rest], key=lambda volume: volume.folder))
+
 # %% ../nbs/15c_deploy_plan.ipynb #d72b6796
 @dataclass(frozen=True)
 class SpaceTarget:
@@ -319,12 +367,13 @@ class SpaceTarget:
     wanted: Mapping[str, str]       # variables that this deployment sees to
     variables: Mapping[str, str]    # all that it will have
     stale: frozenset[str]           # variables to delete
+    volumes: tuple[SpaceVolume, ...] = ()
 
 # %% ../nbs/15c_deploy_plan.ipynb #587fa631
 def stale_names(state: SpaceState, o: DeployOptions) -> frozenset[str]:
-    "Variables of the Space that another preset set, and this one does not want."
-    if not o.preset: return frozenset()
-    names = {name for preset in PRESETS.values() for name in preset.variables}
+    "Variables of the Space that another preset set and this one does not want, and that of a bucket that goes."
+    names = {name for preset in PRESETS.values() for name in preset.variables} if o.preset else set()
+    if o.bucket == "": names.add("XDG_CACHE_HOME")
     return frozenset(names & set(state.variables) - set(o.variables()))
 
 # %% ../nbs/15c_deploy_plan.ipynb #3615526f
@@ -343,7 +392,8 @@ def target_for(state: SpaceState, o: DeployOptions) -> SpaceTarget:
     visibility = o.visibility or (state.visibility if state.head else "public")
     return SpaceTarget(
         ask=ask, hardware=hardware, price=state.prices.get(hardware, 0), sleep_time=sleep_for(state, o, hardware),
-        visibility=visibility, wanted=wanted, variables=after, stale=stale - set(wanted))
+        visibility=visibility, wanted=wanted, variables=after, stale=stale - set(wanted),
+        volumes=volumes_for(state, o, after))
 
 # %% ../nbs/15c_deploy_plan.ipynb #a6556016
 def slow_start(variables: Mapping[str, str]) -> int:
@@ -483,7 +533,7 @@ def objections(state: SpaceState, o: DeployOptions, files: Sequence[str] = ()) -
 class SpaceChange:
     """One thing to do: `verb` create, set, delete, upload or rebuild.
 
-    `what`: space, variable, secret, hardware, sleep, visibility or file."""
+    `what`: space, variable, secret, hardware, sleep, visibility, volumes or file."""
     verb: str
     what: str
     name: str
@@ -564,14 +614,23 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return lines
 
 # %% ../nbs/15c_deploy_plan.ipynb #208fdfc6
+def volumes_text(volumes: Sequence[SpaceVolume]) -> str:
+    "Volumes as a cell of a table."
+    return ", ".join(map(str, volumes)) or "none"
+
+# %% ../nbs/15c_deploy_plan.ipynb #a5cf5f62
 def _machine(state: SpaceState, target: SpaceTarget) -> Iterator[SpaceChange]:
-    if target.ask and target.ask != state.hardware:
-        yield SpaceChange("set", "hardware", target.ask, state.machine, target.ask)
-    if target.sleep_time is not None:
+    moves = target.ask and target.ask != state.hardware
+    if target.ask and moves:
+        sleeps = f", sleeps after {target.sleep_time} s" if (target.sleep_time or -1) > 0 else ""
+        yield SpaceChange("set", "hardware", target.ask, state.machine, target.ask + sleeps)
+    elif target.sleep_time is not None:
         now = "" if state.sleep_time is None else str(state.sleep_time)
         yield SpaceChange("set", "sleep", "seconds", now, str(target.sleep_time))
     if target.visibility != state.visibility:
         yield SpaceChange("set", "visibility", "who", state.visibility, target.visibility)
+    if target.volumes != state.volumes:
+        yield SpaceChange("set", "volumes", "mounted", volumes_text(state.volumes), volumes_text(target.volumes))
 
 # %% ../nbs/15c_deploy_plan.ipynb #28a4e817
 def _settings(state: SpaceState, target: SpaceTarget, o: DeployOptions) -> Iterator[SpaceChange]:
@@ -618,8 +677,9 @@ def all_changes(state: SpaceState, target: SpaceTarget, o: DeployOptions,
 
 # %% ../nbs/15c_deploy_plan.ipynb #01983f47
 CONVERTS = ("OpenVINO's graphs are made by the engine's start, and a Space's disk is emptied when it stops: "
-            "every start downloads the model (gigabytes) and converts it "
-            "(up to minutes, and several times the model's memory)")
+            "every start converts the model (up to minutes, and several times the model's memory); "
+            "--bucket OWNER/NAME keeps them")
+DOWNLOADS = "the model is not mounted: every start downloads gigabytes"
 HIDDEN = ("a private Space answers 404 to everybody without your Hub token, a browser's frontend included; "
           "its address is not written into the env file")
 
@@ -648,7 +708,9 @@ def _notes(state: SpaceState, o: DeployOptions, target: SpaceTarget) -> Iterator
     if o.preset: yield PRESETS[o.preset].note
     moved = resolve_id(o.model)[1] if o.model else None
     if moved: yield moved
-    if target.variables.get("SD_BACKEND") == "openvino": yield CONVERTS
+    if model_repos(target.variables) and not any(v.folder.startswith(SHELF) for v in target.volumes): yield DOWNLOADS
+    kept = any(volume.folder == KEPT for volume in target.volumes)
+    if target.variables.get("SD_BACKEND") == "openvino" and not kept: yield CONVERTS
     if target.visibility == "private": yield HIDDEN
     yield from _money_notes(state, o, target)
 
@@ -661,5 +723,6 @@ def plan_deployment(state: SpaceState, files: Mapping[str, bytes], o: DeployOpti
     changes = all_changes(state, target, o, files)
     if not state.head:
         then = f"docker, {target.visibility}, {target.hardware}"
+        if target.volumes: then += f", with {volumes_text(target.volumes)}"
         changes.insert(0, SpaceChange("create", "space", o.space_id, "", then))
     return DeployPlan(state, target, tuple(changes), files, tuple(_notes(state, o, target)))

@@ -5,19 +5,20 @@
 # %% ../nbs/15b_hub.ipynb #16cc07c7
 from __future__ import annotations
 import base64, contextlib, hashlib, json, os, re, threading, time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, cast
 from urllib.parse import quote
 
 # %% auto #0
 __all__ = ['Cleaner', 'HUB_WORDS', 'redactor', 'stored_token', 'find_token', 'hub_refusal', 'PatientHub', 'SpaceFiles',
-           'SpaceReads', 'secret_mark', 'creation_settings', 'SpaceSettings', 'SpaceHub', 'SpaceState', 'look_at',
-           'git_oid', 'same_file', 'log_events', 'LogFollower', 'log_lines', 'log_causes']
+           'SpaceVolume', 'found_volume', 'volumes_of', 'SpaceReads', 'secret_mark', 'creation_settings',
+           'SpaceSettings', 'SpaceHub', 'SpaceState', 'look_at', 'git_oid', 'same_file', 'log_events', 'LogFollower',
+           'log_lines', 'log_causes']
 
 # %% ../nbs/15b_hub.ipynb #f8f5a898
 import httpx, httpx2
-from huggingface_hub import HfApi, SpaceHardware, get_token, set_client_factory
+from huggingface_hub import HfApi, SpaceHardware, Volume, get_token, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError, OIDCError
 from huggingface_hub.utils import disable_progress_bars, get_session, hf_raise_for_status
 from .bundle import DeployError
@@ -128,6 +129,38 @@ class SpaceFiles(PatientHub):
         files = [row for row in self.ask(listed) if hasattr(row, "blob_id")]
         return {row.path: row.lfs.sha256 if row.lfs else row.blob_id for row in files}
 
+# %% ../nbs/15b_hub.ipynb #03a616a6
+@dataclass(frozen=True)
+class SpaceVolume:
+    "A repository or a bucket, mounted into a Space."
+    kind: str                       # model, dataset, space or bucket
+    source: str                     # owner/name
+    folder: str                     # where it is in the container
+    revision: str | None = None     # None: main
+    part: str | None = None         # a folder in it; None: the whole
+    read_only: bool = True          # a repository always is
+
+    def __str__(self) -> str:
+        return f"{self.source} in {self.folder}{', read-only' if self.read_only else ''}"
+
+    def as_asked(self) -> Volume:
+        "As the client wants it."
+        return Volume(type=self.kind, source=self.source, mount_path=self.folder, revision=self.revision,
+                      path=self.part, read_only=self.read_only)
+
+# %% ../nbs/15b_hub.ipynb #f888554e
+def found_volume(v: Volume) -> SpaceVolume:
+    "As the Hub tells it."
+    revision = None if v.revision in (None, "main") else v.revision
+    read_only = v.type != "bucket" or bool(v.read_only)
+    return SpaceVolume(v.type, v.source, v.mount_path, revision, v.path, read_only)
+
+
+def volumes_of(runtime: Any) -> tuple[SpaceVolume, ...]:
+    "What is mounted into a Space, by its runtime, sorted by folder."
+    found = [found_volume(volume) for volume in runtime.volumes or ()]
+    return tuple(sorted(found, key=lambda volume: volume.folder))
+
 # %% ../nbs/15b_hub.ipynb #32059404
 class SpaceReads(SpaceFiles):
     "What can be asked about the Space without changing it."
@@ -151,6 +184,14 @@ class SpaceReads(SpaceFiles):
         "The names of the Space's secrets, with their descriptions. Nobody can read the values."
         return {name: row.description for name, row in self.ask(lambda api: api.get_space_secrets(self.id)).items()}
 
+    def check_bucket(self, name: str) -> None:
+        "DeployError 'preflight' when there is no such bucket. It is not made here: it may cost money."
+        try: self.ask(lambda api: api.bucket_info(name))
+        except DeployError as e:
+            if e.status != 404: raise
+            text = f"--bucket {name}: there is none, or this token may not see it; `hf buckets create {name}` makes one"
+            raise DeployError("preflight", text, 404) from None
+
     def prices(self) -> dict[str, float]:
         "Hardware of Spaces -> dollars an hour, from the Hub's own list of today."
         an_hour = {"second": 3600, "minute": 60, "hour": 1}
@@ -164,13 +205,15 @@ def secret_mark(space_id: str, name: str, value: str) -> str:
     return "aura_engine " + hashlib.scrypt(value.encode(), salt=salt, n=2**14, r=8, p=1, dklen=8).hex()
 
 # %% ../nbs/15b_hub.ipynb #ed40a0bb
-def creation_settings(space_id: str, variables: Mapping[str, str], secrets: Mapping[str, str]) -> dict[str, Any]:
-    "Variables and secrets as the Hub takes them for a new Space."
+def creation_settings(space_id: str, variables: Mapping[str, str], secrets: Mapping[str, str],
+                      volumes: Sequence[SpaceVolume] = ()) -> dict[str, Any]:
+    "Variables, secrets and volumes as the Hub takes them for a new Space."
     pairs = [{"key": name, "value": value} for name, value in variables.items()]
     hidden = []
     for name, value in secrets.items():
         hidden.append({"key": name, "value": value, "description": secret_mark(space_id, name, value)})
-    return {"space_variables": pairs or None, "space_secrets": hidden or None}
+    mounts = [volume.as_asked() for volume in volumes]
+    return {"space_variables": pairs or None, "space_secrets": hidden or None, "space_volumes": mounts or None}
 
 # %% ../nbs/15b_hub.ipynb #77daa986
 class SpaceSettings(SpaceReads):
@@ -186,12 +229,19 @@ class SpaceSettings(SpaceReads):
 
     def delete_secret(self, name: str) -> None: self.ask(lambda api: api.delete_space_secret(self.id, name))
 
-    def set_hardware(self, name: str) -> None:
+    def set_hardware(self, name: str, sleep_time: int | None = None) -> None:
+        "Ask for hardware, and in the same request for the seconds after which it sleeps: it is never without."
         # The client's type lists the hardware of its release; the Hub's own list counts.
         hardware = cast(SpaceHardware, name)
-        self.ask(lambda api: api.request_space_hardware(self.id, hardware))
+        self.ask(lambda api: api.request_space_hardware(self.id, hardware, sleep_time=sleep_time))
 
     def set_sleep_time(self, seconds: int) -> None: self.ask(lambda api: api.set_space_sleep_time(self.id, seconds))
+
+    def set_volumes(self, volumes: Sequence[SpaceVolume]) -> None:
+        "Mount these and no others."
+        asked = [volume.as_asked() for volume in volumes]
+        if asked: self.ask(lambda api: api.set_space_volumes(self.id, asked))
+        else: self.ask(lambda api: api.delete_space_volumes(self.id))
 
     def set_visibility(self, who: str) -> None:
         visibility = cast(Literal["public", "private", "protected"], who)
@@ -203,6 +253,10 @@ class SpaceHub(SpaceSettings):
     def create(self, **settings: Any) -> None:
         "Make the Space with all its `creation_settings` in one call, so that it restarts for none of them."
         self.ask(lambda api: api.create_repo(self.id, repo_type="space", space_sdk="docker", **settings))
+
+    def delete(self) -> None:
+        "Delete the Space. Only `take_back` (15e) does, with one that it has just made and that is still empty."
+        self.ask(lambda api: api.delete_repo(self.id, repo_type="space"))
 
     def restart(self, rebuild: bool = False) -> str:
         "Restart the Space, or build it anew first; the stage it then has."
@@ -234,6 +288,7 @@ class SpaceState:
     tree: Mapping[str, str] = field(default_factory=dict)       # path -> git oid or sha256
     readme: str = ""                            # README.md; it holds the Space's configuration
     visibility: str = "public"
+    volumes: tuple[SpaceVolume, ...] = ()       # by folder
 
     @property
     def machine(self) -> str:
@@ -258,7 +313,7 @@ def look_at(hub: SpaceHub) -> SpaceState:
         user=user, prices=prices, head=info.sha, stage=stage, sdk=info.sdk,
         running=run.raw.get("sha") if stage.startswith(("RUNNING", "SLEEPING")) else None,
         hardware=run.requested_hardware or run.hardware, sleep_time=run.sleep_time,
-        variables=hub.variables(), secrets=hub.secrets(), tree=tree, visibility=visibility,
+        variables=hub.variables(), secrets=hub.secrets(), tree=tree, visibility=visibility, volumes=volumes_of(run),
         readme=hub.text("README.md", info.sha) if "README.md" in tree else "")
 
 # %% ../nbs/15b_hub.ipynb #a8769de6

@@ -23,8 +23,8 @@ __all__ = ['PARTS', 'UNUSED', 'SERVED', 'WEIGHTS', 'NO_PICKLES', 'CLASSES', 'LOA
            'NO_DIFFUSERS', 'PART_WORDS', 'HARMLESS', 'whole_sets', 'weight_files', 'read_json', 'check_classes',
            'served_index', 'pipeline_files', 'quiet', 'reading', 'diffusers_classes', 'Checkpoint', 'recognise',
            'nothing_else', 'config_and_weights', 'unwrapped', 'bare', 'fill', 'check_weights', 'said_of_tensors',
-           'complete', 'complete_parts', 'Reader', 'read_scheduler', 'read_unet', 'read_folder', 'configuration_of',
-           'single_pipeline', 'read_single']
+           'complete', 'complete_parts', 'mounted', 'Reader', 'read_scheduler', 'read_unet', 'read_folder',
+           'configuration_of', 'single_pipeline', 'read_single']
 
 # %% ../nbs/04c_reader.ipynb #1afc7159
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
@@ -231,6 +231,16 @@ def complete_parts(reader: Reader, pipe: Any, folder: Path, names: list[str]) ->
         if files: complete(reader, getattr(pipe, part), part, files)
 
 # %% ../nbs/04c_reader.ipynb #09198bc3
+def mounted(folder: Path, anchor: str, want: Want, notes: list[str]) -> Path | None:
+    "A mounted repository, when it has `anchor` and what `want` picks. What is missing is put into `notes`."
+    if not (folder / anchor).is_file(): return None
+    try: want(names_in(folder), folder)
+    except Unusable as e:
+        notes.append(f"{folder.parent.name}/{folder.name} comes from the Hub: in the mounted copy, {e}")
+        return None
+    return folder
+
+# %% ../nbs/04c_reader.ipynb #d5d653f5
 @dataclass
 class Reader:
     "Reads parts of models in `dtype`, telling `progress`. `revision` belongs to the repository `model`."
@@ -240,6 +250,7 @@ class Reader:
     revision: str | None = None
     prediction: str | None = None                          # what the UNet predicts, where the files do not say
     notes: list[str] = field(default_factory=list)         # what a person should know about what was read
+    shelf: Path | None = None                              # a folder with repositories, as owner/name
 
     @property
     def half(self) -> bool:
@@ -253,8 +264,13 @@ class Reader:
         owner, name, *rest = source.split("/")
         repo, file = f"{owner}/{name}", "/".join(rest)
         revision = self.revision if self.model.startswith(repo) else None
-        if file: return fetch(repo, file, nothing_else, self.progress, revision) / file
-        return fetch(repo, anchor, want, self.progress, revision)
+        if file: return self.fetched(repo, file, nothing_else, revision) / file
+        return self.fetched(repo, anchor, want, revision)
+
+    def fetched(self, repo: str, anchor: str, want: Want, revision: str | None) -> Path:
+        "The folder of a repository with `anchor` and what `want` picks: the mounted one, else the cache of the Hub."
+        there = self.shelf and mounted(self.shelf / repo, anchor, want, self.notes)
+        return there or fetch(repo, anchor, want, self.progress, revision)
 
     def on_this_machine(self, source: str, want: Want) -> Path:
         "The path that a local source means, complete by `want`."
@@ -319,7 +335,8 @@ def read_folder(reader: Reader, source: str, unet: str | None = None) -> tuple[A
     except Exception as e:
         if "RemoteEntryNotFoundError" not in class_names(e): raise
         raise Unusable(NO_DIFFUSERS) from e
-    reader.progress.stage, reader.progress.file = "reading", ""
+    reader.progress.stage = "reading"
+    reader.progress.file = ""
     names, index = want(names_in(folder), folder), served_index(folder)
     given: dict[str, Any] = {part: None for part in UNUSED if part in index}
     given["scheduler"] = read_scheduler(reader, folder)
@@ -334,7 +351,7 @@ def configuration_of(reader: Reader, file: Path, repo: str) -> Path:
     beside = file.with_suffix("")
     if (beside / "model_index.json").is_file(): return beside
     def want(names: list[str], at: Path) -> list[str]: return pipeline_files(names, at, False, PARTS)
-    try: return fetch(repo, "model_index.json", want, reader.progress)
+    try: return reader.fetched(repo, "model_index.json", want, None)
     except Exception as e:
         raise Unusable(f"its configuration, {repo}, could not be fetched: {true_cause(e)}; "
                        f"a folder with it named {file.stem}, beside the file, will do") from e

@@ -82,6 +82,7 @@ class Space:
     sleep_time: int | None = None
     variables: dict = field(default_factory=dict)
     secrets: dict = field(default_factory=dict)
+    volumes: list = field(default_factory=list)     # as the API speaks of them
     commits: dict = field(default_factory=dict)     # oid -> {path: Blob}, in order
     run: Run | None = None
     forced: str | None = None                       # a stage that overrides the clock: PAUSED, SLEEPING
@@ -104,7 +105,9 @@ class Hub:
         self.user = {"name": "ada", "type": "user", "isPro": True, "canPay": True, "orgs": [{"name": "guild", "roleInOrg": "write"}, {"name": "lurkers", "roleInOrg": "read"}],
                      "auth": {"type": "access_token", "accessToken": {"displayName": "t", "role": "write"}}}
         self.token, self.spaces, self.lfs, self.answers, self.requests = TOKEN, {}, {}, [], []
+        self.buckets, self.mounts = {"ada/kept"}, True          # mounts: does this account's plan allow volumes?
         self.watch = lambda n, method, path, phase: None        # called around every request; may raise to drop its effect
+        self.key = None                                         # of the variable or secret that the last request is about
         self.refuse = lambda method, path, phase: False         # asked "before" a request is acted on, and "after": then it was, and the answer says it was not
         self.servers, self.runs, self.closing, self.pool = [], [], False, ThreadPoolExecutor(2)
 
@@ -200,7 +203,7 @@ class Hub:
     def runtime(self, s):
         stage, sha = self.stage(s)
         more = {"errorMessage": "Collision on variables and secrets names"} if stage == "CONFIG_ERROR" else {}
-        return {"stage": stage, "sha": sha, "hardware": {"current": s.hardware, "requested": s.hardware}, "gcTimeout": s.sleep_time if HARDWARE.get(s.hardware) else 172800, "storage": None, "replicas": {"requested": 1}, **more}
+        return {"stage": stage, "sha": sha, "hardware": {"current": s.hardware, "requested": s.hardware}, "gcTimeout": s.sleep_time if HARDWARE.get(s.hardware) else 172800, "storage": None, "volumes": s.volumes or None, "replicas": {"requested": 1}, **more}
 
     # the API
 
@@ -222,6 +225,7 @@ class Hub:
                 s = self.spaces.get(f"{request.path_params['owner']}/{request.path_params['name']}")
                 if s is None: return error(404, "Repository not found", "RepoNotFound")
                 if (rev := request.path_params.get("rev", "main")) != "main" and rev not in s.commits: return error(404, "Invalid rev id", "RevisionNotFound")
+            self.key = await key_of(request)
             if self.refuse(method, path, "before"): return error(403, "This was refused by the test")
             done = handler(request, s) if s else handler(request)
             done = await done if asyncio.iscoroutine(done) else done
@@ -234,13 +238,14 @@ class Hub:
         one = "/api/spaces/{owner}/{name}"
         return [
             ("GET", "/api/whoami-v2", lambda r: self.user), ("GET", "/api/spaces/hardware", lambda r: hardware()),
-            ("POST", "/api/repos/create", self._create), ("POST", "/oauth/token", self._exchange), ("POST", "/api/validate-yaml", validate_yaml), ("PUT", "/lfs/{oid}", self._put_lfs),
+            ("POST", "/api/repos/create", self._create), ("DELETE", "/api/repos/delete", self._delete), ("GET", "/api/buckets/{bucket_owner}/{bucket}", self._bucket),
+            ("POST", "/oauth/token", self._exchange), ("POST", "/api/validate-yaml", validate_yaml), ("PUT", "/lfs/{oid}", self._put_lfs),
             ("POST", "/spaces/{owner}/{name}.git/info/lfs/objects/batch", self._lfs_batch), ("GET", "/spaces/{owner}/{name}/resolve/{rev}/{path:path}", resolve),
             ("GET", one, self._info), ("GET", one + "/revision/{rev}", self._info), ("GET", one + "/runtime", lambda r, s: self.runtime(s)),
             ("GET", one + "/tree/{rev}", lambda r, s: [b.row(p) for p, b in tree_of(r, s).items()]), ("POST", one + "/paths-info/{rev}", paths_info),
             ("POST", one + "/preupload/{rev}", preupload), ("POST", one + "/commit/{rev}", self._commit), ("GET", one + "/logs/{kind}", self._logs),
             ("GET POST DELETE", one + "/variables", self._settings("variables")), ("GET POST DELETE", one + "/secrets", self._settings("secrets")),
-            ("POST", one + "/hardware", self._hardware), ("POST", one + "/sleeptime", self._sleep), ("POST", one + "/restart", self._restart), ("PUT", one + "/settings", self._visibility), ("POST", one + "/pause", self._pause),
+            ("POST", one + "/hardware", self._hardware), ("POST", one + "/sleeptime", self._sleep), ("POST", one + "/restart", self._restart), ("PUT", one + "/settings", self._visibility), ("PUT DELETE", one + "/volumes", self._volumes), ("POST", one + "/pause", self._pause),
         ]
 
     async def _exchange(self, request):
@@ -258,8 +263,9 @@ class Hub:
         if id in self.spaces: return JSONResponse({"error": "You already created this space repo", "url": f"{self.url}/spaces/{id}"}, 409)
         paid = HARDWARE.get(ask.get("hardware", "cpu-basic"), 0) > 0 and self.user["canPay"]
         if ask["sdk"] != "static" and not (self.user["isPro"] or paid): return error(402, "Creating a Docker Space needs a PRO subscription or paid hardware")
+        if ask.get("volumes") and not self.mounts: return error(402, "Volumes are not part of this plan")
         pairs = {kind: {v["key"]: v for v in ask.get(kind, [])} for kind in ("variables", "secrets")}
-        self.space(id, sdk=ask["sdk"], private=ask.get("visibility") == "private", hardware=ask.get("hardware", "cpu-basic"), sleep_time=ask.get("sleepTimeSeconds"), **pairs)
+        self.space(id, sdk=ask["sdk"], private=ask.get("visibility") == "private", hardware=ask.get("hardware", "cpu-basic"), sleep_time=ask.get("sleepTimeSeconds"), volumes=told(ask.get("volumes", [])), **pairs)
         return {"url": f"{self.url}/spaces/{id}", "name": id}
 
     def _info(self, r, s):
@@ -304,15 +310,34 @@ class Hub:
         return {}
 
     async def _hardware(self, request, s):
-        flavor = (await request.json())["flavor"]
+        ask = await request.json()
+        flavor = ask["flavor"]
         if HARDWARE[flavor] and not self.user["canPay"]: return error(402, "Payment required: add a payment method")
-        s.hardware = flavor
+        s.hardware, s.sleep_time = flavor, ask.get("sleepTimeSeconds")          # new hardware does not sleep unless it is told to
         self._trigger(s)
         return self.runtime(s)
 
     async def _sleep(self, request, s):
         s.sleep_time = (await request.json())["seconds"]
         return self.runtime(s)
+
+    async def _volumes(self, request, s):
+        if request.method == "DELETE" and not s.volumes: return error(400, "This Space has no volumes")
+        asked = (await request.json())["volumes"] if request.method == "PUT" else []
+        if asked and not self.mounts: return error(403, "Volumes are not part of this plan")
+        s.volumes = told(asked)
+        self._trigger(s)
+        return {}
+
+    def _bucket(self, request):
+        name = "{bucket_owner}/{bucket}".format(**request.path_params)
+        if name not in self.buckets: return error(404, "Bucket not found", "RepoNotFound")
+        return {"id": name, "private": True, "createdAt": "2026-02-06T17:37:57.000Z", "size": 0, "totalFiles": 0}
+
+    async def _delete(self, request):
+        ask = await request.json()
+        del self.spaces[f"{ask.get('organization') or self.user['name']}/{ask['name']}"]
+        return {}
 
     async def _visibility(self, request, s):
         s.private = (await request.json())["visibility"] == "private"
@@ -369,8 +394,18 @@ class Hub:
         return Response(r.content, r.status_code, kept | cors)
 
 
+async def key_of(request):
+    if not request.url.path.endswith(("/variables", "/secrets")) or request.method == "GET": return None
+    return (await request.json())["key"]
+
+
 def error(status, text, code=None):
     return JSONResponse({"error": text}, status, {"X-Error-Message": text} | ({"X-Error-Code": code} if code else {}))
+
+
+def told(volumes):
+    """Volumes as the Hub tells them: with every default written out."""
+    return [{"revision": "main" if v["type"] != "bucket" else None, "path": None, **v, "readOnly": v["type"] != "bucket" or v.get("readOnly", False)} for v in volumes]
 
 
 def hardware():

@@ -39,10 +39,10 @@ def tree(tmp_path):
 
 @pytest.fixture
 def hub():
-    """A quick Hub; whatever a test does, no Space was paused, deleted or moved to other hardware without being told to."""
+    """A quick Hub; whatever a test does, no Space was paused, and none deleted but by the test that is about that."""
     with Hub(lag=0.05, build_seconds=0.1, start_seconds=0.05) as it:
         yield it
-        assert not [w for w in it.writes if w.endswith(("/pause", "repos/delete"))]
+        assert not [w for w in it.writes if w.endswith("/pause") or w.endswith("repos/delete") and not getattr(it, "may_delete", False)]
 
 
 def environment(hub, tree, env):
@@ -482,7 +482,8 @@ GPU = ("--preset", "t4", "--yes")
 def state_of(space, tree=True):
     """All of a Space that a deployment may change."""
     values = lambda rows: {k: v["value"] for k, v in rows.items()}
-    return space.hardware, space.sleep_time if space.hardware != "cpu-basic" else None, space.private, values(space.variables), values(space.secrets), space.tree if tree else None
+    sleep = space.sleep_time if space.hardware != "cpu-basic" else None
+    return space.hardware, sleep, space.private, space.volumes, values(space.variables), values(space.secrets), space.tree if tree else None
 
 
 def test_hardware_is_asked_for_first(hub, tree):
@@ -502,10 +503,11 @@ def everything(hub, tree):
     """A Space, and a command that changes everything about it that can be changed."""
     secrets = {"ALLOW_ORIGINS": {"key": "ALLOW_ORIGINS", "value": "http://old"}, "AURA_API_KEY": {"key": "AURA_API_KEY", "value": "old"}}
     rows = {"MINE": {"key": "MINE", "value": "1"}, "SD_BACKEND": {"key": "SD_BACKEND", "value": "torch"}, "HIDE": {"key": "HIDE", "value": "me"}}
-    space = running(hub, tree, secrets=secrets, variables=rows)
+    mine = {"type": "dataset", "source": "ada/pictures", "mountPath": "/pictures", "readOnly": True, "revision": "main", "path": None}
+    space = running(hub, tree, secrets=secrets, variables=rows, volumes=[mine])
     edit(tree)
     (tree / "aura_engine/new.py").write_text("")
-    return space, (*GUIDE, *GPU, "--visibility", "private", "--secret", "HIDE", "--secret", "AURA_API_KEY", "--rebuild", "--no-wait")
+    return space, (*GUIDE, *GPU, "--bucket", "ada/kept", "--visibility", "private", "--secret", "HIDE", "--secret", "AURA_API_KEY", "--rebuild", "--no-wait")
 
 
 SECRETS = {"HIDE": "me", "AURA_API_KEY": "a new key for it"}
@@ -519,12 +521,10 @@ def test_an_error_at_any_write_ends_before_or_after(tree, phase):
         before = state_of(space)
         call(hub, tree, *args, **SECRETS)
         after, writes = state_of(space), list(hub.writes)
-    assert after[0] == "t4-small" and after[2] and len(writes) > 14 and before != after
+    assert after[:2] == ("t4-small", 600) and after[2] and len(after[3]) == 4 and len(writes) > 14 and before != after
     ends = []
     for at in range(len(writes)):
-        shutil.rmtree(tree / "build", ignore_errors=True)
-        (tree / "app.py").write_text(FILES["app.py"])
-        (tree / "aura_engine/new.py").unlink()
+        afresh(tree)
         with Hub() as hub:
             space, args = everything(hub, tree)
             seen = iter(range(len(writes)))
@@ -538,12 +538,89 @@ def test_an_error_at_any_write_ends_before_or_after(tree, phase):
     assert ends == sorted(ends, reverse=True) and ends[0] and not ends[-1]
 
 
-def test_a_new_space_whose_commit_is_refused_is_taken_up_again(hub, tree):
-    """It is not deleted: this command deletes no Space."""
+def afresh(tree):
+    """The tree as it was before `everything` edited it, and nothing remembered."""
+    shutil.rmtree(tree / "build", ignore_errors=True)
+    (tree / "app.py").write_text(FILES["app.py"])
+    (tree / "aura_engine/new.py").unlink(missing_ok=True)
+
+
+def all_writes(tree):
+    """(before, after, the writes of a deployment that changes everything, each as (method, path, key))."""
+    with Hub() as hub:
+        space, args = everything(hub, tree)
+        before, made = state_of(space), []
+        hub.refuse = lambda method, path, when: made.append((method, path, hub.key)) if when == "before" and interesting(method, path) else None
+        call(hub, tree, *args, **SECRETS)
+        return before, state_of(space), made
+
+
+@pytest.mark.parametrize("phase", ["before", "after"])
+def test_a_write_that_is_always_refused(tree, phase):
+    """Each of these writes is refused for good, its repetition and its undoing too. The Space ends as it was. When a secret's old value is gone by then,
+    it cannot; it is left on the way, and that is said. The same command arrives once the refusal has ended."""
+    before, after, writes = all_writes(tree)
+    final = writes.index(("POST", f"/api/spaces/{SPACE}/secrets", "AURA_API_KEY"))
+    for at, write in enumerate(writes):
+        afresh(tree)
+        with Hub() as hub:
+            space, args = everything(hub, tree)
+            hub.refuse = lambda method, path, when, write=write: when == phase and (method, path, hub.key) == write
+            out = call(hub, tree, *args, code=None, **SECRETS)
+            end = state_of(space)
+            # The secret itself: refused before it is set, nothing is lost.
+            lost = at > final or at == final and phase == "after"
+            if not lost: assert end == before, (write, out)
+            if end in (before, after): continue
+            assert "is gone, so nothing was undone; the same command carries on" in out, (write, out)
+            hub.refuse = lambda *_: False
+            call(hub, tree, *args, **SECRETS)
+            assert state_of(space) == after, write
+
+
+def test_a_token_that_ends_on_the_way(tree):
+    """From some write on the Hub refuses everything. Nothing can be undone, that is said, and the same command with a new token arrives."""
+    _, after, writes = all_writes(tree)
+    for at in range(len(writes)):
+        afresh(tree)
+        with Hub() as hub:
+            space, args = everything(hub, tree)
+            made = []
+            def ended(method, path, when, at=at, made=made):
+                if when == "before" and interesting(method, path): made.append(path)
+                return when == "before" and len(made) > at
+            hub.refuse = ended
+            assert "may not write there" in call(hub, tree, *args, code=3, **SECRETS)
+            hub.refuse = lambda *_: False
+            call(hub, tree, *args, **SECRETS)
+            assert state_of(space) == after
+
+
+def test_a_new_space_whose_commit_is_refused_is_deleted_again(hub, tree):
+    """Nothing of it is left. The answer to the creation may get lost, too: then the Space is taken up."""
+    hub.may_delete = True
     hub.refuse = lambda method, path, phase: phase == "before" and path.endswith("/commit/main")
-    assert "exists now, without files; the same command carries on" in call(hub, tree, *GUIDE, code=3)
+    assert "put back as it was: no Space" in call(hub, tree, *GUIDE, code=23) and not hub.spaces
+    hub.refuse = lambda method, path, phase: path.endswith("/commit/main") or "repos/delete" in path
+    assert "may not write there" in call(hub, tree, *GUIDE, code=3) and SPACE in hub.spaces
     hub.refuse = lambda *_: False
     call(hub, tree, *GUIDE)
+    hub.spaces.clear()
+    hub.fail("GET", f"/api/spaces/{SPACE}$", (404, {"error": "Repository not found"}))
+    hub.refuse = lambda method, path, phase: phase == "after" and path.endswith("repos/create")
+    assert "exists now; the same command carries on" in call(hub, tree, *GUIDE, code=3) and SPACE in hub.spaces
+    hub.refuse = lambda *_: False
+    call(hub, tree, *GUIDE)
+
+
+def test_a_new_space_with_somebody_elses_commit_stays(hub, tree):
+    """Between its creation and our commit, which is refused, somebody put a file there."""
+    def meanwhile(n, method, path, phase):
+        if phase == "before" and path.endswith("/commit/main"): hub.spaces[SPACE].commits["f" * 40] = {**hub.spaces[SPACE].tree, "mine.py": hub.spaces[SPACE].tree["README.md"]}
+    hub.watch = meanwhile
+    hub.refuse = lambda method, path, phase: phase == "before" and path.endswith("/commit/main")
+    call(hub, tree, *GUIDE, code=3)
+    assert "mine.py" in hub.spaces[SPACE].tree
 
 
 def test_nothing_goes_back_when_told_so(hub, tree):
@@ -562,6 +639,59 @@ def test_wheels_follow_the_hardware(hub, tree):
     assert "SD_DEVICE=cuda, but cpu-basic has no GPU" in call(hub, tree, "--hardware", "cpu-basic", code=3)
     assert "on cpu" in call(hub, tree, "--preset", "cpu", "--hardware", "cpu-basic") and space.hardware == "cpu-basic"
     assert not {"SD_DEVICE", "SD_PRECISION"} & set(space.variables) and space.variables.get("TORCH_INDEX_URL", {"value": "cpu"})["value"] == "cpu"
+
+
+MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+def mounts(space): return {v["mountPath"]: (v["type"], v["source"], v["readOnly"]) for v in space.volumes}
+
+
+def test_models_are_mounted_and_follow_the_preset(hub, tree):
+    """Read-only, where the image's AURA_MODELS looks; what else is mounted stays, and another preset takes them away."""
+    mine = {"type": "dataset", "source": "ada/pictures", "mountPath": "/pictures", "readOnly": True}
+    space = running(hub, tree, volumes=[mine])
+    call(hub, tree, *GPU)
+    assert mounts(space) == {f"/models/{MODEL}": ("model", MODEL, True), "/pictures": ("dataset", "ada/pictures", True),
+                             "/models/latent-consistency/lcm-lora-sdv1-5": ("model", "latent-consistency/lcm-lora-sdv1-5", True)}
+    assert re.search(r"ENV.*\n(.* \\\n)* +AURA_MODELS=/models\b", (ROOT / "Dockerfile").read_text())
+    assert "nothing to change" in call(hub, tree, *GPU) and f"{MODEL} in /models/{MODEL}, read-only" in call(hub, tree, "doctor")
+    assert "every start downloads gigabytes" in call(hub, tree, "--no-volumes") and list(mounts(space)) == ["/pictures"]
+    assert "not mounted" in call(hub, tree, "doctor")
+    call(hub, tree, "--preset", "lightning", "--yes", "--var", "SD_REVISION=abc")
+    assert set(mounts(space)) == {"/pictures", "/models/ByteDance/SDXL-Lightning", "/models/stabilityai/stable-diffusion-xl-base-1.0"}
+    assert [v["revision"] for v in space.volumes if "ByteDance" in v["source"]] == ["abc"]
+    call(hub, tree, "--preset", "cpu", "--hardware", "cpu-basic")
+    assert list(mounts(space)) == ["/pictures"]
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["new", "existing"])
+def test_where_the_plan_has_no_volumes_it_does_without(hub, tree, new):
+    hub.mounts = False
+    space = None if new else running(hub, tree)
+    out = call(hub, tree, *GUIDE, *GPU)
+    assert "the Hub mounts no volume here" in out and "Volumes are not part of this plan" in out and "a picture came" in out
+    assert not hub.spaces[SPACE].volumes and (space or hub.spaces[SPACE]).hardware == "t4-small"
+    assert "mounts no volume" not in call(hub, tree, *GUIDE, *GPU, "--no-volumes")
+
+
+def test_a_bucket_keeps_what_a_start_makes(hub, tree):
+    """It is there because somebody asked: where it is missing or refused, nothing is changed."""
+    space = running(hub, tree)
+    before = state_of(space)
+    assert "`hf buckets create ada/none` makes one" in call(hub, tree, "--bucket", "ada/none", code=3) and not hub.writes
+    hub.mounts = False
+    assert "not part of this plan" in call(hub, tree, "--bucket", "ada/kept", "--preset", "cpu-sd15", code=3) and state_of(space) == before
+    hub.mounts = True
+    out = call(hub, tree, "--bucket", "ada/kept", "--preset", "cpu-sd15")
+    assert mounts(space)["/data"] == ("bucket", "ada/kept", False) and space.variables["XDG_CACHE_HOME"]["value"] == "/data" and "every start converts" not in out
+    assert "nothing to change" in call(hub, tree, "--preset", "cpu-sd15")
+    assert "every start converts" in call(hub, tree, "--bucket", "", "--preset", "cpu-sd15")
+    assert "/data" not in mounts(space) and "XDG_CACHE_HOME" not in space.variables
+    edit(tree, "FAIL_RUN")
+    before = state_of(space)
+    call(hub, tree, "--bucket", "ada/kept", "--preset", "cpu", code=27)
+    assert state_of(space) == before
 
 
 def test_a_device_without_its_hardware_is_refused(hub, tree):
@@ -793,7 +923,7 @@ def test_openvino_is_the_extra_of_the_package(tree):
     assert deploy_plan.OPENVINO == nb.settings()["openvino_requirements"].strip()
     for o in (deploy.DeployOptions(SPACE, preset="cpu-sd15"), deploy.DeployOptions(SPACE, var={"SD_BACKEND": "openvino"})):
         plan = deploy_plan.plan_deployment(found, bundle.upload_set(tree), o)
-        assert plan.target.variables["EXTRA_PACKAGES"] == deploy_plan.OPENVINO and "every start downloads" in "".join(plan.notes)
+        assert plan.target.variables["EXTRA_PACKAGES"] == deploy_plan.OPENVINO and "every start converts" in "".join(plan.notes)
         assert b'startup_duration_timeout: "1h"' in plan.files["README.md"]
     running = replace(found, head="x", variables=plan.target.variables)
     assert {"SD_BACKEND", "EXTRA_PACKAGES"} == {c.name for c in deploy_plan.plan_deployment(running, bundle.upload_set(tree), deploy.DeployOptions(SPACE, preset="cpu")).changes if c.verb == "delete"}

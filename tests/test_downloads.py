@@ -215,3 +215,16 @@ def test_a_server_tells_its_progress_and_stops_at_once(hub, tmp_path):
         os.kill(server.process.pid, signal.SIGTERM)
         assert server.process.wait(10) == 0 and time.monotonic() - begin < 2
     finally: server.stop()
+
+
+def test_a_mounted_model_is_read_where_it_lies(hub, load, files, tmp_path):
+    """AURA_MODELS, as a Space's read-only volume: not one request to the Hub. What is not complete there comes from the Hub, and that is said."""
+    for name, data in files.items():
+        (tmp_path / "models" / REPO / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "models" / REPO / name).write_bytes(data)
+    answer = load(AURA_MODELS=str(tmp_path / "models"))
+    assert answer["row"], answer
+    assert not hub.seen and not any((tmp_path / "cache").rglob("*.safetensors"))
+    (tmp_path / "models" / REPO / WEIGHTS).unlink()
+    answer = load(AURA_MODELS=str(tmp_path / "models"))
+    assert answer["row"] and hub.seen and any("comes from the Hub" in n for n in answer["notes"])
