@@ -189,7 +189,8 @@ class JobStore:
         self.sweep()
         if id in self.kept: return self.kept[id]
         minutes = f"{self.seconds / 60:g} minutes"
-        raise NotFound(f"No job {shown(id, 40)}: it never was, or it ended more than {minutes} ago.")
+        gone = f"it never was, or it has ended and is forgotten (after {minutes}, or earlier to make room)"
+        raise NotFound(f"No job {shown(id, 40)}: {gone}.")
 
 # %% ../nbs/09e_job_routes.ipynb #28c80462
 class GenerateJob(RequestModel):

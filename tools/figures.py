@@ -11,9 +11,11 @@ MOST_WIDE = 120                 # characters a line, no exception
 MOST_NODES = 250                # syntax nodes of an exported cell that defines functions
 MOST_CLASS_NODES = 600          # of a cell that is one class: a class stands in one cell, or it is two classes
 BOUNDS = {                      # of the whole package: figure -> (least, most)
-    "width p95": (0, 106),                  # the aim is 105
+    "width p95": (0, 106),                  # 105 is the aim, and reached
     "nodes a line p95": (0, 18),
-    "nodes a cell p50": (0, 106),           # the aim is 80: half of the cells are small functions with their docstring
+    # The aim is 80, taken from notebooks without types. Annotations are 14 of the 106 here, and one definition alone has
+    # 92: to reach 80, two hundred functions would have to be cut into pieces that nobody reads alone.
+    "nodes a cell p50": (0, 106),
     "definitions a cell p50": (0, 1),
     "definitions a cell p90": (0, 2),
     "attached methods": (0, 0),
