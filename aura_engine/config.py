@@ -135,6 +135,14 @@ class ModelSettings(BaseSettings):
         # A Space cannot remove a variable, only empty it. No origins at all is a choice, though.
         return {k: v for k, v in data.items() if v != "" or k == "ALLOW_ORIGINS"}
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _letters(cls, v: Any) -> Any:
+        # In an ASCII locale the bytes of "ö" become halves of a letter, which no answer can be written with.
+        if isinstance(v, str) and any("\ud800" <= letter <= "\udfff" for letter in v):
+            raise ValueError("this process's locale has no such letters: set PYTHONUTF8=1 or LC_ALL=C.UTF-8")
+        return v
+
     @field_validator("precision", "device", "backend", mode="before")
     @classmethod
     def _lower(cls, v: Any) -> Any: return v.strip().lower() if isinstance(v, str) else v

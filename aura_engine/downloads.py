@@ -4,7 +4,7 @@
 
 # %% ../nbs/04a_downloads.ipynb #a550a7d2
 from __future__ import annotations
-import hashlib, logging, time
+import errno, hashlib, logging, os, time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +16,10 @@ log = logging.getLogger("aura_engine.loader")
 T = TypeVar("T")
 
 # %% auto #0
-__all__ = ['log', 'T', 'CAUSES', 'STATUSES', 'MEANINGS', 'DISK_FULL', 'BUSY', 'SHA256', 'Want', 'Unusable', 'causes',
-           'class_names', 'response_of', 'true_cause', 'blame', 'Progress', 'bar_for', 'passing', 'patiently', 'Blob',
-           'blob_of', 'go_on', 'get_file', 'sha256_of', 'file_sizes', 'names_in', 'fetch']
+__all__ = ['log', 'T', 'CAUSES', 'STATUSES', 'MEANINGS', 'DISK_FULL', 'FORBIDDEN', 'BUSY', 'SHA256', 'Want', 'Unusable', 'causes',
+           'class_names', 'response_of', 'forbidden', 'proxy_trouble', 'true_cause', 'blame', 'Progress', 'bar_for',
+           'passing', 'patiently', 'Blob', 'blob_of', 'go_on', 'get_file', 'sha256_of', 'file_sizes', 'names_in',
+           'fetch']
 
 # %% ../nbs/04a_downloads.ipynb #cfc0690b
 class Unusable(Exception):
@@ -45,10 +46,11 @@ MEANINGS = {
     "Consistency check failed": "the download was cut short",
     "size mismatch": "the weights do not have the shapes the configuration asks for",
     "shape": "the weights do not have the shapes the configuration asks for",
-    "Missing key": "the weights do not have the names the configuration asks for"}
+    "Missing key": "the weights do not have the names the configuration asks for",
+    "valid CLIP model": "the file has no text encoder with names that are known"}
 
 # %% ../nbs/04a_downloads.ipynb #3178c0cc
-DISK_FULL = 28                            # errno.ENOSPC
+DISK_FULL = errno.ENOSPC
 
 def causes(error: BaseException) -> list[BaseException]:
     "An exception and what led to it, the first cause last."
@@ -70,12 +72,34 @@ def response_of(error: BaseException) -> Any:
     return next((answer for answer in answers if getattr(answer, "status_code", None)), None)
 
 # %% ../nbs/04a_downloads.ipynb #0cac6b4c
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+
+def forbidden(cause: BaseException) -> str | None:
+    "What to say of a folder or file that this process may not use. None for another cause."
+    if not isinstance(cause, OSError) or cause.errno not in FORBIDDEN: return None
+    from huggingface_hub import constants
+    path, why = str(cause.filename or ""), os.strerror(cause.errno).lower()
+    if path and not path.startswith((constants.HF_HUB_CACHE, constants.HF_HOME)):
+        return f"{path} cannot be used by this process ({why})"
+    return (f"downloads are kept in {constants.HF_HUB_CACHE}, which cannot be written ({why}): "
+            "set HF_HOME to a folder that can")
+
+def proxy_trouble(cause: BaseException) -> str | None:
+    "What to say of a proxy that httpx has no words for. None for another cause."
+    if not isinstance(cause, (ImportError, ValueError)) or "proxy" not in str(cause).lower(): return None
+    names = [name for name in os.environ if name.lower().endswith("_proxy") and os.environ[name].startswith("socks")]
+    return (f"the proxy in {', '.join(names) or 'the environment'} is a SOCKS proxy, which needs socks5:// and the "
+            "package socksio (pip install 'httpx[socks]'); an http:// proxy works without")
+
+# %% ../nbs/04a_downloads.ipynb #ec7fbc40
 def true_cause(error: BaseException) -> str:
     "The reason at the bottom of a chain of exceptions, in words that may be shown."
     chain, names, answer = causes(error), class_names(error), response_of(error)
     for cause in chain:
         if isinstance(cause, Unusable): return str(cause)
         if isinstance(cause, OSError) and cause.errno == DISK_FULL: return "the disk is full"
+        said = forbidden(cause) or proxy_trouble(cause)
+        if said: return said
     for name, words in CAUSES.items():
         if name in names: return words
     if answer is not None: return STATUSES.get(answer.status_code, f"the Hub answered {answer.status_code}")

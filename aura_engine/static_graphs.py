@@ -80,10 +80,12 @@ def projected(model: Any) -> Iterator[None]:
 # %% ../nbs/05c_static_graphs.ipynb #45dcd14b
 def cache_folder() -> Path:
     "Where things made once are kept: $XDG_CACHE_HOME/aura_engine, or a temporary folder when that cannot be written."
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aura_engine"
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError: return Path(tempfile.gettempdir()) / "aura_engine"
-    return folder
+    elsewhere = Path(tempfile.gettempdir()) / "aura_engine"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aura_engine"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError): return elsewhere           # a user of a container may have no home at all
+    return folder if os.access(folder, os.W_OK) else elsewhere
 
 # %% ../nbs/05c_static_graphs.ipynb #24292da9
 SAMPLES = 64                                     # values of each tensor that a fingerprint looks at

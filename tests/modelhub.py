@@ -135,16 +135,18 @@ def shared():
 # inside the worker
 
 def small_disk(folder, size):
-    """Mount a tmpfs of `size` on `folder`, for this process alone. False where that is not allowed."""
+    """Mount a tmpfs of `size` on `folder`, or make it "read-only", for this process alone. False where that is not allowed."""
     import ctypes
     os.makedirs(folder, exist_ok=True)
     mount = lambda *argv: subprocess.run(["mount", *argv], capture_output=True).returncode == 0
+    if size == "read-only": return ctypes.CDLL(None).unshare(0x20000) == 0 and mount("--make-rprivate", "/") and mount("--bind", str(folder), str(folder)) and mount("-o", "remount,ro,bind", str(folder))
     return ctypes.CDLL(None).unshare(0x20000) == 0 and mount("--make-rprivate", "/") and mount("-t", "tmpfs", "-o", f"size={size}", "none", str(folder))
 
 
-def load(patience=20, disk=None, **settings):
-    """Load -> {"row", "revision", ...} or {"reason"}, with what Progress said on the way. `disk`: the size of a small one for the cache."""
+def load(patience=20, disk=None, env=None, **settings):
+    """Load -> {"row", "revision", ...} or {"reason"}, with what Progress said on the way. `disk`: the size of a small one for the cache, or read-only."""
     import huggingface_hub
+    os.environ.update(env or {})
     if disk and not small_disk(huggingface_hub.constants.HF_HUB_CACHE, disk): return {"skip": "mounting a tmpfs is not allowed here"}
     from aura_engine.config import load_settings
     from aura_engine.loader import Progress, load

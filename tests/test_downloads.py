@@ -1,11 +1,11 @@
 """Downloads: the real huggingface_hub client against a Hub on the loopback interface, on good days and bad ones."""
-import json, os, re, signal, sys, time
+import json, os, re, signal, subprocess, sys, time
 
 import httpx
 import modelhub
 import pytest
 import tiny
-from conftest import start
+from conftest import ROOT, clean_env, start
 from aura_engine.models import ROWS, SD15_ID
 from modelhub import COMMIT
 
@@ -158,6 +158,58 @@ def test_a_full_disk_is_named(hub, load):
     told = load(disk="2m")
     if "skip" in told: pytest.skip(told["skip"])
     assert "SD_MODEL_ID=tester/small: the disk is full." == told["reason"] and not told["unfinished"]
+
+
+# what this machine's settings prevent is told with the variable
+
+def test_a_folder_for_downloads_that_cannot_be_written_is_named(hub, load, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    assert load("file/hub")["reason"] == f"SD_MODEL_ID={REPO}: downloads are kept in {tmp_path}/file/hub, which cannot be written (not a directory): set HF_HOME to a folder that can."
+
+
+def test_a_cache_that_cannot_be_written_serves_what_it_has(hub, load):
+    warm = load()
+    told = load(disk="read-only")
+    if "skip" in told: pytest.skip(told["skip"])
+    assert told["unet"] == warm["unet"]
+    assert "cannot be written (read-only file system): set HF_HOME to a folder that can" in load("other", disk="read-only")["reason"]
+
+
+@pytest.mark.parametrize("name, value", [("ALL_PROXY", "socks5://127.0.0.1:9"), ("HTTP_PROXY", "socks4://127.0.0.1:9")])
+def test_a_socks_proxy_is_named_by_its_variable(hub, load, name, value):
+    """The package for it is not installed, or the scheme is one that no package knows."""
+    told = load(env={name: value})
+    assert f"the proxy in {name} is a SOCKS proxy" in told["reason"] and "socksio" in told["reason"] and told["seconds"] < 3, told
+
+
+def nobody(argv):
+    """`argv` as a user without an entry in passwd, who may read this checkout. None where that cannot be had."""
+    as_nobody = ["setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups"]
+    for more in ([], ["--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"]):
+        try: done = subprocess.run([*as_nobody, *more, "env", sys.executable, "-c", "import aura_engine"], capture_output=True, cwd=ROOT)
+        except OSError: return None
+        if done.returncode == 0: return [*as_nobody, *more, *argv]
+
+
+ASCII = {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def test_a_user_without_name_home_or_letters_is_served(tmp_path):
+    """As containers start it: a uid without passwd entry and HOME, in an ASCII locale. Ready, and a picture with its words."""
+    argv = nobody(["env", "-u", "HOME", "-u", "USER", "-u", "LOGNAME", "-u", "XDG_CACHE_HOME", sys.executable, "app.py", "--host", "127.0.0.1"])
+    if argv is None: pytest.skip("this process may not become another user")
+    server = start(argv, tmp_path / "log.txt", **ASCII)
+    try:
+        server.wait_ready()
+        made = server.post("/generate", {"prompt": "a röd fox 狐", "seed": 1, "steps": 1})
+        assert made["receipts"][0]["prompt"] == "a röd fox 狐" and server.status("/health") == 200
+    finally: server.stop()
+
+
+def test_a_path_that_the_locale_cannot_spell_is_refused_with_the_variable(tmp_path):
+    """It was ready, and then every answer that names the model was a 500."""
+    done = subprocess.run([sys.executable, "app.py"], cwd=ROOT, env=clean_env(SD_MODEL_ID="/models/m\u00f6del", **ASCII), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "SD_MODEL_ID: given" in done.stderr and "PYTHONUTF8=1" in done.stderr, done.stderr
 
 
 def test_a_warm_cache_needs_no_hub(hub, load):
