@@ -6,10 +6,10 @@
 from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
@@ -19,23 +19,24 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 # %% auto #0
-__all__ = ['SMALL_EXAMPLES', 'EXAMPLES', 'STUDIO', 'STUDIO_FILES', 'PAGE_POLICY', 'EVENTS', 'PICTURES', 'MAKING', 'routes',
-           'INLINE', 'JOBS', 'REF', 'post_generate', 'post_refine', 'post_replay', 'get_health', 'get_ready',
-           'get_metrics', 'get_examples', 'get_page', 'get_page_file', 'Answer', 'Problem', 'JobState', 'Route',
-           'responses', 'checked_body', 'parsed_body', 'endpoint', 'answer_error', 'on_error', 'methods_at', 'ask_key',
-           'create_app', 'add_route', 'openapi']
+__all__ = ['SMALL_EXAMPLES', 'EXAMPLES', 'STUDIO', 'STUDIO_FILES', 'PAGE_POLICY', 'REF', 'TEXT', 'FILE', 'PICTURES', 'MAKING',
+           'JOB', 'routes', 'INLINE', 'JOBS', 'post_generate', 'post_refine', 'post_replay', 'get_health', 'get_ready',
+           'get_metrics', 'get_examples', 'get_page', 'get_page_file', 'Route', 'content', 'named_schema', 'responses',
+           'checked_body', 'parsed_body', 'endpoint', 'answer_error', 'on_error', 'methods_at', 'ask_key', 'create_app',
+           'add_route', 'bodies_read', 'body_schemas', 'describe_defaults', 'answer_schemas', 'openapi']
 
 # %% ../nbs/09f_app.ipynb #83d929dd
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from . import __version__
 from .answers import Api, add_gauges, respond
+from .bodies import Answer, Examples, HealthBody, JobState, Problem, Ready, StreamEvent
 from .errors import Shape, as_error, error_response, invalid, request_id
 from .images import MIME
 from .intake import LARGE, SMALL, check_type, parse_json, read_body
 from .job_routes import AnyJob, JobStore, delete_job, get_job, get_job_events, post_job
 from .planning import ReplayRequest
-from .types import AuraError, FieldError, GenerateRequest, NotFound, RefineRequest, shown
+from .types import AuraError, GenerateRequest, NotFound, RefineRequest, shown
 from .walls import Cors, Guard, Origins, Stamp, check_key, client_behind
 
 # %% ../nbs/09f_app.ipynb #d9dcd2f5
@@ -106,43 +107,15 @@ async def get_page_file(request: Request, name: str) -> Response:
     kind = f"{STUDIO_FILES[name]}; charset=utf-8"
     return Response((STUDIO / name).read_bytes(), media_type=kind, headers={"cache-control": "no-cache"})
 
-# %% ../nbs/09f_app.ipynb #d4ddefce
-class Answer(BaseModel):
-    "Base64 pictures without a data: prefix, the receipt of each, and what was done differently from what was asked."
-    images: list[str]
-    receipts: list[dict[str, Any]] = []
-    warnings: list[str] = []
-
-# %% ../nbs/09f_app.ipynb #7221b027
-class Problem(BaseModel):
-    "An error, as RFC 9457 has it; `errors` name each wrong field with what was given and what is allowed."
-    type: str
-    title: str
-    status: int
-    detail: str
-    errors: list[FieldError] = []
-    requestId: str
-
-# %% ../nbs/09f_app.ipynb #fc881541
-class JobState(BaseModel):
-    "A job: status queued, running, succeeded, failed or cancelled; `result` or `problem` when it has ended."
-    id: str
-    status: Literal["queued", "running", "succeeded", "failed", "cancelled"]
-    statusUrl: str
-    position: int | None = None
-    etaSeconds: float | None = None
-    progress: list[dict[str, int]] = []
-    result: Answer | None = None
-    problem: Problem | None = None
-
 # %% ../nbs/09f_app.ipynb #7fb34e47
 @dataclass(frozen=True)
 class Route:
     """One row of the table.
 
     `body`: the model of the JSON it reads, of at most `most` bytes. None: it reads none, or reads it by itself.
-    `keyed`: whether the API key is asked for. The rest is for OpenAPI: the answer `ok` with its `status`, `media` types
-    and other statuses that bring it (`alike`), the statuses of `errors`, and `docs` that are added.
+    `keyed`: whether the API key is asked for. The rest is for OpenAPI: the answer `ok` with its `status`, other `media`
+    types and statuses that bring it (`alike`), the model of its `events`, the statuses of `errors` and the model of one
+    (`fault`), what it `reads` by itself (a model or a schema for each media type), and `docs` that are added.
     """
     method: str
     path: str
@@ -151,46 +124,65 @@ class Route:
     most: int = SMALL
     keyed: bool = False
     ok: Any = None
-    errors: tuple[int | str, ...] = ()
+    errors: tuple[int | str, ...] = (500,)
     status: int = 200
     media: tuple[str, ...] = ()
     alike: tuple[int, ...] = ()
+    events: type[BaseModel] | None = None
+    fault: type[BaseModel] = Problem
+    reads: dict[str, Any] = field(default_factory=dict)
     docs: dict[str, Any] | None = None
+    name: str = ""                                            # of the function in generated clients; "": the handler's
 
 # %% ../nbs/09f_app.ipynb #e7f80d5f
+REF = "#/components/schemas/{model}"
+TEXT, FILE = {"type": "string"}, {"type": "string", "format": "binary"}
+
+def content(media: str, schema: dict[str, Any]) -> dict[str, Any]:
+    "The part of an OpenAPI response or body for one media type."
+    return {media: {"schema": schema}}
+
+def named_schema(model: type[BaseModel]) -> dict[str, Any]:
+    "A reference to the schema of a model."
+    return {"$ref": REF.format(model=model.__name__)}
+
+# %% ../nbs/09f_app.ipynb #15ebb011
 def responses(route: Route) -> dict[int | str, dict[str, Any]]:
     "The answers of a route as OpenAPI wants them."
-    openai = {"application/json": {"schema": {"type": "object", "required": ["error"]}}}
-    ours = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    problem = {"description": "A problem", "content": openai if route.path.startswith("/v1/") else ours}
-    kinds = {media: "object" if media == "text/event-stream" else "string" for media in route.media}
-    good = {"description": "Done", "content": {media: {"schema": {"type": kind}} for media, kind in kinds.items()}}
+    good: dict[str, Any] = {"description": "Done", "content": {}}
+    for media in route.media: good["content"] |= content(media, FILE if media.startswith("image/") else TEXT)
+    if route.events: good["content"] |= content("text/event-stream", named_schema(route.events))
     model = {"model": route.ok} if route.ok else {}
     out: dict[int | str, dict[str, Any]] = {route.status: good | model}
     for code in route.alike: out[code] = {"description": "Ended"} | model
+    kind = "application/problem+json" if route.fault is Problem else "application/json"
+    problem = {"description": "A problem", "content": content(kind, named_schema(route.fault))}
     for code in route.errors: out[code] = problem
     return out
 
 # %% ../nbs/09f_app.ipynb #caad54ae
-EVENTS, PICTURES = "text/event-stream", ("text/event-stream", *MIME.values())
+PICTURES = tuple(MIME.values())
 MAKING = (400, 401, 403, 413, 422, 429, 500, 503, 504)
+JOB = (401, 403, 404, 500)
+_makes: Any = partial(Route, "POST", most=LARGE, keyed=True, errors=MAKING)
+_draws: Any = partial(_makes, ok=Answer, media=PICTURES, events=StreamEvent)
 routes = (
-    Route("POST", "/generate", post_generate, GenerateRequest, keyed=True, ok=Answer, errors=MAKING, media=PICTURES),
-    Route("POST", "/refine", post_refine, RefineRequest, LARGE, True, Answer, MAKING, media=PICTURES),
-    Route("POST", "/replay", post_replay, ReplayRequest, LARGE, True, Answer, MAKING, media=PICTURES),
-    Route("POST", "/jobs", post_job, AnyJob, LARGE, True, JobState, MAKING, status=202),
-    Route("GET", "/jobs/{id}", get_job, keyed=True, ok=JobState, errors=(401, 404), alike=(410,)),
-    Route("GET", "/jobs/{id}/events", get_job_events, keyed=True, errors=(401, 404), media=(EVENTS,), alike=(204, 410)),
-    Route("DELETE", "/jobs/{id}", delete_job, keyed=True, ok=JobState, errors=(401, 403, 404)),
-    Route("GET", "/health", get_health, ok=dict[str, Any]),
-    Route("GET", "/ready", get_ready, ok=dict[str, bool], errors=(503,)),
+    _draws("/generate", post_generate, GenerateRequest, most=SMALL),
+    _draws("/refine", post_refine, RefineRequest),
+    _draws("/replay", post_replay, ReplayRequest),
+    _makes("/jobs", post_job, AnyJob, ok=JobState, status=202),
+    Route("GET", "/jobs/{id}", get_job, keyed=True, ok=JobState, errors=JOB, alike=(410,)),
+    Route("GET", "/jobs/{id}/events", get_job_events, keyed=True, events=StreamEvent, errors=JOB, alike=(204, 410)),
+    Route("DELETE", "/jobs/{id}", delete_job, keyed=True, ok=JobState, errors=JOB),
+    Route("GET", "/health", get_health, ok=HealthBody),
+    Route("GET", "/ready", get_ready, ok=Ready, errors=(500, 503)),
     Route("GET", "/metrics", get_metrics, media=("text/plain",)),
-    Route("GET", "/examples", get_examples, ok=dict[str, list[str]]),
+    Route("GET", "/examples", get_examples, ok=Examples),
     Route("GET", "/", get_page, media=("text/html",)),
     Route("HEAD", "/", get_page, media=("text/html",)),
     Route("HEAD", "/health", get_health),
-    Route("HEAD", "/ready", get_ready, errors=(503,)),
-    Route("GET", "/studio/{name}", get_page_file, media=("text/javascript", "text/css"), errors=(404,)),
+    Route("HEAD", "/ready", get_ready, errors=(500, 503)),
+    Route("GET", "/studio/{name}", get_page_file, media=("text/javascript", "text/css"), errors=(404, 500)),
 )
 
 # %% ../nbs/09f_app.ipynb #5c5a787a
@@ -204,12 +196,12 @@ def checked_body(adapter: TypeAdapter, data: bytes) -> Any:
     except ValidationError as error: raise invalid(error, JOBS) from None
 
 # %% ../nbs/09f_app.ipynb #a9697168
-async def parsed_body(request: Request, route: Route, adapter: TypeAdapter) -> Any:
-    "The checked body of a request."
+async def parsed_body(request: Request, most: int, adapter: TypeAdapter) -> Any:
+    "The checked body of a request: JSON of at most `most` bytes."
     api: Api = request.app.state.api
     check_type(request)
     with api.arrivals.body(client_behind(request)) as arriving:
-        data = await read_body(request, route.most, api.arrivals, arriving)
+        data = await read_body(request, most, api.arrivals, arriving)
         if len(data) > SMALL: api.line.rest_soon()            # its memory is given back, also when it is refused
         if len(data) <= INLINE: return checked_body(adapter, data)
         return await api.read(checked_body, adapter, data)
@@ -220,7 +212,7 @@ def endpoint(route: Route) -> Callable:
     if route.body is None: return route.handler
     adapter = TypeAdapter(route.body)
     async def answer(request: Request) -> Response:
-        return await route.handler(request, await parsed_body(request, route, adapter))
+        return await route.handler(request, await parsed_body(request, route.most, adapter))
     answer.__doc__ = route.handler.__doc__
     return answer
 
@@ -280,35 +272,65 @@ def create_app(engine, extra_routes: Sequence[Route] = (), shapes: dict[str, Sha
 # %% ../nbs/09f_app.ipynb #46b4d535
 def add_route(app: FastAPI, route: Route, locked: bool) -> None:
     "Add a row of the table; `locked`: keyed routes ask for the key."
-    name = f"{route.handler.__name__}_{route.method.lower()}"
+    name = f"{route.name or route.handler.__name__}_{route.method.lower()}"
     lock = [Depends(ask_key)] if locked and route.keyed else []
     app.add_api_route(route.path, endpoint(route), methods=[route.method], operation_id=name,
                       status_code=route.status, responses=responses(route), response_model=None, dependencies=lock,
                       openapi_extra=route.docs)
 
 # %% ../nbs/09f_app.ipynb #023f6c62
-REF = "#/components/schemas/{model}"
+def bodies_read(route: Route) -> dict[str, Any]:
+    "The bodies of a route: a model, or a schema as it is, for each media type."
+    return {"application/json": route.body} if route.body is not None else route.reads
 
+# %% ../nbs/09f_app.ipynb #bb120029
+def body_schemas(table: Sequence[Route]) -> tuple[dict[Any, Any], dict[str, Any]]:
+    "(the schema of each body by (method, path, media type), the models that they share by name)."
+    inputs: list[Any] = []
+    for r in table:
+        models = {m: model for m, model in bodies_read(r).items() if not isinstance(model, dict)}
+        inputs += [((r.method, r.path, m), "validation", TypeAdapter(model)) for m, model in models.items()]
+    made, shared = TypeAdapter.json_schemas(inputs, ref_template=REF)
+    for schema in (*made.values(), *shared.get("$defs", {}).values()): describe_defaults(schema)
+    return {key: schema for (key, _), schema in made.items()}, shared.get("$defs", {})
+
+# %% ../nbs/09f_app.ipynb #91b90907
+def describe_defaults(schema: Any) -> None:
+    "Move each field's default into its description, in place."
+    for field_schema in schema.get("properties", {}).values():
+        default = field_schema.pop("default", None)
+        if default in (None, "", [], {}): continue
+        said = [field_schema.get("description", ""), f"Default: {default}."]
+        field_schema["description"] = " ".join(part for part in said if part)
+
+# %% ../nbs/09f_app.ipynb #ba071add
+def answer_schemas(table: Sequence[Route]) -> dict[str, Any]:
+    "The models of events and problems, and those in them, by name."
+    models = {m for r in table for m in (r.events, r.fault) if m is not None}
+    named: list[Any] = [(m.__name__, "serialization", TypeAdapter(m)) for m in models]
+    return TypeAdapter.json_schemas(named, ref_template=REF)[1].get("$defs", {})
+
+# %% ../nbs/09f_app.ipynb #945c9ccc
 def openapi(app: FastAPI, made: Callable[[], dict[str, Any]], table: Sequence[Route]) -> dict[str, Any]:
     "The app's OpenAPI document, with the bodies of `table`, and with the engine's LoRAs as choices."
     if app.openapi_schema: return app.openapi_schema          # FastAPI keeps what `made` returns
     document = made()
-    reading = [r for r in table if r.body is not None]
-    inputs: list[Any] = [((r.method, r.path), "validation", TypeAdapter(r.body)) for r in reading]
-    bodies, shared = TypeAdapter.json_schemas(inputs, ref_template=REF)
-    document["components"]["schemas"].update(shared.get("$defs", {}))
-    for r in reading:
-        content = {"application/json": {"schema": bodies[(r.method, r.path), "validation"]}}
-        document["paths"][r.path][r.method.lower()]["requestBody"] = {"required": True, "content": content}
+    bodies, shared = body_schemas(table)
+    document["components"]["schemas"].update(answer_schemas(table) | shared)
+    for r in table:
+        read: dict[str, Any] = {}
+        for media, model in bodies_read(r).items():
+            read |= content(media, bodies.get((r.method, r.path, media), model))
+        if read: document["paths"][r.path][r.method.lower()]["requestBody"] = {"required": True, "content": read}
     _name_loras(document, tuple(app.state.api.settings.loras))
     return document
 
-# %% ../nbs/09f_app.ipynb #bb120029
+# %% ../nbs/09f_app.ipynb #657e5ff3
 def _name_loras(document: dict[str, Any], aliases: tuple[str, ...]) -> None:
     "A LoRA is one of `aliases`, or null."
-    choice = {"enum": [*aliases, None], "title": "Lora", "default": None,
+    choice = {"enum": [*aliases, None], "title": "Lora",
               "description": "A LoRA of this engine (SD_LORAS), by its alias."}
     for schema in document["components"]["schemas"].values():
         fields = schema.get("properties", {})
-        for name, field in fields.items():
-            if field.get("format") == "lora-alias": fields[name] = choice
+        for name, one in fields.items():
+            if one.get("format") == "lora-alias": fields[name] = choice
