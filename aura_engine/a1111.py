@@ -20,8 +20,8 @@ from pydantic import BaseModel, Field
 __all__ = ['log', 'MEANINGFUL', 'FREE', 'A1111_NAMES', 'MOST_TEXT', 'EMPTY_LISTS', 'REFRESHED', 'a1111_routes', 'a1111_shapes',
            'Txt2Img', 'Img2Img', 'unmet', 'samplers_for', 'scheduler_for', 'loras_in', 'Understood', 'pixels_of',
            'understood_ask', 'softened', 'img2img_ask', 'A1111Pictures', 'A1111Error', 'a1111_error', 'about_batch',
-           'info_of', 'echoed', 'A1111Task', 'A1111Tasks', 'tasks_of', 'drawn', 'made_size', 'post_txt2img',
-           'post_img2img', 'A1111State', 'A1111Progress', 'progress_of', 'get_progress', 'TaskName', 'LiveProgress',
+           'info_of', 'echoed', 'A1111Task', 'A1111Tasks', 'tasks_of', 'drawn', 'post_txt2img', 'post_img2img',
+           'A1111State', 'A1111Progress', 'progress_of', 'get_progress', 'TaskName', 'LiveProgress',
            'post_live_progress', 'post_interrupt', 'A1111Model', 'get_sd_models', 'A1111Sampler', 'get_samplers',
            'A1111Scheduler', 'get_schedulers', 'A1111Lora', 'get_loras', 'A1111Vae', 'get_sd_vae', 'A1111Memory',
            'get_memory', 'options_of', 'get_options', 'A1111Options', 'post_options', 'get_cmd_flags', 'get_nothing',
@@ -30,11 +30,11 @@ __all__ = ['log', 'MEANINGFUL', 'FREE', 'A1111_NAMES', 'MOST_TEXT', 'EMPTY_LISTS
 
 # %% ../nbs/10c_a1111.ipynb #ca30c335
 from . import __version__
-from .answers import Api, Files, OrderedJob, begin, files_of, preview_jpeg
+from .answers import Api, Files, begin, files_of, preview_jpeg
 from .app import MAKING, Route
 from aura_engine.dialects import (
-    LONG_PROMPT, MOST_PICTURES, Dialect, Pixels, Size, Wish, own_shape, remade_mask, renamed, shortened, translated,
-    unused)
+    LONG_PROMPT, MOST_PICTURES, Dialect, Pixels, Size, Wish, own_shape, remade_mask, renamed, shortened, size_made,
+    translated, unused)
 from .images import MAX_PARTS, PNG_SIGNATURE, from_base64, png_parts, to_base64
 from .infotext import A1111_SAMPLERS, infotext, settings_of
 from .intake import LARGE
@@ -288,16 +288,10 @@ async def drawn(request: Request, ask: Txt2Img, own: GenerateRequest | RefineReq
     work = await begin(request, own, revise=wish.revise)
     with tasks_of(request).task(ask.force_task_id, client_behind(request), work.job):
         made = await files_of(api, work, request)
-    size = wish.size or made_size(work)
+    size = wish.size or size_made(work.order.plan.pictures[0])
     images = [to_base64(file) for file in made.files] if ask.send_images else []
     answer = A1111Pictures(images=images, parameters=echoed(ask), info=json.dumps(info_of(made, size)))
     return JSONResponse(answer.model_dump())
-
-# %% ../nbs/10c_a1111.ipynb #c61c818b
-def made_size(work: OrderedJob) -> Size:
-    "The size of the first picture that a job makes."
-    first = work.order.plan.pictures[0]
-    return first.width, first.height
 
 # %% ../nbs/10c_a1111.ipynb #5503ec8b
 async def post_txt2img(request: Request, body: Txt2Img) -> Response:

@@ -17,11 +17,11 @@ from fastapi.responses import EventSourceResponse, JSONResponse, Response
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 # %% auto #0
-__all__ = ['log', 'T', 'REASONS', 'LONG_WAITS', 'STEPS', 'Ask', 'Finish', 'KINDS', 'UNBUFFERED', 'Metrics', 'Stopwatch', 'Api',
-           'unready', 'add_gauges', 'gpu_memory', 'Order', 'order_of', 'OrderedJob', 'pictures_in', 'cost_of',
-           'place_order', 'attended', 'deadline_of', 'begin', 'follow', 'file_of', 'Files', 'files_of', 'answer_kind',
-           'Told', 'sse_frame', 'preview_jpeg', 'told', 'tell', 'heartbeat', 'event_stream', 'sse_events',
-           'one_picture', 'respond']
+__all__ = ['log', 'T', 'REASONS', 'LONG_WAITS', 'STEPS', 'Finish', 'Ask', 'Revise', 'KINDS', 'UNBUFFERED', 'Metrics', 'Stopwatch',
+           'Api', 'unready', 'add_gauges', 'gpu_memory', 'Output', 'Order', 'order_of', 'OrderedJob', 'pictures_in',
+           'cost_of', 'place_order', 'attended', 'deadline_of', 'begin', 'follow', 'file_of', 'Files', 'files_of',
+           'answer_kind', 'Told', 'sse_frame', 'preview_jpeg', 'told', 'tell', 'heartbeat', 'event_stream',
+           'sse_events', 'one_picture', 'respond']
 
 # %% ../nbs/09d_answers.ipynb #824b34f6
 from PIL import Image as Pillow
@@ -148,26 +148,36 @@ def gpu_memory(health: Health) -> int:
     return (health.memory or {}).get("gpu") or 0
 
 # %% ../nbs/09d_answers.ipynb #22274290
+Finish = Callable[[Pillow.Image], Pillow.Image]
+
+@dataclass(frozen=True)
+class Output:
+    "How a finished picture becomes a file: its format, `quality` (of JPEG and WebP), and what is done to it before."
+    format: str = "png"
+    quality: int | None = None
+    finish: Finish | None = None
+
+# %% ../nbs/09d_answers.ipynb #07b7a53d
 Ask = GenerateRequest | RefineRequest | ReplayRequest
 
 @dataclass(frozen=True)
 class Order:
-    "What a request became: its plan, the file format of its pictures, and the receipt that it replays (None: none)."
+    "What a request became: its plan, how its pictures become files, and the receipt that it replays (None: none)."
     plan: Plan
-    format: str
+    output: Output = Output()
     replays: Receipt | None = None
 
     def differs(self, made: Receipt) -> list[str]:
         "Why a replayed picture may differ from the first one."
         return differences(self.replays, made) if self.replays else []
 
-# %% ../nbs/09d_answers.ipynb #07b7a53d
+# %% ../nbs/09d_answers.ipynb #98d01207
 def order_of(ask: Ask, row: Row, gpu: bool) -> Order:
     "A checked request and the loaded model -> what to do. Decodes pictures, so it takes time. Raises Invalid."
-    if isinstance(ask, GenerateRequest): return Order(plan(ask, row, gpu=gpu), ask.format)
-    if isinstance(ask, RefineRequest): return Order(prepare(ask, row, gpu), ask.config.format)
+    if isinstance(ask, GenerateRequest): return Order(plan(ask, row, gpu=gpu), Output(ask.format))
+    if isinstance(ask, RefineRequest): return Order(prepare(ask, row, gpu), Output(ask.config.format))
     receipt, todo = replay_plan(ask, row)
-    return Order(todo, ask.format, receipt)
+    return Order(todo, Output(ask.format), receipt)
 
 # %% ../nbs/09d_answers.ipynb #17cd79b0
 @dataclass(frozen=True)
@@ -224,13 +234,18 @@ def deadline_of(ask: Ask) -> float | None:
     if isinstance(ask, ReplayRequest): return None
     return ask.config.deadline_seconds if isinstance(ask, RefineRequest) else ask.deadline_seconds
 
-async def begin(request: Request, ask: Ask, previews: bool = False) -> OrderedJob:
-    "Plan a checked request and hand it to the engine. Raises NotReady, QueueFull, DeadlineExceeded, Invalid."
+Revise = Callable[[Order, Row], Order]
+
+async def begin(request: Request, ask: Ask, previews: bool = False, revise: Revise | None = None) -> OrderedJob:
+    """Plan a checked request and hand it to the engine. Raises NotReady, QueueFull, DeadlineExceeded, Invalid.
+
+    `revise` may change the order first: other front doors can say what our own requests cannot."""
     api, client = request.app.state.api, client_behind(request)
     seconds = max(deadline_of(ask) or api.settings.deadline_seconds, 1.0)      # shorter ones the engine judges
     try:
         async with asyncio.timeout(seconds):
             order = await attended(request, place_order(api, ask, client))
+        if revise: order = revise(order, api.row())
         return OrderedJob(api.engine.submit(order.plan, previews=previews, client=client), order)
     except TimeoutError: raise DeadlineExceeded("The pictures of this request were not read in time.") from None
     except Invalid as error:
@@ -256,13 +271,11 @@ async def _cancel_on_hangup(request: Request, job) -> None:
     job.cancel()
 
 # %% ../nbs/09d_answers.ipynb #8b57603d
-Finish = Callable[[Pillow.Image], Pillow.Image]
-
-def file_of(event: Image, format: str, finish: Finish | None = None) -> tuple[bytes, Receipt]:
+def file_of(event: Image, output: Output) -> tuple[bytes, Receipt]:
     "The file of a finished picture and its receipt, which knows how long encoding took."
-    picture = finish(event.image) if finish else event.image
+    picture = output.finish(event.image) if output.finish else event.image
     assert event.receipt is not None
-    return as_file(picture, format, event.receipt)
+    return as_file(picture, output.format, event.receipt, output.quality)
 
 # %% ../nbs/09d_answers.ipynb #5d5add47
 @dataclass
@@ -279,17 +292,16 @@ class Files:
                 "warnings": self.warnings}
 
 # %% ../nbs/09d_answers.ipynb #4c53b502
-async def files_of(api: Api, work: OrderedJob, request: Request | None = None,
-                   finish: Finish | None = None) -> Files:
+async def files_of(api: Api, work: OrderedJob, request: Request | None = None) -> Files:
     "Wait for all pictures and encode them. Raises the error of a job that failed."
     order = work.order
     done: dict[int, tuple[bytes, Receipt]] = {}
     async with aclosing(follow(api, work.job, request)) as events:
         async for event in events:
             if isinstance(event, Failed): raise event.error
-            if isinstance(event, Image): done[event.index] = await api.encode(file_of, event, order.format, finish)
+            if isinstance(event, Image): done[event.index] = await api.encode(file_of, event, order.output)
     files, receipts = zip(*(done[i] for i in sorted(done)), strict=True)
-    return Files(order.format, list(files), list(receipts), [*work.job.warnings, *order.differs(receipts[0])])
+    return Files(order.output.format, list(files), list(receipts), [*work.job.warnings, *order.differs(receipts[0])])
 
 # %% ../nbs/09d_answers.ipynb #d48e6ca7
 KINDS = {"text/event-stream": "events", "application/json": "json", "application/*": "json", "*/*": "json",
@@ -341,7 +353,7 @@ async def told(api: Api, event: Event, order: Order, request_id: str = "") -> To
         image = await api.encode(preview_jpeg, event.image)
         return Told("preview", {"index": event.index, "image": to_base64(image)}, event.index)
     if isinstance(event, Image):
-        file, receipt = await api.encode(file_of, event, order.format)
+        file, receipt = await api.encode(file_of, event, order.output)
         data = {"index": event.index, "image": to_base64(file), "receipt": receipt.to_json()}
         return Told("image", data, event.index)
     if isinstance(event, Failed): return Told("failed", {"problem": event.error.problem(request_id)})
@@ -416,7 +428,7 @@ async def respond(request: Request, ask: Ask) -> Response:
     if kind not in ("json", "events"): one_picture(ask)
     work = await begin(request, ask, previews=kind == "events")
     if kind == "events": return event_stream(api, sse_events(api, work, request_id(request)), work.job)
-    if kind in MIME: work = replace(work, order=replace(work.order, format=kind))
+    if kind in MIME: work = replace(work, order=replace(work.order, output=Output(kind)))
     made = await files_of(api, work, request)
     if kind == "json": return JSONResponse(made.json())
     return Response(made.files[0], media_type=MIME[made.format], headers={"cache-control": "no-store"})

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 # %% auto #0
 __all__ = ['Asked', 'Pixels', 'SIDE', 'Size', 'WALKS', 'LONG_PROMPT', 'MOST_PICTURES', 'MOST_PIXELS', 'size_asked', 'to_size',
            'own_shape', 'nullable', 'Dialect', 'translated', 'renamed', 'with_alpha', 'remade_mask', 'unused',
-           'shortened', 'warning_header', 'Wish', 'multiplied', 'enlarged']
+           'shortened', 'warning_header', 'Wish', 'multiplied', 'size_made', 'enlarged']
 
 # %% ../nbs/10_dialects.ipynb #5c9dbfb6
 from .answers import Api, Finish, Order
@@ -172,7 +172,7 @@ class Wish:
         return replace(order, plan=replace(order.plan, pictures=pictures, notes=notes), output=output)
 
     def _check(self, pictures: tuple[Picture, ...]) -> None:
-        width, height = self.size or (pictures[0].width, pictures[0].height)
+        width, height = self.size or size_made(pictures[0])
         most = min(MOST_PICTURES, MOST_PIXELS // (width * height))
         if len(pictures) > most:
             raise Invalid.value("n", given=len(pictures), allowed=f"at most {most} pictures of {width}x{height}")
@@ -188,9 +188,14 @@ def multiplied(pictures: tuple[Picture, ...], count: int) -> tuple[Picture, ...]
     return tuple(out)
 
 # %% ../nbs/10_dialects.ipynb #852edb91
+def size_made(picture: Picture) -> Size:
+    "The size of a planned picture when it is finished."
+    return picture.inpainting.picture.size if picture.inpainting else (picture.width, picture.height)
+
+# %% ../nbs/10_dialects.ipynb #8eba4961
 def enlarged(size: Size | None, picture: Picture) -> list[Note]:
     "A note when the size asked for is beyond the one that the picture is drawn at."
-    drawn = picture.width, picture.height
+    drawn = size_made(picture)
     if size is None or size[0] * size[1] <= drawn[0] * drawn[1]: return []
     asked, used = f"{size[0]}x{size[1]}", f"{drawn[0]}x{drawn[1]}"
     return [Note("size", asked, used, f"Drawn at {used}, which this model does best, and enlarged to {asked}.")]

@@ -10,14 +10,15 @@ from dataclasses import dataclass, replace
 from itertools import islice, zip_longest
 from typing import Any, Literal, NoReturn
 from PIL import Image, ImageChops
+from .infotext import infotext
 from .types import Invalid, Receipt, Words, shown
 
 # %% auto #0
 __all__ = ['FORMATS', 'PNG_SIGNATURE', 'JPEG_SIGNATURE', 'MIN_SIDE', 'MAX_PIXELS', 'MAX_ASPECT', 'MAX_PARTS', 'MAX_SCANS',
            'MAX_FRAMES', 'MAX_EXTRA', 'DECODE_RATES', 'MIME', 'MAX_RECEIPT', 'from_base64', 'Part', 'png_parts',
            'number_at', 'jpeg_parts', 'webp_parts', 'PictureFacts', 'facts_of', 'DecodeRate', 'decode_cost', 'drafted',
-           'essential', 'from_pil', 'decode', 'mask_from_pil', 'decode_mask', 'encode', 'as_file', 'to_base64',
-           'receipt_of', 'Grid', 'grid']
+           'essential', 'from_pil', 'decode', 'mask_from_pil', 'decode_mask', 'encode', 'with_texts', 'as_file',
+           'to_base64', 'receipt_of', 'Grid', 'grid']
 
 # %% ../nbs/03a_images.ipynb #eefb3d40
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -413,34 +414,49 @@ _OPTIONS: dict[str, dict[str, int]] = {
 }
 
 
-def encode(im: Image.Image, format: str = "png", receipt: Receipt | None = None) -> bytes:
-    "A PIL picture -> file bytes. Into a PNG the receipt goes as text chunk `aura` (JSON)."
+def encode(im: Image.Image, format: str = "png", receipt: Receipt | None = None,
+           quality: int | None = None) -> bytes:
+    """A PIL picture -> file bytes. Into a PNG the receipt goes as text (see `with_texts`).
+
+    `quality`: 0 to 100, of a JPEG or a WebP."""
     out = io.BytesIO()
-    im.save(out, format.upper(), **_OPTIONS[format])
+    options = dict(_OPTIONS[format])
+    if quality is not None and format != "png": options["quality"] = quality
+    im.save(out, format.upper(), **options)
     if receipt is None or format != "png": return out.getvalue()
-    return _with_text(out.getvalue(), receipt)
+    return with_texts(out.getvalue(), receipt, im.size)
 
 # %% ../nbs/03a_images.ipynb #a0a85a7f
 _RECEIPT_CHUNK = b"aura\0"                       # the keyword, and the zero byte that ends it
 _AFTER_HEADER = 33                               # signature (8 bytes) and header chunk (25)
 
 
-def _with_text(png: bytes, receipt: Receipt) -> bytes:
-    "The receipt as an iTXt chunk between a PNG's header and the rest."
-    text = json.dumps(receipt.to_json(), ensure_ascii=False).encode()
-    # four zero bytes: not compressed (flag and method), no language, no translated keyword
-    body = b"iTXt" + _RECEIPT_CHUNK + bytes(4) + text
-    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
-    return png[:_AFTER_HEADER] + chunk + png[_AFTER_HEADER:]
+def _chunk(kind: bytes, body: bytes) -> bytes:
+    "A chunk of a PNG: its length, kind, body and check sum."
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 # %% ../nbs/03a_images.ipynb #98a32dcd
-def as_file(im: Image.Image, format: str, receipt: Receipt) -> tuple[bytes, Receipt]:
+def _itxt(keyword: bytes, text: str) -> bytes:
+    # four zero bytes: not compressed (flag and method), no language, no translated keyword
+    return _chunk(b"iTXt", keyword + bytes(4) + text.encode())
+
+# %% ../nbs/03a_images.ipynb #d3445b6b
+def with_texts(png: bytes, receipt: Receipt, size: tuple[int, int]) -> bytes:
+    "A PNG of `size` with the receipt as text chunks `aura` (JSON) and `parameters` (as AUTOMATIC1111 writes it)."
+    ours = _itxt(_RECEIPT_CHUNK, json.dumps(receipt.to_json(), ensure_ascii=False))
+    text = infotext(receipt, size)
+    try: theirs = _chunk(b"tEXt", b"parameters\0" + text.encode("latin-1"))
+    except UnicodeEncodeError: theirs = _itxt(b"parameters\0", text)
+    return png[:_AFTER_HEADER] + ours + theirs + png[_AFTER_HEADER:]
+
+# %% ../nbs/03a_images.ipynb #752d4d8f
+def as_file(im: Image.Image, format: str, receipt: Receipt, quality: int | None = None) -> tuple[bytes, Receipt]:
     "`encode`, timed -> (file bytes, the receipt with its `encode` seconds); a PNG holds that receipt."
     start = time.perf_counter()
-    data = encode(im, format)
+    data = encode(im, format, quality=quality)
     seconds = round(time.perf_counter() - start, 4)
     receipt = replace(receipt, timings={**receipt.timings, "encode": seconds})
-    return (_with_text(data, receipt) if format == "png" else data), receipt
+    return (with_texts(data, receipt, im.size) if format == "png" else data), receipt
 
 # %% ../nbs/03a_images.ipynb #cd1ad8a8
 def to_base64(data: bytes) -> str:

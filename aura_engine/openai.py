@@ -30,7 +30,7 @@ from .app import FILE, MAKING, Route, parsed_body
 from .bodies import ReceiptBody
 from .dialects import (
     LONG_PROMPT, MOST_PICTURES, SIDE, Dialect, Size, Wish, own_shape, remade_mask, renamed, shortened, size_asked,
-    to_size, translated, unused)
+    size_made, to_size, translated, unused)
 from .errors import as_error, invalid
 from .images import MIME, encode, to_base64
 from .intake import LARGE, read_form
@@ -261,14 +261,14 @@ async def get_picture(request: Request, name: str) -> Response:
     return Response(picture.data, media_type=picture.mime, headers={"cache-control": "private, max-age=600"})
 
 # %% ../nbs/10a_openai.ipynb #b1d55cef
-def openai_json(request: Request, ask: ImagesRequest, made: Files) -> dict[str, Any]:
+def openai_json(request: Request, ask: ImagesRequest, made: Files, drawn: Size) -> dict[str, Any]:
     "Finished pictures as OpenAI's answer; receipts and warnings stand beside its own fields."
     if ask.by_address:
         shelf, client = shelf_of(request), client_behind(request)
         names = [shelf.put(file, made.format, client) for file in made.files]
         data = [{"url": f"{request.base_url}pictures/{name}"} for name in names]
     else: data = [{"b64_json": to_base64(file)} for file in made.files]
-    size = size_asked(ask.size) or (made.receipts[0].width, made.receipts[0].height)
+    size = size_asked(ask.size) or drawn
     receipts = [receipt.to_json() for receipt in made.receipts]
     return {"created": int(time.time()), "data": data, **described(ask, size), "usage": NO_USAGE,
             "receipts": receipts, "warnings": made.warnings}
@@ -297,8 +297,8 @@ def openai_event(ask: ImagesRequest, name: str, size: Size, file: bytes, **more:
 # %% ../nbs/10a_openai.ipynb #9f8c8d18
 def completed(ask: ImagesRequest, kind: str, work: OrderedJob, event: Image) -> dict[str, Any]:
     "The event of a finished picture."
-    file, receipt = file_of(event, work.order.output)
-    size = size_asked(ask.size) or (receipt.width, receipt.height)
+    file, _ = file_of(event, work.order.output)
+    size = size_asked(ask.size) or size_made(work.order.plan.pictures[event.index])
     return openai_event(ask, f"{kind}.completed", size, file, usage=NO_USAGE)
 
 # %% ../nbs/10a_openai.ipynb #ec451343
@@ -313,7 +313,7 @@ async def openai_events(api: Api, work: OrderedJob, ask: ImagesRequest,
                         kind: str) -> AsyncGenerator[dict[str, Any]]:
     "A job as `{kind}.partial_image` and `{kind}.completed` events. Raises the error of a job that failed."
     first = work.order.plan.pictures[0]
-    size, partials = size_asked(ask.size) or (first.width, first.height), Partials(ask.partial_images)
+    size, partials = size_asked(ask.size) or size_made(first), Partials(ask.partial_images)
     async with aclosing(follow(api, work.job)) as events:
         async for event in events:
             if isinstance(event, Failed): raise event.error
@@ -341,7 +341,8 @@ async def openai_answer(request: Request, ask: ImagesRequest, own: GenerateReque
     api: Api = request.app.state.api
     work = await begin(request, own, previews=ask.stream and ask.partial_images > 0, revise=wish.revise)
     if ask.stream: return event_stream(api, openai_stream(api, work, ask, kind), work.job)
-    return JSONResponse(openai_json(request, ask, await files_of(api, work, request)))
+    made = await files_of(api, work, request)
+    return JSONResponse(openai_json(request, ask, made, size_made(work.order.plan.pictures[0])))
 
 # %% ../nbs/10a_openai.ipynb #630c0a11
 async def post_generations(request: Request, body: ImagesRequest) -> Response:

@@ -4,7 +4,7 @@
 
 # %% ../nbs/09b_walls.ipynb #d35ac3a5
 from __future__ import annotations
-import asyncio, hmac, logging, re, secrets, time
+import asyncio, base64, hmac, logging, re, secrets, time
 from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, ip_address, ip_network
@@ -23,7 +23,7 @@ log = logging.getLogger("aura_engine.walls")
 # %% auto #0
 __all__ = ['log', 'ID', 'QUIET', 'EXPOSED', 'REST_BYTES', 'REST_SECONDS', 'REST_PAUSE', 'Marked', 'Stamp', 'note_request',
            'Origins', 'is_certain', 'Cors', 'log_foreign', 'Exchange', 'drain', 'Guard', 'refuse_foreign',
-           'refuse_compressed', 'check_key', 'client_group', 'client_behind']
+           'refuse_compressed', 'key_given', 'check_key', 'client_group', 'client_behind']
 
 # %% ../nbs/09b_walls.ipynb #6da864fc
 ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -103,7 +103,7 @@ def is_certain(host: str) -> bool:
     return True
 
 # %% ../nbs/09b_walls.ipynb #9c533507
-EXPOSED = ("retry-after", "x-request-id", "x-aura-engine", "location")
+EXPOSED = ("retry-after", "x-request-id", "x-aura-engine", "x-aura-warnings", "location")
 
 class Cors(CORSMiddleware):
     "Starlette's CORS for these origins, with any request header, private networks, and a log of what was refused."
@@ -200,12 +200,21 @@ def refuse_compressed(request: Request) -> None:
     raise Unsupported(wrong.msg + ".", (wrong,))
 
 # %% ../nbs/09b_walls.ipynb #3c28a8ac
-def check_key(key: str | None, authorization: str) -> None:
-    "Raise Unauthorized unless an Authorization header carries `key` as a Bearer token. No key: everybody may."
-    if key is None: return
+def key_given(authorization: str) -> bytes | None:
+    "The key in an Authorization header: a Bearer token, or the password of Basic. None: it holds neither."
     kind, _, given = authorization.partition(" ")
-    fits = hmac.compare_digest(given.strip().encode("latin-1", "replace"), key.encode())
-    if kind.lower() != "bearer" or not fits:
+    text = given.strip().encode("latin-1", "replace")
+    if kind.lower() == "bearer": return text
+    if kind.lower() != "basic": return None
+    try: return base64.b64decode(text, validate=True).partition(b":")[2]
+    except ValueError: return None
+
+# %% ../nbs/09b_walls.ipynb #ccbbc4c2
+def check_key(key: str | None, authorization: str) -> None:
+    "Raise Unauthorized unless an Authorization header carries `key`. No key: everybody may."
+    if key is None: return
+    given = key_given(authorization)
+    if given is None or not hmac.compare_digest(given, key.encode()):
         raise Unauthorized("This engine needs its API key: send Authorization: Bearer <key>.")
 
 # %% ../nbs/09b_walls.ipynb #3d222c4d

@@ -3,6 +3,7 @@ import base64, io, json, time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import numpy as np
 import openai
 import pytest
 from huggingface_hub import InferenceClient
@@ -20,6 +21,14 @@ def opened(item): return Image.open(io.BytesIO(base64.b64decode(item.b64_json)))
 def file(size=(128, 128), colour="teal"):
     out = io.BytesIO()
     Image.new("RGB", size, colour).save(out, "PNG")
+    return out.getvalue()
+
+
+def hole(size):
+    """A picture whose left half is transparent, as OpenAI marks what is to be drawn."""
+    im, out = Image.new("RGBA", size, "teal"), io.BytesIO()
+    im.paste((0, 0, 0, 0), (0, 0, size[0] // 2, size[1]))
+    im.save(out, "PNG")
     return out.getvalue()
 
 
@@ -41,6 +50,10 @@ def test_edit(ai):
     two = ai.images.edit(image=[("a.png", file()), ("b.png", file((200, 100)))], prompt="a green apple", size="100x100")
     assert len(one.data) == len(two.data) == 2 and [opened(d).size for d in two.data] == [(100, 100)] * 2
     assert "not composed" in two.warnings[0]
+    masked = ai.images.edit(image=("a.png", file((200, 100))), mask=("m.png", hole((200, 100))), prompt="a green apple", extra_body={"seed": 1, "num_inference_steps": 2})
+    made = np.asarray(opened(masked.data[0]).convert("RGB"), int)
+    assert made.shape == (100, 200, 3) and masked.size == "200x100" and masked.receipts[0]["maskSha256"]
+    assert (made[:, 110:] == (0, 128, 128)).all() and (made[:, :90] != (0, 128, 128)).any()
     with pytest.raises(openai.BadRequestError) as e: ai.images.edit(image=("a.png", file()), mask=("m.png", file()), prompt="x")
     assert e.value.param == "mask" and "transparency" in e.value.message
 
@@ -203,6 +216,10 @@ def test_img2img_and_png_info(sd):
     r = sd.post("/img2img", json={"init_images": ["data:image/png;base64," + base64.b64encode(file()).decode()], "prompt": "a fox <lora:ink:0.5>", "width": 96, "height": 64, "seed": 3, "steps": 4})
     picture, info = first(r)
     assert picture.size == (96, 64) and info["seed"] == 3 and "ink" in " ".join(info["warnings"]) and "<lora" not in info["prompt"]
+    teal, black = (base64.b64encode(file((200, 100), c)).decode() for c in ("teal", "black"))
+    inverted = {"init_images": [teal], "mask": black, "inpainting_mask_invert": 1, "prompt": "a fox", "steps": 2, "inpaint_full_res": False, "width": 200, "height": 100}
+    assert sd.post("/img2img", json={**inverted, "inpainting_mask_invert": 0}).json()["fields"] == ["mask"]     # nothing is white
+    assert first(sd.post("/img2img", json=inverted))[0].size == (200, 100)
     held = sd.post("/png-info", json={"image": r.json()["images"][0]}).json()
     assert held["info"] == info["infotexts"][0] and held["parameters"]["Denoising strength"] == "0.75" and json.loads(held["items"]["aura"])["seed"] == 3
     assert sd.post("/png-info", json={"image": base64.b64encode(file()).decode()}).json() == {"info": "", "items": {}, "parameters": {}}
