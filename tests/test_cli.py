@@ -39,6 +39,20 @@ def test_pictures_from_words_pictures_and_receipts(aura, server, tmp_path):
     assert (status, err) == (0, "") and Image.open(tmp_path / "again.png").tobytes() == Image.open(tmp_path / "apple.png").tobytes()
 
 
+def test_a_mask_from_a_file(aura, server, tmp_path):
+    picture, mask = Image.effect_mandelbrot((160, 128), (-2, -1, 1, 1), 50).convert("RGB"), Image.new("L", (160, 128))
+    mask.paste(255, (40, 40, 100, 100))
+    picture.save(tmp_path / "photo.png")
+    mask.save(tmp_path / "mask.png")
+    status, out, err = aura("refine", "a fish", "photo.png", "--mask", "mask.png", "--padding-mask-crop", 10, "-o", "new.png", "--local", server.url)
+    assert (status, err) == (0, ""), err
+    new = Image.open(tmp_path / "new.png")
+    new.paste(0, (40, 40, 100, 100)), picture.paste(0, (40, 40, 100, 100))
+    assert new.size == (160, 128) and new.tobytes() == picture.tobytes()
+    status, _, err = aura("replay", "new.png", "--init", "photo.png", "--mask", "mask.png", "-o", "again.png", "--local", server.url)
+    assert (status, err) == (0, "") and Image.open(tmp_path / "again.png").tobytes() == Image.open(tmp_path / "new.png").tobytes()
+
+
 def test_what_was_done_differently_is_said(aura, server):
     status, out, err = aura("generate", "a fox", "--resolution", "high", "--negative", "blur", "--local", server.url)
     assert status == 0 and "no GPU" in err and "negative prompt" in err and out.startswith("a-fox-")

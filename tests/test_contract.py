@@ -72,6 +72,25 @@ def test_the_guides_refine(web, apple):
     assert web.post("/refine", json={k: body[k] for k in ("refinePrompt", "images")}).status_code == 200
 
 
+def test_a_mask_keeps_what_is_black(web, apple):
+    """The same body with `mask`: pixels outside are the input's; wrong masks name their field; /replay makes it again; /health says that masks are taken."""
+    mask = Image.new("L", (128, 128))
+    mask.paste(255, (32, 32, 96, 96))
+    (out := io.BytesIO(), mask.save(out, "PNG"))
+    text = base64.b64encode(out.getvalue()).decode()
+    body = {"refinePrompt": "a banana", "images": apple["images"] * 2, "mask": "data:image/png;base64," + text, "config": {"seed": 1, "paddingMaskCrop": 8}}
+    made = web.post("/refine", json=body).json()
+    for picture in made["images"]: assert np.abs(pixels(picture) - pixels(apple["images"][0]))[np.asarray(mask) == 0].max() == 0
+    receipt = made["receipts"][1]
+    assert receipt["maskSha256"] and receipt["paddingMaskCrop"] == 8 and receipt["strength"] == 1 and receipt["seed"] == 2
+    again = web.post("/replay", json={"receipt": receipt, "init": apple["images"][0], "mask": text}).json()
+    assert np.abs(pixels(again["images"][0]) - pixels(made["images"][1])).max() <= 1 and not again["warnings"]
+    assert web.get("/health").json()["limits"]["mask"] is True
+    for wrong, field in (({"mask": apple["images"][0][:40]}, "mask"), ({"config": {"paddingMaskCrop": 513}}, "config.paddingMaskCrop"), ({"mask": None}, "config.paddingMaskCrop"), ({"mask": "http://x/y.png"}, "mask")):
+        r = web.post("/refine", json=body | wrong)
+        assert r.status_code == 422 and r.json()["errors"][0]["loc"] == field, r.text
+
+
 def test_a_refinement_keeps_the_aspect(web):
     out = io.BytesIO()
     Image.new("RGB", (300, 150), "teal").save(out, "JPEG")
