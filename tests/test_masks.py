@@ -74,6 +74,26 @@ def test_latents_are_those_of_the_stock_pipeline(family, sampler, strength, guid
     assert (ours - theirs).abs().max() <= 1e-5 * max(1, theirs.abs().max())
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory): return load(load_settings(SD_MODEL_ID=str(tiny.save(tmp_path_factory.mktemp("plain") / "model")), SD_DEVICE="cpu"))
+
+
+@pytest.mark.parametrize("sampler", ["dmd2", "tcd-0.3", "euler-x0", "dpm-sde"])
+def test_so_are_those_of_the_other_samplers(plain, sampler):
+    p = masked(0.5, sampler, steps=2)
+    ours, (theirs, _) = run(plain, p).latents, stock(plain, p)
+    assert (ours - theirs).abs().max() <= 1e-5 * max(1, theirs.abs().max())
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler-a"])
+def test_a_tiny_vae_draws_no_latents(plain, sampler):
+    """Its encoder answers latents, so the pipelines draw less noise for it."""
+    torch.manual_seed(0)
+    parts, p = replace(plain, vae=tiny.tiny_vae().eval().requires_grad_(False)), masked(0.8, sampler)
+    ours, (theirs, _) = run(parts, p).latents, stock(parts, p)
+    assert (ours - theirs).abs().max() <= 1e-5 * max(1, theirs.abs().max())
+
+
 def test_a_padded_crop_is_the_stock_pipelines(family):
     """The same box, the same part at the model's size, the same latents; and what comes back differs by a rounding of the blend."""
     photo = Image.fromarray(np.random.default_rng(1).integers(0, 255, (512, 512, 3), dtype=np.uint8))
