@@ -23,7 +23,7 @@ _HERE = Path(__file__).parent if "__file__" in globals() else Path("../aura_engi
 STUDIO_FOLDER = _HERE / "assets/studio"
 
 # %% auto #0
-__all__ = ['STUDIO_FOLDER', 'FORM', 'VARIED', 'Axis', 'form_of', 'ask_of', 'asked_by', 'shown_of', 'Pane', 'account_of',
+__all__ = ['STUDIO_FOLDER', 'FORM', 'VARIED', 'Axis', 'form_of', 'ask_of', 'asked_by', 'shown_of', 'Still', 'Pane', 'account_of',
            'examples_from', 'Conversation', 'Studio', 'EngineStatus', 'checked_axis', 'Compare']
 
 # %% ../nbs/13b_widgets.ipynb #a1cd870a
@@ -37,12 +37,16 @@ def form_of(given: dict[str, Any]) -> dict[str, Any]:
         if name not in FORM: raise Invalid.value(name, given=given[name], allowed=", ".join(FORM), why="not a field")
     return FORM | given
 
-def ask_of(form: dict[str, Any], start: Any = None) -> Ask:
+# %% ../nbs/13b_widgets.ipynb #84f1918b
+def ask_of(form: dict[str, Any], start: Any = None, mask: Any = None) -> Ask:
     "The form as a question; with a picture to start from it is a refinement. Invalid names the wrong field."
     options = {"seed": form["seed"], "steps": form["steps"], "guidance_scale": form["guidance"]}
     options |= {"temperature": form["temperature"], "negative_prompt": form["negative"], "lora": form["lora"]}
     if start is not None:
-        return refinement(form["prompt"], [start] * form["n"], strength=form["strength"], **options)
+        # Under a mask the engine's own strength is 1: what may change is drawn anew.
+        untouched = mask is not None and form["strength"] == FORM["strength"]
+        strength = None if untouched else form["strength"]
+        return refinement(form["prompt"], [start] * form["n"], mask, strength=strength, **options)
     size = "high" if form["high"] else "standard"
     return generation(form["prompt"], aspect_ratio=form["aspect"], resolution=size, n=form["n"], **options)
 
@@ -62,8 +66,19 @@ def shown_of(work: Work) -> dict[str, Any]:
     body = {k: v for k, v in json_body(work.ask).items() if k not in ("images", "init")}
     return {"job": work.id, "request": {"route": route, "body": body}, "n": count_of(work.ask), "at": 1000 * work.at}
 
+# %% ../nbs/13b_widgets.ipynb #3b62fcea
+class Still(anywidget.AnyWidget):
+    "A widget that leaves a still in its place in a notebook, for readers without a kernel."
+    def still(self) -> dict[str, str]:
+        "What stands in the widget's place where no kernel runs, by MIME type: nothing, unless a widget says more."
+        return {}
+
+    def _repr_mimebundle_(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        data, metadata = super()._repr_mimebundle_(**options) or ({}, {})
+        return self.still() | data, metadata
+
 # %% ../nbs/13b_widgets.ipynb #c50787b8
-class Pane(anywidget.AnyWidget):
+class Pane(Still):
     "A view of the Studio's module over a desk. `engines`: each one's account; `health`: that of the one asked first."
     _esm = STUDIO_FOLDER / "studio.js"
     styles = T.Unicode((STUDIO_FOLDER / "studio.css").read_text(encoding="utf-8")).tag(sync=True)
@@ -224,10 +239,13 @@ class Studio(Conversation):
         "The picture that is chosen in the browser, else the newest."
         return self.desk.album.find(self.choice) or next(iter(self.desk.album.shots), None)
 
-    def generate(self, start: Any = None) -> Work:
-        "Make what the form asks for, from a picture `start` if there is one; returns at once, see `Work.wait`."
+    def generate(self, start: Any = None, mask: Any = None) -> Work:
+        """Make what the form asks for, from a picture `start` if there is one; returns at once, see `Work.wait`.
+
+        `mask`: what may change of it, white on black.
+        """
         if isinstance(start, Shot): start = start.image
-        return self.desk.begin(ask_of(self.value, start))
+        return self.desk.begin(ask_of(self.value, start, mask))
 
     def compare(self, x: tuple[str, Sequence[Any]], y: tuple[str, Sequence[Any]] = ("", ())) -> Compare:
         "The chosen picture again, with one or two settings varied: `compare(x=(\"steps\", [1, 2, 4]))`."
@@ -245,6 +263,10 @@ class Studio(Conversation):
         self.stop()
         super().close()
 
+    def still(self) -> dict[str, str]:
+        "The newest pictures."
+        return {"text/html": self.snapshot(128)._repr_mimebundle_()["text/html"]} if self.pictures else {}
+
     def snapshot(self, width: int = 256) -> Grid:
         "A still of the newest pictures, for a notebook that is read without a kernel."
         shots = self.pictures[:6]
@@ -259,6 +281,10 @@ class EngineStatus(Pane):
     """
     def __init__(self, source: Any = None, every: float = 3, origin: str | None = None):
         super().__init__(source, every, origin, view="engine")
+
+    def still(self) -> dict[str, str]:
+        "Each engine in a line."
+        return {"text/markdown": self._repr_markdown_()}
 
     def _repr_markdown_(self) -> str:
         rows = {name: [r.status, r.url, r.reason or "", " ".join(r.advice)] for name, r in self.reports.items()}
@@ -331,6 +357,10 @@ class Compare(Conversation):
         "Wait until every tile is filled."
         self.work.result(timeout)
         return self
+
+    def still(self) -> dict[str, str]:
+        "The tiles that are finished."
+        return {"text/html": self.grid()._repr_mimebundle_()["text/html"]} if self.results else {}
 
     def grid(self, width: int = 128) -> Grid:
         "The finished tiles as one picture, for a notebook that is read without a kernel."

@@ -1,5 +1,5 @@
 """The Studio as the page at `/`, in a real Chromium: what a person sees and does. `AURA_PICTURES=1` keeps the screenshots."""
-import base64, gzip, io, json, os, re, shutil, signal, subprocess, sys, time
+import base64, gzip, io, json, os, random, re, shutil, signal, subprocess, sys, time
 
 import httpx
 import pytest
@@ -251,15 +251,16 @@ def give(page, how, data, name="picture.png", mime="image/png"):
 
 
 def noise(width, height, format="PNG"):
+    """A picture of three bytes a pixel that no format can make smaller."""
     out = io.BytesIO()
-    Image.effect_noise((width, height), 90).convert("RGB").save(out, format)
+    Image.frombytes("RGB", (width, height), random.Random(width).randbytes(3 * width * height)).save(out, format)
     return out.getvalue()
 
 
 @pytest.mark.parametrize("how", ["drop", "paste", "file"])
 def test_pictures_in(page, how):
-    """A large photo becomes the start picture, small enough to travel; what is no picture is said."""
-    big_one = noise(1800, 1200, "JPEG")
+    """A large photo, as a file of 20 MB, becomes the start picture, small enough to travel; what is no picture is said."""
+    big_one = noise(3300, 2200) if how == "file" else noise(1800, 1200, "JPEG")
     if how == "file": page.locator("input[type=file]").set_input_files({"name": "photo.jpg", "mimeType": "image/jpeg", "buffer": big_one})
     else: give(page, how, big_one, "photo.jpg", "image/jpeg")
     expect(page.locator(".start")).to_contain_text("photo.jpg")
@@ -627,6 +628,48 @@ def test_compare_stops(page, server):
     while httpx.get(server.url + "/health").json()["queue"]["length"]: assert time.monotonic() < end; time.sleep(0.1)
 
 
+CLICKS = """() => { window.clicks = window.clicks ?? 0;
+    addEventListener('click', e => { if (e.isTrusted && e.detail) window.clicks++; }, true) }"""
+
+
+def clicks(page):
+    """Presses of the mouse since the last question."""
+    return page.evaluate("() => { const n = window.clicks; window.clicks = 0; return n; }")
+
+
+def test_a_newcomers_tasks(page, browser, server):
+    """The tasks of 00_start's table, done by mouse and counted in clicks. Typing is not counted; the fifth is in test_lab."""
+    page.evaluate(CLICKS)
+    counted = {}
+    prompt(page).press_sequentially("a fox on a green background")
+    press(page, "Generate")
+    finished(page)
+    counted["make a picture"] = clicks(page)
+    link, png = copied(page, "link"), saved(page)
+    clicks(page)
+    page.get_by_role("button", name="link", exact=True).click()
+    with browser.new_context() as elsewhere:
+        friend = elsewhere.new_page()
+        friend.add_init_script(f"({CLICKS})()")
+        friend.goto(link)
+        press(friend, "Make it")
+        finished(friend)
+        counted["make it again on another machine"] = clicks(page) + clicks(friend)
+        assert same(png, saved(friend))
+    press(page, "Start from it")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("a fox on a yellow background")
+    press(page, "Generate")
+    finished(page, 2)
+    counted["change the background"] = clicks(page)
+    press(page, "Compare")
+    page.get_by_role("button", name=re.compile("^Make ")).click()
+    expect(page.locator("caption")).to_contain_text(re.compile(r"(\d+) of \1"), timeout=60_000)
+    page.get_by_role("button", name="steps 8").first.click()
+    counted["find the best step count"] = clicks(page)
+    assert counted == {"make a picture": 1, "make it again on another machine": 2, "change the background": 2, "find the best step count": 3}
+
+
 def test_without_storage(browser, server):
     with browser.new_context() as context:
         context.add_init_script("for (const name of ['indexedDB', 'localStorage', 'sessionStorage']) Object.defineProperty(window, name, {get() { throw new DOMException('no', 'SecurityError') }})")
@@ -730,6 +773,51 @@ def test_axe_in_other_states(gallery, browser, server, what):
     if what == "alert": page.get_by_role("alert").get_by_role("button", name="Close").click()
     if what == "start": page.get_by_role("button", name="Take the picture off").click()
     if what == "empty": page.context.close()
+
+
+def answers(page, path, body, status=200):
+    """From now on this path answers so."""
+    kind = "application/problem+json" if status >= 400 else "application/json"
+    page.route(path, lambda r: r.fulfill(status=status, content_type=kind, headers={"retry-after": "30"}, body=json.dumps(body)))
+
+
+LOADING = {"status": "loading", "ready": False, "model": "a/b", "device": None, "queue": {"length": 0, "seconds": 0},
+           "loading": {"stage": "fetching", "file": "unet/model.safetensors", "bytesDone": 1.2e9, "bytesTotal": 3.4e9}}
+FULL = {"type": "urn:aura:queue_full", "title": "Full", "status": 429, "detail": "40 are waiting.", "errors": []}
+FAILED = {"status": "failed", "ready": False, "reason": "nobody/nothing is not there.", "queue": {"length": 0, "seconds": 0}}
+STATES = {"loading": "starts by itself", "queued": "ahead of you", "running": "step", "busy": "busy. Asking again", "offline": "Trying again",
+          "failed": "could not be loaded", "key missing": "asks for its key", "key wrong": "not this engine's key"}
+
+
+@pytest.mark.parametrize("what", STATES)
+def test_axe_in_the_states_of_the_engine(browser, server, what):
+    """What is shown while something is the matter is as accessible as the rest, light and dark."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed").Axe()
+    with browser.new_context(viewport={"width": 620, "height": 940}, bypass_csp=True) as context, httpx.Client(base_url=server.url) as others:
+        page, ahead = context.new_page(), []
+        if what == "key wrong": context.add_init_script("sessionStorage.setItem('aura.key', JSON.stringify('mellon'))")
+        page.goto(server.url)
+        expect(state(page)).to_contain_text("ready")
+        if what == "loading": answers(page, "**/health", LOADING)
+        if what == "busy": answers(page, "**/jobs", FULL, 429)
+        if what == "offline": page.route("**/*", lambda r: r.abort())
+        if what == "failed": answers(page, "**/health", FAILED)
+        if what.startswith("key"): answers(page, "**/jobs", {"title": "no"}, 401)
+        if what == "queued":
+            ahead = [others.post("/jobs", json={"route": "generate", "request": {"prompt": "an owl", "steps": 50, "n": 4}}).json()["statusUrl"] for _ in range(2)]
+        prompt(page).fill("a fox")
+        if what in ("queued", "running"): set_range(page, "steps", 50)
+        if what != "failed": press(page, "Generate")
+        where = page.get_by_role("alert") if what in ("failed", "key missing", "key wrong") else page.locator(".said")
+        expect(where).to_contain_text(STATES[what])
+        if what == "running": expect(page.locator(".frame img.preview")).to_be_visible()
+        for scheme in SCHEMES:
+            page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+            page.wait_for_timeout(600)                      # the theme is looked at twice a second
+            found = axe.run(page).response["violations"]
+            assert not found, [(v["id"], [n["html"][:120] for n in v["nodes"]]) for v in found]
+        for url in ahead: others.delete(url)
+        if page.locator(".meter").count() and what in ("queued", "running"): press(page, "Stop")
 
 
 def test_four_thousand_pixels(gallery):

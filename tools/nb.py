@@ -60,9 +60,9 @@ def runs(cell, skip_flags):
 
 
 def clean_output(out):
-    """`out` in list-of-lines form; None for what no reader needs: a widget handle, stderr that is only noise."""
+    """`out` in list-of-lines form; None for what no reader needs: a widget without a still, stderr that is only noise."""
     out, data = dict(out), dict(out.get("data", {}))
-    if "application/vnd.jupyter.widget-view+json" in data: return None
+    if data.pop("application/vnd.jupyter.widget-view+json", None) and set(data) <= {"text/plain"}: return None
     if out.get("name") == "stderr" and not NOISE.sub("", text_of(out["text"]).replace("\r", "\n")).strip(): return None
     if "text" in out: out["text"] = text_of(out["text"]).splitlines(keepends=True)
     for k in data:

@@ -325,7 +325,7 @@ export class WidgetEngine {
 
 	/** Whether the kernel still answers: one that was restarted says nothing by itself. */
 	async hello(seconds = 3) {
-		const answer = this.talk({ type: "hello" }).next().then(() => true);
+		const answer = this.talk({ type: "hello" }).next().then(() => true, () => false);
 		if (await Promise.race([answer, sleep(seconds)])) return;
 		this.ended = true;
 		for (const put of this.talks.values()) put({ error: new Trouble("ended", t("kernelEnded")) });
@@ -444,7 +444,8 @@ export class Studio extends EventTarget {
 		const { status, ready, reason, model } = health;
 		this.touch({ health, ...(model && { limits: limitsOf(health) }) });
 		if (ready && this.trouble?.code === "failed") this.fail(null);
-		if (status === "failed" && !this.trouble) this.fail(new Trouble("failed", t("modelFailed", { why: reason })));
+		const why = { failed: t("modelFailed", { why: reason }), ended: reason }[status];
+		if (why && !this.trouble) this.fail(new Trouble(status, why));
 		if (!ready || (before.ready && model === before.model)) return;
 		this.touch({ examples: await this.engine.examples().catch(() => []) });
 	}
@@ -776,7 +777,7 @@ const button = (name, onclick, props) => h("button", { onclick, ...props }, icon
 const link = (name, onclick, props) => h("button.link", { onclick, ...props }, t(name));
 const small = (name, sign, onclick, { class: more = "", ...props } = {}) => (
 	h("button", { onclick, title: t(name), "aria-label": t(name), ...props, class: `quiet ${more}` }, icon(sign)));
-const card = (name, props, ...kids) => h("section", { key: name, class: `card ${name}`, "aria-label": t(name), ...props }, ...kids);
+const card = (name, props, ...kids) => h("div", { key: name, role: "group", class: `card ${name}`, "aria-label": t(name), ...props }, ...kids);
 const field = (name, control, hidden) => h("label.field", { key: name, hidden }, dim(t(name)), control);
 const input = (s, name, props) => (
 	h("input", { name, value: s.form[name], oninput: (e) => s.set({ [name]: e.target.value }), ...props }));
@@ -807,7 +808,7 @@ function slider(s, name, step, hidden) {
 		range(name, clamp(own ?? low, low, high), s.limits[name], step, set));
 }
 
-// ---- the view, part by part
+// ---- the view
 const progressOf = ({ stage, file, bytesDone, bytesTotal }) => (file ? t("fetching", { file: last(file) }) : stage)
 	+ (bytesTotal ? ` · ${t("bytes", { done: bytesDone / 1e9, total: bytesTotal / 1e9 })}` : "");
 const sentence = ({ say, loading, until, ...said }) => t(say, until ? { n: whole((until - Date.now()) / 1000) } : said)
