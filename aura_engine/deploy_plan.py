@@ -326,7 +326,7 @@ def model_repos(variables: Mapping[str, str]) -> list[str]:
     "The Hub's repositories that an engine with these variables reads, without repeats."
     model = resolve_id(variables.get("SD_MODEL_ID", "embedded"))[0]
     lora = variables.get("SD_LCM_LORA_ID")
-    row = row_for(model, lora)
+    row = row_for(model, lora, explicit="SD_SAMPLER" in variables)
     with_alias = variables.get("SD_LORAS", "").split(",")
     loras = [pair.partition("=")[2].strip() for pair in with_alias]
     base = row.base if row else None
@@ -398,7 +398,8 @@ def target_for(state: SpaceState, o: DeployOptions) -> SpaceTarget:
 # %% ../nbs/15c_deploy_plan.ipynb #a6556016
 def slow_start(variables: Mapping[str, str]) -> int:
     "Seconds that build and start may take with these variables."
-    row = row_for(resolve_id(variables.get("SD_MODEL_ID", "embedded"))[0], variables.get("SD_LCM_LORA_ID"))
+    model = resolve_id(variables.get("SD_MODEL_ID", "embedded"))[0]
+    row = row_for(model, variables.get("SD_LCM_LORA_ID"), explicit="SD_SAMPLER" in variables)
     slow = row is None or row.native > 512 or variables.get("SD_BACKEND") == "openvino"
     return 3600 if slow else 1800
 

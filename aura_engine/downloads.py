@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from .models import WITHDRAWN, WITHDRAWN_WORDS
 from .types import AuraError, ModelError
 
 log = logging.getLogger("aura_engine.loader")
@@ -113,7 +114,9 @@ def blame(setting: str, value: str):
     "Any failure inside becomes a ModelError that names the setting, its value and the true cause."
     try: yield
     except AuraError: raise
-    except Exception as e: raise ModelError(f"{setting}={value}: {true_cause(e)}.") from e
+    except Exception as e:
+        gone = value in WITHDRAWN and "RepositoryNotFoundError" in class_names(e)
+        raise ModelError(f"{setting}={value}: {WITHDRAWN_WORDS if gone else true_cause(e)}.") from e
 
 # %% ../nbs/04a_downloads.ipynb #f4f4c7fe
 class Progress:

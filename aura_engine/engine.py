@@ -359,7 +359,7 @@ def with_model(known: Health, engine: EngineView) -> Health:
     return replace(known, device=p.device.type, gpu=engine.gpu, gpu_name=name, revision=p.revision,
                    family=p.row.name, scheduler=SAMPLERS[p.row.sampler].cls, precision=p.precision, backend=p.backend,
                    optimizations=optimizations_of(engine.runner), limits=limits_of(p.row, engine.gpu, mask=True),
-                   queue=engine.queue.load(cost), step_cost=steps)
+                   queue=engine.queue.load(cost), step_cost=steps, facts=p.facts)
 
 # %% ../nbs/08d_engine.ipynb #cbc3653f
 class Lease:

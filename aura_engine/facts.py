@@ -90,7 +90,8 @@ KINDS = (
     Kind("a Z-Image model", (_UNET + "cap_embedder.",), _NOT_SD),
     Kind("a ControlNet", ("control_model.",), "it steers another model and draws nothing alone"),
     Kind("a textual inversion", ("emb_params",), "it is a word for a prompt, and no model"),
-    Kind("a LoHa or LoKr", ("lora_unet_", "lokr_"), "only LoRAs are taken, and those as SD_LORAS"),
+    Kind("a LoHa or LoKr", ("lokr_",), "only LoRAs are taken, and those as SD_LORAS"),
+    Kind("a LoHa or LoKr", ("hada_",), "only LoRAs are taken, and those as SD_LORAS"),
     Kind("a LoRA", ("lora_",), _CHANGES),
     Kind("a LoRA", ("unet.", "lora"), _CHANGES),
     Kind("SDXL's refiner", (_UNET, "conditioner.embedders.0.model."), "it finishes another model's pictures"),
@@ -106,7 +107,7 @@ KINDS = (
 # %% ../nbs/04b_facts.ipynb #e9d32f66
 def has_name(names: list[str], mark: str) -> bool:
     "Whether a tensor's name begins with `mark`, or has it as a later part when it is a LoRA's."
-    later = f".{mark}" if mark.startswith("lo") else "\0"
+    later = f".{mark}" if mark.startswith(("lo", "hada")) else "\0"
     return any(name.startswith(mark) or later in name for name in names)
 
 # %% ../nbs/04b_facts.ipynb #40c09052

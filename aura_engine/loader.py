@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 import torch
 from .config import Settings
-from .downloads import Progress, Unusable, blame
-from .facts import SIGMAS, facts_of_configs, row_by_facts
+from .downloads import Progress, Unusable, blame, true_cause
+from .facts import SIGMAS, config_in, facts_of_configs, row_by_facts
 from .loras import Loras, fuse_lora, keep_loras
 from .models import (
     SAMPLERS, VAES, Row, Sampler, check_source, detect, is_local, is_named, is_whole, resolve_id, row_for)
@@ -22,8 +22,8 @@ from .types import Invalid, ModelError
 
 # %% auto #0
 __all__ = ['DTYPES', 'OURS_TO_SAY', 'devices', 'torch_wheel', 'nvidia_driver', 'gpu_fault', 'best_device', 'pick_device',
-           'pick_precision', 'has_bf16', 'scheduler_of', 'Components', 'read_pipeline', 'read_vae', 'encoders_of',
-           'recognised', 'default_within', 'row_by_settings', 'commit_of', 'load', 'placed']
+           'pick_precision', 'has_bf16', 'scheduler_of', 'Components', 'with_base', 'check_whole', 'read_pipeline',
+           'read_vae', 'encoders_of', 'recognised', 'default_within', 'row_by_settings', 'commit_of', 'load', 'placed']
 
 # %% ../nbs/04e_loader.ipynb #0d7e3511
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -133,6 +133,7 @@ class Components:
     lora: str | None = None                      # what is fused into the weights
     loras: Loras = field(default_factory=Loras)  # what a request may name
     notes: list[str] = field(default_factory=list)
+    facts: str | None = None                     # what its files say about it, in a sentence
     backend: str = "torch"                       # what runs the UNet
     optimizations: list[str] = field(default_factory=list)           # done and declined, in words
 
@@ -173,10 +174,28 @@ class Components:
         return scheduler_of(self.schedule, SAMPLERS[name or self.row.sampler])
 
 # %% ../nbs/04e_loader.ipynb #21ea27eb
+def with_base(reader: Reader, base: str, unet: str) -> tuple[Any, Path]:
+    "`read_folder` of a base with another UNet. Unusable names the base when it is what cannot be had."
+    try: return read_folder(reader, base, unet)
+    except Exception as e:
+        if not is_local(unet) or is_local(base) or isinstance(e, Unusable): raise
+        why = f"its base, {base}, cannot be had: {true_cause(e)}"
+        raise Unusable(f"{why}; SD_BASE_ID can name a folder with one") from e
+
+def check_whole(model: str) -> None:
+    "Unusable for a local folder that holds one part of a model."
+    path = Path(model).expanduser()
+    if not is_local(model) or (path / "model_index.json").is_file() or not (path / "config.json").is_file(): return
+    part = config_in(path, "config.json").get("_class_name", "part")
+    belongs = "name its base in SD_BASE_ID" if part.startswith("UNet") else "a VAE belongs into SD_VAE_ID"
+    raise Unusable(f"the folder holds a {part} alone: {belongs}")
+
+# %% ../nbs/04e_loader.ipynb #5cc8d5a7
 def read_pipeline(reader: Reader, model: str, row: Row | None, settings: Settings) -> tuple[Any, Path]:
     "(diffusers pipeline, where it came from) of a model id, folder or file."
     base = settings.base_id or (row.base if row and not is_whole(model, row) else None)
-    if base: return read_folder(reader, base, row.unet if row and row.unet and not is_local(model) else model)
+    if base: return with_base(reader, base, row.unet if row and row.unet and not is_local(model) else model)
+    check_whole(model)
     if model.endswith(".safetensors"): pipe, where = read_single(reader, model, settings.vae_id)
     else: pipe, where = read_folder(reader, model)
     channels, own = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
@@ -265,13 +284,15 @@ def load(settings: Settings, progress: Progress | None = None) -> Components:
         schedule=dict(pipe.scheduler.config), zero_empty=bool(pipe.config.get("force_zeros_for_empty_prompt")),
         device=device, precision=precision, revision=commit_of(where) or settings.revision, lora=lora, loras=loras,
         notes=notes)
-    return placed(made)
+    return placed(made, where)
 
 # %% ../nbs/04e_loader.ipynb #a548009d
-def placed(made: Components) -> Components:
-    "The same components on their device, ready to run, with the size of picture that a small model makes."
+def placed(made: Components, where: Path) -> Components:
+    "The components read from `where`, on their device and ready to run, with their facts and native size."
     for module in (made.unet, made.vae, *made.text_encoders): module.to(made.device).eval().requires_grad_(False)
     made.vae.to(memory_format=torch.channels_last)
+    found = facts_of_configs(made.schedule, made.unet.config, made.vae.config)
+    made.facts = replace(found, what="a single file" if where.is_file() else found.what).said()
     native = (made.unet.config.get("sample_size") or made.row.native) * made.vae_scale
     if native < made.row.native: made.row = replace(made.row, native=native)
     return made

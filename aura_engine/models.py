@@ -13,10 +13,11 @@ from .types import Invalid, Limits
 
 # %% auto #0
 __all__ = ['SAMPLERS', 'EPSILON', 'SD', 'XL', 'SD15_ID', 'SDXL_ID', 'SSD_ID', 'EMBEDDED_ROWS', 'SD_ROWS', 'XL_ROWS', 'ROWS',
-           'VAES', 'EMBEDDED', 'INCLUDED', 'PICKLED', 'SOURCES', 'ALIASES', 'BASES', 'NARROWEST', 'Sampler',
-           'executed_steps', 'Row', 'lcm_lora', 'lcm_model', 'distilled', 'hyper', 'hyper_cfg', 'tcd', 'lightning',
-           'lightning_lora', 'model_table', 'vae_table', 'resolve_id', 'is_local', 'check_source', 'is_named',
-           'with_lora', 'is_whole', 'row_for', 'detect', 'fit_size', 'size_for', 'makes', 'limits_of']
+           'VAES', 'EMBEDDED', 'INCLUDED', 'PICKLED', 'SOURCES', 'ALIASES', 'WITHDRAWN', 'WITHDRAWN_WORDS', 'BASES',
+           'NARROWEST', 'Sampler', 'executed_steps', 'Row', 'lcm_lora', 'lcm_model', 'distilled', 'hyper', 'hyper_cfg',
+           'tcd', 'lightning', 'lightning_lora', 'model_table', 'vae_table', 'resolve_id', 'is_local', 'check_source',
+           'is_named', 'own_name', 'with_lora', 'is_whole', 'row_for', 'detect', 'fit_size', 'size_for', 'makes',
+           'limits_of']
 
 # %% ../nbs/02_models.ipynb #d50d7ab4
 @dataclass(frozen=True)
@@ -257,6 +258,11 @@ SOURCES = ("a Hub id (owner/name), a file on the Hub (owner/name/file.safetensor
 ALIASES = {"runwayml/stable-diffusion-v1-5": SD15_ID}
 
 
+WITHDRAWN = tuple(f"stabilityai/stable-diffusion-2{kind}" for kind in ("", "-base", "-1", "-1-base"))
+WITHDRAWN_WORDS = ("its makers withdrew it from the Hub. A folder or .safetensors file of it that you still have is "
+                   "served, a mirror's id too")
+
+
 def resolve_id(model_id: str) -> tuple[str, str | None]:
     "(id to load, note or None): removed ids become their mirrors."
     mirror = ALIASES.get(model_id)
@@ -273,7 +279,8 @@ def is_local(source: str) -> bool:
 # %% ../nbs/02_models.ipynb #32169633
 def _is_model(path: Path) -> bool:
     "Whether a diffusers folder or a .safetensors file lies at `path`."
-    return (path / "model_index.json").is_file() or path.suffix == ".safetensors" and path.is_file()
+    if path.is_dir(): return any((path / name).is_file() for name in ("model_index.json", "config.json"))
+    return path.suffix == ".safetensors" and path.is_file()
 
 # %% ../nbs/02_models.ipynb #ba7617ab
 def _is_hub_name(model_id: str) -> bool:
@@ -286,7 +293,8 @@ def _is_hub_name(model_id: str) -> bool:
 def check_source(model_id: str) -> None:
     "Refuse what cannot be a model, before anything is fetched: Invalid with the allowed forms."
     why = "it is none of these"
-    if model_id.endswith(PICKLED): why = "pickled checkpoints can run code when they are read"
+    if model_id.endswith(".SAFETENSORS"): why = "libraries know such a file by small letters: rename it to .safetensors"
+    elif model_id.lower().endswith(PICKLED): why = "pickled checkpoints can run code when they are read"
     elif is_local(model_id):
         if _is_model(INCLUDED.get(model_id, Path(model_id).expanduser())): return
     elif _is_hub_name(model_id): return
@@ -308,6 +316,12 @@ def _nearest(rows: Iterable[Row]) -> Row | None:
 BASES = ("sd15", "sdxl", "ssd-1b", "embedded-base")
 
 
+def own_name(source: str) -> str:
+    "The last part of a source that is a name of its own, in small letters: not that of the folders above it."
+    path = Path(source)
+    return (path.parent if path.name == "pytorch_lora_weights.safetensors" else path).name.lower()
+
+# %% ../nbs/02_models.ipynb #e49face3
 def with_lora(row: Row, lora: str, explicit: bool = False) -> Row:
     "A base's row with the LoRA that is its method. Invalid for another family's, or an unknown one unless `explicit`."
     if row.name not in BASES: return row
@@ -315,7 +329,7 @@ def with_lora(row: Row, lora: str, explicit: bool = False) -> Row:
     fitting = _nearest(r for r in known if r.pipeline == row.pipeline)
     if known and not fitting: raise _other_family(row, lora)
     if not fitting and explicit: return row
-    if not fitting and "lcm" not in lora.lower(): raise _unknown_method(row, lora)
+    if not fitting and "lcm" not in own_name(lora): raise _unknown_method(row, lora)
     method = fitting or ROWS.get(f"{row.name}-lcm-lora", row)
     return replace(method, native=row.native, token_limit=row.token_limit, multiple=row.multiple)
 

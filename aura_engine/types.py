@@ -506,7 +506,7 @@ class Health:
     """What the engine is, has and does.
 
     `step_cost` in seconds by batch size, `memory` in bytes, `uptime_seconds` in seconds. `reason` says why
-    it failed, `loading` how far it is."""
+    it failed, `loading` how far it is. `facts`: what the model's files say about it."""
     status: EngineState
     ready: bool
     device: str | None
@@ -531,6 +531,7 @@ class Health:
     build_id: str | None
     uptime_seconds: float
     memory: dict[str, int | None] | None = None
+    facts: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         "The body of /health: camelCase names, lists for tuples; `memory` only where it is known."

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from aura_engine.config import load_settings
+from aura_engine.engine import Engine
 from aura_engine.facts import facts, last_sigma
 from aura_engine.loader import load
-from aura_engine.models import ROWS
+from aura_engine.models import ROWS, SDXL_ID
 from aura_engine.trajectory import TextCache, Trajectory, advance
 from aura_engine.types import Invalid, ModelError, Picture
 
@@ -275,6 +276,41 @@ def test_a_unet_alone_takes_the_base_that_is_named(tmp_path):
     save_file({k: v.contiguous() for k, v in other.state_dict().items()}, mine := tmp_path / "mine.safetensors")
     assert loaded(mine, SD_BASE_ID=str(base)).row.name == "sdxl"
     with pytest.raises(ModelError, match="is a UNet alone: it needs a base: name it in SD_BASE_ID"): loaded(mine)
+    with pytest.raises(ModelError, match=f"its base, {SDXL_ID}, cannot be had: .*HF_HUB_OFFLINE is set; SD_BASE_ID can name a folder with one"): loaded(file)
+
+
+def test_a_local_lcm_unet_takes_the_base_that_is_named(tmp_path):
+    """Row 11: a copy of latent-consistency/lcm-sdxl, offline; it was 'none of these'."""
+    base, folder = saved(tmp_path / "base", "sdxl", OFFICIAL["sdxl"]), tmp_path / "latent-consistency" / "lcm-sdxl"
+    tiny.unet(xl=True, time_cond_proj_dim=32).save_pretrained(folder)
+    assert loaded(folder, SD_BASE_ID=str(base)).row.name == "sdxl-lcm"
+    with pytest.raises(ModelError, match=f"its base, {SDXL_ID}, cannot be had: .*SD_BASE_ID"): loaded(folder)
+    folder.rename(mine := tmp_path / "mine")
+    assert loaded(mine, SD_BASE_ID=str(base)).row.name == "sdxl-lcm"
+    with pytest.raises(ModelError, match="holds a UNet2DConditionModel alone: name its base in SD_BASE_ID"): loaded(mine)
+    with pytest.raises(ModelError, match="holds a AutoencoderKL alone: a VAE belongs into SD_VAE_ID"): loaded(base / "vae")
+
+
+def test_a_folder_called_lcm_makes_no_method(tmp_path):
+    """The last part of a path names a LoRA, not the home of somebody who likes LCM."""
+    folder = saved(tmp_path / "model", "sd15", OFFICIAL["cosine"])
+    with pytest.raises(Invalid, match="none of the published methods"): loaded(folder, SD_LCM_LORA_ID=str(tiny.lora(tmp_path / "lcm-fan" / "ink.safetensors")))
+
+
+def test_names_that_mislead_have_their_own_sentence(single, tmp_path):
+    """Row 13: capital letters; a LoHa is no LoRA."""
+    shutil.copy(single, loud := tmp_path / "MODEL.SAFETENSORS")
+    with pytest.raises(Invalid, match="rename it to .safetensors"): loaded(loud)
+    save_file({"lora_unet_a.hada_w1_a": torch.ones(1)}, file := tmp_path / "loha.safetensors")
+    with pytest.raises(ModelError, match="loha.safetensors is a LoHa or LoKr"): loaded(file)
+
+
+def test_the_facts_are_part_of_health(tmp_path):
+    """Deliverable 1: what the files say, in /health."""
+    engine = Engine(load_settings(SD_MODEL_ID=str(saved(tmp_path / "model", "sdxl", OFFICIAL["noob-vpred"])), SD_DEVICE="cpu", SD_BACKEND="torch")).start()
+    assert engine.wait_ready(120), engine.reason
+    assert engine.health().to_json()["facts"] == "a diffusers folder that predicts v_prediction, with a schedule that ends in pure noise, made for EulerDiscreteScheduler"
+    engine.close()
 
 
 # row 9: what is in the files is in the model, and nothing is made up

@@ -238,6 +238,11 @@ def test_pickles_are_refused_before_they_are_fetched(hub, load):
 def test_the_model_named_instead_is_in_the_table(): assert SD15_ID in ROWS["sd15"].ids
 
 
+def test_a_model_that_its_makers_withdrew_says_so(hub, load):
+    told = load(SD_MODEL_ID="stabilityai/stable-diffusion-2-1")
+    assert "its makers withdrew it from the Hub" in told["reason"] and "a mirror's id" in told["reason"]
+
+
 def test_a_repository_that_is_no_model_says_what_to_write(hub, load):
     hub.repos = {"tester/files": {"model.safetensors": b"x"}, "tester/flux": {"model_index.json": json.dumps({"_class_name": "FluxPipeline"}).encode()}}
     assert "owner/name/file.safetensors" in load(SD_MODEL_ID="tester/files")["reason"]
