@@ -157,7 +157,7 @@ def responses(route: Route) -> dict[int | str, dict[str, Any]]:
     for code in route.alike: out[code] = {"description": "Ended"} | model
     kind = "application/problem+json" if route.fault is Problem else "application/json"
     problem = {"description": "A problem", "content": content(kind, named_schema(route.fault))}
-    for code in route.errors: out[code] = problem
+    for code in (*route.errors, "4XX"): out[code] = problem   # without it FastAPI adds a shape of its own for 422
     return out
 
 # %% ../nbs/09f_app.ipynb #caad54ae

@@ -1,11 +1,17 @@
 """The contract, asked of a real `python app.py` over a real socket, as a frontend would."""
-import base64, io
+import base64, io, json, os
+from types import SimpleNamespace
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
 import pytest
 from PIL import Image
+
+from aura_engine.app import create_app
+from aura_engine.compat import compat_routes, compat_shapes
+from aura_engine.config import load_settings
+from conftest import ROOT
 
 
 def picture(text):
@@ -175,3 +181,27 @@ def test_company_changes_nothing(server):
 def test_to_the_last_bit_at_one_batch_size(make_server):
     crowd, lone = together(make_server(AURA_MAX_BATCH=1).url)
     assert all(np.array_equal(pixels(a), pixels(b)) for a, b in zip(crowd, lone, strict=True))
+
+
+# the published description
+
+def test_openapi_json_is_true():
+    """`AURA_OPENAPI=1` writes it again."""
+    app = create_app(SimpleNamespace(settings=load_settings(SD_MODEL_ID="embedded", SD_LORAS="", AURA_API_KEY="")), compat_routes, compat_shapes)
+    file, text = ROOT / "openapi.json", json.dumps(app.openapi(), indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    if os.environ.get("AURA_OPENAPI"): file.write_text(text, encoding="utf-8")
+    assert file.read_text(encoding="utf-8") == text, "AURA_OPENAPI=1 python -m pytest tests/test_contract.py -k openapi"
+
+
+def test_openapi_is_typed():
+    """Everything that answers or is read has a schema; problems are everywhere; no field with a default is required."""
+    document = json.loads((ROOT / "openapi.json").read_text(encoding="utf-8"))
+    schemas = document["components"]["schemas"]
+    assert {"Health", "Receipt", "StreamEvent", "Problem", "OpenAIImages", "A1111Progress"} <= set(schemas) and "HTTPValidationError" not in schemas
+    assert len(schemas["StreamEvent"]["oneOf"]) == 6 and "gpuName" in schemas["Health"]["properties"] and schemas["GenerateRequest"]["required"] == ["prompt"]
+    assert not [name for name, s in schemas.items() if name.endswith(("Request", "Config", "Img")) for f in s.get("properties", {}).values() if "default" in f]
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            assert "4XX" in operation["responses"], (path, method)
+            answers = [r.get("content") for code, r in operation["responses"].items() if code in ("200", "202")]
+            assert method == "head" or all(answers) or path.startswith(("/sdapi/v1/refresh", "/v1/images/variations")), (path, method)
