@@ -11,13 +11,14 @@ from PIL import Image, ImageDraw, ImageFilter
 
 import tiny
 from aura_engine.config import load_settings
+from aura_engine.engine import Engine
 from aura_engine.images import decode_mask
 from aura_engine.loader import load
 from aura_engine.masks import Region, Inpainting, box_around, widened
 from aura_engine.models import ROWS, SAMPLERS, executed_steps
-from aura_engine.planning import prepare
+from aura_engine.planning import plan, prepare
 from aura_engine.trajectory import TextCache, Trajectory, advance, decode_latents, latent_mask
-from aura_engine.types import Invalid, Picture, RefineRequest
+from aura_engine.types import GenerateRequest, Invalid, Picture, RefineRequest
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8))
 MASK = Image.new("L", (128, 128))
@@ -261,3 +262,14 @@ def test_the_memory_of_a_masked_job_is_counted_and_freed(client, apple):
     job = engine.submit(todo, previews=True)
     assert len(job.result(120)) == 1 and all(p.init is None and p.inpainting is None for p in job.plan.pictures)
     assert todo.pictures[0].inpainting.nbytes == 4 * 128 * 128 and engine.health().limits.mask
+
+
+def test_an_inpainting_checkpoint_is_served_by_the_same_requests(tmp_path):
+    """Nine channels through loading, optimising and batching: a picture from words, a refinement, and one under a mask, together."""
+    engine = Engine(load_settings(SD_MODEL_ID=str(tiny.save(tmp_path / "model", "sd15-inpaint")), SD_DEVICE="cpu")).start()
+    assert engine.wait_ready(120), engine.reason
+    jobs = [engine.submit(prepare(RefineRequest(refine_prompt="a fox", images=[png(PHOTO)], mask=mask, config={"steps": 2}), engine.row)) for mask in (png(SPOT), None)]
+    jobs.append(engine.submit(plan(GenerateRequest(prompt="a fox", n=2, steps=2), engine.row)))
+    made = [job.result(120) for job in jobs]
+    assert [len(images) for images in made] == [1, 1, 2] and (np.asarray(made[0][0].image)[BLACK] == np.asarray(PHOTO)[BLACK]).all()
+    engine.close()
