@@ -1,5 +1,5 @@
-# To pin the base as well: a Space variable, or --build-arg, BASE_IMAGE=python:3.11-slim@sha256:…
-ARG BASE_IMAGE=python:3.11-slim
+# By digest, so that this commit starts from the same base next year; tools/lock.py renews it.
+ARG BASE_IMAGE=python:3.11-slim@sha256:db3ff2e1800a8581e2c48a27c3995339d47bdf046da21c7627accd3d51053a93
 # hadolint ignore=DL3006
 FROM ${BASE_IMAGE}
 

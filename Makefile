@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help serve check test test-slow lab site bench bench-quick train pictures clean
+.PHONY: help sbom serve check test test-slow lab site bench bench-quick train pictures clean
 
 PYTHON ?= python3
 PORT ?= 7860
@@ -70,6 +70,9 @@ pictures: $(VENV)/dev.stamp ## make the pictures of README and index again
 	AURA_PICTURES=1 $(PY) tools/nb.py run index
 	AURA_PICTURES=1 $(PY) -m pytest -q tests/test_lab.py tests/test_browser.py -m "slow or not slow" -k "test_lab or screenshots"
 	$(PY) tools/nb.py readme
+
+sbom: $(VENV)/dev.stamp ## every package of the image as CycloneDX JSON, into build/sbom.json
+	$(PY) tools/lock.py sbom
 
 clean: ## remove what make and the tests made, the environment included
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis

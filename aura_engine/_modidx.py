@@ -673,6 +673,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'aura_engine.deploy.json_steps': ('deploy.html#json_steps', 'aura_engine/deploy.py'),
                                     'aura_engine.deploy.live_health': ('deploy.html#live_health', 'aura_engine/deploy.py'),
                                     'aura_engine.deploy.main': ('deploy.html#main', 'aura_engine/deploy.py'),
+                                    'aura_engine.deploy.per_thousand': ('deploy.html#per_thousand', 'aura_engine/deploy.py'),
                                     'aura_engine.deploy.print_step': ('deploy.html#print_step', 'aura_engine/deploy.py'),
                                     'aura_engine.deploy.restore_files': ('deploy.html#restore_files', 'aura_engine/deploy.py'),
                                     'aura_engine.deploy.restore_settings': ('deploy.html#restore_settings', 'aura_engine/deploy.py'),

@@ -19,7 +19,7 @@ __all__ = ['DECLINED', 'ADDRESS', 'BackStep', 'PICTURE', 'set_one', 'commit_file
            'print_step', 'deploy_cleaner', 'checked_files', 'bill', 'smoke_questions', 'DeployPlanning',
            'DeployApplying', 'DeployProving', 'DeployReturning', 'Deployment', 'deploy_space', 'DeployWatch',
            'SpacePanel', 'live_health', 'space_status', 'hardware_panel', 'drift', 'settings_panel', 'diagnose',
-           'json_steps', 'run_deploy', 'main']
+           'json_steps', 'run_deploy', 'main', 'per_thousand']
 
 # %% ../nbs/15e_deploy.ipynb #d2d92913
 import httpx
@@ -776,3 +776,8 @@ def run_deploy(argv: Sequence[str] | None = None) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     "The command; ends the process with its exit status."
     sys.exit(run_deploy(argv))
+
+# %% ../nbs/15e_deploy.ipynb #94a2d992
+def per_thousand(dollars_an_hour: float, pictures_a_second: float) -> float:
+    "What 1,000 pictures cost, in dollars, while the hardware is busy at that rate."
+    return dollars_an_hour / 3600 * 1000 / pictures_a_second

@@ -13,6 +13,7 @@ import huggingface_hub, pytest, yaml
 from dotenv import dotenv_values
 from hypothesis import given, settings, strategies as st
 
+import lock
 import nb
 from aura_engine import bundle, deploy, deploy_plan, hub as room_hub
 from conftest import ROOT, clean_env
@@ -296,6 +297,26 @@ def test_the_lock_is_what_the_image_installs():
     assert re.findall(r"pip install --no-cache-dir (.*?)(?:;.*)?$", docker, re.M) == [
         "torch==2.13.0", "--no-deps --require-hashes -r requirements.lock", "$EXTRA_PACKAGES"]
     assert bundle.lock_age((ROOT / "requirements.lock").read_text(), date(2027, 1, 1)) < 366
+
+
+def test_the_base_is_named_by_its_digest(tmp_path, monkeypatch):
+    """And tools/lock.py renews it where a program can ask the registry."""
+    name, digest = lock.BASE.search((ROOT / "Dockerfile").read_text()).groups()
+    assert name == "python:3.11-slim"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert lock.base_of_today(name) is None
+    (tmp_path / "skopeo").write_text(f"#!/bin/sh\n[ \"$4\" = docker://docker.io/library/{name} ] && echo {digest}\n")
+    (tmp_path / "skopeo").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert lock.base_of_today(name) == digest
+
+
+def test_the_sbom_lists_what_the_image_has():
+    text = (ROOT / "requirements.lock").read_text()
+    made = json.loads(lock.sbom(text, "torch==2.13.0"))
+    have = {bundle.plain_name(c["name"]): c for c in made["components"]}
+    assert made["bomFormat"] == "CycloneDX" and {n: c["version"] for n, c in have.items()} == {**bundle.locked_versions(text), "torch": "2.13.0"}
+    assert all(c["externalReferences"][0]["hashes"] for n, c in have.items() if n != "torch")
 
 
 def test_a_package_that_is_not_its_notebooks(tree):

@@ -87,6 +87,7 @@ def torch_index():
 def build(folder, tag, mounts, say=lambda line: None, **args):
     """`docker build`, as buildah does it; RuntimeError when it fails."""
     args.setdefault("TORCH_INDEX_URL", torch_index())
+    args.setdefault("BASE_IMAGE", BASE)         # no registry is asked for the digest
     given = [x for k, v in args.items() for x in ("--build-arg", f"{k}={v}")]
     argv = ["buildah", *STORE, "bud", "--isolation", "chroot", "--network", "host", "--pull-never", "--layers", "--format", "docker", *mounts, *given, "-t", tag, str(folder)]
     process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -131,6 +132,14 @@ def inside(process, *argv, timeout=130):
     return subprocess.run(["nsenter", "-t", str(process.pid), "-n", *argv], capture_output=True, text=True, timeout=timeout)
 
 
+def guides_line():
+    """The options of the `docker run` that the guide gives to other clouds, less what `container` says itself."""
+    line, = re.findall(r'"    docker run ([^"]*?) aura\\n"', (ROOT / "nbs/15e_deploy.ipynb").read_text())
+    words = line.split()
+    assert words[:5] == ["--rm", "-p", "7860:7860", "--memory", "4g"]
+    return words[5:]
+
+
 def wait_ready(process, seconds=120):
     end = time.monotonic() + seconds
     look = "import urllib.request as r, sys; sys.exit(r.urlopen('http://127.0.0.1:7860/ready', timeout=3).status != 200)"
@@ -167,7 +176,8 @@ def test_size_and_layers(image):
 
 
 def test_a_picture_as_uid_1000_on_a_read_only_disk(image):
-    process = container(image["name"], "aura-picture", "--read-only", "--tmpfs", "/tmp", "--volume", "aura-picture:/home/user/.cache")
+    assert guides_line() == ["-v", "aura:/home/user/.cache"]
+    process = container(image["name"], "aura-picture", "--read-only", "--tmpfs", "/tmp", "-v", "aura-picture:/home/user/.cache")
     try:
         wait_ready(process)
         asked = inside(process, sys.executable, "-c", ASK, "http://127.0.0.1:7860")

@@ -1,7 +1,9 @@
 """requirements.lock: every package of the image by version and hash, so that the same commit builds the same image next year.
 
 `python tools/lock.py` writes it anew from requirements.txt, with uv, for Python 3.11 on Linux. torch and what only torch needs
-are left out: the Dockerfile pins torch's version, and which wheels of it are right depends on the hardware.
+are left out: the Dockerfile pins torch's version, and which wheels of it are right depends on the hardware. Where skopeo or
+docker is installed, the Dockerfile's base image gets its digest of today. `python tools/lock.py sbom` writes all packages as
+CycloneDX JSON into build/sbom.json.
 """
 import datetime, re, shutil, subprocess, sys
 from pathlib import Path
@@ -31,7 +33,40 @@ def lock_text(requirements, pin, today):
     return head + "\n".join(block for block in compiled(requirements, pin) if not LEFT_OUT.match(block)) + "\n"
 
 
-if __name__ == "__main__":
-    text = lock_text((ROOT / "requirements.txt").read_text(), torch_pin((ROOT / "Dockerfile").read_text()), datetime.date.today())
-    (ROOT / "requirements.lock").write_text(text)
-    print(text.count("=="), "packages")
+BASE = re.compile(r"(?m)^ARG BASE_IMAGE=([\w.:/-]+)@(sha256:[0-9a-f]{64})$")
+ASKING = {"skopeo": ["inspect", "--format", "{{.Digest}}", "docker://docker.io/library/{}"],
+          "docker": ["buildx", "imagetools", "inspect", "--format", "{{.Manifest.Digest}}", "{}"]}
+
+
+def base_of_today(name):
+    """The digest of the base image as its registry has it now; None where nothing here can ask."""
+    for tool, words in ASKING.items():
+        if not shutil.which(tool): continue
+        done = subprocess.run([tool, *(w.replace("{}", name) if w.endswith("{}") else w for w in words)], capture_output=True, text=True)
+        if re.fullmatch(r"sha256:[0-9a-f]{64}", done.stdout.strip()): return done.stdout.strip()
+    return None
+
+
+def sbom(lock, pin):
+    """Every package of the image, torch included, as CycloneDX JSON."""
+    argv = [sys.executable, "-m", "cyclonedx_py", "requirements", "-", "--output-reproducible"]
+    done = subprocess.run(argv, input=f"{lock}\n{pin}\n", capture_output=True, text=True)
+    if done.returncode: sys.exit(done.stderr)
+    return done.stdout
+
+
+def main(words):
+    dockerfile, lock = ROOT / "Dockerfile", ROOT / "requirements.lock"
+    text = dockerfile.read_text()
+    if words == ["sbom"]:
+        (ROOT / "build").mkdir(exist_ok=True)
+        (ROOT / "build/sbom.json").write_text(sbom(lock.read_text(), torch_pin(text)))
+        return print("build/sbom.json")
+    lock.write_text(lock_text((ROOT / "requirements.txt").read_text(), torch_pin(text), datetime.date.today()))
+    name, old = BASE.search(text).groups()
+    new = base_of_today(name)
+    if new: dockerfile.write_text(text.replace(old, new))
+    print(lock.read_text().count("=="), "packages;", f"{name} is {new}" if new else f"{name} stays {old[:19]}…: neither skopeo nor docker could ask")
+
+
+if __name__ == "__main__": main(sys.argv[1:])
