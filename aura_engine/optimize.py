@@ -19,7 +19,7 @@ from .packing import can_pack, double_once, pack
 from .precision import bf16_gain, cpu_limit, model_threads
 from .reader import quiet
 from .static_graphs import cache_folder, hushed                         # noqa: F401  the engine's way to them
-from .static_graphs import DECODER, Graphs, OpenVINODecode, OpenVINOUNet, convert, graph_file, input_names
+from .static_graphs import DECODER, Graphs, OpenVINODecode, OpenVINOUNet, convert, input_names, saved_graph
 from .types import ModelError
 
 log = logging.getLogger("aura_engine")
@@ -109,7 +109,7 @@ def refuse(why: str) -> NoReturn:
 # %% ../nbs/05f_optimize.ipynb #3d4f52e1
 def was_saved(parts: Components) -> bool:
     "Whether this model's graph is on disk already."
-    return graph_file(parts.unet, input_names(parts.unet.config)).exists()
+    return saved_graph(parts.unet, input_names(parts.unet.config)).exists()
 
 # %% ../nbs/05f_optimize.ipynb #3275c6d3
 def can_openvino(parts: Components, settings: Settings) -> Answer:
@@ -131,12 +131,12 @@ def use_openvino(parts: Components, settings: Settings) -> str:
     "Put graphs in place of the UNet and of the VAE's decoder."
     unet, vae = parts.unet, parts.vae
     names, dtype = input_names(unet.config), vae.dtype
-    steps, decode = convert(unet, names), convert(vae, DECODER)
+    steps, decode = convert(unet, names, parts.notes), convert(vae, DECODER, parts.notes)
     with quiet(): vae.to(dtype)                         # converting raised it to fp32
     parts.unet, parts.backend = OpenVINOUNet(unet, Graphs(steps, names, parts.precision)), "openvino"
     vae.decode = OpenVINODecode(vae, Graphs(decode, DECODER, parts.precision))
     exact = "f32" if parts.precision == "fp32" else "bf16"
-    return f"OpenVINO {version('openvino').split('-')[0]} ({exact}, a static graph for each shape)"
+    return f"OpenVINO {version('openvino').split('-')[0]} ({exact}, static graphs for usual shapes)"
 
 # %% ../nbs/05f_optimize.ipynb #54748b18
 def by_torch(parts: Components, settings: Settings) -> bool:
@@ -239,9 +239,11 @@ def graph_unet(parts: Components, settings: Settings) -> str:
 def seal(parts: Components) -> None:
     "The warm-up is over: from here on nothing is compiled while somebody waits."
     if getattr(parts.unet, "sealed", True) is False: parts.unet.sealed = True
+    for called in (parts.unet, parts.vae.decode):
+        if isinstance(called, (OpenVINOUNet, OpenVINODecode)): called.graphs.seal()
 
 # %% ../nbs/05f_optimize.ipynb #4b13a1c3
-ONCE_FOR_EACH = "a first conversion of seconds to a minute, then about a second for each new shape"
+ONCE_FOR_EACH = "a first conversion of seconds to a minute, then about a second for each usual shape"
 SAME_SUMS = "none: sums differ in the last bits"
 
 TECHNIQUES = [

@@ -1,9 +1,10 @@
 """Every optimisation applies, can be undone or says why not, and draws the picture that the plain model draws."""
-import re
+import os, re, time
 from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -107,7 +108,7 @@ def test_openvino_graphs_double_only_what_is_doubled(openvino, small, side):
     unet = load(load_settings(SD_MODEL_ID=small, SD_DEVICE="cpu")).unet
     names = static_graphs.input_names(unet.config)
     inputs = [torch.randn(1, *x.shape[1:]) if x.ndim < 4 else torch.randn(1, x.shape[1], *side) for x in static_graphs.example_inputs(unet, names)]
-    results, graph = [], opt.convert(unet, names)
+    results, graph = [], opt.convert(unet, names, [])
     for changed in (False, True):
         g = graph.clone()
         g.reshape({n: ov.PartialShape(list(x.shape)) for n, x in zip(names, inputs)})
@@ -220,18 +221,117 @@ def test_openvino_draws_the_same_picture(openvino, family):
     same(picture(fast, refined), picture(plain, refined))
 
 
-def test_openvino_saves_its_graph_and_compiles_each_shape_once(openvino, small, tmp_path, monkeypatch):
+@pytest.fixture
+def graphs_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "aura_engine" / "openvino"
+
+
+def files_in(graphs_cache): return {f: f.stat().st_ino for f in graphs_cache.glob("*/graph.*")}
+
+
+def test_openvino_saves_its_graph_and_compiles_each_shape_once(openvino, small, graphs_cache, monkeypatch):
     one = parts_of(small, SD_BACKEND="openvino")
-    files = {f: f.stat().st_ino for f in (tmp_path / "aura_engine" / "openvino").glob("*.xml")}
-    assert len(files) == 2                                                                   # UNet and VAE decoder
+    files = files_in(graphs_cache)
+    assert len(files) == 6                                                                   # UNet and VAE decoder, three files each
     monkeypatch.setattr(openvino, "convert_model", lambda *a, **k: pytest.fail("converted again"))
     two = parts_of(small, SD_BACKEND="openvino")
-    assert {f: f.stat().st_ino for f in (tmp_path / "aura_engine" / "openvino").glob("*.xml")} == files
+    assert files_in(graphs_cache) == files and not two.notes
     assert np.array_equal(picture(one)[1], picture(two)[1]) and two.unet.graphs.compiles == 1
-    two.unet.graphs.keep = 2
+    two.unet.graphs.held.keep = 2
     for rows in (2, 3, 2, 3): picture(two, rows=rows)
-    assert two.unet.graphs.compiles == 3 and len(two.unet.graphs.compiled) == 2
+    assert two.unet.graphs.compiles == 3 and len(two.unet.graphs.held) == 2
+
+
+@pytest.mark.parametrize("damage", ["half zeros", "cut", "empty", "no digest", "no weights"])
+def test_a_damaged_graph_is_made_again_and_told(openvino, small, graphs_cache, damage):
+    """Power cuts and full disks leave such files; a start takes longer, once."""
+    good = picture(parts_of(small, SD_BACKEND="openvino"))[1]
+    for saved in graphs_cache.iterdir():
+        weights = saved / "graph.bin"
+        data = weights.read_bytes()
+        if damage == "half zeros": weights.write_bytes(data[:len(data) // 2] + bytes(len(data) - len(data) // 2))
+        elif damage == "cut": weights.write_bytes(data[:100])
+        elif damage == "empty": (saved / "graph.xml").write_bytes(b"")
+        elif damage == "no digest": (saved / "graph.sha256").unlink()
+        else: weights.unlink()
+    mended = parts_of(small, SD_BACKEND="openvino")
+    assert mended.backend == "openvino" and mended.notes == ["a saved OpenVINO graph was damaged; it was deleted and made again"]
+    assert np.array_equal(picture(mended)[1], good)
+    assert parts_of(small, SD_BACKEND="openvino").notes == []
+
+
+def test_a_cache_that_is_full_costs_speed_and_not_the_start(openvino, small, graphs_cache, monkeypatch):
+    """The disk fills up in the middle of the weights. In one way it is an error, in another the file just ends."""
+    save = openvino.save_model
+    def ends(model, path, **how):
+        save(model, path, **how)
+        os.truncate(path.with_suffix(".bin"), 1000)
+    def fails(model, path, **how):
+        ends(model, path, **how)
+        raise RuntimeError("No space left on device")
+    for full in (ends, fails):
+        monkeypatch.setattr(openvino, "save_model", full)
+        parts = parts_of(small, SD_BACKEND="openvino")
+        assert parts.backend == "openvino" and parts.notes == ["a converted OpenVINO graph could not be saved; every start converts it again"]
+        assert list(graphs_cache.iterdir()) == []                                                   # not even the part that filled it
+
+
+def test_what_dead_processes_left_is_removed(openvino, small, graphs_cache):
+    for name, age in (("part-dead", 7200), ("part-alive", 0)):
+        (graphs_cache / name).mkdir(parents=True)
+        (graphs_cache / name / "graph.bin").write_bytes(bytes(100))
+        os.utime(graphs_cache / name, (time.time() - age,) * 2)
+    parts_of(small, SD_BACKEND="openvino")
+    assert not (graphs_cache / "part-dead").exists() and (graphs_cache / "part-alive").exists()
+
+
+def test_the_second_of_two_servers_takes_the_graph_of_the_first(openvino, small, graphs_cache, monkeypatch):
+    """Both have begun to convert; neither sees a half-written graph, and the first one's stays."""
+    unet = load(load_settings(SD_MODEL_ID=small, SD_DEVICE="cpu")).unet
+    names, save, others = static_graphs.input_names(unet.config), static_graphs.save_graph, []
+    def late(model, saved):
+        save(model, saved)                                                                   # the other server's, meanwhile
+        others.append(files_in(graphs_cache))
+        save(model, saved)
+    monkeypatch.setattr(static_graphs, "save_graph", late)
+    static_graphs.convert(unet, names, notes := [])
+    assert files_in(graphs_cache) == others[0] and len(others[0]) == 3 and not notes
+
+
+def test_strange_shapes_after_the_warm_up_compile_nothing(openvino, small):
+    """Seventeen shapes, one call each, run on the graph that takes all shapes, and agree with their own ones."""
+    unet = load(load_settings(SD_MODEL_ID=small, SD_DEVICE="cpu")).unet
+    names = static_graphs.input_names(unet.config)
+    graphs = static_graphs.Graphs(opt.convert(unet, names, []), names)
+    calls = [[torch.randn(1, *x.shape[1:]) if x.ndim < 4 else torch.randn(1, x.shape[1], 4 + n, 8) for x in static_graphs.example_inputs(unet, names)] for n in range(17)]
+    graphs.seal()
+    answers = [graphs(*call) for call in calls]
+    assert graphs.compiles == 0 and len(graphs.held) == 0
+    graphs.sealed = False
+    own = graphs(*calls[5])
+    assert graphs.compiles == 1 and (own - answers[5]).abs().max() < 1e-4 * own.abs().max()
+
+
+def test_a_shape_that_comes_often_gets_a_graph_beside_serving(openvino, small):
+    """One at a time: while another one is compiled, calls go on as they were."""
+    unet = load(load_settings(SD_MODEL_ID=small, SD_DEVICE="cpu")).unet
+    names = static_graphs.input_names(unet.config)
+    graphs = static_graphs.Graphs(opt.convert(unet, names, []), names)
+    call = [x[:1] for x in static_graphs.example_inputs(unet, names)]
+    graphs.seal()
+    graphs.compiles, graphs.seconds = 1, 1e-9                                                # as if compiling cost nothing
+    with static_graphs.COMPILING: graphs(*call)
+    assert len(graphs.held) == 0
+    graphs(*call)
+    with static_graphs.COMPILING: assert len(graphs.held) == 1 and graphs.compiles == 2
+
+
+def test_graphs_are_bounded_by_the_memory_of_the_container(tmp_path):
+    limit = tmp_path / "memory.max"
+    for text, most in (("1000000", 1_000_000), ("max", None), ("", None)):
+        limit.write_text(text)
+        assert static_graphs.memory_limit((limit, tmp_path / "no such file")) == (most or psutil.virtual_memory().total)
 
 
 def test_openvino_graph_belongs_to_the_weights(openvino):
