@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 # %% auto #0
-__all__ = ['BUCKETS', 'Key', 'AGEING', 'E', 'OWES_MORE', 'GUEST_SLOWS', 'Curve', 'corrected', 'area', 'Curves', 'Beginnings',
-           'StepCost', 'median_of_calls', 'measure_curve', 'curve_from', 'write_whole', 'read_curves', 'CurveFile',
-           'Entry', 'remaining', 'predict', 'urgency', 'mates_of', 'rows_in', 'room_for', 'choose', 'work', 'eta']
+__all__ = ['BUCKETS', 'Key', 'MOST_KEYS', 'AGEING', 'E', 'OWES_MORE', 'GUEST_SLOWS', 'Curve', 'corrected', 'area',
+           'forget_oldest', 'Curves', 'Beginnings', 'StepCost', 'median_of_calls', 'measure_curve', 'curve_from',
+           'write_whole', 'read_curves', 'CurveFile', 'Entry', 'remaining', 'predict', 'urgency', 'mates_of', 'rows_in',
+           'room_for', 'choose', 'work', 'eta']
 
 # %% ../nbs/07_batching.ipynb #f5d2786e
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
@@ -56,6 +57,12 @@ def area(key: Key) -> int:
     "Latent positions of a shape."
     return key[1] * key[2]
 
+MOST_KEYS = 512                     # shapes of which something is remembered: a stranger may name thousands
+
+def forget_oldest(known: dict[Any, Any], kept: Any) -> None:
+    "Bound a dict that grows with what strangers ask for: its oldest entry goes, but not the one of `kept`."
+    if len(known) > MOST_KEYS: known.pop(next(key for key in list(known)[:2] if key != kept), None)
+
 class Curves:
     "The curves of one kind of call, by shape key. `weight`: how much one call counts."
     def __init__(self, native: Key, curve: dict[int, float], weight: float):
@@ -63,10 +70,12 @@ class Curves:
         self.known = {native: Curve(curve)}
 
     def __call__(self, key: Key) -> Curve:
-        if key not in self.known:
+        curve = self.known.get(key)
+        if curve is None:
             factor = area(key) / area(self.native)
-            self.known[key] = Curve({b: s * factor for b, s in self.known[self.native].items()})
-        return self.known[key]
+            curve = self.known[key] = Curve({b: s * factor for b, s in self.known[self.native].items()})
+            forget_oldest(self.known, self.native)
+        return curve
 
     def observe(self, key: Key, rows: int, seconds: float) -> None:
         "A call of `rows` took `seconds`."
@@ -77,15 +86,20 @@ class Beginnings:
     "Seconds until a picture can step, by shape key and by whether it starts from a picture."
     def __init__(self, native: Key, text: float, encode: float):
         self.native = native
-        self.known = {(native, False): text, (native, True): text + encode}
+        self.usual = {False: text, True: text + encode}      # of the native shape
+        self.known: dict[tuple[Key, bool], float] = {}
 
     def __call__(self, key: Key, init: bool) -> float:
-        factor = area(key) / area(self.native)
-        return self.known.setdefault((key, init), self.known[self.native, init] * factor)
+        if key == self.native: return self.usual[init]
+        return self.known.get((key, init), self.usual[init] * area(key) / area(self.native))
 
     def observe(self, key: Key, init: bool, seconds: float) -> None:
         "A beginning took `seconds`."
-        self.known[key, init] = 0.8 * self(key, init) + 0.2 * seconds
+        learned = 0.8 * self(key, init) + 0.2 * seconds
+        if key == self.native: self.usual[init] = learned
+        else:
+            self.known[key, init] = learned
+            forget_oldest(self.known, None)
 
 # %% ../nbs/07_batching.ipynb #b6167146
 class StepCost:

@@ -4,7 +4,7 @@
 
 # %% ../nbs/09c_intake.ipynb #b3e56e60
 from __future__ import annotations
-import asyncio, ctypes, json, re, secrets, sys, time
+import asyncio, ctypes, gc, json, re, secrets, sys, time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -271,6 +271,7 @@ class PictureLine:
         self.waiting: list[DecodeTurn] = []
         self.running: list[DecodeTurn] = []
         self.spent: dict[str, float] = {}                     # seconds by client, since the line was last empty
+        self.resting: asyncio.TimerHandle | None = None       # until memory is given back
 
     async def run(self, client: str, cost: DecodeCost, f: Callable[..., T], *args: Any) -> T:
         "Wait for a turn and run `f(*args)` in a thread. PicturesFull when the line is too long."
@@ -305,17 +306,18 @@ class PictureLine:
         self._call()
 
     def rest_soon(self) -> None:
-        "Give memory back in a while, unless there is something to decode then. Also for what came in and was refused."
-        asyncio.get_running_loop().call_later(REST, self._rest)
+        "Give memory back when nothing has come in for a while. Also for what came in and was refused."
+        if self.resting: self.resting.cancel()
+        self.resting = asyncio.get_running_loop().call_later(REST, self._rest)
 
     def _rest(self) -> None:
-        "Nothing was decoded for a while, unless something is again."
         if not self.waiting and not self.running: self.pool.submit(give_back_memory)
 
 # %% ../nbs/09c_intake.ipynb #23c399d1
 REST = 3.0                                                    # seconds without a picture before memory is given back
 
 def give_back_memory() -> bool:
-    "Hand freed memory back to the system; False where the C library cannot."
+    "Hand memory that nothing refers to back to the system; False where the C library cannot."
+    gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     return bool(trim and trim(0))

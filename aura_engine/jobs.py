@@ -140,14 +140,14 @@ def status_after(event: Event, status: JobStatus) -> JobStatus:
 class Job(PixelLog):
     "What the engine does about one plan. `previews` may be switched on at any time."
     def __init__(self, plan: Plan, previews: bool = False, seconds: float = float("inf"),
-                 client: str = ""):
+                 client: str = "", arrived: float | None = None):
         super().__init__()
         self.id = uuid.uuid4().hex
         self.plan = plan
         self.previews = previews
         self.client = client                                # whose it is
         self.seconds = seconds                              # given up after so long
-        self.deadline = time.monotonic() + seconds
+        self.deadline = (time.monotonic() if arrived is None else arrived) + seconds
         self.cancelled = False
         self.status = JobStatus.queued
         self.cuts: list[str] = []                           # what did not fit into the prompt's chunks

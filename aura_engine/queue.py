@@ -179,16 +179,16 @@ def too_late(turn: Turn, limit: float) -> QueueFull | None:
     return QueueFull(f"{said}; this engine promises at most {limit:g}.", retry_after=max(1.0, turn.seconds - limit))
 
 # %% ../nbs/08b_queue.ipynb #e96638f4
-def check_deadline(asked: float, turn: Turn, most: float) -> None:
-    "A request's own deadline. Invalid: it could never be kept. QueueFull: others' work prevents it."
+def check_deadline(asked: float, left: float, turn: Turn, most: float) -> None:
+    "A deadline of `asked` seconds, of which `left` are left. Invalid: never to be kept. QueueFull: others are in the way."
     alone = math.ceil(100 * turn.alone) / 100
     if asked > most: raise Invalid.value("deadlineSeconds", given=asked, allowed=f"at most {most:g}")
     if asked < alone:
         allowed = f"at least {alone:g}, the seconds this request takes alone on this engine"
         raise Invalid.value("deadlineSeconds", given=asked, allowed=allowed)
-    if turn.ahead and turn.seconds > asked:
+    if turn.ahead and turn.seconds > left:
         said = f"{turn.ahead} pictures are ahead, so this would take about {turn.seconds:.1f} seconds"
-        raise QueueFull(f"{said}; its deadline is {asked:g}.", retry_after=max(1.0, turn.seconds - asked))
+        raise QueueFull(f"{said}; its deadline is {asked:g}.", retry_after=max(1.0, turn.seconds - left))
 
 # %% ../nbs/08b_queue.ipynb #70c7121b
 class TaskLine:
@@ -269,7 +269,8 @@ class Admission:
     def promise(self, job: Job, turn: Turn, now: float, owing: bool) -> Queued:
         "The promise to a job. QueueFull and Invalid refuse it."
         if late := too_late(turn, self.limit): raise late
-        if job.plan.deadline is not None: check_deadline(job.plan.deadline, turn, self.longest)
+        asked = job.plan.deadline
+        if asked is not None: check_deadline(asked, job.deadline - time.monotonic(), turn, self.longest)
         self.promises[job.id] = Promise(now, turn.seconds, owing)
         return Queued(turn.ahead, round(turn.seconds, 3), tuple(p.seed for p in job.plan.pictures))
 

@@ -4,7 +4,7 @@
 
 # %% ../nbs/11_server.ipynb #071cbe45
 from __future__ import annotations
-import argparse, asyncio, json, logging, os, re, signal, socket, sys, threading, time, traceback
+import argparse, asyncio, gc, json, logging, os, re, signal, socket, sys, threading, time, traceback
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 import h11, uvicorn
@@ -21,7 +21,7 @@ log = logging.getLogger("aura_engine.server")
 # %% auto #0
 __all__ = ['log', 'CHATTY', 'PRIVATE', 'JsonLines', 'log_to', 'Punctual', 'Patient', 'unreadable', 'last_answer', 'Connection',
            'Server', 'create_server', 'reach', 'proxies_of', 'server_config', 'raise_file_limit', 'refuse_workers',
-           'host_named', 'main']
+           'host_named', 'settle', 'main']
 
 # %% ../nbs/11_server.ipynb #34c751a1
 _STANDARD = {*logging.makeLogRecord({}).__dict__, "message", "asctime", "color_message", "taskName"}
@@ -245,6 +245,12 @@ def host_named(argv: Sequence[str] | None) -> str | None:
     parser.add_argument("--host", help="address to listen on (default: HOST, or this machine only; 0.0.0.0: all)")
     return parser.parse_args(argv).host
 
+def settle(engine: Any) -> None:
+    "Once the model is loaded, take all that is there out of garbage collection."
+    engine.wait_ready()
+    gc.collect()
+    gc.freeze()
+
 def main(argv: Sequence[str] | None = None) -> None:
     "Start the engine and serve until told to stop."
     for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, _leave)
@@ -262,4 +268,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     log.info(reach(host, settings.api_key is not None, proxies_of(settings)), extra={"host": host})
     raise_file_limit()
     engine.start()
+    threading.Thread(target=settle, args=(engine,), name="settle", daemon=True).start()
     Server(server_config(app, settings, host), engine).run()
