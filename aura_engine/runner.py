@@ -4,7 +4,7 @@
 
 # %% ../nbs/08c_runner.ipynb #45745655
 from __future__ import annotations
-import ctypes, hashlib, platform, time
+import ctypes, hashlib, os, platform, time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -23,9 +23,9 @@ from .types import Degenerate, Picture, Receipt
 from .unet_input import UNetInput
 
 # %% auto #0
-__all__ = ['M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'M_ARENA_MAX', 'mallopt', 'keep_memory', 'one_heap', 'preview_matrix',
-           'preview_image', 'clocked', 'Trial', 'try_out', 'key_of', 'curve_name', 'measured_curves', 'costs_of',
-           'versions_of', 'receipt_of_task', 'spend', 'take_digests', 'begin_task', 'finished', 'Runner',
+__all__ = ['M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'M_ARENA_MAX', 'mallopt', 'keep_memory', 'one_heap', 'few_kernels',
+           'preview_matrix', 'preview_image', 'clocked', 'Trial', 'try_out', 'key_of', 'curve_name', 'measured_curves',
+           'costs_of', 'versions_of', 'receipt_of_task', 'spend', 'take_digests', 'begin_task', 'finished', 'Runner',
            'prepare_runner']
 
 # %% ../nbs/08c_runner.ipynb #bda0bf3f
@@ -50,6 +50,11 @@ def keep_memory(parts: Components) -> None:
 def one_heap() -> bool:
     "Have threads that begin from now on use the process's main heap."
     return mallopt((M_ARENA_MAX, 1))
+
+# %% ../nbs/08c_runner.ipynb #d6bad0df
+def few_kernels() -> None:
+    "Let oneDNN keep 256 pieces of code, unless the environment says otherwise."
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 # %% ../nbs/08c_runner.ipynb #13db564b
 def preview_matrix(parts: Components, latents: torch.Tensor, versions: int = 4) -> np.ndarray:
