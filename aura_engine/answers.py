@@ -17,11 +17,11 @@ from fastapi.responses import EventSourceResponse, JSONResponse, Response
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 # %% auto #0
-__all__ = ['log', 'T', 'REASONS', 'LONG_WAITS', 'STEPS', 'Finish', 'Ask', 'Revise', 'KINDS', 'UNBUFFERED', 'Metrics', 'Stopwatch',
-           'Api', 'unready', 'add_gauges', 'gpu_memory', 'Output', 'Order', 'order_of', 'OrderedJob', 'pictures_in',
-           'cost_of', 'place_order', 'attended', 'deadline_of', 'begin', 'follow', 'file_of', 'Files', 'files_of',
-           'answer_kind', 'Told', 'sse_frame', 'preview_jpeg', 'told', 'tell', 'heartbeat', 'event_stream',
-           'sse_events', 'one_picture', 'respond']
+__all__ = ['log', 'T', 'REASONS', 'LONG_WAITS', 'MOST_KINDS', 'STEPS', 'Finish', 'Ask', 'Revise', 'KINDS', 'UNBUFFERED',
+           'Metrics', 'Stopwatch', 'Api', 'unready', 'add_gauges', 'gpu_memory', 'Output', 'Order', 'order_of',
+           'OrderedJob', 'pictures_in', 'cost_of', 'place_order', 'attended', 'deadline_of', 'begin', 'follow',
+           'file_of', 'Files', 'files_of', 'answer_kind', 'Told', 'sse_frame', 'preview_jpeg', 'told', 'tell',
+           'heartbeat', 'event_stream', 'sse_events', 'one_picture', 'respond']
 
 # %% ../nbs/09d_answers.ipynb #824b34f6
 from PIL import Image as Pillow
@@ -34,9 +34,9 @@ from .intake import Arrivals, DecodeCost, PictureLine, hung_up
 from .models import Row
 from .planning import ReplayRequest, differences, plan, prepare, replay_plan
 from .types import (
-    AuraError, Cancelled, DeadlineExceeded, Done, EngineState, Event, Failed, GenerateRequest, Health, Image, Invalid,
-    NotReady, Plan, Preview, Queued, Receipt, RefineRequest, ShuttingDown, Step)
-from .walls import client_behind
+    COME_BACK, AuraError, Cancelled, DeadlineExceeded, Done, EngineState, Event, Failed, GenerateRequest, Health,
+    Image, Invalid, NotReady, Plan, Preview, Queued, Receipt, RefineRequest, ShuttingDown, Step)
+from .walls import arrival, client_behind
 
 log = logging.getLogger("aura_engine.answers")
 T = TypeVar("T")
@@ -47,6 +47,7 @@ REASONS = {"queue_full": "rejected", "not_ready": "rejected", "shutting_down": "
 
 # %% ../nbs/09d_answers.ipynb #afe92bd0
 LONG_WAITS = (.01, .05, .1, .5, 1, 5, 15, 60, 300)             # seconds; the buckets of histograms
+MOST_KINDS = 64                                                # sizes with steps: strangers may name thousands
 STEPS = (.005, .01, .025, .05, .1, .25, 1, 5, 20)
 
 class Metrics:
@@ -60,6 +61,7 @@ class Metrics:
         self.steps = seconds("aura_step_seconds", "Between two steps of a picture", buckets=STEPS)
         labels = ["size", "steps"]
         self.pictures = seconds("aura_generation_seconds", "From submission to the picture", labels, buckets=LONG_WAITS)
+        self.told_apart: set[tuple[str, str]] = set()         # sizes and steps
         ProcessCollector(registry=registry)
 
     def gauge(self, name: str, text: str, read: Callable[[], float]) -> None:
@@ -69,6 +71,13 @@ class Metrics:
     def answered(self, route: str, status: int) -> None:
         "Count an answer."
         self.requests.labels(route, str(status)).inc()
+
+    def made(self, size: str, steps: int, seconds: float) -> None:
+        "Count a picture. The first `MOST_KINDS` kinds have a histogram of their own."
+        kind = size, str(steps)
+        if len(self.told_apart) < MOST_KINDS: self.told_apart.add(kind)
+        labels = kind if kind in self.told_apart else ("other", "other")
+        self.pictures.labels(*labels).observe(seconds)
 
     def failed(self, error: AuraError) -> None:
         "Count an error by its reason."
@@ -92,7 +101,7 @@ class Stopwatch:
         if isinstance(event, Step): self._step(event.index, now)
         elif isinstance(event, Image) and event.receipt:
             size = f"{event.receipt.width}x{event.receipt.height}"
-            self.metrics.pictures.labels(size, str(event.receipt.steps)).observe(now - self.began)
+            self.metrics.made(size, event.receipt.steps, now - self.began)
 
     def _step(self, index: int, now: float) -> None:
         if not self.last: self.metrics.waits.observe(now - self.began)
@@ -130,10 +139,11 @@ class Api:
 # %% ../nbs/09d_answers.ipynb #ecf852df
 def unready(health: Health) -> AuraError:
     "Why an engine makes no pictures now, and when to ask again."
+    again = COME_BACK[EngineState(health.status)]
     if health.status == EngineState.draining:
-        return ShuttingDown("The engine is stopping; ask again in a moment.", retry_after=10)
+        return ShuttingDown("The engine is stopping; ask again in a moment.", retry_after=again)
     reason = health.reason or "The model is loading; /ready tells when it can be used."
-    return NotReady(reason, retry_after=60 if health.status == EngineState.failed else 2)
+    return NotReady(reason, retry_after=again)
 
 # %% ../nbs/09d_answers.ipynb #c6d786bf
 def add_gauges(api: Api) -> None:
@@ -240,13 +250,14 @@ async def begin(request: Request, ask: Ask, previews: bool = False, revise: Revi
     """Plan a checked request and hand it to the engine. Raises NotReady, QueueFull, DeadlineExceeded, Invalid.
 
     `revise` may change the order first: other front doors can say what our own requests cannot."""
-    api, client = request.app.state.api, client_behind(request)
+    api, client, arrived = request.app.state.api, client_behind(request), arrival(request)
     seconds = max(deadline_of(ask) or api.settings.deadline_seconds, 1.0)      # shorter ones the engine judges
     try:
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(arrived + seconds - time.monotonic()):
             order = await attended(request, place_order(api, ask, client))
         if revise: order = revise(order, api.row())
-        return OrderedJob(api.engine.submit(order.plan, previews=previews, client=client), order)
+        job = api.engine.submit(order.plan, previews=previews, client=client, arrived=arrived)
+        return OrderedJob(job, order)
     except TimeoutError: raise DeadlineExceeded("The pictures of this request were not read in time.") from None
     except Invalid as error:
         if isinstance(ask, RefineRequest): raise in_config(error) from None
@@ -264,6 +275,7 @@ async def follow(api: Api, job, request: Request | None = None) -> AsyncGenerato
     finally:
         if hangup: hangup.cancel()
         if not job.done: job.cancel()
+        api.line.rest_soon()                                  # memory goes back when nothing follows
 
 # %% ../nbs/09d_answers.ipynb #97759fca
 async def _cancel_on_hangup(request: Request, job) -> None:

@@ -63,6 +63,7 @@ def forget_oldest(known: dict[Any, Any], kept: Any) -> None:
     "Bound a dict that grows with what strangers ask for: its oldest entry goes, but not the one of `kept`."
     if len(known) > MOST_KEYS: known.pop(next(key for key in list(known)[:2] if key != kept), None)
 
+# %% ../nbs/07_batching.ipynb #65eafe7e
 class Curves:
     "The curves of one kind of call, by shape key. `weight`: how much one call counts."
     def __init__(self, native: Key, curve: dict[int, float], weight: float):

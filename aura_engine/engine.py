@@ -18,16 +18,17 @@ from .models import SAMPLERS, Row, check_source, limits_of
 from .optimize import optimize
 from .queue import Queue, Task
 from .trajectory import Decoded
-from .runner import Runner, one_heap, prepare_runner, receipt_of_task
-from .types import (AuraError, Cancelled, DeadlineExceeded, Degenerate, EngineFailed, EngineState, Health, Image,
+from .runner import Runner, few_kernels, one_heap, prepare_runner, receipt_of_task
+from .types import (COME_BACK, AuraError, Cancelled, DeadlineExceeded, Degenerate, EngineFailed, EngineState,
+                               Health, Image,
                                NotReady, OutOfMemory, Plan, Preview, QueueLoad, ShuttingDown, Step)
 
 log = logging.getLogger("aura_engine")
 
 # %% auto #0
 __all__ = ['log', 'is_out_of_memory', 'drop_caches', 'Ladder', 'Turns', 'reason_of', 'alone_in_process', 'memory', 'EngineView',
-           'Engine', 'optimizations_of', 'warnings_of', 'health_of', 'with_model', 'Lease', 'Engines', 'shared_engine',
-           'close_engines']
+           'stopping', 'Engine', 'optimizations_of', 'warnings_of', 'health_of', 'with_model', 'Lease', 'Engines',
+           'shared_engine', 'close_engines']
 
 # %% ../nbs/08d_engine.ipynb #24881fea
 def is_out_of_memory(error: Exception) -> bool:
@@ -212,7 +213,7 @@ class EngineView:
         "The loaded model at work."
         if self.turns is None:
             why = self.reason or self.progress.reason or "The model is loading."
-            raise NotReady(why, retry_after=5)
+            raise NotReady(why, retry_after=COME_BACK[self.status])
         return self.turns.runner
 
     @property
@@ -240,6 +241,11 @@ class EngineView:
         return health_of(self)
 
 # %% ../nbs/08d_engine.ipynb #1f443132
+def stopping(said: str) -> ShuttingDown:
+    "The error of an engine that stops, with the time after which another one may answer."
+    return ShuttingDown(said, retry_after=COME_BACK[EngineState.draining])
+
+# %% ../nbs/08d_engine.ipynb #98963cc0
 class Engine(EngineView):
     "One model on one device, served by one thread."
     def __init__(self, settings: Settings):
@@ -251,6 +257,7 @@ class Engine(EngineView):
     def start(self) -> Engine:
         "Begin to load in a daemon thread; returns at once."
         one_heap()
+        few_kernels()
         self.thread.start()
         return self
 
@@ -259,13 +266,15 @@ class Engine(EngineView):
         self._settled.wait(timeout)
         return self.ready
 
-    def submit(self, plan: Plan, previews: bool = False, client: str = "") -> Job:
-        "Queue a plan. Raises NotReady, ShuttingDown, QueueFull; Invalid for an impossible deadline."
+    def submit(self, plan: Plan, previews: bool = False, client: str = "", arrived: float | None = None) -> Job:
+        """Queue a plan, whose deadline counts from `arrived` (time.monotonic(); None: from now).
+
+        Raises NotReady, ShuttingDown, QueueFull; Invalid for an impossible deadline."""
         if self.status is EngineState.draining:
-            raise ShuttingDown("The engine is stopping; ask another or come back.", retry_after=10)
-        if self.status is EngineState.failed: raise NotReady(self.reason, retry_after=5)
+            raise stopping("The engine is stopping; ask another or come back.")
+        if self.status is EngineState.failed: raise NotReady(self.reason, retry_after=COME_BACK[self.status])
         runner = self.runner
-        job = Job(plan, previews, plan.deadline or self.settings.deadline_seconds, client)
+        job = Job(plan, previews, plan.deadline or self.settings.deadline_seconds, client, arrived)
         self.queue.submit(job, runner.tasks_of(job), runner.cost)
         return job
 
@@ -280,7 +289,7 @@ class Engine(EngineView):
         "Stop the thread at the next step; whoever still waits is told."
         self._closed = True
         if self.status is not EngineState.failed: self.status = EngineState.draining
-        self.queue.stop(ShuttingDown("The engine stopped before this was finished.", retry_after=10))
+        self.queue.stop(stopping("The engine stopped before this was finished."))
         if self.thread.is_alive() and self.turns and self.thread is not threading.current_thread():
             self.thread.join(timeout=30)            # a step of a large model takes its time
 

@@ -30,14 +30,15 @@ def from_base64(text: str, loc: str = "images") -> bytes:
     "Base64 (white space and an image data: prefix may be there) -> bytes. Invalid otherwise."
     if _ADDRESS.match(text):
         raise Invalid.value(loc, given=text, allowed="base64 of a picture; addresses are never fetched")
-    body = re.sub(r"[ \t\r\n]+", "", _DATA_URL.sub("", text, count=1))
-    try: return base64.b64decode(body.encode("ascii"), validate=True)
+    try:
+        body = _DATA_URL.sub("", text, count=1).encode("ascii")
+        return base64.b64decode(body.translate(None, b" \t\r\n"), validate=True)
     except (binascii.Error, UnicodeEncodeError):
         allowed = "standard base64 of a PNG, JPEG or WebP picture"
         raise Invalid.value(loc, given=Words(shown(text, 40)), allowed=allowed) from None
 
 # %% ../nbs/03a_images.ipynb #22655152
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Part:
     "One chunk or segment of a picture file: where it starts, where its body does, and where it ends."
     kind: str

@@ -180,7 +180,7 @@ def too_late(turn: Turn, limit: float) -> QueueFull | None:
 
 # %% ../nbs/08b_queue.ipynb #e96638f4
 def check_deadline(asked: float, left: float, turn: Turn, most: float) -> None:
-    "A deadline of `asked` seconds, of which `left` are left. Invalid: never to be kept. QueueFull: others are in the way."
+    "A deadline of `asked` seconds, `left` of them left. Invalid: never to be kept. QueueFull: others prevent it."
     alone = math.ceil(100 * turn.alone) / 100
     if asked > most: raise Invalid.value("deadlineSeconds", given=asked, allowed=f"at most {most:g}")
     if asked < alone:

@@ -21,7 +21,7 @@ log = logging.getLogger("aura_engine.server")
 # %% auto #0
 __all__ = ['log', 'CHATTY', 'PRIVATE', 'JsonLines', 'log_to', 'Punctual', 'Patient', 'unreadable', 'last_answer', 'Connection',
            'Server', 'create_server', 'reach', 'proxies_of', 'server_config', 'raise_file_limit', 'refuse_workers',
-           'host_named', 'settle', 'main']
+           'settle', 'host_named', 'main']
 
 # %% ../nbs/11_server.ipynb #34c751a1
 _STANDARD = {*logging.makeLogRecord({}).__dict__, "message", "asctime", "color_message", "taskName"}
@@ -239,18 +239,20 @@ def refuse_workers(env: Mapping[str, str] = os.environ) -> None:
     raise SettingsError(f"WEB_CONCURRENCY: given {workers!r}; allowed: 1. {why}")
 
 # %% ../nbs/11_server.ipynb #46a4e7c5
-def host_named(argv: Sequence[str] | None) -> str | None:
-    "The address that the command line names, if it names one."
-    parser = argparse.ArgumentParser(description="Serve the engine. Everything else is set by environment variables.")
-    parser.add_argument("--host", help="address to listen on (default: HOST, or this machine only; 0.0.0.0: all)")
-    return parser.parse_args(argv).host
-
 def settle(engine: Any) -> None:
     "Once the model is loaded, take all that is there out of garbage collection."
     engine.wait_ready()
     gc.collect()
     gc.freeze()
 
+# %% ../nbs/11_server.ipynb #7e2615dc
+def host_named(argv: Sequence[str] | None) -> str | None:
+    "The address that the command line names, if it names one."
+    parser = argparse.ArgumentParser(description="Serve the engine. Everything else is set by environment variables.")
+    parser.add_argument("--host", help="address to listen on (default: HOST, or this machine only; 0.0.0.0: all)")
+    return parser.parse_args(argv).host
+
+# %% ../nbs/11_server.ipynb #8e756b3e
 def main(argv: Sequence[str] | None = None) -> None:
     "Start the engine and serve until told to stop."
     for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, _leave)

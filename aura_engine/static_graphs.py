@@ -4,16 +4,19 @@
 
 # %% ../nbs/05c_static_graphs.ipynb #97712ded
 from __future__ import annotations
-import hashlib, logging, os, platform, tempfile, threading, time, warnings
+import hashlib, logging, os, platform, shutil, sys, tempfile, threading, time, warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-import torch
+from uuid import uuid4
+
+import psutil, torch
 from torch import nn
+from .downloads import sha256_of
 from .packing import summed
 from .reader import quiet
 from .unet_input import UNetInput
@@ -21,10 +24,12 @@ from .unet_input import UNetInput
 log = logging.getLogger("aura_engine")
 
 # %% auto #0
-__all__ = ['log', 'DECODER', 'SAMPLES', 'Shapes', 'EXACT', 'HALF', 'ONE_AT_A_TIME', 'input_names', 'Traced', 'example_inputs',
-           'projected', 'cache_folder', 'fingerprint', 'graph_file', 'hushed', 'save_graph', 'convert',
-           'doubled_before', 'bias_after', 'double_graph', 'weight_bytes', 'graphs_that_fit', 'Graphs', 'OpenVINOUNet',
-           'OpenVINODecode', 'quantize', 'HeardGraphs']
+__all__ = ['log', 'DECODER', 'SAMPLES', 'GRAPH', 'WEIGHTS', 'DIGESTS', 'ABANDONED', 'DAMAGED', 'UNSAVED', 'Shapes', 'EXACT',
+           'HALF', 'ONE_AT_A_TIME', 'LIMITS', 'AT_LEAST', 'AT_MOST', 'COMPILING', 'input_names', 'Traced',
+           'example_inputs', 'projected', 'cache_folder', 'fingerprint', 'saved_graph', 'digests', 'is_whole_graph',
+           'weight_bytes', 'save_graph', 'whole_weights', 'tidy', 'read_graph', 'hushed', 'convert', 'doubled_before',
+           'bias_after', 'double_graph', 'memory_limit', 'Earned', 'Held', 'infer', 'Compiler', 'StaticGraphs',
+           'Graphs', 'OpenVINOUNet', 'OpenVINODecode', 'quantize', 'HeardGraphs']
 
 # %% ../nbs/05c_static_graphs.ipynb #e8b71b61
 DECODER = ("z",)
@@ -102,9 +107,72 @@ def fingerprint(module: Any, *more: Any) -> str:
     return digest.hexdigest()[:20]
 
 # %% ../nbs/05c_static_graphs.ipynb #793f6134
-def graph_file(module: Any, names: tuple[str, ...], folder: Path | None = None) -> Path:
-    "Where the saved graph of a model is, or would be."
-    return (folder or cache_folder() / "openvino") / f"{fingerprint(module, names)}.xml"
+def saved_graph(module: Any, names: tuple[str, ...], folder: Path | None = None) -> Path:
+    "The folder where the saved graph of a model is, or would be."
+    return (folder or cache_folder() / "openvino") / fingerprint(module, names)
+
+# %% ../nbs/05c_static_graphs.ipynb #77fc9766
+GRAPH, WEIGHTS, DIGESTS = "graph.xml", "graph.bin", "graph.sha256"
+
+def digests(saved: Path) -> str:
+    "The digests of a graph and its weights, in hex."
+    return f"{sha256_of(saved / GRAPH)} {sha256_of(saved / WEIGHTS)}"
+
+def is_whole_graph(saved: Path) -> bool:
+    "Whether a saved graph is what was once written."
+    try: return (saved / DIGESTS).read_text() == digests(saved)
+    except (OSError, ValueError): return False
+
+# %% ../nbs/05c_static_graphs.ipynb #3c5ed270
+def weight_bytes(model: Any) -> int:
+    "Bytes of an OpenVINO model's constants."
+    return sum(node.get_byte_size() for node in model.get_ordered_ops() if node.get_type_name() == "Constant")
+
+# %% ../nbs/05c_static_graphs.ipynb #105fc83b
+def save_graph(model: Any, saved: Path, keep: int = 8) -> None:
+    "Write a converted model. Of its folder's graphs the `keep` latest stay. OSError, RuntimeError: it cannot be."
+    import openvino as ov
+    part = saved.with_name(f"part-{uuid4().hex}")
+    part.mkdir(parents=True)
+    try:
+        ov.save_model(model, part / GRAPH, compress_to_fp16=False)
+        # a full disk is not always an error while writing
+        if not whole_weights(model, part): raise OSError("not all of the graph was written")
+        (part / DIGESTS).write_text(digests(part))
+        if not saved.exists(): part.rename(saved)
+    finally: shutil.rmtree(part, ignore_errors=True)
+    tidy(saved.parent, keep)
+
+def whole_weights(model: Any, saved: Path) -> bool:
+    "Whether a graph on disk has all the weights of `model`."
+    import openvino as ov
+    return weight_bytes(ov.Core().read_model(saved / GRAPH)) == weight_bytes(model)
+
+# %% ../nbs/05c_static_graphs.ipynb #a5d7bd7e
+ABANDONED = 3600.0                               # seconds
+
+def tidy(folder: Path, keep: int) -> None:
+    "Delete all graphs of a folder but the `keep` latest, and the parts that nobody writes any more."
+    there = sorted((d for d in folder.iterdir() if d.is_dir()), key=lambda d: d.stat().st_mtime)
+    parts = [d for d in there if d.name.startswith("part-")]
+    graphs = [d for d in there if d not in parts]
+    dead = [d for d in parts if time.time() - d.stat().st_mtime > ABANDONED]
+    for old in (*graphs[:-keep], *dead): shutil.rmtree(old, ignore_errors=True)
+
+# %% ../nbs/05c_static_graphs.ipynb #92cc3d51
+DAMAGED = "a saved OpenVINO graph was damaged; it was deleted and made again"
+
+def read_graph(saved: Path, notes: list[str]) -> Any:
+    "A saved graph, or None when there is none or it is damaged. A damaged one is deleted and noted."
+    import openvino as ov
+    if not saved.exists(): return None
+    if is_whole_graph(saved):
+        os.utime(saved)
+        return ov.Core().read_model(saved / GRAPH)
+    shutil.rmtree(saved, ignore_errors=True)
+    if DAMAGED not in notes: notes.append(DAMAGED)
+    log.warning("a saved graph is damaged", extra={"graph": saved.name})
+    return None
 
 # %% ../nbs/05c_static_graphs.ipynb #7bd05400
 @contextmanager
@@ -115,35 +183,25 @@ def hushed() -> Iterator[None]:
         yield
 
 # %% ../nbs/05c_static_graphs.ipynb #6026c110
-def save_graph(model: Any, file: Path, keep: int = 8) -> None:
-    "Write a converted model. Of the graphs in its folder the `keep` latest stay."
-    import openvino as ov
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f"{file.stem}.{os.getpid()}.xml")
-    ov.save_model(model, part, compress_to_fp16=False)
-    part.with_suffix(".bin").replace(file.with_suffix(".bin"))
-    part.replace(file)
-    graphs = sorted(file.parent.glob("*.xml"), key=lambda f: f.stat().st_mtime)
-    for old in graphs[:-keep]:
-        for f in (old, old.with_suffix(".bin")): f.unlink(missing_ok=True)
+UNSAVED = "a converted OpenVINO graph could not be saved; every start converts it again"
 
-# %% ../nbs/05c_static_graphs.ipynb #9154f06d
 @torch.inference_mode()
-def convert(module: Any, names: tuple[str, ...], folder: Path | None = None) -> Any:
+def convert(module: Any, names: tuple[str, ...], notes: list[str], folder: Path | None = None) -> Any:
     "A UNet or VAE (fp32, CPU) as an OpenVINO model with inputs `names`: as it was saved, else converted and saved."
     import openvino as ov
-    file = graph_file(module, names, folder)
-    if file.exists():
-        os.utime(file)
-        return ov.Core().read_model(file)
+    saved = saved_graph(module, names, folder)
+    found = read_graph(saved, notes)
+    if found is not None: return found
     start = time.monotonic()
     example = example_inputs(module, names)
     whole = module if module.dtype == torch.float32 else module.float()
     with hushed(), projected(module): model = ov.convert_model(Traced(whole, names), example_input=example)
     for port, name in zip(model.inputs, names): port.get_tensor().set_names({name})
     log.info("converted for OpenVINO", extra={"seconds": round(time.monotonic() - start, 1)})
-    try: save_graph(model, file)
-    except (OSError, RuntimeError): log.warning("the converted model could not be saved; it will be converted again")
+    try: save_graph(model, saved)
+    except (OSError, RuntimeError) as e:
+        log.warning("a converted graph could not be saved", extra={"reason": str(e)[:200]})
+        if UNSAVED not in notes: notes.append(UNSAVED)
     return model
 
 # %% ../nbs/05c_static_graphs.ipynb #e6bc65fe
@@ -189,57 +247,164 @@ EXACT = {"INFERENCE_PRECISION_HINT": "f32", "SNIPPETS_MODE": "DISABLE"}
 HALF = {"INFERENCE_PRECISION_HINT": "bf16"}
 ONE_AT_A_TIME = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}
 
-def weight_bytes(model: Any) -> int:
-    "Bytes of an OpenVINO model's constants."
-    return sum(node.get_byte_size() for node in model.get_ordered_ops() if node.get_type_name() == "Constant")
-
 # %% ../nbs/05c_static_graphs.ipynb #221ef463
-def graphs_that_fit(model: Any) -> int:
-    "How many compiled graphs of a model a quarter of this machine's memory holds, from 2 to 24."
-    known = hasattr(os, "sysconf")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if known else 8 << 30
-    return max(2, min(24, memory // 4 // max(weight_bytes(model), 1)))
+LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+def memory_limit(files: Sequence[str] = LIMITS) -> int:
+    "Bytes that this process may use: the machine's memory, or less where a container's limit says so."
+    most = psutil.virtual_memory().total
+    for file in files:
+        try: most = min(most, int(Path(file).read_text()))
+        except (OSError, ValueError): pass                         # no such limit, or "max"
+    return most
 
 # %% ../nbs/05c_static_graphs.ipynb #df80c607
-class Graphs:
-    "An OpenVINO model, compiled for each set of input shapes it meets. At most `keep` compiled graphs are held."
-    def __init__(self, model: Any, names: tuple[str, ...], precision: str = "fp32", keep: int = 0, threads: int = 0):
-        self.model, self.names, self.precision = model, names, precision
-        self.keep = keep or graphs_that_fit(model)
-        self.threads = threads or torch.get_num_threads()
-        self.compiled: OrderedDict[Shapes, Any] = OrderedDict()
-        self.lock = threading.Lock()
-        self.compiles = 0
+class Earned:
+    "Seconds that shapes have spent on the dynamic graph; the `most` latest shapes are known."
+    def __init__(self, most: int = 256):
+        self.most = most
+        self._seconds: OrderedDict[Shapes, float] = OrderedDict()
 
-    def prepare(self, *shapes: tuple[int, ...]) -> None:
-        "Compile for these input shapes now."
-        with self.lock: self.request(shapes)
+    def __contains__(self, shapes: Shapes) -> bool: return shapes in self._seconds
 
-    def request(self, shapes: Shapes) -> Any:
-        "The compiled graph for these shapes. The least recently used ones make room for a new one."
-        if shapes not in self.compiled:
-            while len(self.compiled) >= self.keep: self.compiled.popitem(last=False)
-            self.compiled[shapes] = self.compile(shapes)
-        self.compiled.move_to_end(shapes)
-        return self.compiled[shapes]
+    def add(self, shapes: Shapes, seconds: float) -> float:
+        "Count a call -> the seconds of all calls of these shapes."
+        self._seconds[shapes] = self._seconds.pop(shapes, 0.0) + seconds
+        if len(self._seconds) > self.most: self._seconds.popitem(last=False)
+        return self._seconds[shapes]
 
-    def compile(self, shapes: Shapes) -> Any:
-        "A graph for these shapes alone."
+    def spend(self, shapes: Shapes) -> None:
+        "The shapes begin anew."
+        self._seconds.pop(shapes, None)
+
+# %% ../nbs/05c_static_graphs.ipynb #348d6459
+AT_LEAST = 2                                     # graphs are held, whatever they take: a guided and a plain call
+AT_MOST = 24
+
+class Held:
+    "Compiled graphs by shape: at most `keep`, of `budget` bytes in all. Several threads may use it."
+    def __init__(self, keep: int, budget: int):
+        self.keep, self.budget = keep, budget
+        self._graphs: OrderedDict[Shapes, tuple[Any, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int: return len(self._graphs)
+    def __contains__(self, shapes: Shapes) -> bool: return shapes in self._graphs
+
+    def get(self, shapes: Shapes) -> Any:
+        "The graph for these shapes; None when there is none."
+        with self._lock:
+            if shapes not in self._graphs: return None
+            self._graphs.move_to_end(shapes)
+            return self._graphs[shapes][0]
+
+    def add(self, shapes: Shapes, graph: Any, size: int) -> None:
+        "Keep a graph of `size` bytes; others go if it does not fit beside them."
+        with self._lock:
+            self._graphs[shapes] = graph, size
+            while len(self._graphs) > AT_LEAST and self._crowded(): self._graphs.popitem(last=False)
+
+    def _crowded(self) -> bool:
+        return len(self._graphs) > self.keep or sum(size for _, size in self._graphs.values()) > self.budget
+
+# %% ../nbs/05c_static_graphs.ipynb #7d4ea32a
+def infer(graph: Any, values: Sequence[torch.Tensor]) -> torch.Tensor:
+    "Run a compiled graph -> an fp32 tensor."
+    arrays = [value.detach().float().contiguous().numpy() for value in values]
+    return torch.from_numpy(graph.infer(arrays, share_inputs=True, share_outputs=True)[0].copy())
+
+# %% ../nbs/05c_static_graphs.ipynb #371a3e6b
+@dataclass(frozen=True)
+class Compiler:
+    "Compiles an OpenVINO model with inputs `names`. `precision`: fp32 or bf16. `threads`: of a call."
+    model: Any
+    names: tuple[str, ...]
+    precision: str
+    threads: int
+
+    def __call__(self, shapes: Shapes | None = None) -> Any:
+        "A graph for these input shapes alone; None: for all."
         import openvino as ov
         model = self.model.clone()
-        model.reshape({name: ov.PartialShape(list(shape)) for name, shape in zip(self.names, shapes)})
-        double_graph(model)
+        if shapes is not None:
+            model.reshape({name: ov.PartialShape(list(shape)) for name, shape in zip(self.names, shapes)})
+            double_graph(model)
         how = {**(EXACT if self.precision == "fp32" else HALF), **ONE_AT_A_TIME, "INFERENCE_NUM_THREADS": self.threads}
-        self.compiles += 1
         return ov.Core().compile_model(model, "CPU", how).create_infer_request()
 
+# %% ../nbs/05c_static_graphs.ipynb #31ad45b7
+class StaticGraphs:
+    "An OpenVINO model, compiled for shapes. `keep`: most graphs; `budget`: their bytes (0: a sixth of the memory)."
+    def __init__(self, model: Any, names: tuple[str, ...], precision: str = "fp32", keep: int = AT_MOST,
+                 threads: int = 0, budget: int = 0):
+        self.model, self.names, self.precision = model, names, precision
+        self.threads = threads or torch.get_num_threads()
+        self.compiler = Compiler(model, names, precision, self.threads)
+        self.held = Held(keep, budget or memory_limit() // 6)
+        self.compiles, self.seconds = 0, 0.0                    # so far
+
+    def prepare(self, *shapes: tuple[int, ...]) -> None:
+        "Compile for these input shapes now, if they are not compiled."
+        if shapes not in self.held: self.compile(shapes)
+
+    def compile(self, shapes: Shapes) -> Any:
+        "A graph for these shapes, which is held from now on."
+        start, before = time.monotonic(), psutil.Process().memory_info().rss
+        graph = self.compiler(shapes)
+        self.compiles += 1
+        self.seconds += time.monotonic() - start
+        grown, weights = psutil.Process().memory_info().rss - before, weight_bytes(self.model)
+        self.held.add(shapes, graph, min(max(grown, weights), 4 * weights))      # others allocate memory too
+        return graph
+
+    @property
+    def cost(self) -> float:
+        "Seconds that compiling takes, by what it took before."
+        return self.seconds / self.compiles if self.compiles else 1.0
+
+# %% ../nbs/05c_static_graphs.ipynb #d6cfd349
+COMPILING = threading.Lock()                     # held while a graph is compiled beside serving
+
+class Graphs(StaticGraphs):
+    "An OpenVINO model at run time: static graphs for shapes that come often, one dynamic graph for the rest."
+    def __init__(self, *how: Any, **more: Any):
+        "Takes what `StaticGraphs` takes."
+        super().__init__(*how, **more)
+        self.earned = Earned()
+        self.sealed = False                                     # the warm-up is over
+        self.dynamic: Any = None                                # the graph for all shapes, once it is needed
+
     def __call__(self, *values: torch.Tensor) -> torch.Tensor:
-        "Tensors in the order of `names` -> an fp32 tensor of its own."
+        "Tensors in the order of `names` -> an fp32 tensor of its own. Only one thread may call."
         shapes = tuple(tuple(value.shape) for value in values)
-        arrays = [value.detach().float().contiguous().numpy() for value in values]
-        with self.lock:
-            out = self.request(shapes).infer(arrays, share_inputs=True, share_outputs=True)
-            return torch.from_numpy(out[0].copy())
+        graph = self.held.get(shapes)
+        if graph is None and self.sealed: return self.call_dynamic(shapes, values)
+        return infer(graph or self.compile(shapes), values)
+
+    def seal(self) -> None:
+        "The warm-up is over. The dynamic graph is compiled now where it is small, else when it is needed."
+        self.sealed = True
+        if self.dynamic is None and 2 * weight_bytes(self.model) < self.held.budget: self.dynamic = self.compiler()
+
+    def call_dynamic(self, shapes: Shapes, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        "The same on the dynamic graph. Shapes that have earned a static graph get it, beside serving."
+        if self.dynamic is None: self.dynamic = self.compiler()
+        start = time.monotonic()
+        out = infer(self.dynamic, values)
+        earned = self.earned.add(shapes, time.monotonic() - start)
+        if earned > self.cost and COMPILING.acquire(blocking=False):
+            threading.Thread(target=self._compile_beside, args=(shapes,), name="compile").start()
+        return out
+
+    def _compile_beside(self, shapes: Shapes) -> None:
+        "Compile a static graph in this thread. Whoever starts it holds `COMPILING`."
+        try:
+            if sys.platform == "linux": os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+            self.compile(shapes)
+        except Exception: log.exception("a static graph could not be compiled")
+        finally:
+            self.earned.spend(shapes)
+            COMPILING.release()
 
 # %% ../nbs/05c_static_graphs.ipynb #8923b6c8
 class OpenVINOUNet:

@@ -15,7 +15,7 @@ from pydantic.alias_generators import to_camel
 
 # %% auto #0
 __all__ = ['MOST_ITEMS', 'MAX_PROMPT', 'MAX_N', 'MAX_SEED', 'MOST_UNKNOWN', 'WHOLE', 'Prompt', 'VISIBLE', 'Seed', 'Steps',
-           'Count', 'Lora', 'Padding', 'Deadline', 'PictureText', 'MOST_ERRORS', 'Event', 'Words', 'shown',
+           'Count', 'Lora', 'Padding', 'Deadline', 'PictureText', 'MOST_ERRORS', 'Event', 'COME_BACK', 'Words', 'shown',
            'FieldError', 'AuraError', 'ModelError', 'Malformed', 'Unauthorized', 'ForeignOrigin', 'NotFound',
            'MethodNotAllowed', 'TooLarge', 'Unsupported', 'HeadersTooLarge', 'Invalid', 'QueueFull', 'NotReady',
            'OutOfMemory', 'ShuttingDown', 'DeadlineExceeded', 'Cancelled', 'Degenerate', 'EngineFailed', 'Unreachable',
@@ -478,6 +478,9 @@ class EngineState(StrEnum):
     ready = "ready"
     failed = "failed"
     draining = "draining"
+
+# %% ../nbs/01_types.ipynb #e954f4a2
+COME_BACK = {EngineState.loading: 5, EngineState.failed: 60, EngineState.draining: 10}      # seconds
 
 # %% ../nbs/01_types.ipynb #16c0e16f
 @dataclass(frozen=True)

@@ -317,7 +317,7 @@ def test_of_two_servers_that_save_the_first_ones_graph_stays(little, tmp_path):
     for _ in range(2):
         static_graphs.save_graph(little, tmp_path / "a")
         seen.append({f: f.stat().st_ino for f in tmp_path.rglob("*")})
-    assert seen[0] == seen[1] and len(seen[0]) == 4 and static_graphs.is_whole(tmp_path / "a")
+    assert seen[0] == seen[1] and len(seen[0]) == 4 and static_graphs.is_whole_graph(tmp_path / "a")
 
 
 def calls_of(n): return [torch.randn(1 + k, 32) for k in range(n)]
