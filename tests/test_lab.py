@@ -277,10 +277,10 @@ RSS = "import gc, psutil; gc.collect(); print(psutil.Process().memory_info().rss
 
 
 def test_the_three_obvious_cells_in_fresh_kernels(record_property):
-    """Up to twenty fresh kernels, for at most five minutes: no failure, the right weights, and cells run again cost nothing."""
+    """Five fresh kernels (AURA_KERNELS): no failure, the right weights, and cells run again cost nothing."""
     manager = pytest.importorskip("jupyter_client.manager")
     env = clean_env(PYTHONPATH=ROOT, SD_MODEL_ID="embedded")
-    end, count = time.monotonic() + 300, 0
+    count = 0
 
     def run(client, code):
         said = []
@@ -289,7 +289,7 @@ def test_the_three_obvious_cells_in_fresh_kernels(record_property):
         assert reply["content"]["status"] == "ok", reply["content"]
         return "".join(said)
 
-    while count < 20 and (time.monotonic() < end or count < 3):
+    while count < int(os.environ.get("AURA_KERNELS", 5)):
         kernel, client = manager.start_new_kernel(kernel_name="python3", env=env)
         try:
             for cell in THREE_CELLS: run(client, cell)
