@@ -283,7 +283,7 @@ class Reader:
         "A lone diffusers model (UNet or VAE) from a folder or repository with its config.json."
         diffusers = diffusers_classes()
         folder = self.located(source, "config.json", config_and_weights(self.half))
-        named, allowed = read_json(folder / "config.json").get("_class_name"), CLASSES["unet"] + CLASSES["vae"]
+        named, allowed = str(read_json(folder / "config.json").get("_class_name")), CLASSES["unet"] + CLASSES["vae"]
         if named not in allowed: raise Unusable(f"its config.json names a {named}; allowed: {', '.join(allowed)}")
         names = weight_files([p.name for p in folder.iterdir()], "", self.half)
         made = self.from_folder(getattr(diffusers, named), folder, names)
