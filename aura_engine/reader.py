@@ -22,9 +22,9 @@ from .models import INCLUDED, PICKLED, SD15_ID, is_local
 __all__ = ['PARTS', 'UNUSED', 'SERVED', 'WEIGHTS', 'NO_PICKLES', 'CLASSES', 'LOADING', 'NO_VAE', 'NO_PICKLED_FILE',
            'NO_DIFFUSERS', 'PART_WORDS', 'HARMLESS', 'whole_sets', 'weight_files', 'read_json', 'check_classes',
            'served_index', 'pipeline_files', 'quiet', 'reading', 'diffusers_classes', 'Checkpoint', 'recognise',
-           'nothing_else', 'config_and_weights', 'unwrapped', 'bare', 'fill', 'check_weights', 'said_of_tensors',
-           'complete', 'complete_parts', 'mounted', 'Reader', 'read_scheduler', 'read_unet', 'read_folder',
-           'configuration_of', 'single_pipeline', 'read_single']
+           'nothing_else', 'config_and_weights', 'lone_class', 'unwrapped', 'bare', 'fill', 'check_weights',
+           'said_of_tensors', 'complete', 'complete_parts', 'mounted', 'Reader', 'read_scheduler', 'read_unet',
+           'read_folder', 'configuration_of', 'single_pipeline', 'read_single']
 
 # %% ../nbs/04c_reader.ipynb #1afc7159
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
@@ -165,6 +165,13 @@ def config_and_weights(half: bool) -> Want:
         return [n for n in names if n == "config.json"] + weight_files(names, "", half)
     return want
 
+# %% ../nbs/04c_reader.ipynb #c64f9bcc
+def lone_class(folder: Path) -> str:
+    "The class that the config.json of a lone model names. Unusable when it is none that this engine builds."
+    named, allowed = read_json(folder / "config.json").get("_class_name", ""), CLASSES["unet"] + CLASSES["vae"]
+    if named not in allowed: raise Unusable(f"its config.json names a {named}; allowed: {', '.join(allowed)}")
+    return named
+
 # %% ../nbs/04c_reader.ipynb #6b690bc2
 PART_WORDS = ("text_encoder_2.", "text_encoder.", "unet.", "vae.")
 
@@ -283,8 +290,7 @@ class Reader:
         "A lone diffusers model (UNet or VAE) from a folder or repository with its config.json."
         diffusers = diffusers_classes()
         folder = self.located(source, "config.json", config_and_weights(self.half))
-        named, allowed = str(read_json(folder / "config.json").get("_class_name")), CLASSES["unet"] + CLASSES["vae"]
-        if named not in allowed: raise Unusable(f"its config.json names a {named}; allowed: {', '.join(allowed)}")
+        named = lone_class(folder)
         names = weight_files([p.name for p in folder.iterdir()], "", self.half)
         made = self.from_folder(getattr(diffusers, named), folder, names)
         complete(self, made, folder.name, [folder / name for name in names])
