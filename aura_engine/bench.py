@@ -313,7 +313,7 @@ def bare_seconds(engine: Engine, picture: Picture) -> Callable[[], float]:
     "A function that runs the picture's UNet calls and its decode, without the engine -> seconds."
     parts = engine.parts
     trajectory = Trajectory(parts, picture, TextCache(parts))
-    given = trajectory.unet_input()
+    given = trajectory.net_input()
     @torch.inference_mode()
     def bare() -> float:
         start = time.perf_counter()

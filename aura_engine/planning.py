@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, 
 from pydantic import model_validator
 from .images import decode, decode_mask, from_base64, receipt_of
 from .masks import Region, Inpainting, box_around, fitted_mask, is_white, widened
-from .models import EMBEDDED, NARROWEST, SAMPLERS, Row, executed_steps, fit_size, makes, size_for
+from .models import EMBEDDED, NARROWEST, SAMPLERS, Row, executed_steps, fit_size, last_steps, makes, size_for
 from .prompt_weights import has_weights, plain_text
 from .types import (MAX_PROMPT, MAX_SEED, WHOLE, FieldError, GenerateRequest, Invalid, Note, Padding,
     Picture, Plan, Prompt, Receipt, RefineConfig, RefineRequest, RequestModel, Seed, Steps, Words, field_errors, shown)
@@ -240,6 +240,14 @@ def _generation(request: GenerateRequest, row: Row, gpu: bool) -> Plan:
     return Plan(pictures, tuple(notes), request.deadline_seconds)
 
 # %% ../nbs/03d_planning.ipynb #0150c153
+def _flowing(row: Row, steps: int, strength: float, notes: list[Note]) -> tuple[int, float]:
+    "`_refining` of a flow-matching transformer: the end of its timetable, or all of it where the picture is looked at."
+    if row.refine == "noise": return last_steps(steps, strength), strength
+    text = "This model looks at the picture and draws a new one: strength has no effect."
+    if strength != 1: notes.append(Note("strength", strength, "ignored", text))
+    return steps, 1.0
+
+# %% ../nbs/03d_planning.ipynb #fb5f483d
 def _refining(row: Row, steps: int, strength: float, notes: list[Note]) -> tuple[int, float]:
     "(steps to run, strength that this is) of a refinement."
     if row.fixed:
@@ -250,6 +258,7 @@ def _refining(row: Row, steps: int, strength: float, notes: list[Note]) -> tuple
         text = f"Strength {strength:g} became {real:.4g}: {why}."
         if real != strength: notes.append(Note("strength", strength, round(real, 4), text))
         return run, real
+    if row.flow: return _flowing(row, steps, strength, notes)
     run, _ = executed_steps(steps, strength, SAMPLERS[row.sampler].max_steps)
     why = f"strength {strength:g} leaves room for no more on this sampler's timetable"
     text = f"Ran {run} of {steps} steps: {why}."
@@ -305,11 +314,18 @@ def _usable_mask(mask: Image.Image | None, padding: int | None, notes: list[Note
 STRENGTH = 0.5                                   # of a refinement whose request names none
 
 
+def _strength(row: Row, mask: Image.Image | None) -> float:
+    "The strength of a refinement whose request names none. Invalid for a mask that the model cannot use."
+    if mask is None: return 1.0 if row.refine == "reference" else STRENGTH
+    if row.masks: return 1.0
+    raise Invalid.value("mask", given="a mask", allowed=f"none: {row.name} draws whole pictures")
+
+# %% ../nbs/03d_planning.ipynb #95ff5e2f
 def _refinement(request: RefineRequest, row: Row, images: Sequence[Image.Image],
                 mask: Image.Image | None) -> Plan:
     config, notes = request.config, []
     first = _common(row, request.refine_prompt, config, notes)
-    asked = config.strength or (STRENGTH if mask is None else 1.0)
+    asked = config.strength or _strength(row, mask)
     run, strength = _refining(row, first.steps, asked, notes)
     first = replace(first, steps=run, strength=strength, steps_asked=first.steps)
     padding = config.padding_mask_crop
@@ -491,6 +507,8 @@ def replay_plan(ask: ReplayRequest, row: Row) -> tuple[Receipt, Plan]:
     "(the receipt that was sent, the plan of its picture). Raises Invalid."
     r = ask.receipt or _held(from_base64(ask.image or "", "image"))
     if wrong := _misfits(r, row): raise Invalid.of(wrong)
+    if (r.scheduler == "flow") != row.flow:
+        raise Invalid.value("receipt.scheduler", given=r.scheduler, allowed=f"for {row.name} {row.sampler}")
     lora = allowed_lora(r.lora_alias, row, "receipt.loraAlias")
     scheduler = None if r.scheduler == row.sampler else r.scheduler
     _check_pictures(ask, r)

@@ -7,167 +7,73 @@ from __future__ import annotations
 import hashlib, math
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 import numpy as np, torch
 from PIL import Image
+from .denoisers import Conditions, Denoiser, Text
+from .families import denoiser_of
 from .loader import Components
 from .masks import HALF
-from .models import SAMPLERS, executed_steps
-from .prompt_weights import MOST_WEIGHT, Piece, pieces_of
+from .models import SAMPLERS
 from .types import Degenerate, Picture
-from .unet_input import UNetInput
+from .unet_input import NetInput
 
 # %% auto #0
-__all__ = ['MAX_CHUNKS', 'Weights', 'FIRST_ORDER', 'FLAT', 'OVERFLOWED', 'EMPTY', 'Decoded', 'Text', 'Token', 'tokens_of',
-           'chunk_tokens', 'token_rows', 'weigh', 'encode_rows', 'encode_texts', 'TextKey', 'is_guided', 'TextCache',
-           'Coefficients', 'Mixture', 'Table', 'probe', 'estimate_of', 'most_steps', 'timetable', 'mix_of',
+__all__ = ['MOST_TEXT', 'Weights', 'FIRST_ORDER', 'FLAT', 'OVERFLOWED', 'EMPTY', 'Decoded', 'TextKey', 'TextCache',
+           'Coefficients', 'Mixture', 'Table', 'probe', 'scale_at', 'estimate_of', 'Way', 'weights_at', 'mix_of',
            'make_table', 'Noise', 'dtype_of', 'overflows', 'moved', 'pixels_of', 'encode_pixels', 'encode_picture',
-           'sampled', 'decode_as', 'decode_batch', 'decode_latents', 'Conditions', 'conditions', 'guidance_embedding',
-           'Kept', 'latent_mask', 'mask_tensor', 'hole_in', 'begins_pure', 'Beginning', 'beginning', 'Trajectory',
-           'advance', 'take', 'fresh_noise']
+           'sampled', 'decode_as', 'decode_batch', 'decode_latents', 'Kept', 'latent_mask', 'mask_tensor', 'hole_in',
+           'begins_pure', 'Beginning', 'encoded_init', 'beginning', 'Trajectory', 'advance', 'take', 'fresh_noise']
 
 # %% ../nbs/06_trajectory.ipynb #90089ddf
-MAX_CHUNKS = 4
-
-@dataclass(frozen=True)
-class Text:
-    "An encoded prompt: embeds [1, T, D], pooled [1, P] (SDXL) or None, and the words that were cut."
-    embeds: torch.Tensor
-    pooled: torch.Tensor | None
-    cut: str = ""
-
-    def zeros(self) -> Text:
-        "The same shapes, all zeros: what SDXL takes for an empty negative prompt."
-        pooled = torch.zeros_like(self.pooled) if self.pooled is not None else None
-        return Text(torch.zeros_like(self.embeds), pooled)
-
-# %% ../nbs/06_trajectory.ipynb #e00c56ef
-class Token(NamedTuple):
-    "A number that the text encoder knows, and how much it counts."
-    id: int
-    weight: float = 1.0
-
-# %% ../nbs/06_trajectory.ipynb #c92d4f90
-def tokens_of(tokenizer: Any, pieces: list[Piece]) -> list[Token]:
-    "The tokens of a chunk of a prompt, without begin and end marks. Each piece is read for itself."
-    texts = [piece.text for piece in pieces]
-    ids = tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False).input_ids
-    return [Token(i, piece.weight) for piece, mine in zip(pieces, ids) for i in mine]
-
-# %% ../nbs/06_trajectory.ipynb #837d9301
-def chunk_tokens(tokenizer: Any, prompt: list[list[Piece]]) -> tuple[list[list[Token]], str]:
-    "A prompt's tokens in chunks of the tokenizer's limit, and the text beyond MAX_CHUNKS."
-    room = tokenizer.model_max_length - 2
-    chunks: list[list[Token]] = []
-    for pieces in prompt:
-        tokens = tokens_of(tokenizer, pieces)
-        chunks += [tokens[i:i + room] for i in range(0, len(tokens), room)] or [[]]
-    if len(chunks) > 1 and not chunks[-1]: chunks.pop()                # nothing comes after the last BREAK
-    rest = [token.id for chunk in chunks[MAX_CHUNKS:] for token in chunk]
-    return chunks[:MAX_CHUNKS], tokenizer.decode(rest).strip()
-
-# %% ../nbs/06_trajectory.ipynb #2e41d01f
-def token_rows(tokenizer: Any, prompts: list[list[list[Token]]], chunks: int) -> list[list[Token]]:
-    "Chunks of tokens for each prompt -> `chunks` rows for each, with begin, end and padding."
-    begin = Token(tokenizer.bos_token_id)
-    end = Token(tokenizer.eos_token_id)
-    padding = Token(tokenizer.pad_token_id)
-    rows = []
-    for prompt in prompts:
-        for chunk in prompt + [[]] * (chunks - len(prompt)):
-            row = [begin, *chunk, end]
-            rows.append(row + [padding] * (tokenizer.model_max_length - len(row)))
-    return rows
-
-# %% ../nbs/06_trajectory.ipynb #004d4f49
-def weigh(embeds: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
-    "Embeddings [T, D] of a chunk times the weights of its tokens, with the mean they had."
-    plain = embeds.float()
-    heavy = plain * torch.tensor(weights, device=embeds.device)[:, None]
-    scale = (plain.mean() / heavy.mean()).item()
-    sound = 1 / MOST_WEIGHT < scale < MOST_WEIGHT
-    return (heavy * scale if sound else heavy).to(embeds.dtype)
-
-# %% ../nbs/06_trajectory.ipynb #636fbad4
-def encode_rows(parts: Components, encoder: Any, rows: list[list[Token]]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    "Rows of tokens through one encoder -> weighted embeddings [R, T, D], and for SDXL the pooled ones [R, P]."
-    # On a GPU the number of rows decides in which order a kernel sums: calls of one size give one result.
-    padding = rows[:1] * (-len(rows) % 8) if parts.device.type == "cuda" else []
-    ids = [[token.id for token in row] for row in rows + padding]
-    out = encoder(torch.tensor(ids, device=parts.device), output_hidden_states=parts.xl)
-    hidden = out.hidden_states[-2] if parts.xl else out.last_hidden_state
-    embeds = [hidden[i] for i in range(len(rows))]
-    for i, row in enumerate(rows):
-        weights = [token.weight for token in row]
-        if any(weight != 1 for weight in weights): embeds[i] = weigh(embeds[i], weights)
-    return torch.stack(embeds), out[0][:len(rows)] if parts.xl else None
-
-# %% ../nbs/06_trajectory.ipynb #88c13ca0
-@torch.inference_mode()
-def encode_texts(parts: Components, texts: list[str], chunks: int) -> list[Text]:
-    "Encode prompts into exactly `chunks` chunks each. Shorter ones are filled up with empty chunks."
-    n = len(texts)
-    per_encoder, pooled, cut = [], None, [""] * n
-    for tokenizer, encoder in zip(parts.tokenizers, parts.text_encoders):
-        split = [chunk_tokens(tokenizer, pieces_of(text, parts.row.weights)) for text in texts]
-        cut = [max(before, rest, key=len) for before, (_, rest) in zip(cut, split)]
-        rows = token_rows(tokenizer, [tokens for tokens, _ in split], chunks)
-        embeds, pooled = encode_rows(parts, encoder, rows)
-        per_encoder.append(embeds.reshape(n, -1, embeds.shape[-1]))
-    embeds = torch.cat(per_encoder, dim=-1).to(parts.dtype)
-    pools = [None] * n if pooled is None else list(pooled.reshape(n, chunks, -1)[:, :1].unbind(0))
-    return [Text(*both) for both in zip(embeds.split(1), pools, cut)]
-
-# %% ../nbs/06_trajectory.ipynb #91d4b33e
 class TextKey(NamedTuple):
     "What a picture needs encoded."
     text: str
-    chunks: int
+    size: int
     negative: bool = False
     lora: str | None = None
 
-# %% ../nbs/06_trajectory.ipynb #b5e2c5df
-def is_guided(parts: Components, p: Picture) -> bool:
-    "Whether the UNet runs twice a step for this picture (classifier-free guidance)."
-    return parts.row.cfg and p.guidance_scale > 1
+# %% ../nbs/06_trajectory.ipynb #e00c56ef
+MOST_TEXT = 256 << 20                        # bytes of encoded prompts that are kept
 
-# %% ../nbs/06_trajectory.ipynb #1d4aec3d
 class TextCache:
-    "What pictures begin with: encoded prompts by text key, at most `size` of them. Chunk counts and timetables too."
+    "What pictures begin with: encoded prompts by text key, at most `size` of them. Their sizes and timetables too."
     def __init__(self, parts: Components, size: int = 256):
         self.parts, self.size = parts, size
+        self.family = denoiser_of(parts)
         self.kept: OrderedDict[TextKey, Text] = OrderedDict()
-        self.chunks = lru_cache(4 * size)(self._count_chunks)
+        self.measure = lru_cache(4 * size)(self.family.measure)
         self.table = lru_cache(size)(self._make_table)
 
-    def _count_chunks(self, text: str) -> int:
-        pieces = pieces_of(text, self.parts.row.weights)
-        return max(len(chunk_tokens(tokenizer, pieces)[0]) for tokenizer in self.parts.tokenizers)
-
-    def _make_table(self, sampler: str | None, steps: int, strength: float | None, pure: bool) -> Table:
-        return make_table(self.parts.scheduler(sampler), steps, strength, pure)
+    def _make_table(self, way: Way) -> Table:
+        return make_table(denoiser_of(self.parts), self.parts.scheduler(way.sampler), way)
 
     def keys(self, p: Picture) -> list[TextKey]:
         "The text keys of a picture, the negative prompt first when there is guidance. Any thread may ask."
-        texts = [p.negative_prompt, p.prompt] if is_guided(self.parts, p) else [p.prompt]
-        chunks = max(self.chunks(text) for text in texts)
+        texts = [p.negative_prompt, p.prompt] if self.family.guided(p) else [p.prompt]
+        size = max(self.measure(text) for text in texts)
         lora = p.lora if p.lora in self.parts.loras.texts else None
         last = len(texts) - 1
-        return [TextKey(text, chunks, i < last, lora) for i, text in enumerate(texts)]
+        return [TextKey(text, size, i < last, lora) for i, text in enumerate(texts)]
 
     def fill(self, keys: Sequence[TextKey]) -> None:
-        "Encode what is missing, with one call for each number of chunks and LoRA."
+        "Encode what is missing, together for each size and LoRA."
         groups: dict[tuple[int, str | None], list[TextKey]] = {}
         for key in dict.fromkeys(keys):
-            if key not in self.kept: groups.setdefault((key.chunks, key.lora), []).append(key)
-        for (chunks, lora), mine in groups.items():
+            if key not in self.kept: groups.setdefault((key.size, key.lora), []).append(key)
+        for (size, lora), mine in groups.items():
             self.parts.loras.use(lora, "text")
-            for key, text in zip(mine, encode_texts(self.parts, [key.text for key in mine], chunks)):
+            for key, text in zip(mine, self.family.encode([key.text for key in mine], size)):
                 empty = key.negative and not key.text and self.parts.zero_empty
                 self.kept[key] = text.zeros() if empty else text
-        while len(self.kept) > max(self.size, len(keys)): self.kept.popitem(last=False)
+        while len(self.kept) > max(self.room(), len(keys)): self.kept.popitem(last=False)
+
+    def room(self) -> int:
+        "How many texts are kept: `size`, or fewer where one is large."
+        newest = next(reversed(self.kept.values()), None)
+        return min(self.size, MOST_TEXT // newest.embeds.nbytes) if newest else self.size
 
     def __call__(self, key: TextKey) -> Text:
         if key not in self.kept: self.fill([key])
@@ -176,7 +82,7 @@ class TextCache:
 
 # %% ../nbs/06_trajectory.ipynb #df86d402
 class Coefficients(NamedTuple):
-    "The numbers of one step: x' = a x + b v + c noise. The UNet is given scale · x. The picture-to-be is xa x + xb v."
+    "One step: x' = a x + b v + c noise. The network is given scale · x. The picture-to-be is xa x + xb v."
     scale: float
     a: float
     b: float
@@ -196,7 +102,7 @@ class Mixture:
 # %% ../nbs/06_trajectory.ipynb #111c9d4f
 @dataclass(frozen=True)
 class Table:
-    "One row of coefficients a step. `mix`: how picture and noise are mixed on the way."
+    "One row of coefficients a step, with the time that the network is told. `mix`: of picture and noise on the way."
     timesteps: torch.Tensor
     rows: list[Coefficients]
     mix: Mixture
@@ -207,64 +113,73 @@ def probe(scheduler: Any, k: int) -> Coefficients:
     t, unit = scheduler.timesteps[k], torch.eye(3, dtype=torch.float64)
     # Both calls count a step, so the place is set before each.
     scheduler._step_index = k
-    scale = scheduler.scale_model_input(unit[0], t)[0].item()
+    scale = scale_at(scheduler, t)
     noise = torch.randn(3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     scheduler._step_index = k
     out = scheduler.step(unit[1], t, unit[0], generator=torch.Generator().manual_seed(0))
     x = out.prev_sample
     c = (x[2] / noise[2]).item()
     estimate = estimate_of(out)
-    return Coefficients(scale, (x[0] - c * noise[0]).item(), (x[1] - c * noise[1]).item(), c,
-                        estimate[0].item(), estimate[1].item())
+    xa, xb = (1.0, -scheduler.sigmas[k].item()) if estimate is None else estimate[:2].tolist()
+    return Coefficients(scale, (x[0] - c * noise[0]).item(), (x[1] - c * noise[1]).item(), c, xa, xb)
+
+# %% ../nbs/06_trajectory.ipynb #d3f0a12c
+def scale_at(scheduler: Any, t: torch.Tensor) -> float:
+    "What the latents are multiplied by before the network sees them."
+    if not hasattr(scheduler, "scale_model_input"): return 1.0
+    return scheduler.scale_model_input(torch.ones(1, dtype=torch.float64), t)[0].item()
 
 # %% ../nbs/06_trajectory.ipynb #aa7696ed
-def estimate_of(out: Any) -> torch.Tensor:
-    "The picture-to-be in a scheduler's answer. Schedulers call it by different names."
+def estimate_of(out: Any) -> torch.Tensor | None:
+    "The picture-to-be in a scheduler's answer, if it is there. Schedulers call it by different names."
     names = ("denoised", "pred_original_sample", "pred_noised_sample")
-    return next(value for name in names if (value := getattr(out, name, None)) is not None)
+    return next((value for name in names if (value := getattr(out, name, None)) is not None), None)
 
 # %% ../nbs/06_trajectory.ipynb #42309307
 FIRST_ORDER = ("LCMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
-               "TCDScheduler")
+               "TCDScheduler", "FlowMatchEulerDiscreteScheduler")
 
-def most_steps(scheduler: Any) -> int:
-    "How long this scheduler's timetable may be."
-    name = type(scheduler).__name__
-    return max((sampler.max_steps for sampler in SAMPLERS.values() if sampler.cls == name), default=1000)
+class Way(NamedTuple):
+    "What a timetable depends on. `pure`: a refinement that begins with noise alone."
+    sampler: str | None
+    steps: int
+    strength: float | None = None
+    asked: int | None = None
+    size: tuple[int, int] = (0, 0)
+    pure: bool = False
+
+    def picture(self) -> Picture:
+        "A picture that goes this way."
+        return Picture("", *self.size, steps=self.steps, guidance_scale=0.0, seed=0, strength=self.strength,
+                       scheduler=self.sampler, steps_asked=self.asked)
 
 # %% ../nbs/06_trajectory.ipynb #54fbaaa1
-def timetable(scheduler: Any, steps: int, strength: float | None) -> int:
-    "Set the scheduler up -> its first step."
-    if strength is None:
-        scheduler.set_timesteps(steps)
-        return 0
-    run, length = executed_steps(steps, strength, most_steps(scheduler))
-    scheduler.set_timesteps(length)
-    first = length - run
-    if hasattr(scheduler, "set_begin_index"): scheduler.set_begin_index(first)
-    return first
+def weights_at(scheduler: Any, k: int) -> Weights:
+    "The weights of picture and noise at step k."
+    if not hasattr(scheduler, "add_noise"):
+        sigma = scheduler.sigmas[k]
+        return (1.0 - sigma).item(), sigma.item()
+    picture, noise = torch.eye(2)
+    scheduler._step_index = k                # schedulers of the sigma kind look there, the others at the timestep
+    mixed = scheduler.add_noise(picture, noise, scheduler.timesteps[k:k + 1])
+    return mixed[0].item(), mixed[1].item()
 
 # %% ../nbs/06_trajectory.ipynb #d1622e33
 def mix_of(scheduler: Any, first: int, strength: float | None, pure: bool = False) -> Mixture:
     "The mixtures of a scheduler that is set up and begins at step `first`; `pure`: with noise alone."
-    alone = 0.0, float(scheduler.init_noise_sigma)
+    alone = 0.0, float(getattr(scheduler, "init_noise_sigma", 1.0))
     if strength is None: return Mixture(alone, [])
-    picture, noise = torch.eye(2)
-    before = []
-    for k in range(first, len(scheduler.timesteps)):
-        scheduler._step_index = k            # schedulers of the sigma kind look there, the others at the timestep
-        mixed = scheduler.add_noise(picture, noise, scheduler.timesteps[k:k + 1])
-        before.append((mixed[0].item(), mixed[1].item()))
+    before = [weights_at(scheduler, k) for k in range(first, len(scheduler.timesteps))]
     scheduler._step_index = None
     return Mixture(alone if pure else before[0], [*before, (1.0, 0.0)])
 
 # %% ../nbs/06_trajectory.ipynb #fe450d8f
-def make_table(scheduler: Any, steps: int, strength: float | None = None, pure: bool = False) -> Table:
-    "The timetable of a first-order diffusers scheduler for `steps` executed steps; `pure`: as in `mix_of`."
-    first = timetable(scheduler, steps, strength)
-    mix = mix_of(scheduler, first, strength, pure)
+def make_table(family: Denoiser, scheduler: Any, way: Way) -> Table:
+    "The timetable of a first-order diffusers scheduler."
+    first = family.set_up(scheduler, way.picture())
+    mix = mix_of(scheduler, first, way.strength, way.pure)
     rows = [probe(scheduler, k) for k in range(first, len(scheduler.timesteps))]
-    return Table(scheduler.timesteps[first:].clone(), rows, mix)
+    return Table(family.clock(scheduler.timesteps[first:].clone()), rows, mix)
 
 # %% ../nbs/06_trajectory.ipynb #6b3f955e
 class Noise:
@@ -289,7 +204,7 @@ def dtype_of(vae: Any) -> torch.dtype:
 # %% ../nbs/06_trajectory.ipynb #5e974f7a
 def overflows(parts: Components) -> bool:
     "Whether this VAE must not run in the half precision it is held in."
-    return parts.xl and dtype_of(parts.vae) == torch.float16 and bool(parts.vae.config.get("force_upcast"))
+    return denoiser_of(parts).overflows(dtype_of(parts.vae))
 
 # %% ../nbs/06_trajectory.ipynb #7e286111
 def moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -310,7 +225,9 @@ def encode_pixels(parts: Components, pixels: torch.Tensor, noise: Noise) -> torc
     if raised: vae.float()
     out = vae.encode(pixels.to(parts.device, vae.dtype))
     if raised: vae.half()
-    return sampled(out, noise).float() * vae.config.scaling_factor
+    family = denoiser_of(parts)
+    z = out.latent_dist.mean if family.looks else sampled(out, noise)
+    return family.from_vae(z.float())
 
 # %% ../nbs/06_trajectory.ipynb #2a9cd6fa
 def encode_picture(parts: Components, image: Image.Image, width: int, height: int, noise: Noise) -> torch.Tensor:
@@ -331,7 +248,7 @@ def decode_as(parts: Components, latents: torch.Tensor, dtype: torch.dtype) -> l
     "One call of the VAE in `dtype` for [B, C, h, w]. None for a row without a picture in it."
     vae, kept = parts.vae, dtype_of(parts.vae)
     if dtype != kept: vae.to(dtype)
-    pixels = vae.decode((latents / vae.config.scaling_factor).to(dtype), return_dict=False)[0].float()
+    pixels = vae.decode(denoiser_of(parts).to_vae(latents).to(dtype), return_dict=False)[0].float()
     if dtype != kept: vae.to(kept)
     flat = pixels.flatten(1)
     good = (torch.isfinite(flat).all(1) & (flat.std(1) > FLAT)).tolist()
@@ -367,41 +284,6 @@ def decode_latents(parts: Components, latents: torch.Tensor) -> Decoded:
     if isinstance(done, Degenerate): raise done
     return done
 
-# %% ../nbs/06_trajectory.ipynb #c4b4a151
-@dataclass(frozen=True)
-class Conditions:
-    "What the UNet is given at every step of one picture besides latents and time. Fields as in `UNetInput`."
-    text: torch.Tensor
-    pooled: torch.Tensor | None = None
-    time_ids: torch.Tensor | None = None
-    guidance: torch.Tensor | None = None
-    cut: str = ""                                # words of the prompt that did not fit
-
-    @property
-    def rows(self) -> int:
-        "2 with guidance, else 1."
-        return len(self.text)
-
-# %% ../nbs/06_trajectory.ipynb #5644db5e
-def conditions(parts: Components, p: Picture, texts: list[Text]) -> Conditions:
-    "Conditions from the encoded texts of a picture, the negative one first."
-    embeds = torch.cat([text.embeds for text in texts])
-    rows, pooled, time_ids = len(texts), None, None
-    if parts.xl:
-        pooled = torch.cat([text.pooled for text in texts if text.pooled is not None])
-        sizes = [p.height, p.width, 0, 0, p.height, p.width]          # original size, crop, target size
-        time_ids = torch.tensor([sizes] * rows, device=parts.device, dtype=embeds.dtype)
-    dim = parts.unet.config.get("time_cond_proj_dim")
-    guidance = guidance_embedding(p.guidance_scale, dim, rows).to(embeds) if dim else None
-    return Conditions(embeds, pooled, time_ids, guidance, texts[-1].cut)
-
-# %% ../nbs/06_trajectory.ipynb #0af55a0c
-def guidance_embedding(scale: float, dim: int, rows: int) -> torch.Tensor:
-    "The guidance scale as an LCM's UNet reads it [rows, dim]."
-    from diffusers.models.embeddings import get_timestep_embedding
-    w = torch.tensor([(scale - 1) * 1000.0] * rows)
-    return get_timestep_embedding(w, dim, flip_sin_to_cos=False, downscale_freq_shift=1)
-
 # %% ../nbs/06_trajectory.ipynb #e86d6d29
 @dataclass(frozen=True)
 class Kept:
@@ -428,7 +310,7 @@ def latent_mask(mask: Image.Image, scale: int) -> np.ndarray:
 # %% ../nbs/06_trajectory.ipynb #8be39ff5
 def mask_tensor(parts: Components, p: Picture) -> torch.Tensor:
     "The mask of a picture at latent resolution [1, 1, h, w]; 1 where it is drawn, which is everywhere without a mask."
-    scale = parts.vae_scale
+    scale = denoiser_of(parts).side
     if p.inpainting is None: return torch.ones(1, 1, p.height // scale, p.width // scale, device=parts.device)
     seen = latent_mask(p.inpainting.part_mask((p.width, p.height)), scale)
     return torch.from_numpy(seen.astype(np.float32))[None, None].to(parts.device)
@@ -445,25 +327,33 @@ def hole_in(parts: Components, p: Picture, noise: Noise) -> torch.Tensor:
 # %% ../nbs/06_trajectory.ipynb #85fe53d6
 def begins_pure(parts: Components, p: Picture) -> bool:
     "Whether a refinement begins with noise alone."
+    if denoiser_of(parts).looks: return True
     return p.strength == 1 and (p.inpainting is not None or parts.takes_mask)
 
 # %% ../nbs/06_trajectory.ipynb #5b870da6
 @dataclass(frozen=True)
 class Beginning:
-    "The first latents [1, C, h, w] of a picture, what a mask keeps, and what an inpainting UNet is told."
+    "The first latents [1, C, h, w] of a picture, what a mask keeps, an inpainting UNet is told, and is looked at."
     latents: torch.Tensor
     kept: Kept | None = None
     hole: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
 
 # %% ../nbs/06_trajectory.ipynb #58704e38
+def encoded_init(parts: Components, p: Picture, weight: float, noise: Noise) -> torch.Tensor | None:
+    "Latents of the picture that a refinement starts from; None where there is none, or an inpainting UNet needs none."
+    if p.init is None or parts.takes_mask and not weight: return None
+    return encode_picture(parts, p.init, p.width, p.height, noise)
+
+# %% ../nbs/06_trajectory.ipynb #6b5e31de
 def beginning(parts: Components, p: Picture, mix: Mixture, noise: Noise) -> Beginning:
     "How a picture begins with the numbers of its scheduler."
     of_picture, of_noise = mix.start
-    shape = (1, parts.latent_channels, p.height // parts.vae_scale, p.width // parts.vae_scale)
-    encoded = None
-    if p.init is not None and (of_picture or not parts.takes_mask):
-        encoded = encode_picture(parts, p.init, p.width, p.height, noise)
+    family = denoiser_of(parts)
+    shape = (1, family.channels, p.height // family.side, p.width // family.side)
+    encoded = encoded_init(parts, p, of_picture, noise)
     drawn = noise.draw(shape).to(parts.device)
+    if family.looks: return Beginning(of_noise * drawn, reference=encoded)
     latents = of_noise * drawn if encoded is None else of_picture * encoded + of_noise * drawn
     if parts.takes_mask: return Beginning(latents, hole=hole_in(parts, p, noise))
     if p.inpainting is None: return Beginning(latents)
@@ -477,14 +367,16 @@ class Trajectory:
     "One picture: `k` of `steps` UNet steps are done. `latents` [1, C, h, w] fp32, `estimate` the picture-to-be."
     def __init__(self, parts: Components, picture: Picture, texts: TextCache):
         self.parts, self.picture, self.k = parts, picture, 0
+        self.family = texts.family
         self.noise = Noise(picture)
         self.estimate: torch.Tensor | None = None
         self.table: Table | None = None                 # a first-order sampler
         self.sampler: Any = None                        # or a multistep one, with a memory of its own
         self.timesteps, mix = self._timetable(texts)
         self.clock = self.timesteps.to(parts.device).float()
-        self.conditions = conditions(parts, picture, [texts(key) for key in texts.keys(picture)])
         begun = beginning(parts, picture, mix, self.noise)
+        given = self.family.conditions(picture, [texts(key) for key in texts.keys(picture)])
+        self.conditions: Conditions = replace(given, reference=begun.reference)
         self.latents = begun.latents
         self.kept = begun.kept
         self.hole = begun.hole
@@ -493,10 +385,11 @@ class Trajectory:
         p = self.picture
         pure = begins_pure(self.parts, p)
         if SAMPLERS[p.scheduler or self.parts.row.sampler].cls in FIRST_ORDER:
-            self.table = texts.table(p.scheduler, p.steps, p.strength, pure)
+            way = Way(p.scheduler, p.steps, p.strength, p.steps_asked, (p.width, p.height), pure)
+            self.table = texts.table(way)
             return self.table.timesteps, self.table.mix
         self.sampler = self.parts.scheduler(p.scheduler)
-        first = timetable(self.sampler, p.steps, p.strength)
+        first = self.family.set_up(self.sampler, p)
         return self.sampler.timesteps[first:], mix_of(self.sampler, first, p.strength, pure)
 
     @property
@@ -522,17 +415,17 @@ class Trajectory:
     @property
     def key(self) -> tuple:
         "Trajectories of one key can share a UNet call: (C, h, w, tokens, LoRA)."
-        return (*self.latents.shape[1:], self.conditions.text.shape[1], self.picture.lora)
+        return (*self.latents.shape[1:], self.conditions.tokens, self.picture.lora)
 
-    def unet_input(self) -> UNetInput:
-        "What the UNet gets for the next step."
+    def net_input(self) -> NetInput:
+        "What the network gets for the next step."
         given = self.conditions
         if self.table is not None: x = self.latents * self.table.rows[self.k].scale
         else: x = self.sampler.scale_model_input(self.latents, self.timesteps[self.k])
         if self.hole is not None: x = torch.cat([x, self.hole], 1)
         sample = x.to(given.text.dtype).expand(self.rows, -1, -1, -1)
         time = self.clock[self.k:self.k + 1].expand(self.rows)
-        return UNetInput(sample, time, given.text, given.pooled, given.time_ids, given.guidance)
+        return self.family.inputs(sample, time, given)
 
     def remember(self, answer: torch.Tensor) -> None:
         "Use the UNet's answer with a multistep sampler, which keeps it for the next step."
@@ -544,10 +437,8 @@ class Trajectory:
         self.latents, self.estimate = step[0], self.sampler.model_outputs[-1]
 
     def guided(self, answer: torch.Tensor) -> torch.Tensor:
-        "The UNet's answer for this picture's rows -> one answer [1, C, h, w], with guidance applied."
-        if self.rows == 1: return answer
-        without, with_prompt = answer[:1], answer[1:]
-        return without + self.picture.guidance_scale * (with_prompt - without)
+        "The network's answer for this picture's rows -> one answer [1, C, h, w], with guidance applied."
+        return self.family.guide(answer, self.picture.guidance_scale)
 
     def count(self) -> None:
         "A step is done: put back what a mask keeps."
@@ -558,10 +449,11 @@ class Trajectory:
 
 # %% ../nbs/06_trajectory.ipynb #64abe783
 @torch.inference_mode()
-def advance(batch: list[Trajectory], unet: Any, bucket: int = 0) -> None:
-    "Take one step with every trajectory of `batch` (all of one `key`) in one UNet call of at least `bucket` rows."
+def advance(batch: list[Trajectory], net: Any, bucket: int = 0) -> None:
+    "Take one step with every trajectory of `batch` (all of one `key`) in one call of at least `bucket` rows."
     batch[0].parts.loras.use(batch[0].picture.lora)
-    out = UNetInput.cat([t.unet_input() for t in batch]).pad(bucket).call(unet).float()
+    inputs = [t.net_input() for t in batch]
+    out = type(inputs[0]).cat(inputs).pad(bucket).call(net).float()
     tabled, answers, at = [], [], 0
     for t in batch:
         answer = t.guided(out[at:at + t.rows])

@@ -11,12 +11,12 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import modelhub
-import tiny
+import tiny, tiny_flow
 from conftest import clean_env
 from aura_engine.config import load_settings
 from aura_engine.engine import Engine
 from aura_engine.loader import load
-from aura_engine.models import ROWS, SAMPLERS, SD15_ID, SDXL_ID, SSD_ID, XL, executed_steps
+from aura_engine.models import FLOW_ROWS, ROWS, SAMPLERS, SD15_ID, SDXL_ID, SSD_ID, XL, executed_steps
 from aura_engine.planning import plan
 from aura_engine.trajectory import TextCache, Trajectory, advance, decode_latents
 from aura_engine.types import GenerateRequest, ModelError, Picture, Plan, RefineConfig, RefineRequest
@@ -124,12 +124,13 @@ def published(tmp_path_factory):
     """Every repository that the table names, with tiny models in it."""
     at = tmp_path_factory.mktemp("published")
     whole = {kind: modelhub.files_of(tiny.save(at / kind, kind)) for kind in ("sd15", "sd15-lcm", "sdxl")}
+    flow = {row.name: modelhub.files_of(tiny_flow.save(at / row.name, row.name)) for row in FLOW_ROWS}
     lone = {xl: file_bytes(save_file, {k: v.contiguous() for k, v in other(xl).state_dict().items()}, at / f"unet-{xl}") for xl in (False, True)}
     fused = {xl: tiny.lora(at / f"lora-{xl}.safetensors", xl, kohya=xl).read_bytes() for xl in (False, True)}
     repos = {}
     for row in ROWS.values():
         xl = row.pipeline == XL
-        for i in row.ids: repos[i] = whole["sd15-lcm" if row.guidance_embedded else "sdxl" if xl else "sd15"]
+        for i in row.ids: repos[i] = flow.get(row.name) or whole["sd15-lcm" if row.guidance_embedded else "sdxl" if xl else "sd15"]
         for source, data in ((row.unet, lone[xl]), (row.lora, fused[xl])):
             if source and source.endswith(".safetensors"): repos.setdefault("/".join(source.split("/")[:2]), {})["/".join(source.split("/")[2:])] = data
             elif source: repos[source] = {"pytorch_lora_weights.safetensors": data} if source == row.lora else lcm_unet(at / source.replace("/", "-"))

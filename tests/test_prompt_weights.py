@@ -11,7 +11,8 @@ from aura_engine.loader import load
 from aura_engine.models import ROWS
 from aura_engine.planning import plan
 from aura_engine.prompt_weights import MOST_WEIGHT, Piece, has_weights, pieces_of, plain_text, weighted
-from aura_engine.trajectory import TextCache, Trajectory, advance, encode_texts
+from aura_engine.trajectory import TextCache, Trajectory, advance
+from aura_engine.unets import encode_texts
 from aura_engine.types import GenerateRequest, Picture
 
 TOKENS = re.compile(r"\\\(|\\\)|\\\[|\\]|\\\\|\\|\(|\[|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|\)|]|[^\\()\[\]:]+|:")
@@ -137,7 +138,7 @@ WEIGHTED = ["a fox", "a (red:1.3) fox", "(a [blue] fox:0.7), (((owl)))", "a fox 
 
 @pytest.mark.parametrize("text", WEIGHTED, ids=lambda t: t[:20])
 def test_embeddings_are_those_of_the_reference_formula(parts, text):
-    chunks = TextCache(parts).chunks(text)
+    chunks = TextCache(parts).measure(text)
     ours = encode_texts(parts, ["an owl", text], chunks)[1]                # in company, which must not matter
     embeds, pooled = emphasised(parts, text)
     assert ours.embeds.shape == embeds.shape and (ours.embeds - embeds).abs().max() <= 1e-5 * embeds.abs().max().clamp(min=1)

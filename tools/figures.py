@@ -217,7 +217,7 @@ ALLOWED: dict[str, int] = {
     "optimize.draw": 300,
     "optimize.measured": 300,
     "static_graphs.double_graph": 300,
-    "trajectory.encode_texts": 400,
+    "unets.encode_texts": 400,
     "trajectory.decode_batch": 300,
     "trajectory.take": 300,
     "widgets.account_of": 300,

@@ -1,0 +1,220 @@
+"""Flow-matching transformers beside the UNets: latents equal to the stock pipelines, company changes nothing, and what is refused."""
+import ast, base64, io, re, shutil
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tiny_flow
+from aura_engine.config import load_settings
+from aura_engine.families import FAMILIES, denoiser_of
+from aura_engine.klein import empirical_mu
+from aura_engine.loader import load
+from aura_engine.models import FLOW_ROWS, ROWS, last_steps
+from aura_engine.planning import plan, prepare
+from aura_engine.runner import key_of
+from aura_engine.trajectory import TextCache, Trajectory, Way, advance, decode_latents, make_table
+from aura_engine.types import GenerateRequest, Invalid, ModelError, Picture, RefineRequest
+
+PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 96, 3), dtype=np.uint8))
+LONG = "many words " * 150
+STOCK = {"flux2-klein": "Flux2KleinPipeline", "flux2-klein-base": "Flux2KleinPipeline", "z-image-turbo": "ZImagePipeline"}
+
+
+def png(im):
+    out = io.BytesIO()
+    im.save(out, "PNG")
+    return base64.b64encode(out.getvalue()).decode()
+
+
+@pytest.fixture(scope="module", params=list(STOCK))
+def family(request, tmp_path_factory):
+    folder = tiny_flow.save(tmp_path_factory.mktemp(request.param) / "model", request.param)
+    return folder, load(load_settings(SD_MODEL_ID=str(folder), SD_DEVICE="cpu"))
+
+
+@lru_cache(3)
+def pipeline(cls, folder):
+    """A stock pipeline of a folder, without its progress bars."""
+    pipe = getattr(diffusers, cls).from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def z_image(tmp_path_factory): return load(load_settings(SD_MODEL_ID=str(tiny_flow.save(tmp_path_factory.mktemp("z") / "model", "z-image-turbo")), SD_DEVICE="cpu"))
+
+
+def drawn(parts, size=(128, 128), steps=4, init=None, strength=None, prompt="a red apple", seed=3, **more):
+    """A picture as planning would make it: a refinement runs the end of its timetable, or looks and runs all."""
+    run = steps if strength is None or parts.row.refine == "reference" else last_steps(steps, strength)
+    return Picture(prompt, *size, steps=run, steps_asked=steps, guidance_scale=parts.row.guidance[1], seed=seed, temperature=1.0, init=init, strength=strength, **more)
+
+
+def run(parts, p, bucket=0):
+    t = Trajectory(parts, p, TextCache(parts))
+    while not t.done: advance([t], parts.unet, bucket)
+    return t
+
+
+def stock(folder, parts, p):
+    """(latents as the VAE takes them, picture) of the same through diffusers' own pipeline."""
+    cls = STOCK[parts.row.name]
+    if p.init is not None and parts.row.refine == "noise": cls = "ZImageImg2ImgPipeline"
+    pipe = pipeline(cls, folder)
+    kw = dict(prompt=p.prompt, height=p.height, width=p.width, num_inference_steps=p.steps_asked, guidance_scale=p.guidance_scale)
+    if p.init is not None: kw["image"] = p.init
+    if cls == "ZImageImg2ImgPipeline": kw["strength"] = p.strength
+    latents, picture = (pipe(**kw, output_type=kind, generator=torch.Generator().manual_seed(p.seed)).images for kind in ("latent", "pil"))
+    return latents, picture[0]
+
+
+def test_the_row_is_read_from_the_files(family):
+    _, parts = family
+    assert parts.row.flow and parts.row.native == 128 and type(denoiser_of(parts)) is FAMILIES[parts.row.pipeline]
+
+
+@pytest.mark.parametrize("how", [dict(), dict(steps=2), dict(steps=8, size=(96, 128)), dict(prompt=LONG), dict(prompt=""),
+                                 dict(init=PHOTO, size=(96, 128), steps=8, strength=0.3), dict(init=PHOTO, size=(96, 128), steps=8, strength=0.6),
+                                 dict(init=PHOTO, size=(96, 128), strength=1.0)], ids=str)
+def test_a_lone_trajectory_equals_the_pipeline(family, how):
+    folder, parts = family
+    if parts.row.refine == "reference" and how.get("strength"): how = how | dict(strength=1.0)
+    p = drawn(parts, **how)
+    latents, picture = stock(folder, parts, p)
+    t = run(parts, p)
+    mine = t.family.to_vae(t.latents) if parts.row.refine == "reference" else t.latents
+    assert (mine - latents).abs().max() <= 1e-5
+    gap = np.abs(np.asarray(decode_latents(parts, t.latents)[0], int) - np.asarray(picture, int))
+    assert gap.max() <= 1
+    assert bool(t.cut) == (how.get("prompt") == LONG)
+
+
+def test_company_changes_nothing(family):
+    """Other steps, prompts, seeds and late joiners in one call, by key, are each alone: exactly in calls of one size."""
+    _, parts = family
+    many = [drawn(parts, steps=steps, seed=steps, prompt=prompt) for steps in (4, 6, 8) for prompt in ("a red apple", "a fox", LONG)]
+    many += [drawn(parts, steps=8, size=(96, 128), init=PHOTO, strength=strength, seed=9) for strength in (0.6, 1.0)]
+    texts = TextCache(parts)
+    groups = {}
+    for p in many: groups.setdefault(key_of(texts, p)[0], []).append((p, Trajectory(parts, p, texts)))
+    assert len(groups) == (2 if parts.row.refine == "reference" else 3)
+    for key, pairs in groups.items():
+        crowd = [t for _, t in pairs]
+        assert {t.key for t in crowd} == {key}
+        waiting, late = crowd[:2], crowd[2:]
+        while waiting:
+            advance(waiting, parts.unet, 16)
+            waiting = [t for t in waiting + late[:1] if not t.done]
+            late = late[1:]
+        for p, t in pairs: assert t.done and torch.equal(t.latents, run(parts, p, 16).latents)
+
+
+def test_mixed_calls_of_other_sizes_are_close(family):
+    _, parts = family
+    many = [drawn(parts, steps=steps, seed=steps) for steps in (3, 5, 8)]
+    texts = TextCache(parts)
+    crowd = [Trajectory(parts, p, texts) for p in many]
+    while waiting := [t for t in crowd if not t.done]: advance(waiting, parts.unet)
+    assert max((t.latents - run(parts, p).latents).abs().max() for t, p in zip(crowd, many)) <= 1e-5
+
+
+def test_a_key_tells_shapes_apart(family):
+    """The network takes the positions of its first row for all: 2:3 and 3:2 have as many tokens and must not share a call."""
+    _, parts = family
+    texts = TextCache(parts)
+    keys = {key_of(texts, drawn(parts, **how))[0] for how in (dict(size=(96, 128)), dict(size=(128, 96)), dict(size=(96, 128), init=PHOTO, strength=1.0), dict(size=(96, 128), prompt="word " * 20))}
+    assert len(keys) == 3
+
+
+def test_threads_measure_while_one_encodes(z_image):
+    texts = TextCache(z_image)
+    prompts = [f"{i} apples " * (i % 40 + 1) for i in range(200)]
+    with ThreadPoolExecutor(4) as pool:
+        encoding = pool.submit(lambda: [z_image and texts.family.encode([p], 1) for p in prompts[:20]])
+        sizes = list(pool.map(texts.family.measure, prompts))
+        encoding.result()
+    assert sizes == [texts.family.measure(p) for p in prompts]
+
+
+def test_official_times(family):
+    _, parts = family
+    if parts.row.refine == "reference":
+        assert empirical_mu(1024, 4) == pytest.approx(2.0307, abs=1e-4) and empirical_mu(4096, 4) == pytest.approx(2.2912, abs=1e-4)
+        table = make_table(denoiser_of(parts), parts.scheduler(), Way(None, 4, size=(1024, 1024)))
+        assert [round(t, 4) for t in table.timesteps.tolist()] == [1, 0.9674, 0.9081, 0.7672]
+    else:
+        table = make_table(denoiser_of(parts), parts.scheduler(), Way(None, 8, size=(1024, 1024)))
+        assert [round(1 - t, 4) for t in table.timesteps.tolist()] == [1, 0.9545, 0.9, 0.8333, 0.75, 0.6429, 0.5, 0.3]
+
+
+def refining(**config): return RefineRequest(refine_prompt="a fox", images=[png(PHOTO)], config=config)
+
+
+def test_plans(family):
+    """Steps, guidance, sizes and strength by the row; a negative prompt and a strength without effect are told."""
+    _, parts = family
+    row = parts.row
+    made = plan(GenerateRequest(prompt="a fox", negative_prompt="blue", steps=100, guidance_scale=20, aspect_ratio="16:9"), row)
+    p, said = made.pictures[0], " ".join(map(str, made.notes))
+    assert p.steps == row.steps[2] and p.guidance_scale == row.guidance[2] and p.width % 16 == p.height % 16 == 0
+    assert ("The negative prompt has no effect" in said) == (not row.cfg)
+    p = prepare(refining(strength=0.6, steps=8), row).pictures[0]
+    asked = min(max(8, row.steps[0]), row.steps[2])
+    if row.refine == "noise": assert (p.steps, p.steps_asked, p.strength) == (last_steps(8, 0.6), 8, 0.6)
+    else: assert (p.steps, p.steps_asked, p.strength) == (asked, asked, 1.0)
+    told = [str(n) for n in prepare(refining(strength=0.6), row).notes]
+    assert any("strength has no effect" in t for t in told) == (row.refine == "reference")
+    with pytest.raises(Invalid, match="draws whole pictures"): prepare(RefineRequest(refine_prompt="a", images=[png(PHOTO)], mask=png(Image.new("L", (96, 128), 200))), row)
+
+
+REFUSED = {"SD_SAMPLER": "lcm", "SD_LORAS": "ink=/nowhere/ink", "SD_LCM_LORA_ID": "latent-consistency/lcm-lora-sdv1-5", "SD_VAE_ID": "madebyollin/taesd"}
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_settings_that_do_not_fit_are_refused(family, name):
+    folder, parts = family
+    with pytest.raises(Invalid) as told: load(load_settings(SD_MODEL_ID=str(folder), SD_DEVICE="cpu", **{name: REFUSED[name]}))
+    assert told.value.errors[0].loc == name and parts.row.name in told.value.detail
+
+
+def test_a_unet_takes_no_flow_sampler():
+    with pytest.raises(Invalid, match="SD_SAMPLER"): load(load_settings(SD_MODEL_ID="embedded", SD_DEVICE="cpu", SD_SAMPLER="flow"))
+
+
+def test_a_folder_without_its_template_says_so(family, tmp_path):
+    folder, _ = family
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare)
+    (bare / "tokenizer" / "chat_template.jinja").unlink()
+    with pytest.raises(ModelError, match="no chat template"): load(load_settings(SD_MODEL_ID=str(bare), SD_DEVICE="cpu"))
+
+
+def test_the_encoder_is_cut(family):
+    _, parts = family
+    whole = {"reference": 29, "noise": 5}[parts.row.refine]
+    assert len(parts.text_encoders[0].layers) == {"reference": 27, "noise": 4}[parts.row.refine] < whole
+    assert not any("lm_head" in name for name, _ in parts.text_encoders[0].named_parameters())
+
+
+ABOVE = ["trajectory", "batching", "jobs", "queue", "runner", "engine", "errors", "walls", "intake", "answers", "job_routes", "app", "server", "transport", "client", "album", "widgets"]
+NAMES = re.compile(r"klein|z_?image\b|flux|qwen|sdxl|\bxl\b|added_cond|time_ids|pooled|timestep_cond|chunks?\b(?=.*token)", re.I)
+
+
+@pytest.mark.parametrize("module", ABOVE)
+def test_rooms_above_know_no_family(module):
+    """No name of an architecture in code above the adapters: comments and docstrings apart."""
+    tree = ast.parse((Path(__file__).parent.parent / "aura_engine" / f"{module}.py").read_text(encoding="utf-8"))
+    docs = {id(n.body[0].value) for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and n.body and isinstance(n.body[0], ast.Expr)}
+    words = [(n.lineno, w) for n in ast.walk(tree) if id(n) not in docs for w in ([n.id] if isinstance(n, ast.Name) else [n.attr] if isinstance(n, ast.Attribute) else [n.value] if isinstance(n, ast.Constant) and isinstance(n.value, str) else [])]
+    assert not [f"{module}.py:{line}: {word}" for line, word in words if NAMES.search(word)]
+
+
+def test_every_row_has_a_family():
+    assert {row.pipeline for row in ROWS.values()} == set(FAMILIES)
+    assert all(row.precisions == ("bf16", "fp32") and "Apache" in row.note for row in FLOW_ROWS)
