@@ -12,11 +12,12 @@ from PIL import Image
 
 import tiny_flow
 from aura_engine.config import load_settings
+from aura_engine.engine import Engine
 from aura_engine.families import FAMILIES, denoiser_of
 from aura_engine.klein import empirical_mu
 from aura_engine.loader import load
 from aura_engine.models import FLOW_ROWS, ROWS, last_steps
-from aura_engine.planning import plan, prepare
+from aura_engine.planning import ReplayRequest, plan, prepare, replay_plan
 from aura_engine.runner import key_of
 from aura_engine.trajectory import TextCache, Trajectory, Way, advance, decode_latents, make_table
 from aura_engine.types import GenerateRequest, Invalid, ModelError, Picture, RefineRequest
@@ -171,6 +172,29 @@ def test_plans(family):
     told = [str(n) for n in prepare(refining(strength=0.6), row).notes]
     assert any("strength has no effect" in t for t in told) == (row.refine == "reference")
     with pytest.raises(Invalid, match="draws whole pictures"): prepare(RefineRequest(refine_prompt="a", images=[png(PHOTO)], mask=png(Image.new("L", (96, 128), 200))), row)
+
+
+def test_the_engine_serves_and_mixes(family):
+    """The same engine as for UNets: pictures that share steps, a refinement, previews, receipts, and a replay of both."""
+    folder, parts = family
+    engine = Engine(load_settings(SD_MODEL_ID=str(folder), SD_DEVICE="cpu")).start()
+    assert engine.wait_ready(120), engine.reason
+    try:
+        assert not engine.health().limits.mask and any("made for UNets" in o for o in engine.health().optimizations)
+        steps = parts.row.steps[0]
+        made = plan(GenerateRequest(prompt="a fox " * 300, seed=1, n=2, steps=steps), engine.row)
+        one, two = engine.submit(made), engine.submit(prepare(refining(steps=steps, seed=5), engine.row))
+        pictures = [*one.result(120), *two.result(120)]
+        assert len(pictures) == 3 and any("cut" in w for w in one.warnings)
+        for picture in pictures:
+            told = picture.receipt.to_json()
+            assert told["scheduler"] == "flow" and told["stepsAsked"] in (None, steps)
+            start = png(PHOTO) if told.get("strength") else None
+            _, again = replay_plan(ReplayRequest(receipt=told, init=start), engine.row)
+            gap = np.abs(np.asarray(engine.submit(again).result(120)[0].image, int) - np.asarray(picture.image, int))
+            assert gap.max() <= 1                                     # alone, in a call of another size
+        with pytest.raises(Invalid, match="scheduler"): replay_plan(ReplayRequest(receipt=told | {"scheduler": "euler"}, init=start), engine.row)
+    finally: engine.close()
 
 
 REFUSED = {"SD_SAMPLER": "lcm", "SD_LORAS": "ink=/nowhere/ink", "SD_LCM_LORA_ID": "latent-consistency/lcm-lora-sdv1-5", "SD_VAE_ID": "madebyollin/taesd"}
