@@ -367,7 +367,7 @@ def with_model(known: Health, engine: EngineView) -> Health:
     steps = {str(rows): round(seconds, 4) for rows, seconds in cost.step(cost.native).items()}
     return replace(known, device=p.device.type, gpu=engine.gpu, gpu_name=name, revision=p.revision,
                    family=p.row.name, scheduler=SAMPLERS[p.row.sampler].cls, precision=p.precision, backend=p.backend,
-                   optimizations=optimizations_of(engine.runner), limits=limits_of(p.row, engine.gpu, mask=True),
+                   optimizations=optimizations_of(engine.runner), limits=limits_of(p.row, engine.gpu, mask=p.row.masks),
                    queue=engine.queue.load(cost), step_cost=steps, facts=p.facts)
 
 # %% ../nbs/08d_engine.ipynb #cbc3653f

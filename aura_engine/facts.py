@@ -82,12 +82,13 @@ class Kind:
 _UNET, _FIRST = "model.diffusion_model.", "model.diffusion_model.input_blocks.0.0.weight"
 _CHANGES = "it changes a model: name it in SD_LORAS, or in SD_LCM_LORA_ID when it is a method"
 _NOT_SD = "this engine serves Stable Diffusion 1.5 and SDXL"
+_FOLDER = "this engine reads {} from a diffusers folder or repository, not from one file"
 KINDS = (
-    Kind("a FLUX model", ("double_blocks.", "single_blocks."), _NOT_SD),
-    Kind("a FLUX model", (_UNET + "double_blocks.",), _NOT_SD),
+    Kind("a FLUX model", ("double_blocks.", "single_blocks."), _FOLDER.format("FLUX.2-klein")),
+    Kind("a FLUX model", (_UNET + "double_blocks.",), _FOLDER.format("FLUX.2-klein")),
     Kind("a Stable Diffusion 3 model", (_UNET + "joint_blocks.",), _NOT_SD),
-    Kind("a Z-Image model", ("cap_embedder.",), _NOT_SD),
-    Kind("a Z-Image model", (_UNET + "cap_embedder.",), _NOT_SD),
+    Kind("a Z-Image model", ("cap_embedder.",), _FOLDER.format("Z-Image-Turbo")),
+    Kind("a Z-Image model", (_UNET + "cap_embedder.",), _FOLDER.format("Z-Image-Turbo")),
     Kind("a ControlNet", ("control_model.",), "it steers another model and draws nothing alone"),
     Kind("a textual inversion", ("emb_params",), "it is a word for a prompt, and no model"),
     Kind("a LoHa or LoKr", ("lokr_",), "only LoRAs are taken, and those as SD_LORAS"),

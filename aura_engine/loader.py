@@ -15,17 +15,19 @@ from .downloads import Progress, Unusable, blame, true_cause
 from .facts import SIGMAS, config_in, facts_of_configs, row_by_facts
 from .loras import Loras, fuse_lora, keep_loras
 from .models import (
-    SAMPLERS, VAES, Row, Sampler, check_source, detect, is_local, is_named, is_whole, resolve_id, row_for)
+    SAMPLERS, VAES, Row, Sampler, check_source, detect, detect_flow, is_local, is_named, is_whole, resolve_id, row_for)
 from .reader import LOADING, quiet, reading              # noqa: F401  whoever loads may need them
 from .reader import Reader, diffusers_classes, read_folder, read_single
 from .types import Invalid, ModelError
 
 # %% auto #0
-__all__ = ['DTYPES', 'OURS_TO_SAY', 'devices', 'torch_wheel', 'nvidia_driver', 'gpu_fault', 'best_device', 'pick_device',
-           'pick_precision', 'has_bf16', 'scheduler_of', 'Components', 'with_base', 'check_whole', 'read_pipeline',
-           'read_vae', 'encoders_of', 'recognised', 'default_within', 'row_by_settings', 'commit_of', 'load', 'placed']
+__all__ = ['PRECISIONS', 'DTYPES', 'OURS_TO_SAY', 'devices', 'torch_wheel', 'nvidia_driver', 'gpu_fault', 'best_device',
+           'pick_device', 'pick_precision', 'has_bf16', 'scheduler_of', 'Components', 'with_base', 'check_whole',
+           'read_pipeline', 'read_vae', 'encoders_of', 'net_of', 'recognised', 'default_within', 'check_sampler',
+           'row_by_settings', 'commit_of', 'cut_encoder', 'components_of', 'check_flow', 'bf16_on', 'load', 'placed']
 
 # %% ../nbs/04e_loader.ipynb #0d7e3511
+PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 def devices() -> list[str]:
@@ -121,7 +123,7 @@ class Components:
     "A loaded model, in parts, on `device`. `notes`: what a person should know (shown in /health)."
     row: Row
     model: str
-    unet: Any
+    unet: Any                                    # the denoiser: a UNet or a transformer, or what stands in for it
     vae: Any
     tokenizers: list[Any]
     text_encoders: list[Any]
@@ -198,6 +200,7 @@ def read_pipeline(reader: Reader, model: str, row: Row | None, settings: Setting
     check_whole(model)
     if model.endswith(".safetensors"): pipe, where = read_single(reader, model, settings.vae_id)
     else: pipe, where = read_folder(reader, model)
+    if getattr(pipe, "unet", None) is None: return pipe, where
     channels, own = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
     if channels not in (own, 2 * own + 1):
         raise Unusable(f"its UNet takes {channels} channels: neither a noisy picture alone, nor a mask with it")
@@ -218,12 +221,19 @@ def encoders_of(pipe: Any, name: str) -> list[Any]:
     return [one for one in both if one is not None]
 
 # %% ../nbs/04e_loader.ipynb #55c7fe91
+def net_of(pipe: Any) -> Any:
+    "A pipeline's denoiser: its UNet or its transformer."
+    unet = getattr(pipe, "unet", None)
+    return pipe.transformer if unet is None else unet
+
+# %% ../nbs/04e_loader.ipynb #a6374318
 def recognised(row: Row | None, pipe: Any, settings: Settings) -> tuple[Row, list[str]]:
     "(the row of a pipeline, notes): the known one or what its configuration tells, by its facts and by the settings."
-    tokens = pipe.tokenizer.model_max_length
-    row = row or detect(type(pipe).__name__, pipe.unet.config, settings.lcm_lora_id, tokens,
+    tokens, net, vae = pipe.tokenizer.model_max_length, net_of(pipe), pipe.vae.config
+    row = row or detect_flow(type(pipe).__name__, bool(pipe.config.get("is_distilled")), vae.get("sample_size"))
+    row = row or detect(type(pipe).__name__, net.config, settings.lcm_lora_id, tokens,
                         explicit=settings.sampler is not None)
-    row, notes = row_by_facts(row, facts_of_configs(pipe.scheduler.config, pipe.unet.config, pipe.vae.config))
+    row, notes = row_by_facts(row, facts_of_configs(pipe.scheduler.config, net.config, vae))
     row, own = row_by_settings(row, settings)
     if settings.loras: row = replace(row, loras=tuple(settings.loras))
     if not settings.prompt_weights: row = replace(row, weights="literal")
@@ -237,12 +247,18 @@ def default_within(name: str, given: float, bounds: tuple[float, float, float]) 
     return least, given, most
 
 # %% ../nbs/04e_loader.ipynb #40da281b
+def check_sampler(name: str, row: Row) -> None:
+    "Invalid, with those that will do, for a sampler that a row's model cannot be drawn with."
+    fitting = [known for known in SAMPLERS if (known == "flow") == row.flow]
+    if name not in fitting:
+        raise Invalid.value("SD_SAMPLER", given=name, allowed=f"for {row.name} {', '.join(fitting)}")
+
+# %% ../nbs/04e_loader.ipynb #a7f31e19
 def row_by_settings(row: Row, settings: Settings) -> tuple[Row, list[str]]:
     "(the row with a checkpoint's own defaults, a sentence for each). Invalid outside the row's bounds."
     changed: dict[str, Any] = {}
     if settings.sampler:
-        if settings.sampler not in SAMPLERS:
-            raise Invalid.value("SD_SAMPLER", given=settings.sampler, allowed=", ".join(SAMPLERS))
+        check_sampler(settings.sampler, row)
         changed["sampler"] = settings.sampler
     if settings.steps is not None: changed["steps"] = default_within("SD_STEPS", settings.steps, row.steps)
     if settings.guidance is not None:
@@ -257,6 +273,45 @@ def row_by_settings(row: Row, settings: Settings) -> tuple[Row, list[str]]:
 def commit_of(where: Path) -> str | None:
     "The commit of a folder in the Hub's cache: its name."
     return where.name if re.fullmatch("[0-9a-f]{40}", where.name) else None
+
+# %% ../nbs/04e_loader.ipynb #ac4b5162
+def cut_encoder(encoder: Any, layers: int | None) -> Any:
+    "A text encoder without the layers above the last one that is read (None: all are)."
+    if layers is None: return encoder
+    body = getattr(encoder, "model", encoder)
+    body.layers = body.layers[:layers]
+    # it belongs behind the last layer of the whole model
+    body.norm = torch.nn.Identity()
+    return body
+
+# %% ../nbs/04e_loader.ipynb #7222ab80
+def components_of(pipe: Any, row: Row, **more: Any) -> Components:
+    "The parts of a pipeline, and what is known besides."
+    encoders = [cut_encoder(encoder, row.text_layers) for encoder in encoders_of(pipe, "text_encoder")]
+    return Components(row=row, unet=net_of(pipe), tokenizers=encoders_of(pipe, "tokenizer"), text_encoders=encoders,
+                      schedule=dict(pipe.scheduler.config),
+                      zero_empty=bool(pipe.config.get("force_zeros_for_empty_prompt")), **more)
+
+# %% ../nbs/04e_loader.ipynb #ce0cb6e8
+def check_flow(row: Row, pipe: Any, settings: Settings, device: torch.device) -> None:
+    "Invalid or ModelError for what a flow-matching transformer is not served with."
+    if not row.flow: return
+    if settings.lcm_lora_id or settings.loras:
+        name, given = ("SD_LORAS", settings.loras) if settings.loras else ("SD_LCM_LORA_ID", settings.lcm_lora_id)
+        raise Invalid.value(name, given=given, allowed=f"none for {row.name}: LoRAs are served for UNets")
+    if settings.vae_id: raise Invalid.value("SD_VAE_ID", given=settings.vae_id, allowed=f"none for {row.name}")
+    if settings.precision == "fp16" and device.type != "cpu":
+        allowed = f"{', '.join(row.precisions)} for {row.name}: in fp16 its numbers overflow and pictures are black"
+        raise Invalid.value("SD_PRECISION", given="fp16", allowed=allowed)
+    if device.type == "cuda" and settings.precision != "fp32" and not bf16_on(device):
+        raise ModelError(f"{row.name} runs in bf16, which {torch.cuda.get_device_name(device)} does not have.")
+    if not getattr(pipe.tokenizer, "chat_template", None):
+        raise ModelError(f"SD_MODEL_ID={settings.model_id}: its tokenizer has no chat template (chat_template.jinja).")
+
+# %% ../nbs/04e_loader.ipynb #fe5b3668
+def bf16_on(device: torch.device) -> bool:
+    "Whether a CUDA card computes in bf16 by itself."
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 # %% ../nbs/04e_loader.ipynb #92e6f6de
 def load(settings: Settings, progress: Progress | None = None) -> Components:
@@ -274,16 +329,15 @@ def load(settings: Settings, progress: Progress | None = None) -> Components:
     with blame("SD_MODEL_ID", settings.model_id): pipe, where = read_pipeline(reader, model, row, settings)
     row, said = recognised(row, pipe, settings)
     notes += said
+    check_flow(row, pipe, settings, device)
     if lora:
         with blame("SD_LCM_LORA_ID", lora): fuse_lora(reader, pipe, lora, row)
     loras, vae = keep_loras(reader, pipe, settings.loras), pipe.vae
     if settings.vae_id:
         with blame("SD_VAE_ID", settings.vae_id): vae = read_vae(reader, settings.vae_id, row)
-    made = Components(
-        row, settings.model_id, pipe.unet, vae, encoders_of(pipe, "tokenizer"), encoders_of(pipe, "text_encoder"),
-        schedule=dict(pipe.scheduler.config), zero_empty=bool(pipe.config.get("force_zeros_for_empty_prompt")),
-        device=device, precision=precision, revision=commit_of(where) or settings.revision, lora=lora, loras=loras,
-        notes=notes)
+    made = components_of(
+        pipe, row, model=settings.model_id, vae=vae, device=device, precision=PRECISIONS[reader.dtype],
+        revision=commit_of(where) or settings.revision, lora=lora, loras=loras, notes=notes)
     return placed(made, where)
 
 # %% ../nbs/04e_loader.ipynb #a548009d

@@ -12,12 +12,12 @@ from typing import Any
 from .types import Invalid, Limits
 
 # %% auto #0
-__all__ = ['SAMPLERS', 'EPSILON', 'SD', 'XL', 'SD15_ID', 'SDXL_ID', 'SSD_ID', 'EMBEDDED_ROWS', 'SD_ROWS', 'XL_ROWS', 'ROWS',
-           'VAES', 'EMBEDDED', 'INCLUDED', 'PICKLED', 'SOURCES', 'ALIASES', 'WITHDRAWN', 'WITHDRAWN_WORDS', 'BASES',
-           'NARROWEST', 'Sampler', 'executed_steps', 'Row', 'lcm_lora', 'lcm_model', 'distilled', 'hyper', 'hyper_cfg',
-           'tcd', 'lightning', 'lightning_lora', 'model_table', 'vae_table', 'resolve_id', 'is_local', 'check_source',
-           'is_named', 'own_name', 'with_lora', 'is_whole', 'row_for', 'detect', 'fit_size', 'size_for', 'makes',
-           'limits_of']
+__all__ = ['SAMPLERS', 'EPSILON', 'SD', 'XL', 'SD15_ID', 'SDXL_ID', 'SSD_ID', 'EMBEDDED_ROWS', 'SD_ROWS', 'XL_ROWS', 'KLEIN',
+           'Z_IMAGE', 'FLOW_ROWS', 'ROWS', 'VAES', 'EMBEDDED', 'INCLUDED', 'PICKLED', 'SOURCES', 'ALIASES', 'WITHDRAWN',
+           'WITHDRAWN_WORDS', 'BASES', 'NARROWEST', 'Sampler', 'executed_steps', 'last_steps', 'Row', 'lcm_lora',
+           'lcm_model', 'distilled', 'hyper', 'hyper_cfg', 'tcd', 'lightning', 'lightning_lora', 'model_table',
+           'vae_table', 'resolve_id', 'is_local', 'check_source', 'is_named', 'own_name', 'with_lora', 'is_whole',
+           'row_for', 'detect', 'detect_flow', 'fit_size', 'size_for', 'makes', 'limits_of']
 
 # %% ../nbs/02_models.ipynb #d50d7ab4
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ SAMPLERS = {
     "dmd2": Sampler("LCMScheduler", _LCM_CONFIG, max_steps=4, timesteps=(999, 749, 499, 249)),
     "dpm": Sampler("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}),
     "dpm-sde": Sampler("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}),
+    "flow": Sampler("FlowMatchEulerDiscreteScheduler", {}),
 }
 
 # %% ../nbs/02_models.ipynb #7f6c65ab
@@ -53,6 +54,11 @@ def executed_steps(steps: int, strength: float, most: int) -> tuple[int, int]:
     table = min(math.ceil(steps / strength - EPSILON), most)
     run = min(int(table * strength + EPSILON), steps)
     return max(1, run), table
+
+# %% ../nbs/02_models.ipynb #9a0b93e4
+def last_steps(steps: int, strength: float) -> int:
+    "How many steps of a timetable of `steps` a refinement runs."
+    return steps - int(max(steps - min(steps * strength, steps), 0))
 
 # %% ../nbs/02_models.ipynb #ad548f78
 @dataclass(frozen=True)
@@ -77,6 +83,9 @@ class Row:
     note: str = ""
     weights: str = "applied"                     # prompt weights; or "ignored", or "literal": brackets are text
     loras: tuple[str, ...] = ()                  # aliases that a request may name, from SD_LORAS when it is loaded
+    precisions: tuple[str, ...] = ("fp16", "bf16", "fp32")       # what it runs in, the first one by itself on a GPU
+    text_layers: int | None = None               # how many layers of the text encoder are read (-1: all but one)
+    refine: str = "noise"                        # a refinement adds noise to a picture, or looks at it as a "reference"
 
     @property
     def cfg(self) -> bool:
@@ -87,6 +96,16 @@ class Row:
     def fixed(self) -> bool:
         "Whether the checkpoint was distilled for one number of steps."
         return self.steps[0] == self.steps[2]
+
+    @property
+    def flow(self) -> bool:
+        "Whether this is a flow-matching transformer: its steps are times of one timetable."
+        return self.sampler == "flow"
+
+    @property
+    def masks(self) -> bool:
+        "Whether a part of a picture can be drawn anew."
+        return not self.flow
 
 # %% ../nbs/02_models.ipynb #1b420512
 SD = "StableDiffusionPipeline"
@@ -204,7 +223,22 @@ XL_ROWS = (
     replace(lcm_model(_ssd, base=SSD_ID, unet="latent-consistency/lcm-ssd-1b"), guidance=(1, 1.0, 13),
             note="model card: guidance 1 (it said 8 before)"),
 )
-ROWS = {row.name: row for row in (*EMBEDDED_ROWS, *SD_ROWS, *XL_ROWS)}
+
+# %% ../nbs/02_models.ipynb #35f1047b
+KLEIN = "Flux2KleinPipeline"
+Z_IMAGE = "ZImagePipeline"
+_klein = Row("flux2-klein", KLEIN, "flow", (2, 4, 8), (0, 0, 0), 1024, multiple=16, token_limit=512,
+             weights="literal", ids=("black-forest-labs/FLUX.2-klein-4B",), precisions=("bf16", "fp32"), text_layers=27,
+             refine="reference", note="Apache-2.0; 16 GB; a refinement looks at its picture")
+FLOW_ROWS = (
+    _klein,
+    replace(_klein, name="flux2-klein-base", steps=(10, 50, 100), guidance=(1, 4.0, 10),
+            ids=("black-forest-labs/FLUX.2-klein-base-4B",), note="not distilled; Apache-2.0; 16 GB"),
+    Row("z-image-turbo", Z_IMAGE, "flow", (4, 8, 12), (0, 0, 0), 1024, multiple=16, token_limit=512,
+        weights="literal", ids=("Tongyi-MAI/Z-Image-Turbo",), precisions=("bf16", "fp32"), text_layers=-1,
+        note="Apache-2.0; 33 GB"),
+)
+ROWS = {row.name: row for row in (*EMBEDDED_ROWS, *SD_ROWS, *XL_ROWS, *FLOW_ROWS)}
 
 # %% ../nbs/02_models.ipynb #58746bd6
 VAES = {
@@ -371,6 +405,14 @@ def detect(pipeline: str, unet: dict[str, Any], lora: str | None, tokens: int = 
     side = size if isinstance(size, int) else max(size)
     row = replace(row, native=side * multiple, token_limit=tokens, multiple=max(multiple, 8), ids=())
     return with_lora(row, lora, explicit) if lora else row
+
+# %% ../nbs/02_models.ipynb #8e30a540
+def detect_flow(pipeline: str, distilled: bool, side: int | None) -> Row | None:
+    "The row of a flow-matching transformer by its pipeline's class; None for another. `side`: its VAE's picture."
+    name = {KLEIN: "flux2-klein" if distilled else "flux2-klein-base", Z_IMAGE: "z-image-turbo"}.get(pipeline)
+    if name is None: return None
+    row = ROWS[name]
+    return replace(row, native=min(side or row.native, row.native), ids=())
 
 # %% ../nbs/02_models.ipynb #9f229b29
 def fit_size(row: Row, aspect: float, side: float) -> tuple[int, int]:

@@ -25,12 +25,12 @@ from .types import ModelError
 log = logging.getLogger("aura_engine")
 
 # %% auto #0
-__all__ = ['log', 'Answer', 'SMALL', 'ONCE_FOR_EACH', 'SAME_SUMS', 'TECHNIQUES', 'NO_GRAPH', 'Technique', 'size_of', 'bytes_of',
-           'on_cuda', 'card_memory', 'torch_on_cpu', 'fewer_threads', 'set_threads', 'can_bf16', 'to_bf16', 'refuse',
-           'was_saved', 'can_openvino', 'use_openvino', 'by_torch', 'channels_last', 'can_double', 'double',
-           'can_pack_weights', 'pack_weights', 'can_bf16_vae', 'bf16_vae', 'can_offload', 'offload', 'can_fuse_qkv',
-           'fuse_qkv', 'can_compile', 'compile_unet', 'can_graph', 'graph_unet', 'seal', 'done', 'optimize', 'Drawn',
-           'draw', 'Variant', 'middle', 'measured', 'waterfall']
+__all__ = ['log', 'Answer', 'SMALL', 'ONCE_FOR_EACH', 'SAME_SUMS', 'TECHNIQUES', 'NO_GRAPH', 'MADE_FOR_UNETS', 'Technique',
+           'size_of', 'bytes_of', 'on_cuda', 'card_memory', 'torch_on_cpu', 'fewer_threads', 'set_threads', 'can_bf16',
+           'to_bf16', 'refuse', 'was_saved', 'can_openvino', 'use_openvino', 'by_torch', 'channels_last', 'can_double',
+           'double', 'can_pack_weights', 'pack_weights', 'can_bf16_vae', 'bf16_vae', 'can_offload', 'offload',
+           'can_fuse_qkv', 'fuse_qkv', 'can_compile', 'compile_unet', 'can_graph', 'graph_unet', 'seal', 'done', 'fits',
+           'optimize', 'Drawn', 'draw', 'Variant', 'middle', 'measured', 'waterfall']
 
 # %% ../nbs/05f_optimize.ipynb #4e6774a5
 Answer = bool | str                               # yes, no, or why it was declined
@@ -43,6 +43,7 @@ class Technique:
     apply: Callable[[Components, Settings], str]
     where: str
     cost: str
+    unet: bool = False                            # only for a UNet
 
 # %% ../nbs/05f_optimize.ipynb #923551a9
 def size_of(module: nn.Module) -> int:
@@ -250,16 +251,17 @@ TECHNIQUES = [
     Technique("threads", fewer_threads, set_threads, "CPU", "none"),
     Technique("bf16 weights", can_bf16, to_bf16, f"CPU with bf16, auto, over {SMALL // 10**6} M parameters",
               "pictures differ a little from fp32"),
-    Technique("OpenVINO", can_openvino, use_openvino, "CPU, package installed", ONCE_FOR_EACH),
+    Technique("OpenVINO", can_openvino, use_openvino, "CPU, package installed", ONCE_FOR_EACH, unet=True),
     Technique("channels last", by_torch, channels_last, "torch", "none"),
     Technique("doublings", can_double, double, "CPU, torch", SAME_SUMS),
     Technique("VAE in bf16", can_bf16_vae, bf16_vae, "CUDA, SDXL in fp16", "rounding; no overflow"),
     Technique("offload", can_offload, offload, "CUDA, small card", "a transfer at each text and decode"),
-    Technique("fused QKV", can_fuse_qkv, fuse_qkv, "CUDA", "no LoRA per request"),
-    Technique("torch.compile", can_compile, compile_unet, "CUDA, TORCH_COMPILE=1", "tens of seconds a shape, at start"),
+    Technique("fused QKV", can_fuse_qkv, fuse_qkv, "CUDA", "no LoRA per request", unet=True),
+    Technique("torch.compile", can_compile, compile_unet, "CUDA, TORCH_COMPILE=1",
+              "tens of seconds a shape, at start", unet=True),
     Technique("CUDA graphs", can_graph, graph_unet, "CUDA, memory of four models",
-              "memory; a fraction of a second for each new shape"),
-    Technique("packed weights", can_pack_weights, pack_weights, "CPU, torch", SAME_SUMS)]
+              "memory; a fraction of a second for each new shape", unet=True),
+    Technique("packed weights", can_pack_weights, pack_weights, "CPU, torch", SAME_SUMS, unet=True)]
 
 # %% ../nbs/05f_optimize.ipynb #90e24e09
 NO_GRAPH = "SD_BACKEND=openvino: this model could not be converted; SD_BACKEND=torch runs it."
@@ -273,10 +275,20 @@ def done(technique: Technique, parts: Components, settings: Settings) -> str:
         return f"declined: {technique.name} (it failed; the log says how)"
 
 # %% ../nbs/05f_optimize.ipynb #3b57fcf3
+MADE_FOR_UNETS = "it is made for UNets"
+
+def fits(technique: Technique, parts: Components, settings: Settings) -> bool:
+    "Whether a technique is for this kind of denoiser. ModelError when the settings demand one that is not."
+    if not (technique.unet and parts.row.flow): return True
+    if technique.name == "OpenVINO" and settings.backend == "openvino":
+        refuse(f"converts UNets, and {parts.row.name} has a transformer: use SD_BACKEND=torch.")
+    return False
+
+# %% ../nbs/05f_optimize.ipynb #1c1cfeeb
 def optimize(parts: Components, settings: Settings) -> Components:
     "Apply what applies. `parts.optimizations` tells what was done, and what was declined and why."
     for technique in TECHNIQUES:
-        answer = technique.applies(parts, settings)
+        answer = technique.applies(parts, settings) if fits(technique, parts, settings) else MADE_FOR_UNETS
         if answer is True: parts.optimizations.append(done(technique, parts, settings))
         elif answer: parts.optimizations.append(f"declined: {technique.name} ({answer})")
     return parts

@@ -14,16 +14,17 @@ from PIL import Image as Pillow
 from . import __version__
 from .batching import Curve, CurveFile, Key, StepCost
 from .config import Settings
+from .families import denoiser_of
 from .jobs import Job
 from .loader import Components
 from .optimize import cache_folder, seal
 from .queue import Task
 from .trajectory import Decoded, Noise, TextCache, Trajectory, advance, decode_batch, decode_latents, encode_picture
 from .types import Degenerate, Picture, Receipt
-from .unet_input import UNetInput
+from .unet_input import NetInput
 
 # %% auto #0
-__all__ = ['M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'M_ARENA_MAX', 'mallopt', 'keep_memory', 'one_heap', 'few_kernels',
+__all__ = ['M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'M_ARENA_MAX', 'mallopt', 'keep_memory', 'one_heap', 'few_kernels', 'by_place',
            'preview_matrix', 'preview_image', 'clocked', 'Trial', 'try_out', 'key_of', 'curve_name', 'measured_curves',
            'costs_of', 'versions_of', 'receipt_of_task', 'spend', 'take_digests', 'begin_task', 'finished', 'Runner',
            'prepare_runner']
@@ -57,6 +58,11 @@ def few_kernels() -> None:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 # %% ../nbs/08c_runner.ipynb #13db564b
+def by_place(z: torch.Tensor) -> np.ndarray:
+    "Latents [1, C, h, w] -> the channels of each place [h w, C] in fp64."
+    return z[0].flatten(1).T.double().cpu().numpy()
+
+# %% ../nbs/08c_runner.ipynb #7b1e3512
 def preview_matrix(parts: Components, latents: torch.Tensor, versions: int = 4) -> np.ndarray:
     "Least-squares map [C + 1, 3] from latents (and 1) to colours, fitted on the picture of `latents`."
     given, wanted = [], []
@@ -65,8 +71,9 @@ def preview_matrix(parts: Components, latents: torch.Tensor, versions: int = 4) 
         noise = torch.randn(latents.shape, dtype=torch.float32, generator=seeded)
         z = latents + 0.3 * k * noise.to(latents.device)
         image, _ = decode_latents(parts, z)
+        z = denoiser_of(parts).colours(z)
         h, w = z.shape[2:]
-        flat = z[0].permute(1, 2, 0).reshape(h * w, -1).double().cpu().numpy()
+        flat = by_place(z)
         given.append(np.c_[flat, np.ones(h * w)])
         wanted.append(np.asarray(image.resize((w, h)), dtype=np.float64).reshape(-1, 3))
     return np.linalg.lstsq(np.concatenate(given), np.concatenate(wanted), rcond=None)[0]
@@ -88,7 +95,7 @@ def clocked(f: Callable[..., Any], *args) -> tuple[Any, float]:
 class Trial:
     "A picture that was made to see whether the model works."
     picture: Picture
-    inputs: UNetInput                               # of one row of a UNet call
+    inputs: NetInput                                # of one row of a call
     latents: torch.Tensor                           # [1, C, h, w], finished
     image: Pillow.Image
     decode: float                                   # seconds
@@ -103,7 +110,7 @@ def try_out(parts: Components, texts: TextCache) -> Trial:
     picture = Picture("a red apple", row.native, row.native, steps=steps,
                       guidance_scale=row.guidance[1], seed=1)
     t = Trajectory(parts, picture, texts)
-    inputs = t.unet_input().first()
+    inputs = t.net_input().first()
     while not t.done: advance([t], parts.unet)
     (image, _), seconds = clocked(decode_latents, parts, t.latents)
     return Trial(picture, inputs, t.latents, image, seconds)
@@ -111,11 +118,9 @@ def try_out(parts: Components, texts: TextCache) -> Trial:
 # %% ../nbs/08c_runner.ipynb #261631a6
 def key_of(texts: TextCache, p: Picture) -> tuple[Key, int]:
     "The shape key that a picture's trajectory will have, and its UNet rows a step."
-    keys, parts = texts.keys(p), texts.parts
-    tokens = keys[0][1] * parts.tokenizers[0].model_max_length
-    scale = parts.vae_scale
-    h, w = p.height // scale, p.width // scale
-    return (parts.latent_channels, h, w, tokens, p.lora), len(keys)
+    keys, family = texts.keys(p), texts.family
+    h, w = p.height // family.side, p.width // family.side
+    return (family.channels, h, w, family.tokens(keys[0].size, p), p.lora), len(keys)
 
 # %% ../nbs/08c_runner.ipynb #2b431a59
 def curve_name(parts: Components, settings: Settings, trial: Trial) -> str:
@@ -268,7 +273,7 @@ class Runner:
         "What a picture under way looks like now: uint8 [h, w, 3]."
         t = task.trajectory
         assert t is not None and t.estimate is not None
-        return preview_image(self.matrix, t.estimate)
+        return preview_image(self.matrix, t.family.colours(t.estimate))
 
 # %% ../nbs/08c_runner.ipynb #4049764e
 def prepare_runner(parts: Components, settings: Settings) -> Runner:
