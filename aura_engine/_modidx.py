@@ -1829,6 +1829,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'aura_engine.reader.configuration_of': ('reader.html#configuration_of', 'aura_engine/reader.py'),
                                     'aura_engine.reader.diffusers_classes': ('reader.html#diffusers_classes', 'aura_engine/reader.py'),
                                     'aura_engine.reader.fill': ('reader.html#fill', 'aura_engine/reader.py'),
+                                    'aura_engine.reader.lone_class': ('reader.html#lone_class', 'aura_engine/reader.py'),
                                     'aura_engine.reader.mounted': ('reader.html#mounted', 'aura_engine/reader.py'),
                                     'aura_engine.reader.nothing_else': ('reader.html#nothing_else', 'aura_engine/reader.py'),
                                     'aura_engine.reader.pipeline_files': ('reader.html#pipeline_files', 'aura_engine/reader.py'),

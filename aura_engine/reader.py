@@ -16,7 +16,7 @@ from .downloads import Progress, Unusable, Want, class_names, fetch, names_in, t
 from aura_engine.facts import (
     SIGMAS, check_facts, check_kind, check_types, config_in, facts_of_configs, facts_of_header, header, said_by_file,
     without_words)
-from .models import INCLUDED, PICKLED, SD15_ID, is_local
+from .models import INCLUDED, KLEIN, PICKLED, ROWS, SD15_ID, Z_IMAGE, is_local
 
 # %% auto #0
 __all__ = ['PARTS', 'UNUSED', 'SERVED', 'WEIGHTS', 'NO_PICKLES', 'CLASSES', 'LOADING', 'NO_VAE', 'NO_PICKLED_FILE',
@@ -24,13 +24,13 @@ __all__ = ['PARTS', 'UNUSED', 'SERVED', 'WEIGHTS', 'NO_PICKLES', 'CLASSES', 'LOA
            'served_index', 'pipeline_files', 'quiet', 'reading', 'diffusers_classes', 'Checkpoint', 'recognise',
            'nothing_else', 'config_and_weights', 'lone_class', 'unwrapped', 'bare', 'fill', 'check_weights',
            'said_of_tensors', 'complete', 'complete_parts', 'mounted', 'Reader', 'read_scheduler', 'read_unet',
-           'read_folder', 'configuration_of', 'single_pipeline', 'read_single']
+           'suited', 'whole_pipeline', 'read_folder', 'configuration_of', 'single_pipeline', 'read_single']
 
 # %% ../nbs/04c_reader.ipynb #1afc7159
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 SERVED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline",
-          "StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline")
+          "StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline", KLEIN, Z_IMAGE)
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(\.fp16)?(?:-\d{5}-of-(\d{5}))?\.safetensors")
 
 def whole_sets(names: list[str]) -> dict[bool, list[str]]:
@@ -61,8 +61,11 @@ def read_json(file: Path) -> dict:
 
 # %% ../nbs/04c_reader.ipynb #4e39a9bf
 CLASSES = {
-    "unet": ("UNet2DConditionModel",), "vae": ("AutoencoderKL", "AutoencoderTiny"),
-    "text_encoder": ("CLIPTextModel",), "text_encoder_2": ("CLIPTextModelWithProjection",)}
+    "unet": ("UNet2DConditionModel",),
+    "transformer": ("Flux2Transformer2DModel", "ZImageTransformer2DModel"),
+    "vae": ("AutoencoderKL", "AutoencoderTiny", "AutoencoderKLFlux2"),
+    "text_encoder": ("CLIPTextModel", "Qwen3ForCausalLM", "Qwen3Model"),
+    "text_encoder_2": ("CLIPTextModelWithProjection",)}
 
 def check_classes(index: dict) -> None:
     "Unusable when a model_index.json names a part of a class that this engine does not build."
@@ -84,7 +87,7 @@ def pipeline_files(names: list[str], folder: Path, half: bool, skip: tuple[str, 
     "The files among `names` that the engine reads of a diffusers folder."
     index = served_index(folder)
     parts = [part for part in PARTS if (index.get(part) or [None])[0]]
-    texts = (".json", ".txt", ".model")
+    texts = (".json", ".txt", ".model", ".jinja")
     found = [name for name in names if name.split("/")[0] in parts and name.endswith(texts)]
     for part in parts:
         if not any(name.startswith(part + "/") for name in found):
@@ -183,7 +186,7 @@ def unwrapped(name: str) -> str:
 
 def bare(name: str) -> str:
     "The unwrapped name in the spelling of every version of transformers."
-    return unwrapped(name).removeprefix("text_model.")
+    return unwrapped(name).removeprefix("text_model.").removeprefix("model.")
 
 # %% ../nbs/04c_reader.ipynb #ea794fc6
 def fill(module: Any, files: list[Path], dtype: torch.dtype) -> None:
@@ -332,6 +335,21 @@ def read_unet(reader: Reader, source: str, config: Path) -> Any:
     check_weights(unet, file.name)
     return unet
 
+# %% ../nbs/04c_reader.ipynb #bc48cf08
+def suited(dtype: torch.dtype, pipeline: str) -> torch.dtype:
+    "The type to read a pipeline of this class in, when `dtype` was chosen."
+    rows = [row for row in ROWS.values() if row.pipeline == pipeline]
+    cannot = bool(rows) and not any("fp16" in row.precisions for row in rows)
+    return torch.bfloat16 if cannot and dtype == torch.float16 else dtype
+
+# %% ../nbs/04c_reader.ipynb #b2cdd733
+def whole_pipeline(reader: Reader, folder: Path, names: list[str], given: dict[str, Any]) -> Any:
+    "A pipeline from the files `names` of a folder, with the parts `given`, held against its files."
+    reader.dtype = suited(reader.dtype, served_index(folder)["_class_name"])
+    made = reader.from_folder(diffusers_classes().DiffusionPipeline, folder, names, **given)
+    complete_parts(reader, made, folder, names)
+    return made
+
 # %% ../nbs/04c_reader.ipynb #f223cc2a
 def read_folder(reader: Reader, source: str, unet: str | None = None) -> tuple[Any, Path]:
     "(pipeline, folder) from a folder or repository. `unet` is another source for the UNet."
@@ -347,9 +365,7 @@ def read_folder(reader: Reader, source: str, unet: str | None = None) -> tuple[A
     given: dict[str, Any] = {part: None for part in UNUSED if part in index}
     given["scheduler"] = read_scheduler(reader, folder)
     if unet: given["unet"] = read_unet(reader, unet, folder / "unet")
-    made = reader.from_folder(diffusers_classes().DiffusionPipeline, folder, names, **given)
-    complete_parts(reader, made, folder, names)
-    return made, folder
+    return whole_pipeline(reader, folder, names, given), folder
 
 # %% ../nbs/04c_reader.ipynb #4131e655
 def configuration_of(reader: Reader, file: Path, repo: str) -> Path:
