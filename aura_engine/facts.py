@@ -157,6 +157,7 @@ class Facts:
 
     def said(self) -> str:
         "The facts in one sentence."
+        if self.scheduler.startswith("FlowMatch"): return f"{self.what} that goes straight from noise to a picture"
         end = "ends in pure noise" if self.pure_noise else f"ends at sigma {self.last_sigma:.1f}"
         made = f", made for {self.scheduler}" if self.scheduler else ""
         return f"{self.what} that predicts {self.prediction}, with a schedule that {end}{made}"
