@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field
 
 # %% auto #0
 __all__ = ['log', 'MEANINGFUL', 'FREE', 'A1111_NAMES', 'MOST_TEXT', 'EMPTY_LISTS', 'REFRESHED', 'a1111_routes', 'a1111_shapes',
-           'Txt2Img', 'Img2Img', 'unmet', 'samplers_for', 'scheduler_for', 'loras_in', 'Understood', 'pixels_of',
+           'Txt2Img', 'Img2Img', 'unmet', 'samplers_for', 'scheduler_for', 'loras_in', 'Understood', 'asked_size',
            'understood_ask', 'softened', 'img2img_ask', 'A1111Pictures', 'A1111Error', 'a1111_error', 'about_batch',
            'info_of', 'echoed', 'A1111Task', 'A1111Tasks', 'tasks_of', 'drawn', 'post_txt2img', 'post_img2img',
            'A1111State', 'A1111Progress', 'progress_of', 'get_progress', 'TaskName', 'LiveProgress',
@@ -139,7 +139,7 @@ class Understood:
     numbers: dict[str, Any]
     wish: Wish
 
-def pixels_of(ask: Txt2Img) -> Size | None:
+def asked_size(ask: Txt2Img) -> Size | None:
     "Width and height; one of them alone means a square."
     width, height = ask.width or ask.height, ask.height or ask.width
     return (width, height) if width and height else None
@@ -156,7 +156,7 @@ def understood_ask(ask: Txt2Img, row: Row, model: str) -> Understood:
     numbers = {"steps": ask.steps and min(ask.steps, 100), "guidanceScale": ask.cfg_scale, "negativePrompt": negative,
                "seed": ask.seed if ask.seed >= 0 else None, "lora": lora,
                "temperature": 1.0}                            # as in the web UI, only the seed decides
-    wish = Wish(ask.batch_size * ask.n_iter, pixels_of(ask), scheduler, notes=tuple(notes))
+    wish = Wish(ask.batch_size * ask.n_iter, asked_size(ask), scheduler, notes=tuple(notes))
     return Understood(prompt, numbers, wish)
 
 # %% ../nbs/10c_a1111.ipynb #0bf5b2d2

@@ -63,7 +63,9 @@ def main(words):
         (ROOT / "build/sbom.json").write_text(sbom(lock.read_text(), torch_pin(text)))
         return print("build/sbom.json")
     lock.write_text(lock_text((ROOT / "requirements.txt").read_text(), torch_pin(text), datetime.date.today()))
-    name, old = BASE.search(text).groups()
+    found = BASE.search(text)
+    assert found, f"{dockerfile} names no base image by digest"
+    name, old = found.groups()
     new = base_of_today(name)
     if new: dockerfile.write_text(text.replace(old, new))
     print(lock.read_text().count("=="), "packages;", f"{name} is {new}" if new else f"{name} stays {old[:19]}…: neither skopeo nor docker could ask")
