@@ -82,7 +82,8 @@ def test_the_row_is_read_from_the_files(family):
 
 @pytest.mark.parametrize("how", [dict(), dict(steps=2), dict(steps=8, size=(96, 128)), dict(prompt=LONG), dict(prompt=""),
                                  dict(init=PHOTO, size=(96, 128), steps=8, strength=0.3), dict(init=PHOTO, size=(96, 128), steps=8, strength=0.6),
-                                 dict(init=PHOTO, size=(96, 128), strength=1.0)], ids=str)
+                                 dict(init=PHOTO, size=(96, 128), strength=1.0)],
+                         ids=["plain", "2 steps", "8 steps, upright", "long prompt", "no prompt", "strength 0.3", "strength 0.6", "strength 1"])
 def test_a_lone_trajectory_equals_the_pipeline(family, how):
     folder, parts = family
     if parts.row.refine == "reference" and how.get("strength"): how = how | dict(strength=1.0)
