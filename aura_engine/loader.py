@@ -251,7 +251,7 @@ def check_sampler(name: str, row: Row) -> None:
     "Invalid, with those that will do, for a sampler that a row's model cannot be drawn with."
     fitting = [known for known in SAMPLERS if (known == "flow") == row.flow]
     if name not in fitting:
-        raise Invalid.value("SD_SAMPLER", given=name, allowed=f"for {row.name} {', '.join(fitting)}")
+        raise Invalid.value("SD_SAMPLER", given=name, allowed=f"{', '.join(fitting)} (for {row.name})")
 
 # %% ../nbs/04e_loader.ipynb #a7f31e19
 def row_by_settings(row: Row, settings: Settings) -> tuple[Row, list[str]]:
