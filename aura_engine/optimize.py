@@ -342,7 +342,7 @@ def middle(values: list[float]) -> float:
 def measured(name: str, parts: Components, text: torch.Tensor, side: int, steps: int, rounds: int,
              first: Variant | None) -> Variant:
     "Draw `rounds` times; the first one warms up."
-    if parts.backend == "openvino": parts.vae.decode.graphs.prepare((1, parts.unet.config["in_channels"], side, side))
+    if parts.backend == "openvino": parts.vae.decode.graphs.prepare((1, parts.latent_channels, side, side))
     drawn = [draw(parts, text, side, steps) for _ in range(rounds)][-max(1, rounds - 1):]
     alone = len(drawn) == 1                    # then its first step is the warm-up
     step = middle([seconds for d in drawn for seconds in d.steps[alone:] or d.steps])
