@@ -177,7 +177,7 @@ def test_examples_and_limits(web):
     prompts = web.get("/examples").json()["examples"]
     assert len(prompts) >= 10 and web.post("/generate", json={"prompt": prompts[0], "steps": 1}).json()["warnings"] == []
     limits = web.get("/health").json()["limits"]
-    assert limits["steps"] == [1, 4, 50] and limits["native"] == limits["most"] == 128 and limits["mask"] is False and limits["loras"] == []
+    assert limits["steps"] == [1, 4, 50] and limits["native"] == limits["most"] == 128 and limits["mask"] is True and limits["loras"] == []
 
 
 def test_wrong_jobs(web):
