@@ -181,6 +181,7 @@ def test_every_row_generates_and_refines(published, name):
     assert "Guidance" in said and ("Steps" in said) == (row.steps[2] < 13) and ("The" in said) == (not row.cfg)       # the negative prompt
     run, strength = refined["receipts"][0]["steps"], refined["receipts"][0]["strength"]
     if row.fixed: assert run == 1 and strength == 1 / row.steps[0] and any(w.startswith("Strength 0.05 became") for w in refined["warnings"])
+    elif row.refine == "reference": assert strength == 1 and any("trength" in w for w in refined["warnings"])
     else: assert run >= 1 and strength == 0.05
 
 
