@@ -1516,6 +1516,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'aura_engine.openai.OpenAIError': ('openai.html#openaierror', 'aura_engine/openai.py'),
                                     'aura_engine.openai.OpenAIEvent': ('openai.html#openaievent', 'aura_engine/openai.py'),
                                     'aura_engine.openai.OpenAIFault': ('openai.html#openaifault', 'aura_engine/openai.py'),
+                                    'aura_engine.openai.OpenAIFrame': ('openai.html#openaiframe', 'aura_engine/openai.py'),
                                     'aura_engine.openai.OpenAIImage': ('openai.html#openaiimage', 'aura_engine/openai.py'),
                                     'aura_engine.openai.OpenAIImages': ('openai.html#openaiimages', 'aura_engine/openai.py'),
                                     'aura_engine.openai.OpenAIModel': ('openai.html#openaimodel', 'aura_engine/openai.py'),

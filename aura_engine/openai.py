@@ -18,11 +18,11 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 # %% auto #0
 __all__ = ['QUALITY', 'THEIR_NAMES', 'NO_USAGE', 'NOT_COMPOSED', 'EDIT_FORM', 'OPENAI_FAULTS', 'openai_routes', 'ImagesRequest',
            'ImageAddress', 'EditRequest', 'steps_for', 'notes_on', 'Common', 'common', 'openai_error', 'OpenAIFault',
-           'OpenAIError', 'OpenAIImage', 'OpenAIAbout', 'OpenAIImages', 'OpenAIEvent', 'OpenAIModel', 'OpenAIModels',
-           'described', 'Shelved', 'Shelf', 'shelf_of', 'get_picture', 'openai_json', 'Partials', 'openai_event',
-           'completed', 'partial_image', 'openai_events', 'openai_stream', 'openai_answer', 'post_generations', 'Edit',
-           'picture_text', 'json_edit', 'form_edit', 'file_field', 'read_edit', 'edit_wish', 'mask_of_hole',
-           'post_edits', 'post_variations', 'get_models', 'get_model']
+           'OpenAIError', 'OpenAIImage', 'OpenAIAbout', 'OpenAIImages', 'OpenAIEvent', 'OpenAIFrame', 'OpenAIModel',
+           'OpenAIModels', 'described', 'Shelved', 'Shelf', 'shelf_of', 'get_picture', 'openai_json', 'Partials',
+           'openai_event', 'completed', 'partial_image', 'openai_events', 'openai_stream', 'openai_answer',
+           'post_generations', 'Edit', 'picture_text', 'json_edit', 'form_edit', 'file_field', 'read_edit', 'edit_wish',
+           'mask_of_hole', 'post_edits', 'post_variations', 'get_models', 'get_model']
 
 # %% ../nbs/10a_openai.ipynb #da5ba244
 from .answers import Api, Files, OrderedJob, begin, event_stream, file_of, files_of, follow, sse_frame
@@ -183,6 +183,11 @@ class OpenAIEvent(OpenAIAbout):
     b64_json: str
     created_at: int
     partial_image_index: int | None = None
+
+class OpenAIFrame(BaseModel):
+    "An event as it is sent: its name, and in `data` the JSON of an `OpenAIEvent`."
+    event: str
+    data: str
 
 # %% ../nbs/10a_openai.ipynb #1d4cce09
 class OpenAIModel(BaseModel):
@@ -471,7 +476,7 @@ OPENAI_FAULTS = (*(code for code in MAKING if code != 422), "4XX")
 
 # %% ../nbs/10a_openai.ipynb #89aa4875
 _openai: Callable[..., Route] = partial(Route, fault=OpenAIError)
-_draws: Any = partial(_openai, "POST", keyed=True, ok=OpenAIImages, events=OpenAIEvent, errors=OPENAI_FAULTS)
+_draws: Any = partial(_openai, "POST", keyed=True, ok=OpenAIImages, events=OpenAIFrame, errors=OPENAI_FAULTS)
 openai_routes = (
     _draws("/v1/images/generations", post_generations, ImagesRequest),
     _draws("/v1/images/edits", post_edits,
