@@ -241,8 +241,8 @@ def beside(asked, attacks, seconds):
 
 @pytest.mark.slow
 def test_soak(make_server, record_property):
-    """AURA_SOAK_MINUTES (3): a quarter of it honest clients alone, the rest with the corpus beside them."""
-    seconds = 60 * float(os.environ.get("AURA_SOAK_MINUTES", 3))
+    """AURA_SOAK_MINUTES (2): a quarter of it honest clients alone, the rest with the corpus beside them."""
+    seconds = 60 * float(os.environ.get("AURA_SOAK_MINUTES", 2))
     w, tell, attacks = watched(make_server()), multiprocessing.get_context("spawn").Queue(), []
     alone = honest_load(w, seconds / 4)
     work = multiprocessing.get_context("spawn").Process(target=besiege, args=(w.server.url, seconds * 3 / 4, tell), daemon=True)

@@ -277,7 +277,7 @@ RSS = "import gc, psutil; gc.collect(); print(psutil.Process().memory_info().rss
 
 
 def test_the_three_obvious_cells_in_fresh_kernels(record_property):
-    """Five fresh kernels (AURA_KERNELS): no failure, the right weights, and cells run again cost nothing."""
+    """Three fresh kernels (AURA_KERNELS): no failure, the right weights, and cells run again cost nothing."""
     manager = pytest.importorskip("jupyter_client.manager")
     env = clean_env(PYTHONPATH=ROOT, SD_MODEL_ID="embedded")
     count = 0
@@ -289,7 +289,7 @@ def test_the_three_obvious_cells_in_fresh_kernels(record_property):
         assert reply["content"]["status"] == "ok", reply["content"]
         return "".join(said)
 
-    while count < int(os.environ.get("AURA_KERNELS", 5)):
+    while count < int(os.environ.get("AURA_KERNELS", 3)):
         kernel, client = manager.start_new_kernel(kernel_name="python3", env=env)
         try:
             for cell in THREE_CELLS: run(client, cell)
