@@ -50,7 +50,7 @@ log = logging.getLogger("aura_engine.a1111")
 class Txt2Img(Dialect):
     "Body of POST /sdapi/v1/txt2img, as far as it is understood."
     model_config = {**Dialect.model_config, "extra": "allow", "strict": False}
-    prompt: str = Field("", max_length=LONG_PROMPT)
+    prompt: str = Field(min_length=1, max_length=LONG_PROMPT)
     negative_prompt: str = Field("", max_length=LONG_PROMPT)
     seed: Annotated[int, WHOLE] = -1                          # any
     steps: Annotated[int, Field(ge=1, le=150), WHOLE] | None = None
@@ -69,7 +69,7 @@ class Txt2Img(Dialect):
 # %% ../nbs/10c_a1111.ipynb #82b030a3
 class Img2Img(Txt2Img):
     "Body of POST /sdapi/v1/img2img. The pictures are base64."
-    init_images: list[str] = Field(min_length=1, max_length=MAX_N, json_schema_extra={"items": {"format": "picture"}})
+    init_images: list[str] = Field(min_length=1, max_length=MAX_N, json_schema_extra={"items": {"type": "string", "format": "picture"}})
     denoising_strength: float = Field(0.75, ge=0, le=1)
     resize_mode: Annotated[int, Field(ge=0, le=3), WHOLE] = 0         # 0 stretches
     mask: str | None = Field(None, json_schema_extra={"format": "picture"})
@@ -552,7 +552,7 @@ def _keyword_and_text(body: bytes, kind: str) -> tuple[str, str]:
 # %% ../nbs/10c_a1111.ipynb #47dca3ac
 class PngInfoRequest(Dialect):
     "Body of POST /sdapi/v1/png-info."
-    image: str = Field(json_schema_extra={"format": "picture"})
+    image: str = Field(min_length=1, json_schema_extra={"format": "picture"})
 
 class PngInfo(BaseModel):
     "The `parameters` text of a picture, its settings, and the other texts."

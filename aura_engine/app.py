@@ -307,7 +307,7 @@ def describe_defaults(schema: Any) -> None:
 def answer_schemas(table: Sequence[Route]) -> dict[str, Any]:
     "The models of events and problems, and those in them, by name."
     models = {m for r in table for m in (r.events, r.fault) if m is not None}
-    named: list[Any] = [(m.__name__, "serialization", TypeAdapter(m)) for m in models]
+    named: list[Any] = [(m.__name__, "validation", TypeAdapter(m)) for m in models]
     return TypeAdapter.json_schemas(named, ref_template=REF)[1].get("$defs", {})
 
 # %% ../nbs/09f_app.ipynb #945c9ccc

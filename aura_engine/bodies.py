@@ -6,7 +6,7 @@
 from __future__ import annotations
 from dataclasses import MISSING, Field as DataField, fields, is_dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
-from pydantic import BaseModel, Field, RootModel, create_model
+from pydantic import BaseModel, Field, Json, RootModel, create_model
 from pydantic.alias_generators import to_camel
 from .types import FieldError, Health, JobStatus, Receipt
 
@@ -97,13 +97,13 @@ class QueuedData(BaseModel):
 class QueuedEvent(BaseModel):
     "The first event."
     event: Literal["queued"]
-    data: QueuedData
+    data: Json[QueuedData]
 
 # %% ../nbs/02c_bodies.ipynb #1cae24bb
 class StepEvent(BaseModel):
     "A picture has taken a step."
     event: Literal["step"]
-    data: StepBody
+    data: Json[StepBody]
 
 # %% ../nbs/02c_bodies.ipynb #18ab6a86
 class PreviewData(BaseModel):
@@ -114,7 +114,7 @@ class PreviewData(BaseModel):
 class PreviewEvent(BaseModel):
     "A preview."
     event: Literal["preview"]
-    data: PreviewData
+    data: Json[PreviewData]
 
 # %% ../nbs/02c_bodies.ipynb #81660443
 class ImageData(BaseModel):
@@ -126,7 +126,7 @@ class ImageData(BaseModel):
 class ImageEvent(BaseModel):
     "A picture is finished."
     event: Literal["image"]
-    data: ImageData
+    data: Json[ImageData]
 
 # %% ../nbs/02c_bodies.ipynb #29ec2ee0
 class FailedData(BaseModel):
@@ -136,7 +136,7 @@ class FailedData(BaseModel):
 class FailedEvent(BaseModel):
     "No further picture comes."
     event: Literal["failed"]
-    data: FailedData
+    data: Json[FailedData]
 
 # %% ../nbs/02c_bodies.ipynb #7534bad6
 class DoneData(BaseModel):
@@ -146,7 +146,7 @@ class DoneData(BaseModel):
 class DoneEvent(BaseModel):
     "The last event, always."
     event: Literal["done"]
-    data: DoneData
+    data: Json[DoneData]
 
 # %% ../nbs/02c_bodies.ipynb #763c25a5
 AnyEvent = QueuedEvent | StepEvent | PreviewEvent | ImageEvent | FailedEvent | DoneEvent

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from PIL import Image as Pillow, ImageOps
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, Json, TypeAdapter, ValidationError
 
 # %% auto #0
 __all__ = ['QUALITY', 'THEIR_NAMES', 'NO_USAGE', 'NOT_COMPOSED', 'EDIT_FORM', 'OPENAI_FAULTS', 'openai_routes', 'ImagesRequest',
@@ -185,9 +185,9 @@ class OpenAIEvent(OpenAIAbout):
     partial_image_index: int | None = None
 
 class OpenAIFrame(BaseModel):
-    "An event as it is sent: its name, and in `data` the JSON of an `OpenAIEvent`."
+    "An event as it is sent: its name, and JSON in its data."
     event: str
-    data: str
+    data: Json[OpenAIEvent]
 
 # %% ../nbs/10a_openai.ipynb #1d4cce09
 class OpenAIModel(BaseModel):
@@ -485,5 +485,5 @@ openai_routes = (
     _openai("GET", "/v1/models", get_models, ok=OpenAIModels),
     _openai("GET", "/v1/models/{id:path}", get_model, ok=OpenAIModel),
     Route("GET", "/pictures/{name}", get_picture, media=tuple(MIME.values()), errors=(404, 500)),
-    Route("HEAD", "/pictures/{name}", get_picture, errors=(404, 500)),
+    Route("HEAD", "/pictures/{name}", get_picture, media=tuple(MIME.values()), errors=(404, 500)),
 )
