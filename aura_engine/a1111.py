@@ -69,7 +69,8 @@ class Txt2Img(Dialect):
 # %% ../nbs/10c_a1111.ipynb #82b030a3
 class Img2Img(Txt2Img):
     "Body of POST /sdapi/v1/img2img. The pictures are base64."
-    init_images: list[str] = Field(min_length=1, max_length=MAX_N, json_schema_extra={"items": {"type": "string", "format": "picture"}})
+    init_images: list[str] = Field(
+        min_length=1, max_length=MAX_N, json_schema_extra={"items": {"type": "string", "format": "picture"}})
     denoising_strength: float = Field(0.75, ge=0, le=1)
     resize_mode: Annotated[int, Field(ge=0, le=3), WHOLE] = 0         # 0 stretches
     mask: str | None = Field(None, json_schema_extra={"format": "picture"})
