@@ -258,7 +258,7 @@ def rows_in(e: Entry) -> int:
     return e.rows if e.left else 1
 
 # %% ../nbs/07_batching.ipynb #d26d4f44
-OWES_MORE = 4.0         # a guest: it owes so many times the work and the debt of whoever goes first
+OWES_MORE = 4.0         # a guest owes more than so many times the work and the debt of whoever goes first
 GUEST_SLOWS = 1.5       # guests may make a call that much slower
 
 def room_for(mates: Sequence[Entry], curve: Curve, cost: StepCost, most: int) -> int:
