@@ -9,13 +9,14 @@ from pathlib import Path
 
 MOST_WIDE = 120                 # characters a line, no exception
 MOST_NODES = 250                # syntax nodes of an exported cell that defines functions
-MOST_CLASS_NODES = 600          # of a cell that is one class: a class stands in one cell, or it is two classes
-BOUNDS = {                      # of the whole package: figure -> (least, most)
-    "width p95": (0, 106),                  # 105 is the aim, and reached
+MOST_CLASS_NODES = 350          # of a cell that is one class: a class stands in one cell, or it is two classes
+# Of the whole package: figure -> (least, most). The same count of the notebook projects that this one takes as models
+# (fastcore, nbdev, fasthtml, claudette, cosette, toolslm, msglm; 1,203 cells) gives 37 to 64 nodes a cell at the median,
+# and 2.8 % of their cells have more than 250.
+BOUNDS = {
+    "width p95": (0, 106),                  # 105 is the aim
     "nodes a line p95": (0, 18),
-    # The aim is 80, taken from notebooks without types. Annotations are 14 of the 106 here, and one definition alone has
-    # 92: to reach 80, two hundred functions would have to be cut into pieces that nobody reads alone.
-    "nodes a cell p50": (0, 106),
+    "nodes a cell p50": (0, 80),
     "definitions a cell p50": (0, 1),
     "definitions a cell p90": (0, 2),
     "attached methods": (0, 0),
@@ -48,7 +49,7 @@ class Cell:
         return len(self.definitions) == 1 and isinstance(self.definitions[0], ast.ClassDef)
 
     @property
-    def nodes(self) -> int: return sum(1 for _ in ast.walk(self.tree))
+    def nodes(self) -> int: return sum(nodes_by_line(self.tree).values())
 
     @property
     def name(self) -> str:
@@ -193,32 +194,17 @@ def show(paths: list[Path]) -> str:
     return "\n".join([head, rule, *body])
 
 
-# Cells in which one idea needs more nodes than the bound: the name, and how many it may have.
+# Cells in which one idea needs more nodes than the bound: the name, and how many it may have. All are classes whose
+# methods are one story, each method short.
 ALLOWED: dict[str, int] = {
-    # Classes whose methods are one story, each method short.
-    "album.Work": 850,
-    "engine.Engine": 700,
-    "engine.Turns": 800,
-    "runner.Runner": 750,
-    "trajectory.Trajectory": 900,
-    "train.Stage": 700,
-    "widgets.Pane": 650,
-    "widgets.Compare": 850,
-    # The last look that builds something from many facts.
-    "album.desk_of": 350,
-    "loader.load": 360,
-    # A table of spellings, and arithmetic that loses its sense when it is cut.
-    "loras.original_name": 350,
-    "loras.LoraFile": 350,
-    "loras.sorted_tensors": 350,
-    "loras.read_lora": 300,
-    "loras.peft_config": 350,
-    "loras.keep_lora": 300,
-    "optimize.draw": 300,
-    "optimize.measured": 300,
-    "static_graphs.double_graph": 300,
-    "unets.encode_texts": 400,
-    "trajectory.decode_batch": 300,
-    "trajectory.take": 300,
-    "widgets.account_of": 300,
+    "album.Work": 510,
+    "client.AsyncAuraClient": 390,
+    "engine.Engine": 450,
+    "engine.Turns": 470,
+    "runner.Runner": 440,
+    "train.Stage": 410,
+    "trajectory.Trajectory": 530,
+    "widgets.Compare": 520,
+    "widgets.Pane": 410,
+    "widgets.Studio": 380,
 }
