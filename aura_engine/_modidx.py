@@ -2457,6 +2457,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'aura_engine.walls.is_certain': ('walls.html#is_certain', 'aura_engine/walls.py'),
                                    'aura_engine.walls.key_given': ('walls.html#key_given', 'aura_engine/walls.py'),
                                    'aura_engine.walls.log_foreign': ('walls.html#log_foreign', 'aura_engine/walls.py'),
+                                   'aura_engine.walls.name_in': ('walls.html#name_in', 'aura_engine/walls.py'),
                                    'aura_engine.walls.note_request': ('walls.html#note_request', 'aura_engine/walls.py'),
                                    'aura_engine.walls.refuse_compressed': ('walls.html#refuse_compressed', 'aura_engine/walls.py'),
                                    'aura_engine.walls.refuse_foreign': ('walls.html#refuse_foreign', 'aura_engine/walls.py')},

@@ -327,8 +327,9 @@ def openapi(app: FastAPI, made: Callable[[], dict[str, Any]], table: Sequence[Ro
 
 # %% ../nbs/09f_app.ipynb #657e5ff3
 def _name_loras(document: dict[str, Any], aliases: tuple[str, ...]) -> None:
-    "A LoRA is one of `aliases`, or null."
-    choice = {"enum": [*aliases, None], "title": "Lora",
+    "A LoRA is one of `aliases`, or null. Without any it stays a text: clients made from it take one later."
+    none = {"anyOf": [{"type": "string", "maxLength": 0}, {"type": "null"}]}
+    choice = {**({"enum": [*aliases, None]} if aliases else none), "title": "Lora",
               "description": "A LoRA of this engine (SD_LORAS), by its alias."}
     for schema in document["components"]["schemas"].values():
         fields = schema.get("properties", {})

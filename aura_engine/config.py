@@ -14,7 +14,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 # %% auto #0
-__all__ = ['DEFAULT_ORIGINS', 'DEFAULT_PORTS', 'LOOPBACK', 'ALIAS', 'SECRETS', 'normalise_origin', 'parse_origins',
+__all__ = ['DEFAULT_ORIGINS', 'DEFAULT_PORTS', 'APP_SCHEMES', 'LOOPBACK', 'ALIAS', 'SECRETS', 'normalise_origin', 'parse_origins',
            'listening_address', 'is_network', 'parse_proxies', 'parse_loras', 'ModelSettings', 'Settings',
            'setting_names', 'settings_table', 'SettingsError', 'complaint', 'load_settings', 'unknown_settings']
 
@@ -22,6 +22,7 @@ __all__ = ['DEFAULT_ORIGINS', 'DEFAULT_PORTS', 'LOOPBACK', 'ALIAS', 'SECRETS', '
 # where the guide's frontend runs
 DEFAULT_ORIGINS = ("http://localhost:5173", "http://127.0.0.1:5173")
 DEFAULT_PORTS = {"http": 80, "https": 443}                                # a browser leaves these out
+APP_SCHEMES = ("app", "tauri", "capacitor", "ionic", "chrome-extension", "moz-extension", "vscode-webview")
 
 def normalise_origin(text: str) -> str:
     """'HTTPS://A.example/ ' -> 'https://a.example'.
@@ -35,10 +36,10 @@ def normalise_origin(text: str) -> str:
     parts = urlsplit(text)
     scheme = parts.scheme.lower()
     beyond = parts.path not in ("", "/") or parts.query or parts.fragment or "@" in parts.netloc
-    if scheme not in DEFAULT_PORTS or not parts.hostname or beyond:
+    if scheme not in (*DEFAULT_PORTS, *APP_SCHEMES) or not parts.hostname or beyond:
         raise ValueError(f"{text!r} is not an origin; write scheme://host or scheme://host:port")
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    port = f":{parts.port}" if parts.port and parts.port != DEFAULT_PORTS[scheme] else ""
+    port = f":{parts.port}" if parts.port and parts.port != DEFAULT_PORTS.get(scheme) else ""
     return f"{scheme}://{host}{port}"
 
 # %% ../nbs/00_config.ipynb #efb73780

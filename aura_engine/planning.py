@@ -209,8 +209,9 @@ def _size(request: GenerateRequest, row: Row, gpu: bool, notes: list[Note]) -> t
 
 # %% ../nbs/03d_planning.ipynb #f7b08f10
 def allowed_lora(alias: str | None, row: Row, field: str = "lora") -> str | None:
-    "`alias` if the loaded model has a LoRA of that name (or None); Invalid names those it has."
-    if alias is None or alias in row.loras: return alias
+    "`alias` if the loaded model has a LoRA of that name, None for no alias; Invalid names those it has."
+    if not alias: return None
+    if alias in row.loras: return alias
     allowed = ", ".join(row.loras) or "none are set: SD_LORAS names those that a request may ask for"
     raise Invalid.value(field, given=alias, allowed=allowed)
 

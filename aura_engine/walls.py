@@ -22,7 +22,7 @@ log = logging.getLogger("aura_engine.walls")
 
 # %% auto #0
 __all__ = ['log', 'ID', 'QUIET', 'EXPOSED', 'REST_BYTES', 'REST_SECONDS', 'REST_PAUSE', 'Marked', 'Stamp', 'arrival',
-           'note_request', 'Origins', 'is_certain', 'Cors', 'log_foreign', 'Exchange', 'drain', 'Guard',
+           'note_request', 'Origins', 'name_in', 'is_certain', 'Cors', 'log_foreign', 'Exchange', 'drain', 'Guard',
            'refuse_foreign', 'refuse_compressed', 'key_given', 'check_key', 'client_group', 'client_behind']
 
 # %% ../nbs/09b_walls.ipynb #6da864fc
@@ -85,14 +85,17 @@ class Origins:
     allowed: tuple[str, ...]
     hosts: tuple[str, ...] = ()
 
-    def foreign(self, origin: str, host: str) -> bool:
-        "Whether a page of `origin`, calling this server as `host`, is neither allowed nor the server's own."
+    def foreign(self, origin: str, host: str, site: str = "") -> bool:
+        """Whether a page of `origin`, calling this server as `host`, is neither allowed nor the server's own.
+
+        `site`: the browser's word for how the two are related, from `Sec-Fetch-Site`."""
         if "*" in self.allowed: return False
         try: origin = normalise_origin(origin)
         except ValueError: return True
         if origin in self.allowed: return False
         place = origin.partition("://")[2]
         if place in self.hosts: return False
+        if site == "same-origin" and name_in(place) != name_in(host.lower()): return False
         return place != host.lower() or not is_certain(host)
 
     def line(self, origin: str) -> str:
@@ -100,9 +103,13 @@ class Origins:
         return "ALLOW_ORIGINS=" + ",".join((*self.allowed, origin))
 
 # %% ../nbs/09b_walls.ipynb #719c971f
+def name_in(host: str) -> str:
+    "A Host header without its port."
+    return re.sub(r":\d{1,5}$", "", host).strip("[]")
+
 def is_certain(host: str) -> bool:
     "Whether a Host header cannot be the rebound name of a foreign page: an IP address, or localhost."
-    name = re.sub(r":\d{1,5}$", "", host.lower()).strip("[]")
+    name = name_in(host.lower())
     if name == "localhost" or name.endswith(".localhost"): return True
     try: ip_address(name)
     except ValueError: return False
@@ -192,7 +199,8 @@ class Guard:
 def refuse_foreign(request: Request, origins: Origins) -> None:
     "Raise ForeignOrigin when a page that is neither allowed nor the server's own asks for work."
     origin, host = request.headers.get("origin", ""), request.headers.get("host", "")
-    if not origin or request.method in ("GET", "HEAD", "OPTIONS") or not origins.foreign(origin, host): return
+    if not origin or request.method in ("GET", "HEAD", "OPTIONS"): return
+    if not origins.foreign(origin, host, request.headers.get("sec-fetch-site", "")): return
     log_foreign(origins, origin)
     advice = "its operator can add the origin to ALLOW_ORIGINS"
     raise ForeignOrigin(f"Pages of {shown(origin)} may not call this engine; {advice}.")

@@ -27,10 +27,12 @@ def hang_up(s):
 
 
 class Edge:
-    """`script`: raw answers, one a connection; then connections go to `target`. `cut`: a relayed answer ends after so many bytes. `requests`: [(first line, headers, body)]."""
+    """`script`: raw answers, one a connection; then connections go to `target`. `cut`: a relayed answer ends after so many bytes, or only the first (`once`).
+    `host`: what Host is rewritten to. `requests`: [(first line, headers, body)]."""
 
-    def __init__(self, *script, target=None, cut=None, port=0):
+    def __init__(self, *script, target=None, cut=None, once=False, host=None, port=0):
         self.script, self.target, self.cut, self.requests, self.open = list(script), target, cut, [], []
+        self.once, self.host = once, host
         self.listener = socket.create_server(("127.0.0.1", port))
         self.port = self.listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -60,8 +62,14 @@ class Edge:
         while len(body) < int(headers.get("content-length", 0)): body += conn.recv(65536)
         self.requests.append((first, headers, body))
         if self.script: conn.sendall(self.script.pop(0))
-        elif self.target: self._relay(conn, head + b"\r\n\r\n" + body)
+        elif self.target: self._relay(conn, self._rewritten(head) + b"\r\n\r\n" + body)
         hang_up(conn)
+
+    def _rewritten(self, head):
+        """One request a connection, so that each has its Host rewritten."""
+        if self.host is None: return head
+        lines = [ln for ln in head.split(b"\r\n") if not ln.lower().startswith((b"host:", b"connection:"))]
+        return b"\r\n".join([*lines, b"Host: " + self.host.encode(), b"Connection: close"])
 
     def _relay(self, conn, data):
         where = urlsplit(self.target)
@@ -74,6 +82,7 @@ class Edge:
                     conn.sendall(more)
                     sent += len(more)
             except OSError: pass
+        if self.once and self.cut is not None and sent >= self.cut: self.cut = None
 
     def _hangup(self, conn, engine):
         """What the client sends goes on to the engine, its leaving too."""
