@@ -854,9 +854,28 @@ def test_the_workflow_deploys_and_shows_plan_and_proof(hub, tmp_path):
     assert "create" in summary and "a picture came" in summary and hub.spaces[SPACE].run and TOKEN not in summary + done.stdout
 
 
-def test_the_workflow_is_safe():
-    done = subprocess.run([shutil.which("zizmor", path=Path(sys.executable).parent) or "zizmor", "--offline", "--no-progress", "--persona", "regular", WORKFLOW], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+
+
+@pytest.mark.parametrize("argv", [["zizmor", "--offline", "--no-progress", "--persona", "regular"], ["check-jsonschema", "--builtin-schema", "vendor.github-workflows"]], ids=lambda a: a[0])
+def test_the_workflows_are_safe_and_well_formed(argv):
+    tool = shutil.which(argv[0], path=Path(sys.executable).parent) or argv[0]
+    done = subprocess.run([tool, *argv[1:], *WORKFLOWS], capture_output=True, text=True)
+    assert len(WORKFLOWS) == 3 and done.returncode == 0, done.stdout + done.stderr
+
+
+def nameless(value, path=""):
+    """Where a mapping has a key without a value: in `{a: b, c}` a comma that belonged to the text has cut it in two, and GitHub refuses the file."""
+    if isinstance(value, list): return [found for i, item in enumerate(value) for found in nameless(item, f"{path}/{i}")]
+    if not isinstance(value, dict): return []
+    return [f"{path}/{k}" for k, v in value.items() if v is None] + [found for k, v in value.items() for found in nameless(v, f"{path}/{k}")]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.name)
+def test_no_text_of_a_workflow_is_cut_by_a_comma(path):
+    # YAML reads the key `on` as true. An event may have no settings.
+    assert [found for found in nameless(yaml.safe_load(path.read_text())) if not re.fullmatch("/True/[a-z_]+", found)] == []
+    assert nameless(yaml.safe_load("inputs: {dry-run: {description: Show the plan, change nothing, type: boolean}}")) == ["/inputs/dry-run/change nothing"]
 
 
 # secrets
