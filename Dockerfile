@@ -12,23 +12,30 @@ WORKDIR /home/user/app
 
 # Which wheels of torch: cpu, cu126 and the like (names of its own indexes), an index's address, or pypi for pip's usual one.
 # A Space variable of this name reaches the build. A CUDA torch is several GB more, and runs on older drivers the lower its number is.
+# Wheels that have a lock (tools/lock.py) are installed by hash, the others by version.
 ARG TORCH_INDEX_URL=cpu
+COPY locks ./locks
+# hadolint ignore=DL3013
 RUN case "$TORCH_INDEX_URL" in \
-      ""|pypi) index= ;; \
-      *://*) index="$TORCH_INDEX_URL" ;; \
-      *) index="https://download.pytorch.org/whl/$TORCH_INDEX_URL" ;; \
+      ""|pypi) name=pypi; index= ;; \
+      *://*) name=; index="$TORCH_INDEX_URL" ;; \
+      *) name="$TORCH_INDEX_URL"; index="https://download.pytorch.org/whl/$TORCH_INDEX_URL" ;; \
     esac; \
-    PIP_INDEX_URL="$index" pip install --no-cache-dir torch==2.13.0
+    if [ "$(uname -m)" = x86_64 ] && [ -f "locks/torch-$name.lock" ]; \
+      then set -- --no-deps --require-hashes -r "locks/torch-$name.lock"; \
+      else set -- torch==2.13.0; \
+    fi; \
+    PIP_INDEX_URL="$index" pip install --no-cache-dir "$@"
+
+# Everything else by version and hash, so that this commit gives the same image in a year.
+COPY requirements.lock ./
+RUN pip install --no-cache-dir --no-deps --require-hashes -r requirements.lock
 
 # TORCH_COMPILE=1 needs a C compiler on a GPU; without CUDA it is not worth its 200 MB.
 # hadolint ignore=DL3008
 RUN if python -c "import sys, torch; sys.exit(torch.version.cuda is None)"; then \
       apt-get update && apt-get install -y --no-install-recommends gcc g++ libc6-dev && rm -rf /var/lib/apt/lists/*; \
     fi
-
-# Everything else by version and hash (tools/lock.py), so that this commit gives the same image in a year.
-COPY requirements.lock ./
-RUN pip install --no-cache-dir --no-deps --require-hashes -r requirements.lock
 
 # More packages, such as openvino for SD_BACKEND=openvino; not in the lock.
 ARG EXTRA_PACKAGES=

@@ -55,6 +55,7 @@ UPLOAD = (
     "app.py",
     "requirements.txt",
     "requirements.lock",
+    "locks/*.lock",
     "LICENSE",
     "aura_engine/*.py",
     "aura_engine/assets/**/*",
@@ -181,6 +182,18 @@ def _lock_faults(files: Mapping[str, bytes]) -> Iterator[str]:
         elif not wish.specifier.contains(version, prereleases=True):
             yield f"requirements.lock has {wish.name} {version}, not {wish.specifier}; {LOCK_AGAIN}"
 
+# %% ../nbs/15a_bundle.ipynb #faee2875
+def _torch_lock_faults(files: Mapping[str, bytes]) -> Iterator[str]:
+    pin = re.search(rb"torch==[\d.]+", files["Dockerfile"])
+    if pin is None: return
+    wish = Requirement(pin[0].decode())
+    for path in files:
+        if not path.startswith("locks/"): continue
+        locked = re.search(rb"(?m)^torch==([^\s;\\]+)", files[path])
+        # `==2.13.0` takes 2.13.0+cpu too.
+        if locked is None or not wish.specifier.contains(locked[1].decode()):
+            yield f"{path} is not of {wish}, which the Dockerfile names; {LOCK_AGAIN}"
+
 # %% ../nbs/15a_bundle.ipynb #c2c11887
 LOCK_DAYS = 90
 
@@ -271,4 +284,5 @@ def faults(files: Mapping[str, bytes], source: str | Path) -> list[str]:
     if lacking: return [f"{name} is missing; --source names the project's folder" for name in lacking]
     stale = [f"aura_engine/ is not what nbs/{name} exports: run nbdev_export" for name in stale_modules(source)]
     docker = [*_content_faults(files), *_docker_faults(files)]
-    return [*docker, *_lock_faults(files), *_code_faults(files), *stale]
+    locks = [*_lock_faults(files), *_torch_lock_faults(files)]
+    return [*docker, *locks, *_code_faults(files), *stale]

@@ -24,6 +24,7 @@ GUIDE = ("--origins", "http://localhost:5173")
 FILES = {
     ".dockerignore": "*\n!app.py\n!requirements.txt\n!aura_engine\n", "app.py": "import aura_engine.server\n", "requirements.txt": "fastapi\nuvicorn\n",
     "requirements.lock": "# Locked on 2026-11-26\nfastapi==0.165.0 --hash=sha256:00\nuvicorn==0.54.0 --hash=sha256:00\n",
+    "locks/torch-cpu.lock": "# Locked on 2026-11-27\ntorch==2.13.0+cpu --hash=sha256:00\n",
     "aura_engine/__init__.py": "", "aura_engine/server.py": "import fastapi\n", "aura_engine/assets/page/index.html": "<title>aura</title>",
     "aura_engine/assets/embedded/model.safetensors": "weights",
 }
@@ -277,6 +278,7 @@ def test_wrong_and_missing_token(hub, tree):
     ("aura_engine/keys.py", "key = 'hf_" + "q" * 34 + "'", "looks like a token"), ("aura_engine/assets/big.bin", "x" * 1_000_001, "only the embedded weights"),
     ("aura_engine/server.py", "import torch_of_tomorrow", "no line of requirements"), ("aura_engine/server.py", "def", "cannot read"), ("app.py", None, "app.py is missing"),
     ("Dockerfile", "ARG AURA_BUILD_ID=\nEXPOSE 8000\n", "EXPOSE"), ("Dockerfile", "EXPOSE 7860\n", "AURA_BUILD_ID"), ("Dockerfile", "ARG AURA_BUILD_ID=\nCOPY src ./\nEXPOSE 7860\n", "copies src"), ("requirements.lock", "fastapi==0.165.0 --hash=sha256:00\n", "lacks uvicorn"),
+    ("locks/torch-cpu.lock", "torch==2.12.0+cpu --hash=sha256:00\n", "torch-cpu.lock is not of torch==2.13.0"),
     ("requirements.lock", "fastapi==0.165.0\nuvicorn==0.54.0 --hash=sha256:00\n", "fastapi has no hash"),
 ])
 def test_preflight_offline(tree, name, text, says):
@@ -295,8 +297,33 @@ def test_the_lock_is_what_the_image_installs():
     assert complete and not bring - of_torch - set(locked) - elsewhere and "torch" not in locked
     docker = (ROOT / "Dockerfile").read_text()
     assert re.findall(r"pip install --no-cache-dir (.*?)(?:;.*)?$", docker, re.M) == [
-        "torch==2.13.0", "--no-deps --require-hashes -r requirements.lock", "$EXTRA_PACKAGES"]
+        '"$@"', "--no-deps --require-hashes -r requirements.lock", "$EXTRA_PACKAGES"]
     assert bundle.lock_age((ROOT / "requirements.lock").read_text(), date(2027, 1, 1)) < 366
+
+
+@pytest.mark.parametrize("named, words", [
+    ("cpu", "--no-deps --require-hashes -r locks/torch-cpu.lock"), ("pypi", "--no-deps --require-hashes -r locks/torch-pypi.lock"),
+    ("cu999", "torch==2.13.0"), ("https://my.wheels/cpu", "torch==2.13.0")])
+def test_the_dockerfile_takes_the_lock_of_the_wheels(tmp_path, named, words):
+    """Its own lines, run by sh: a name with a lock is installed by hash, another one, or an index of your own, by version."""
+    step = re.search(r"^RUN (case .*\n(?:.*\\\n)*.*)$", (ROOT / "Dockerfile").read_text(), re.M)[1]
+    (tmp_path / "pip").write_text('#!/bin/sh\necho "$PIP_INDEX_URL $@"\n')
+    (tmp_path / "uname").write_text("#!/bin/sh\necho x86_64\n")
+    for name in ("pip", "uname"): (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/bin:/usr/bin", "TORCH_INDEX_URL": named}
+    done = subprocess.run(["sh", "-c", step], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    index = {"pypi": "", "https://my.wheels/cpu": named}.get(named, lock.torch_index((ROOT / "Dockerfile").read_text(), named))
+    assert done.stdout.strip() == f"{index} install --no-cache-dir {words}".strip()
+
+
+def test_each_lock_of_torch_is_whole():
+    """torch of the Dockerfile's version and what only it needs, each with its hashes; the CUDA ones with NVIDIA's libraries."""
+    pin = lock.torch_pin((ROOT / "Dockerfile").read_text())
+    found = {path.stem.removeprefix("torch-"): bundle.locked_versions(path.read_text()) for path in (ROOT / "locks").iterdir()}
+    assert {"cpu", "pypi"} <= set(found) <= set(lock.WHEELS)
+    for name, locked in found.items():
+        assert f"torch=={locked['torch'].partition('+')[0]}" == pin and ("triton" in locked) == (name != "cpu"), name
+        assert any(package.startswith("nvidia-cublas") for package in locked) == (name != "cpu"), name
 
 
 def test_the_base_is_named_by_its_digest(tmp_path, monkeypatch):
@@ -313,10 +340,10 @@ def test_the_base_is_named_by_its_digest(tmp_path, monkeypatch):
 
 def test_the_sbom_lists_what_the_image_has():
     text = (ROOT / "requirements.lock").read_text()
-    made = json.loads(lock.sbom(text, "torch==2.13.0"))
+    made = json.loads(lock.sbom(text, (ROOT / "locks/torch-cpu.lock").read_text()))
     have = {bundle.plain_name(c["name"]): c for c in made["components"]}
-    assert made["bomFormat"] == "CycloneDX" and {n: c["version"] for n, c in have.items()} == {**bundle.locked_versions(text), "torch": "2.13.0"}
-    assert all(c["externalReferences"][0]["hashes"] for n, c in have.items() if n != "torch")
+    assert made["bomFormat"] == "CycloneDX" and {n: c["version"] for n, c in have.items()} == {**bundle.locked_versions(text), "torch": "2.13.0+cpu"}
+    assert all(c["externalReferences"][0]["hashes"] for c in have.values())
 
 
 def test_a_package_that_is_not_its_notebooks(tree):

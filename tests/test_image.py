@@ -64,7 +64,7 @@ def base(tools):
 
 def pip_mounts(folder):
     """This machine's pip configuration, certificates and local wheels, for the build to see and the image not to keep."""
-    pairs = re.findall(r"^(?:global|install|:env:)\.([\w-]+)='(.*)'$", sh(sys.executable, "-m", "pip", "config", "list"), re.M)
+    pairs = pip_config()
     if not pairs: return []
     (folder / "pip.conf").write_text("[global]\n" + "".join(f"{k} = {v}\n" for k, v in dict(reversed(pairs)).items()))
     named = {Path(p) for _, v in pairs for p in re.findall(r"(?:^|\s|file://)(/[^\s']+)", v)}
@@ -72,13 +72,19 @@ def pip_mounts(folder):
     return [x for p, to in [(folder / "pip.conf", "/etc/pip.conf"), *((p, p) for p in sorted(local))] for x in ("--volume", f"{p}:{to}:ro")]
 
 
+def pip_config(): return re.findall(r"^(?:global|install|:env:)\.([\w-]+)='(.*)'$", sh(sys.executable, "-m", "pip", "config", "list"), re.M)
+
+
 @functools.cache
 def torch_index():
-    """Where the build gets torch: TORCH_INDEX_URL, else the Dockerfile's own address, else, where that cannot be reached, this machine's index."""
+    """Which wheels of torch the build gets: the Dockerfile's own, unless TORCH_INDEX_URL says otherwise, or neither their index nor a folder of wheels has them."""
     text = (ROOT / "Dockerfile").read_text()
     own = re.search(r"^ARG TORCH_INDEX_URL=(.*)$", text, re.M)[1]
     address = re.search(r'index="(https.*?)\$TORCH_INDEX_URL"', text)[1] + own
-    if given := os.environ.get("TORCH_INDEX_URL"): return given
+    if (given := os.environ.get("TORCH_INDEX_URL", "").rstrip("/")) not in ("", address): return given
+    version, = re.findall(r"^torch==(\S+)", (ROOT / f"locks/torch-{own}.lock").read_text(), re.M)
+    folders = [Path(folder) for name, folders in pip_config() if name == "find-links" for folder in folders.split()]
+    if any(True for folder in folders for _ in folder.glob(f"torch-{version}-cp311-*")): return own
     try: urllib.request.urlopen(address + "/torch/", timeout=10).close()
     except OSError: return "pypi"
     return own

@@ -1,8 +1,9 @@
-"""requirements.lock: every package of the image by version and hash, so that the same commit builds the same image next year.
+"""The locks: every package of the image by version and hash, so that the same commit builds the same image next year.
 
-`python tools/lock.py` writes it anew from requirements.txt, with uv, for Python 3.11 on Linux. torch and what only torch needs
-are left out: the Dockerfile pins torch's version, and which wheels of it are right depends on the hardware. Where skopeo or
-docker is installed, the Dockerfile's base image gets its digest of today. `python tools/lock.py sbom` writes all packages as
+`python tools/lock.py` writes requirements.lock anew from requirements.txt, with uv, for Python 3.11 on Linux. torch and what
+only torch needs depend on the hardware. They are in locks/, a file for each index of torch's wheels that could be asked; the
+others stay as they are, and the Dockerfile installs wheels without a lock by version. Where skopeo or docker is installed, the
+Dockerfile's base image gets its digest of today. `python tools/lock.py sbom` writes all packages of the CPU image as
 CycloneDX JSON into build/sbom.json.
 """
 import datetime, re, shutil, subprocess, sys
@@ -10,7 +11,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PLATFORM = ["--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_28"]
-LEFT_OUT = re.compile(r"(torch|triton|setuptools|nvidia-[\w-]+|cuda-[\w-]+)==")         # they come with torch's own wheels
+OF_TORCH = re.compile(r"(torch|triton|nvidia-[\w-]+|cuda-[\w-]+)==")         # they come with torch's own wheels
+WHEELS = ("cpu", "cu126", "pypi")           # names that TORCH_INDEX_URL may have in the Dockerfile; pypi is pip's usual index
 
 
 def torch_pin(dockerfile):
@@ -18,19 +20,38 @@ def torch_pin(dockerfile):
     return re.findall(r"torch==[\d.]+", dockerfile)[0]
 
 
-def compiled(requirements, pin):
-    """uv's answer: a block of lines for each package, its hashes under its name."""
+def torch_index(dockerfile, name):
+    """The address of the index with the wheels called `name`, as the Dockerfile makes it; None for pip's usual one."""
+    if name == "pypi": return None
+    return re.search(r'index="(https.*?)\$TORCH_INDEX_URL"', dockerfile)[1] + name
+
+
+def compiled(requirements, index=None):
+    """uv's answer: a block of lines for each package, its hashes under its name. `index` comes before the usual one."""
     uv = shutil.which("uv") or sys.exit("uv is not installed: pip install uv")
     argv = [uv, "pip", "compile", "-", *PLATFORM, "--generate-hashes", "--no-header", "--no-annotate", "--no-emit-index-url", "--quiet"]
-    done = subprocess.run(argv, input=f"{requirements}\n{pin}\n", capture_output=True, text=True)
-    if done.returncode: sys.exit(done.stderr)
+    if index: argv += ["--index", index]
+    done = subprocess.run(argv, input=f"{requirements}\n", capture_output=True, text=True)
+    if done.returncode: raise RuntimeError(done.stderr)
     return re.findall(r"(?m)^\S.*(?:\n[ \t]+.*)*", done.stdout)
 
 
-def lock_text(requirements, pin, today):
+def lock_text(blocks, today, what):
     """The file: a dated heading, then the packages."""
-    head = f"# Locked on {today} for Python 3.11 on Linux; `python tools/lock.py` does it again. Without torch: see the Dockerfile.\n"
-    return head + "\n".join(block for block in compiled(requirements, pin) if not LEFT_OUT.match(block)) + "\n"
+    head = f"# Locked on {today} for Python 3.11 on Linux; `python tools/lock.py` does it again. {what}\n"
+    return head + "\n".join(blocks) + "\n"
+
+
+def write_torch_locks(dockerfile, today):
+    """locks/torch-NAME.lock for each index that answers; a line for each."""
+    for name in WHEELS:
+        path = ROOT / f"locks/torch-{name}.lock"
+        try: blocks = compiled(torch_pin(dockerfile), torch_index(dockerfile, name))
+        except RuntimeError:
+            print(f"{path.name} {'stays as it is' if path.exists() else 'is not there'}: its index does not answer")
+            continue
+        path.write_text(lock_text(filter(OF_TORCH.match, blocks), today, f"torch's wheels called {name}."))
+        print(f"{path.name} is written")
 
 
 BASE = re.compile(r"(?m)^ARG BASE_IMAGE=([\w.:/-]+)@(sha256:[0-9a-f]{64})$")
@@ -47,22 +68,25 @@ def base_of_today(name):
     return None
 
 
-def sbom(lock, pin):
-    """Every package of the image, torch included, as CycloneDX JSON."""
+def sbom(*locks):
+    """Every package of these locks, as CycloneDX JSON."""
     argv = [sys.executable, "-m", "cyclonedx_py", "requirements", "-", "--output-reproducible"]
-    done = subprocess.run(argv, input=f"{lock}\n{pin}\n", capture_output=True, text=True)
+    done = subprocess.run(argv, input="\n".join(locks), capture_output=True, text=True)
     if done.returncode: sys.exit(done.stderr)
     return done.stdout
 
 
 def main(words):
     dockerfile, lock = ROOT / "Dockerfile", ROOT / "requirements.lock"
-    text = dockerfile.read_text()
+    text, today = dockerfile.read_text(), datetime.date.today()
     if words == ["sbom"]:
         (ROOT / "build").mkdir(exist_ok=True)
-        (ROOT / "build/sbom.json").write_text(sbom(lock.read_text(), torch_pin(text)))
+        (ROOT / "build/sbom.json").write_text(sbom(lock.read_text(), (ROOT / "locks/torch-cpu.lock").read_text()))
         return print("build/sbom.json")
-    lock.write_text(lock_text((ROOT / "requirements.txt").read_text(), torch_pin(text), datetime.date.today()))
+    try: blocks = compiled(f"{(ROOT / 'requirements.txt').read_text()}\n{torch_pin(text)}")
+    except RuntimeError as e: sys.exit(str(e))
+    lock.write_text(lock_text([b for b in blocks if not OF_TORCH.match(b)], today, "torch is in locks/."))
+    write_torch_locks(text, today)
     found = BASE.search(text)
     assert found, f"{dockerfile} names no base image by digest"
     name, old = found.groups()
