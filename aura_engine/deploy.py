@@ -15,11 +15,11 @@ from typing import Any
 # %% auto #0
 __all__ = ['DECLINED', 'ADDRESS', 'BackStep', 'PICTURE', 'set_one', 'commit_files', 'without_volumes', 'create_space',
            'apply_plan', 'set_line', 'swap_file', 'write_env', 'DeployJournal', 'journal_of', 'DeployReceipt',
-           'DeployRecord', 'cut_off', 'restore_settings', 'restore_files', 'roll_back', 'gone_secrets', 'take_back',
-           'print_step', 'deploy_cleaner', 'checked_files', 'bill', 'smoke_questions', 'DeployPlanning',
-           'DeployApplying', 'DeployProving', 'DeployReturning', 'Deployment', 'deploy_space', 'DeployWatch',
-           'SpacePanel', 'live_health', 'space_status', 'hardware_panel', 'drift', 'settings_panel', 'diagnose',
-           'json_steps', 'run_deploy', 'main', 'per_thousand']
+           'DeployRecord', 'cut_off', 'restore_settings', 'restore_files', 'roll_back', 'gone_secrets',
+           'may_be_rebuilt', 'take_back', 'print_step', 'deploy_cleaner', 'checked_files', 'bill', 'smoke_questions',
+           'DeployPlanning', 'DeployApplying', 'DeployProving', 'DeployReturning', 'Deployment', 'deploy_space',
+           'DeployWatch', 'SpacePanel', 'live_health', 'hour_text', 'space_status', 'hardware_panel', 'drift',
+           'settings_panel', 'diagnose', 'json_steps', 'run_deploy', 'main', 'per_thousand']
 
 # %% ../nbs/15e_deploy.ipynb #d2d92913
 import httpx
@@ -29,7 +29,7 @@ from .bundle import (EXITS, LOCK_AGAIN, LOCK_DAYS, ROLLED_BACK, DeployError, bui
                                 upload_set)
 from .hub import (Cleaner, SpaceHub, SpaceState, SpaceVolume, creation_settings, find_token, git_oid,
                              log_causes, log_lines, look_at, redactor, stored_token)
-from .deploy_plan import (DOWNLOADS, HIDDEN, SHELF, DeployOptions, DeployPlan, SpaceChange, has_gpu, is_ours,
+from .deploy_plan import (BUILT_IN, DOWNLOADS, HIDDEN, SHELF, DeployOptions, DeployPlan, SpaceChange, has_gpu, is_ours,
                                      model_repos, objections, parse_deploy, plan_deployment, plan_rows, price_text,
                                      right_wheels, slow_start, volumes_text, wrong_settings)
 from .proof import DEAD, Say, SmokeResult, SmokeTest, check_newest, smoke_test, wait_for_commit
@@ -310,6 +310,7 @@ def roll_back(hub: SpaceHub, good: str, journal: DeployJournal | None, o: Deploy
     head = hub.info().sha
     if journal: restore_settings(hub, journal)
     oid = restore_files(hub, good)
+    if oid == head and journal and BUILT_IN & set(journal.variables): hub.restart(rebuild=True)
     if journal and journal.lost: say("rollback", f"stays as it is now: {', '.join(journal.lost)}")
     wait_for_commit(hub, oid, "settings" if oid == head else "commit", o.timeout or 1800, say, before=head)
     info = hub.info()
@@ -325,6 +326,13 @@ def gone_secrets(hub: SpaceHub, plan: DeployPlan) -> list[str]:
     return [name for name in names if now.get(name, "(none)") != plan.state.secrets[name]]
 
 # %% ../nbs/15e_deploy.ipynb #f5369bd2
+def may_be_rebuilt(now: SpaceState, plan: DeployPlan) -> bool:
+    "May a plan that failed have built the image anew? That is its last change, so all the others are there by then."
+    asked = any(change.verb == "rebuild" for change in plan.changes)
+    wanted = {c.name: c.then for c in plan.changes if (c.verb, c.what) == ("set", "variable")}
+    return asked and all(now.variables.get(name) == value for name, value in wanted.items())
+
+# %% ../nbs/15e_deploy.ipynb #1cbeba51
 def take_back(hub: SpaceHub, plan: DeployPlan, journal: DeployJournal, made: str | None = None) -> list[str]:
     """Undo what a failed `apply_plan` did; what was put back. DeployError when it cannot be undone.
 
@@ -341,6 +349,9 @@ def take_back(hub: SpaceHub, plan: DeployPlan, journal: DeployJournal, made: str
     if now.head != plan.state.head and ours:
         restore_files(hub, plan.state.head)
         back.append("files")
+    elif may_be_rebuilt(now, plan) and BUILT_IN & set(journal.variables):
+        hub.restart(rebuild=True)
+        back.append("image")
     return back
 
 # %% ../nbs/15e_deploy.ipynb #0f707a16
@@ -419,13 +430,19 @@ class DeployPlanning:
     def make_plan(self) -> None:
         state = look_at(self.hub)
         if no := objections(state, self.o, list(self.files)): raise DeployError("preflight", "\n".join(no))
-        self.plan = plan_deployment(state, self.files, self.o)
+        self.plan = plan_deployment(state, self.files, self.options_now(state))
         self.planned = time.monotonic()
         self.say("plan", str(self.plan), plan=self.plan)
         self.know_the_way_back(state)
         self.receipt = DeployReceipt(
             space=self.o.space_id, build=self.plan.build, changes=len(self.plan.changes), oid=state.head,
             previous=self.journal.previous if self.journal else state.running)
+
+    def options_now(self, state: SpaceState) -> DeployOptions:
+        "The options, and the build that a run before this one did not come to ask for, or may not have."
+        cut = cut_off(self.record, state)
+        unbuilt = cut and cut.head == state.head and BUILT_IN & set(cut.variables)
+        return replace(self.o, rebuild=True) if unbuilt else self.o
 
     def know_the_way_back(self, state: SpaceState) -> None:
         good = (state.running or self.record.read().get("oid")) if state.head else None
@@ -526,6 +543,7 @@ class DeployReturning(DeployProving):
         except DeployError as second:
             return e.add(f"and the version before it could not be put back: {second}")
         self.record.undone()
+        e.add(f"the version before it, {self.journal.previous[:12]}, is back and answers")
         e.code += ROLLED_BACK
 
 # %% ../nbs/15e_deploy.ipynb #2a86eae8
@@ -535,7 +553,9 @@ class Deployment(DeployReturning):
         start = time.monotonic()
         self.check()
         self.make_plan()
-        if self.o.dry_run: return self.receipt
+        if self.o.dry_run:
+            if self.plan.changes: self.say("done", "nothing was changed; the same command without --dry-run does it")
+            return self.receipt
         try:
             self.apply()
             if not self.o.wait: return self.receipt
@@ -624,6 +644,9 @@ def live_health(host: str, token: str | None) -> dict[str, Any]:
     try: return httpx.get(host + "/health", timeout=10, headers=headers).json()
     except (httpx.HTTPError, ValueError): return {}
 
+# %% ../nbs/15e_deploy.ipynb #a9df0d3e
+def hour_text(price: float) -> str: return f"${price:.2f} an hour" if price else "free"
+
 # %% ../nbs/15e_deploy.ipynb #29c3632c
 def space_status(hub: SpaceHub) -> SpacePanel:
     "Stage, commit, hardware with its price, address and what /health says."
@@ -637,7 +660,7 @@ def space_status(hub: SpaceHub) -> SpacePanel:
         "stage": run.raw["stage"],
         "runs": run.raw.get("sha"),
         "head": info.sha,
-        "hardware": f"{hardware}, ${hub.prices().get(hardware, 0):.2f} an hour",
+        "hardware": f"{hardware}, {hour_text(hub.prices().get(hardware, 0))}",
         "address": info.host,
         "engine": " ".join(engine).strip(),
     })
@@ -645,7 +668,7 @@ def space_status(hub: SpaceHub) -> SpacePanel:
 # %% ../nbs/15e_deploy.ipynb #9ddb1dc4
 def hardware_panel(hub: SpaceHub) -> SpacePanel:
     "Every hardware that a Space can have, with the Hub's price of today."
-    return SpacePanel({name: f"${price:.2f} an hour" if price else "free" for name, price in hub.prices().items()})
+    return SpacePanel({name: hour_text(price) for name, price in hub.prices().items()})
 
 # %% ../nbs/15e_deploy.ipynb #32bf39c4
 def _settings_advice(state: SpaceState) -> Iterator[str]:

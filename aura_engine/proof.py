@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 # %% auto #0
-__all__ = ['Say', 'DEAD', 'SETTLE_LOOKS', 'AGAIN', 'ONE_COLOUR', 'READY_SECONDS', 'StageSeen', 'StageWatch', 'FollowedLogs',
-           'check_newest', 'wait_for_commit', 'NotYet', 'Patience', 'ask_until', 'SmokeProgress', 'app_answer',
-           'check_health', 'check_device', 'check_page', 'check_stranger', 'check_picture', 'SmokeTest', 'SmokeResult',
-           'smoke_test', 'ask_for_picture']
+__all__ = ['Say', 'DEAD', 'STAGE_WORDS', 'SETTLE_LOOKS', 'AGAIN', 'ONE_COLOUR', 'READY_SECONDS', 'StageSeen', 'stage_text',
+           'StageWatch', 'FollowedLogs', 'check_newest', 'wait_for_commit', 'NotYet', 'Patience', 'ask_until',
+           'SmokeProgress', 'app_answer', 'check_health', 'check_device', 'check_page', 'check_stranger',
+           'check_picture', 'SmokeTest', 'SmokeResult', 'smoke_test', 'ask_for_picture']
 
 # %% ../nbs/15d_proof.ipynb #2ab25802
 import httpx, numpy as np
@@ -66,6 +66,21 @@ class StageSeen:
         if self.stage not in DEAD: return False
         return self.sure or (by_commit and self.ours(oid) and self.stage != "NO_APP_FILE")
 
+# %% ../nbs/15d_proof.ipynb #a5d34f1c
+STAGE_WORDS = {
+    "NO_APP_FILE": "the Hub has not taken up the files yet",
+    "BUILDING": "the image is built",
+    "APP_STARTING": "the container starts",
+    "RUNNING_BUILDING": "the old version answers while the image is built",
+    "RUNNING_APP_STARTING": "the old version answers while the new one starts",
+    "SLEEPING": "it sleeps, and the first visit wakes it",
+}
+
+
+def stage_text(stage: str) -> str:
+    "A stage by its name and in words."
+    return f"{stage}: {STAGE_WORDS[stage]}" if stage in STAGE_WORDS else stage
+
 # %% ../nbs/15d_proof.ipynb #ae5ae03d
 SETTLE_LOOKS = 12      # after so many looks without a move, a change of settings is believed to be over
 
@@ -83,7 +98,7 @@ class StageWatch:
         asked = time.monotonic()
         raw = self.hub.runtime().raw
         stage = str(raw["stage"])
-        if stage != self.stage: self.say("wait", stage, sha=raw.get("sha"))
+        if stage != self.stage: self.say("wait", stage_text(stage), sha=raw.get("sha"))
         self.stage = stage
         self.moved = self.moved or stage.endswith(("BUILDING", "APP_STARTING"))
         sure = self.moved or asked > self.settled

@@ -783,6 +783,41 @@ def test_what_the_image_is_built_with_is_built(hub, tree):
     assert space.run is not first and space.run.build and not commits(hub)
 
 
+def test_a_rollback_brings_the_image_back_too(hub, tree):
+    """Wheels alone were changed, so there is no commit to go back to; the image is built with the old ones again."""
+    space = running(hub, tree)
+    before = state_of(space)
+    out = call(hub, tree, "--hardware", "a10g-small", "--var", "TORCH_INDEX_URL=https://my.wheels/cpu", "--yes", code=28)
+    assert "a10g-small has a GPU, but the engine answers device: cpu" in out and "is back and answers" in out
+    assert state_of(space) == before and space.run.build and not space.run.image.get("TORCH_INDEX_URL")
+
+
+@pytest.mark.parametrize("phase", ["before", "after"])
+def test_a_build_that_is_refused_is_undone(hub, tree, phase):
+    """The Hub refuses to build, or builds and says that it refused: the variable goes back, and the image with it."""
+    space = running(hub, tree)
+    before = state_of(space)
+    refused = iter([True])
+    hub.refuse = lambda method, path, when: when == phase and path.endswith("/restart") and next(refused, False)
+    assert "put back as it was: variable EXTRA_PACKAGES, image" in call(hub, tree, "--var", "EXTRA_PACKAGES=openvino", code=23)
+    assert state_of(space) == before and "EXTRA_PACKAGES" not in space.run.image
+
+
+def test_a_build_that_a_run_did_not_come_to_is_made_up_for(hub, tree):
+    """Cut off between the variable and the build: the next run finds the variable there, and asks for the build."""
+    space, ended = running(hub, tree), []
+    def refuse(method, path, when):
+        if when == "before" and path.endswith("/restart"): ended.append(path)
+        return when == "before" and bool(ended) and interesting(method, path)
+    hub.refuse = refuse
+    call(hub, tree, "--var", "EXTRA_PACKAGES=openvino", code=3)
+    assert "EXTRA_PACKAGES" in space.variables and "EXTRA_PACKAGES" not in space.run.image
+    hub.refuse = lambda *_: False
+    call(hub, tree, "--var", "EXTRA_PACKAGES=openvino")
+    assert space.run.image["EXTRA_PACKAGES"] == "openvino"
+    assert "nothing to change" in call(hub, tree, "--var", "EXTRA_PACKAGES=openvino")
+
+
 def test_visibility_is_changed_and_its_consequence_said(hub, tree):
     space = running(hub, tree)
     out = call(hub, tree, "--visibility", "private")
