@@ -29,9 +29,10 @@ from .bundle import (EXITS, LOCK_AGAIN, LOCK_DAYS, ROLLED_BACK, DeployError, bui
                                 upload_set)
 from .hub import (Cleaner, SpaceHub, SpaceState, SpaceVolume, creation_settings, find_token, git_oid,
                              log_causes, log_lines, look_at, redactor, stored_token)
-from .deploy_plan import (BUILT_IN, DOWNLOADS, HIDDEN, SHELF, DeployOptions, DeployPlan, SpaceChange, has_gpu, is_ours,
-                                     model_repos, objections, parse_deploy, plan_deployment, plan_rows, price_text,
-                                     right_wheels, slow_start, volumes_text, wrong_settings)
+from .deploy_plan import (BUILT_IN, DOWNLOADS, HIDDEN, SHELF, DeployOptions, DeployPlan,
+                                     SpaceChange, has_gpu, is_ours, model_repos, objections, parse_deploy,
+                                     plan_deployment, plan_rows, price_text, right_wheels, slow_start,
+                                     volumes_text, wrong_settings)
 from .proof import DEAD, Say, SmokeResult, SmokeTest, check_newest, smoke_test, wait_for_commit
 
 # %% ../nbs/15e_deploy.ipynb #583accf3

@@ -940,6 +940,12 @@ def test_no_text_of_a_workflow_is_cut_by_a_comma(path):
     assert nameless(yaml.safe_load("inputs: {dry-run: {description: Show the plan, change nothing, type: boolean}}")) == ["/inputs/dry-run/change nothing"]
 
 
+def test_the_tests_that_the_guide_names_exist():
+    text = "".join((ROOT / "tests" / name).read_text() for name in ("test_deploy.py", "test_optimize.py"))
+    named = re.findall(r"`(test_\w+)`", (ROOT / "nbs/15e_deploy.ipynb").read_text())
+    assert len(named) > 20 and [name for name in named if f"def {name}(" not in text] == []
+
+
 # secrets
 
 def test_no_secret_in_any_output(hub, tree):

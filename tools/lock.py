@@ -23,7 +23,8 @@ def torch_pin(dockerfile):
 def torch_index(dockerfile, name):
     """The address of the index with the wheels called `name`, as the Dockerfile makes it; None for pip's usual one."""
     if name == "pypi": return None
-    return re.search(r'index="(https.*?)\$TORCH_INDEX_URL"', dockerfile)[1] + name
+    address, = re.findall(r'index="(https.*?)\$TORCH_INDEX_URL"', dockerfile)
+    return address + name
 
 
 def compiled(requirements, index=None):
