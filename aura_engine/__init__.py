@@ -8,10 +8,15 @@ else in this package may change. Importing the package is light. A name is fetch
 """
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
+
+# A thread of torch's that waits for the others spins. Where a neighbour has taken a core, that makes a step fifteen
+# times as slow (05d_precision measures it). libgomp reads this once, when torch is imported, so it is said here.
+if "OMP_WAIT_POLICY" not in os.environ: os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:      # for editors and type checkers, which cannot see what __getattr__ does
     from .client import AsyncAuraClient as AsyncAuraClient, AuraClient as AuraClient

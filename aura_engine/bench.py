@@ -18,13 +18,14 @@ from .config import load_settings
 from .engine import Engine
 from .loader import Components, quiet
 from .models import EMBEDDED, ROWS, SAMPLERS, executed_steps
+from .precision import processor
 from .trajectory import TextCache, Trajectory
 from .types import Picture, Plan, Preview
 
 # %% auto #0
 __all__ = ['ISA', 'ENGINE_SETTINGS', 'SUBJECTS', 'Contender', 'LOCK', 'BATCHING', 'LOCK_OURS', 'ENGINE', 'ENGINE_OV', 'BUSY',
            'FULL', 'LOADS', 'SHARE', 'TESTED', 'HAS_OPENVINO', 'BENCH_RESULTS', 'COLUMNS', 'AS_IT_COMES',
-           'QUICK_CLIENTS', 'QUICK_RESULTS', 'processor', 'machine', 'median_seconds', 'pin', 'allow', 'one_thread',
+           'QUICK_CLIENTS', 'QUICK_RESULTS', 'machine', 'median_seconds', 'pin', 'allow', 'one_thread',
            'stock_pipeline', 'pipeline_around', 'StockPipelines', 'HeldRequest', 'Baseline', 'Stepwise',
            'shuffled_deck', 'mixture', 'arrivals', 'Taken', 'ask', 'Served', 'poisson', 'closed_loop', 'Summary',
            'percentile', 'summary', 'bare_seconds', 'overhead', 'eta_errors', 'preview_cost', 'free_address',
@@ -33,14 +34,6 @@ __all__ = ['ISA', 'ENGINE_SETTINGS', 'SUBJECTS', 'Contender', 'LOCK', 'BATCHING'
            'a_photo', 'about_run', 'compare', 'markdown_table', 'load_rows', 'bench_table', 'Bar', 'bars_table',
            'ratio_of', 'bench_bars', 'Spread', 'QuickRow', 'quick_rows', 'quick_contenders', 'quick_run',
            'quick_compare', 'quick_table', 'quick_bars', 'bench_arguments', 'main']
-
-# %% ../nbs/14_bench.ipynb #516328ba
-def processor() -> str:
-    "The processor's name."
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [ln.split(":")[1].strip() for ln in lines if ln.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 # %% ../nbs/14_bench.ipynb #8ff34868
 ISA = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16")       # instruction sets that change what is fast
@@ -447,12 +440,12 @@ class LoadRow(Summary):
 # %% ../nbs/14_bench.ipynb #a599635b
 def contenders_on(core: int | None, openvino: bool) -> dict[str, Any]:
     "Name -> what takes a picture and blocks until it is there."
-    engine = Stepwise("torch", core)
+    engine = Stepwise("torch", core, SD_PRECISION="fp32")
     made: dict[str, Any] = {LOCK: Baseline(core=core)}
     made[BATCHING] = Baseline(window=0.05, most=8, core=core)
     made[LOCK_OURS] = Baseline(engine.engine.parts, core=core)
     made[ENGINE] = engine
-    if openvino: made[ENGINE_OV] = Stepwise("openvino", core)
+    if openvino: made[ENGINE_OV] = Stepwise("openvino", core, SD_PRECISION="fp32")
     return made
 
 # %% ../nbs/14_bench.ipynb #8016d77e

@@ -11,11 +11,12 @@ from dataclasses import replace
 import psutil, torch
 from . import __version__
 from .batching import StepCost, choose
+from .candidates import TrialsFile, choose_precision
 from .config import Settings, unknown_settings
 from .jobs import Job
 from .loader import LOADING, Components, Progress, load
 from .models import SAMPLERS, Row, check_source, limits_of
-from .optimize import optimize
+from .optimize import cache_folder
 from .queue import Queue, Task
 from .trajectory import Decoded
 from .runner import Runner, few_kernels, one_heap, prepare_runner, receipt_of_task
@@ -310,8 +311,10 @@ class Engine(EngineView):
         parts = load(self.settings, self.progress)
         with alone_in_process(self.progress):
             if self._closed: raise ShuttingDown("The engine was closed while it was loading.")
+            self.progress.stage = "choosing a precision"
+            parts = choose_precision(parts, self.settings, TrialsFile(cache_folder() / "precision.json"))
             self.progress.stage = "first picture"
-            runner = prepare_runner(optimize(parts, self.settings), self.settings)
+            runner = prepare_runner(parts, self.settings)
         self.turns = Turns(runner, self.queue, self.settings.max_batch)
         seconds = round(time.monotonic() - start, 1)
         log.info("ready", extra={"seconds": seconds, "model": self.settings.model_id})
@@ -368,7 +371,7 @@ def with_model(known: Health, engine: EngineView) -> Health:
     return replace(known, device=p.device.type, gpu=engine.gpu, gpu_name=name, revision=p.revision,
                    family=p.row.name, scheduler=SAMPLERS[p.row.sampler].cls, precision=p.precision, backend=p.backend,
                    optimizations=optimizations_of(engine.runner), limits=limits_of(p.row, engine.gpu, mask=p.row.masks),
-                   queue=engine.queue.load(cost), step_cost=steps, facts=p.facts)
+                   queue=engine.queue.load(cost), step_cost=steps, facts=p.facts, precision_reason=p.precision_reason)
 
 # %% ../nbs/08d_engine.ipynb #cbc3653f
 class Lease:

@@ -138,6 +138,7 @@ class Components:
     facts: str | None = None                     # what its files say about it, in a sentence
     backend: str = "torch"                       # what runs the UNet
     optimizations: list[str] = field(default_factory=list)           # done and declined, in words
+    precision_reason: str | None = None          # how the precision was chosen, where it was measured
 
     @property
     def dtype(self) -> torch.dtype:

@@ -71,7 +71,7 @@ def torch_on_cpu(parts: Components) -> bool:
     return parts.backend == "torch" and parts.device.type == "cpu"
 
 # %% ../nbs/05f_optimize.ipynb #94d67a70
-SMALL = 50_000_000                    # parameters up to which converting costs seconds, and fp32 is fast enough
+SMALL = 50_000_000                    # parameters up to which converting and trying out cost seconds
 
 def fewer_threads(parts: Components, settings: Settings) -> bool:
     "Whether torch has more threads than this process has cores."
@@ -86,8 +86,9 @@ def set_threads(parts: Components, settings: Settings) -> str:
 
 # %% ../nbs/05f_optimize.ipynb #d87f12fd
 def can_bf16(parts: Components, settings: Settings) -> Answer:
-    "Under `auto`, for a large model, when a product in bf16 is faster."
+    "Where it was chosen; under `auto`, for a large model, when a product in bf16 is faster."
     if parts.device.type != "cpu" or parts.precision != "fp32" or settings.precision == "fp32": return False
+    if settings.precision == "bf16": return True
     if size_of(parts.unet) <= SMALL: return False
     gain = bf16_gain()
     if not gain: return "this CPU has no bf16 instructions"
@@ -249,7 +250,7 @@ SAME_SUMS = "none: sums differ in the last bits"
 
 TECHNIQUES = [
     Technique("threads", fewer_threads, set_threads, "CPU", "none"),
-    Technique("bf16 weights", can_bf16, to_bf16, f"CPU with bf16, auto, over {SMALL // 10**6} M parameters",
+    Technique("bf16 weights", can_bf16, to_bf16, "CPU with bf16, auto, measured faster",
               "pictures differ a little from fp32"),
     Technique("OpenVINO", can_openvino, use_openvino, "CPU, package installed", ONCE_FOR_EACH, unet=True),
     Technique("channels last", by_torch, channels_last, "torch", "none"),

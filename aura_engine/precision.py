@@ -4,14 +4,14 @@
 
 # %% ../nbs/05d_precision.ipynb #4d7d1bfe
 from __future__ import annotations
-import os, time
+import os, platform, time
 from pathlib import Path
 import psutil, torch
 from torch import nn
 from .loader import has_bf16
 
 # %% auto #0
-__all__ = ['seconds_of_product', 'bf16_gain', 'cpu_quota', 'cpu_limit', 'model_threads']
+__all__ = ['seconds_of_product', 'bf16_gain', 'processor', 'cpu_quota', 'cpu_limit', 'model_threads']
 
 # %% ../nbs/05d_precision.ipynb #b2c78c26
 def seconds_of_product(dtype: torch.dtype, n: int, rounds: int) -> float:
@@ -29,6 +29,14 @@ def bf16_gain(n: int = 768, rounds: int = 4) -> float:
     "How much faster this CPU multiplies n by n matrices in bf16 than in fp32. 0 where it has no instructions for it."
     if not has_bf16(): return 0.0
     return seconds_of_product(torch.float32, n, rounds) / seconds_of_product(torch.bfloat16, n, rounds)
+
+# %% ../nbs/05d_precision.ipynb #8dbb9d56
+def processor() -> str:
+    "The processor's name."
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [ln.split(":")[1].strip() for ln in lines if ln.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 # %% ../nbs/05d_precision.ipynb #45ee31b6
 def cpu_quota(file: Path) -> int | None:

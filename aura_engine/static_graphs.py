@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -98,7 +99,7 @@ SAMPLES = 64                                     # values of each tensor that a 
 def fingerprint(module: Any, *more: Any) -> str:
     "20 hex digits that change with the weights (64 values of each tensor), configuration, versions and `more`."
     config = sorted((k, str(v)) for k, v in module.config.items() if k[0] != "_")
-    versions = [version(package) for package in ("torch", "diffusers", "openvino")]
+    versions = [version(package) for package in ("torch", "diffusers", "openvino") if find_spec(package)]
     digest = hashlib.sha256(repr((config, "projected", *versions, platform.machine(), *more)).encode())
     for name, values in module.state_dict().items():
         flat = values.detach().reshape(-1)

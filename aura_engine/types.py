@@ -509,7 +509,8 @@ class Health:
     """What the engine is, has and does.
 
     `step_cost` in seconds by batch size, `memory` in bytes, `uptime_seconds` in seconds. `reason` says why
-    it failed, `loading` how far it is. `facts`: what the model's files say about it."""
+    it failed, `loading` how far it is. `facts`: what the model's files say about it. `precision_reason`:
+    what was measured before this precision was chosen."""
     status: EngineState
     ready: bool
     device: str | None
@@ -535,6 +536,7 @@ class Health:
     uptime_seconds: float
     memory: dict[str, int | None] | None = None
     facts: str | None = None
+    precision_reason: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         "The body of /health: camelCase names, lists for tuples; `memory` only where it is known."

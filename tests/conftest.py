@@ -7,7 +7,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["SD_BACKEND"] = "torch"                # what is tested must not depend on whether OpenVINO is installed; test_optimize names it
+# What is tested must not depend on whether OpenVINO is installed, nor on what this machine is fast in;
+# test_optimize and test_candidates name theirs.
+FIXED = {"SD_BACKEND": "torch", "SD_PRECISION": "fp32"}
+os.environ |= FIXED
 for p in (str(ROOT / "tools"), str(ROOT)):
     if p not in sys.path: sys.path.insert(0, p)
 
@@ -30,7 +33,7 @@ def repo_files(root=ROOT):
 
 def clean_env(**env):
     """This process's environment without what would configure an engine, plus `env`."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(OURS)} | {"SD_BACKEND": "torch"} | {k: str(v) for k, v in env.items()}
+    return {k: v for k, v in os.environ.items() if not k.startswith(OURS)} | FIXED | {k: str(v) for k, v in env.items()}
 
 
 def free_port():

@@ -712,7 +712,7 @@ def test_rows_51_52_61__warnings_and_the_log(make_server):
     """Unknown names are warned about, fp16 without a GPU runs, and a prompt cannot forge a line of the log."""
     server = make_server(SD_PRECISON="fp16", SD_PRECISION="fp16", AURA_LOG_LEVEL="debug")
     h = httpx.get(server.url + "/health").json()
-    assert h["precision"] == "fp32" and any("needs a GPU" in w for w in h["warnings"]) and any("did you mean SD_PRECISION" in w for w in h["warnings"])
+    assert h["precision"] in ("fp32", "bf16") and any("needs a GPU" in w for w in h["warnings"]) and any("did you mean SD_PRECISION" in w for w in h["warnings"])
     key = "hf_" + "A" * 34
     httpx.post(server.url + "/generate", json={"prompt": 'owl\n{"event": "forged"}\x1b[31m ' + key, "steps": 1}, headers={"x-request-id": "row-61"}, timeout=60)
     httpx.get(server.url + "/a%0a%7b%22event%22:%22forged%22%7d", headers={"Authorization": "Bearer sesame-sesame"})

@@ -1,5 +1,5 @@
 """Every optimisation applies, can be undone or says why not, and draws the picture that the plain model draws."""
-import os, re, time
+import os, re, subprocess, sys, time
 from copy import deepcopy
 from dataclasses import replace
 
@@ -198,6 +198,15 @@ def test_threads_follow_the_container(tmp_path):
     for text, want in (("max 100000", most), ("100000 100000", 1), ("150000 100000", min(2, most)), ("nonsense", most)):
         quota.write_text(text)
         assert precision.cpu_limit(quota) == want
+
+
+@pytest.mark.parametrize("given, spins", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)])
+def test_threads_that_wait_leave_the_core_to_others(given, spins):
+    """Set before torch is imported, which reads it once; what the user says counts."""
+    env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | given
+    code = "import aura_engine, os, sys; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=60).stdout
+    assert said.split() == [str(spins), "False"]
 
 
 def test_openvino_without_the_package_names_the_extra(monkeypatch):
