@@ -142,7 +142,8 @@ PATIENCE = 20.0                       # seconds after which no further candidate
 
 def copy_of(parts: Components) -> Components:
     "The same model with weights of its own."
-    return replace(parts, unet=deepcopy(parts.unet), vae=deepcopy(parts.vae), text_encoders=deepcopy(parts.text_encoders),
+    encoders = deepcopy(parts.text_encoders)
+    return replace(parts, unet=deepcopy(parts.unet), vae=deepcopy(parts.vae), text_encoders=encoders,
                    notes=[], optimizations=[])
 
 # %% ../nbs/07b_candidates.ipynb #7272efb4

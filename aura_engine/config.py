@@ -103,7 +103,9 @@ class ModelSettings(BaseSettings):
     lcm_lora_id: str | None = Field(None, alias="SD_LCM_LORA_ID",
         description="LCM-LoRA to fuse: few steps from an ordinary model")
     precision: Literal["auto", "fp16", "bf16", "fp32"] = Field("auto", alias="SD_PRECISION",
-        description="auto: fp16 on CUDA; on a CPU bf16 for large models where it is measured faster, else fp32")
+        description="auto: fp16 on CUDA; on a CPU fp32 or bf16, whichever is measured faster and close enough")
+    precision_psnr: float = Field(45.0, alias="SD_PRECISION_PSNR", ge=0, le=99,
+        description="auto, small models: how close to fp32 pictures have to be, in dB")
     device: str = Field("auto", alias="SD_DEVICE", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
         description="auto, cpu, mps, cuda or cuda:N")
     torch_compile: bool | Literal["force"] = Field(False, alias="TORCH_COMPILE",
@@ -121,7 +123,7 @@ class ModelSettings(BaseSettings):
     prediction: Literal["epsilon", "v_prediction"] | None = Field(None, alias="SD_PREDICTION",
         description="what the UNet predicts, where its files do not say")
     backend: Literal["auto", "torch", "openvino"] = Field("auto", alias="SD_BACKEND",
-        description="what runs UNet and decoder; auto: OpenVINO for small models when it is installed, else torch")
+        description="what runs UNet and decoder; auto: for small models the faster of both, if OpenVINO is there")
     loras: Annotated[dict[str, str], NoDecode] = Field({}, alias="SD_LORAS",
         description="alias=id,alias=id: LoRAs that a request may name by alias")
     prompt_weights: bool = Field(True, alias="SD_PROMPT_WEIGHTS",

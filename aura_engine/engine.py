@@ -28,8 +28,8 @@ log = logging.getLogger("aura_engine")
 
 # %% auto #0
 __all__ = ['log', 'is_out_of_memory', 'drop_caches', 'Ladder', 'Turns', 'reason_of', 'alone_in_process', 'memory', 'EngineView',
-           'stopping', 'Engine', 'optimizations_of', 'warnings_of', 'health_of', 'with_model', 'Lease', 'Engines',
-           'shared_engine', 'close_engines']
+           'stopping', 'ready_runner', 'Engine', 'optimizations_of', 'warnings_of', 'health_of', 'with_model', 'Lease',
+           'Engines', 'shared_engine', 'close_engines']
 
 # %% ../nbs/08d_engine.ipynb #24881fea
 def is_out_of_memory(error: Exception) -> bool:
@@ -247,6 +247,14 @@ def stopping(said: str) -> ShuttingDown:
     return ShuttingDown(said, retry_after=COME_BACK[EngineState.draining])
 
 # %% ../nbs/08d_engine.ipynb #98963cc0
+def ready_runner(parts: Components, settings: Settings, progress: Progress) -> Runner:
+    "Make a loaded model as fast as it can be here, and prove it with a picture."
+    progress.stage = "choosing a precision"
+    parts = choose_precision(parts, settings, TrialsFile(cache_folder() / "precision.json"))
+    progress.stage = "first picture"
+    return prepare_runner(parts, settings)
+
+# %% ../nbs/08d_engine.ipynb #66490113
 class Engine(EngineView):
     "One model on one device, served by one thread."
     def __init__(self, settings: Settings):
@@ -311,10 +319,7 @@ class Engine(EngineView):
         parts = load(self.settings, self.progress)
         with alone_in_process(self.progress):
             if self._closed: raise ShuttingDown("The engine was closed while it was loading.")
-            self.progress.stage = "choosing a precision"
-            parts = choose_precision(parts, self.settings, TrialsFile(cache_folder() / "precision.json"))
-            self.progress.stage = "first picture"
-            runner = prepare_runner(parts, self.settings)
+            runner = ready_runner(parts, self.settings, self.progress)
         self.turns = Turns(runner, self.queue, self.settings.max_batch)
         seconds = round(time.monotonic() - start, 1)
         log.info("ready", extra={"seconds": seconds, "model": self.settings.model_id})
