@@ -2623,6 +2623,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'aura_engine.widgets.checked_axis': ('widgets.html#checked_axis', 'aura_engine/widgets.py'),
                                      'aura_engine.widgets.examples_from': ('widgets.html#examples_from', 'aura_engine/widgets.py'),
                                      'aura_engine.widgets.form_of': ('widgets.html#form_of', 'aura_engine/widgets.py'),
+                                     'aura_engine.widgets.module_text': ('widgets.html#module_text', 'aura_engine/widgets.py'),
                                      'aura_engine.widgets.shown_of': ('widgets.html#shown_of', 'aura_engine/widgets.py')},
             'aura_engine.z_image': { 'aura_engine.z_image.ZConditions': ('z_image.html#zconditions', 'aura_engine/z_image.py'),
                                      'aura_engine.z_image.ZImage': ('z_image.html#zimage', 'aura_engine/z_image.py'),

@@ -23,13 +23,13 @@ _HERE = Path(__file__).parent if "__file__" in globals() else Path("../aura_engi
 STUDIO_FOLDER = _HERE / "assets/studio"
 
 # %% auto #0
-__all__ = ['STUDIO_FOLDER', 'FORM', 'VARIED', 'Axis', 'form_of', 'ask_of', 'asked_by', 'shown_of', 'Still', 'Pane', 'account_of',
-           'examples_from', 'Conversation', 'Studio', 'EngineStatus', 'checked_axis', 'Compare']
+__all__ = ['STUDIO_FOLDER', 'FORM', 'VARIED', 'Axis', 'form_of', 'ask_of', 'asked_by', 'shown_of', 'Still', 'module_text', 'Pane',
+           'account_of', 'examples_from', 'Conversation', 'Studio', 'EngineStatus', 'checked_axis', 'Compare']
 
 # %% ../nbs/13b_widgets.ipynb #a1cd870a
 FORM: dict[str, Any] = {
     "prompt": "", "negative": "", "aspect": "1:1", "n": 1, "seed": None, "steps": None, "guidance": None,
-    "temperature": 0.7, "strength": 0.5, "lora": None, "high": False}
+    "temperature": 0.7, "strength": None, "lora": None, "high": False}
 
 def form_of(given: dict[str, Any]) -> dict[str, Any]:
     "A whole form from some of its fields. Invalid for a field that it does not have."
@@ -43,10 +43,8 @@ def ask_of(form: dict[str, Any], start: Any = None, mask: Any = None) -> Ask:
     options = {"seed": form["seed"], "steps": form["steps"], "guidance_scale": form["guidance"]}
     options |= {"temperature": form["temperature"], "negative_prompt": form["negative"], "lora": form["lora"]}
     if start is not None:
-        # Under a mask the engine's own strength is 1: what may change is drawn anew.
-        untouched = mask is not None and form["strength"] == FORM["strength"]
-        strength = None if untouched else form["strength"]
-        return refinement(form["prompt"], [start] * form["n"], mask, strength=strength, **options)
+        pictures = [start] * form["n"]
+        return refinement(form["prompt"], pictures, mask, strength=form["strength"], **options)
     size = "high" if form["high"] else "standard"
     return generation(form["prompt"], aspect_ratio=form["aspect"], resolution=size, n=form["n"], **options)
 
@@ -63,7 +61,7 @@ def asked_by(message: dict[str, Any], pictures: Sequence[bytes]) -> Ask:
 def shown_of(work: Work) -> dict[str, Any]:
     "What the browser needs to know of work that it did not begin: enough to show it, without its pictures."
     route = {GenerateRequest: "generate", RefineRequest: "refine", Replay: "replay"}[type(work.ask)]
-    body = {k: v for k, v in json_body(work.ask).items() if k not in ("images", "init")}
+    body = {k: v for k, v in json_body(work.ask).items() if k not in ("images", "init", "mask")}
     return {"job": work.id, "request": {"route": route, "body": body}, "n": count_of(work.ask), "at": 1000 * work.at}
 
 # %% ../nbs/13b_widgets.ipynb #3b62fcea
@@ -78,9 +76,17 @@ class Still(anywidget.AnyWidget):
         return self.still() | data, metadata
 
 # %% ../nbs/13b_widgets.ipynb #c50787b8
+def module_text() -> str:
+    "The Studio and its end in the kernel as one module."
+    studio, kernel = ((STUDIO_FOLDER / name).read_text(encoding="utf-8") for name in ("studio.js", "kernel.js"))
+    lines = kernel.splitlines(keepends=True)
+    # The names that it imports are in the same file now.
+    return studio + "".join(line for line in lines if not line.startswith("import "))
+
+# %% ../nbs/13b_widgets.ipynb #5c3f1b77
 class Pane(Still):
     "A view of the Studio's module over a desk. `engines`: each one's account; `health`: that of the one asked first."
-    _esm = STUDIO_FOLDER / "studio.js"
+    _esm = module_text()
     styles = T.Unicode((STUDIO_FOLDER / "studio.css").read_text(encoding="utf-8")).tag(sync=True)
     view = T.Unicode("studio").tag(sync=True)
     address = T.Unicode("").tag(sync=True)

@@ -227,6 +227,7 @@ def test_start_from_a_picture(page):
     finished(page, 2)
     assert fact(page, "strength").inner_text() == "0.6" and big(page).get_attribute("alt") == "a green apple"
     assert page.get_by_role("button", name="link", exact=True).count() == 0      # a link cannot carry the picture it started from
+    expect(page.locator(".receipt")).to_contain_text("A link cannot hold its start picture.")
     first = saved(page)
     page.get_by_role("button", name="Take the picture off").click()
     expect(page.get_by_label("What should it be?")).to_be_visible()
@@ -238,6 +239,89 @@ def test_start_from_a_picture(page):
     tiles(page).nth(2).click()
     press(page, "Use these settings")                                       # and takes it off where there was none
     expect(page.locator(".start")).to_have_count(0)
+
+
+def stroke(page, *points):
+    """Draw a line over the picture, through points in shares of it."""
+    box = page.locator("canvas").bounding_box()
+    at = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in points]
+    page.mouse.move(*at[0])
+    page.mouse.down()
+    for x, y in at[1:]: page.mouse.move(x, y, steps=4)
+    page.mouse.up()
+
+
+def painted(page):
+    """How many percent may change, as the Studio says."""
+    said = page.locator(".start").get_by_role("button").first
+    expect(said).to_contain_text(re.compile(r"\d+ % may change"))
+    return int(re.match(r"(\d+) %", said.inner_text())[1])
+
+
+def test_the_brush(page):
+    """Paint, erase, undo, invert, clear, by mouse and by keys; what is outside comes back as it was; a reload keeps it."""
+    ask(page, "a red apple", steps=1, seed=8)
+    finished(page)
+    before = Image.open(io.BytesIO(saved(page))).convert("RGB")
+    press(page, "Start from it")
+    press(page, "Paint what may change")
+    canvas = page.get_by_role("application", name="Mask")
+    expect(canvas).to_be_focused()
+    stroke(page, (0.1, 0.1), (0.4, 0.1))
+    one = painted(page)
+    assert 3 <= one <= 12
+    press(page, "Erase")
+    stroke(page, (0.3, 0.1), (0.4, 0.1))
+    assert painted(page) < one
+    press(page, "Undo")
+    assert painted(page) == one
+    press(page, "Invert")
+    assert abs(painted(page) + one - 100) <= 1
+    canvas.press("Control+z")
+    assert painted(page) == one
+    press(page, "Clear")
+    expect(page.get_by_role("button", name="Paint what may change")).to_have_attribute("aria-pressed", "true")
+    press(page, "Undo")
+    press(page, "Erase")                                   # the brush paints again
+    canvas.focus()
+    for key in ["ArrowDown"] * 4 + ["ArrowRight", "Space"]: page.keyboard.press(key)
+    assert painted(page) > one
+    page.keyboard.press("Control+z")
+    press(page, "Close-up")
+    page.keyboard.press("Escape")                          # done: the picture is back, the words have the focus
+    expect(canvas).to_have_count(0)
+    page.reload()
+    assert painted(page) == one                            # nothing painted is lost
+    prompt(page).fill("a green apple")
+    press(page, "Generate")
+    finished(page, 2)
+    assert fact(page, "strength").inner_text() == "1" and re.fullmatch("[0-9a-f]{8}", fact(page, "mask").inner_text())
+    assert fact(page, "closeUp").inner_text() == "32 px"
+    after = Image.open(io.BytesIO(saved(page))).convert("RGB")
+    assert after.size == before.size and after.crop((0, 64, 128, 128)).tobytes() == before.crop((0, 64, 128, 128)).tobytes()
+    assert after.crop((20, 8, 40, 16)).tobytes() != before.crop((20, 8, 40, 16)).tobytes()
+    python = copied(page, "Python")
+    assert '"start.png", mask="mask.png"' in python and "padding_mask_crop=32" in python and "strength=1" in python
+    press(page, "Again")                                   # the same mask, another seed
+    finished(page, 3)
+    assert fact(page, "mask").count() == 1
+
+
+def test_painting_by_touch(browser, server):
+    with browser.new_context(viewport={"width": 360, "height": 800}, has_touch=True, is_mobile=True) as context:
+        page = context.new_page()
+        page.goto(server.url)
+        expect(state(page)).to_contain_text("ready")
+        give(page, "drop", noise(96, 64))
+        page.get_by_role("button", name="Paint what may change").tap()
+        page.locator("canvas").scroll_into_view_if_needed()
+        box = page.locator("canvas").bounding_box()
+        at = [{"x": box["x"] + share * box["width"], "y": box["y"] + box["height"] / 2} for share in (0.3, 0.5, 0.7)]
+        touches = context.new_cdp_session(page)
+        touches.send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": at[:1]})
+        for point in at[1:]: touches.send("Input.dispatchTouchEvent", {"type": "touchMove", "touchPoints": [point]})
+        touches.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+        assert painted(page) > 8
 
 
 def give(page, how, data, name="picture.png", mime="image/png"):
@@ -751,7 +835,7 @@ def test_widths_and_themes(gallery, width, scheme, tmp_path):
     assert not found, [(v["id"], [n["html"][:120] for n in v["nodes"]]) for v in found]
 
 
-@pytest.mark.parametrize("what", ["settings", "panel", "compare", "alert", "start", "empty"])
+@pytest.mark.parametrize("what", ["settings", "panel", "compare", "alert", "start", "brush", "empty"])
 def test_axe_in_other_states(gallery, browser, server, what):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed").Axe()
     page = gallery
@@ -760,7 +844,10 @@ def test_axe_in_other_states(gallery, browser, server, what):
     if what == "panel": state(page).click()
     if what == "compare": press(page, "Compare")
     if what == "alert": prompt(page).fill(""); press(page, "Generate")
-    if what == "start": press(page, "Start from it")
+    if what in ("start", "brush"): press(page, "Start from it")
+    if what == "brush":
+        press(page, "Paint what may change")
+        stroke(page, (0.3, 0.3), (0.6, 0.4))
     if what == "empty":
         page = browser.new_context(bypass_csp=True).new_page()
         page.goto(server.url)
@@ -771,7 +858,7 @@ def test_axe_in_other_states(gallery, browser, server, what):
     if what == "panel": state(page).click()
     if what == "compare": page.locator(".axes").get_by_role("button", name="Close").click()
     if what == "alert": page.get_by_role("alert").get_by_role("button", name="Close").click()
-    if what == "start": page.get_by_role("button", name="Take the picture off").click()
+    if what in ("start", "brush"): page.get_by_role("button", name="Take the picture off").click()
     if what == "empty": page.context.close()
 
 
@@ -834,7 +921,8 @@ def test_reduced_motion(gallery):
 
 def in_module(page, code, *args):
     """Run `code` with the Studio's module as `m` and `a` for the arguments -> what it gives."""
-    return page.evaluate("([code, a]) => import('/studio/studio.js').then(m => window.run(m, a, code))", [code, list(args)])
+    both = "Promise.all(['studio', 'page'].map(name => import(`/studio/${name}.js`)))"
+    return page.evaluate(f"([code, a]) => {both}.then(([m, page]) => window.run({{...m, ...page}}, a, code))", [code, list(args)])
 
 
 @pytest.fixture
@@ -887,10 +975,12 @@ def test_receipts_in_pictures(module):
 
 def test_sizes():
     """What the browser loads is what lies here: no build step, and still small."""
-    scripts, styles = [b"".join(p.read_bytes() for p in sorted(STUDIO.glob(f"*.{kind}"))) for kind in ("js", "css")]
-    assert len(scripts) <= 60_000 and len(styles) <= 18_000, (len(scripts), len(styles))
-    zipped = [len(gzip.compress(part, 9)) for part in (scripts, styles)]
-    assert sum(zipped) <= 25_000, zipped
+    styles = (STUDIO / "studio.css").read_bytes()
+    for host in ("page.js", "kernel.js"):                  # a page loads the one, a notebook the other
+        scripts = b"".join((STUDIO / name).read_bytes() for name in ("studio.js", host))
+        assert len(scripts) <= 60_000 and len(styles) <= 18_000, (host, len(scripts), len(styles))
+        zipped = [len(gzip.compress(part, 9)) for part in (scripts, styles)]
+        assert sum(zipped) <= 25_000, (host, zipped)
 
 
 def test_limits_of_an_engine_that_does_not_say(module):

@@ -1,6 +1,6 @@
-// The Studio: one module for the page at `/` and for notebooks, without a build step.
+// The Studio: one module, for the page at `/` and for notebooks.
 
-// ---- texts, for translations to replace: a key that is not here is its own text
+// ---- texts, for translations to replace
 export const TEXTS = {
 	prompt: "What should it be?", become: "What should it become?", example: "a fox on a green background",
 	generate: "Generate", stop: "Stop", surprise: "Surprise me", addPicture: "Add a picture",
@@ -11,60 +11,58 @@ export const TEXTS = {
 	compare: "Compare", save: "Save", keep: "Keep", remove: "Delete", history: "Pictures", clear: "Clear all",
 	stage: "Picture", receipt: "Receipt", recall: "Use these settings", useSeed: "Use this seed", copy: "Copy",
 	python: "Python", json: "JSON", copied: "Copied.", copyThis: "Copy this:", seconds: "{n} s",
-	empty: "Describe something and press Generate.", yours: "your picture",
-	work: "{n} in work", failed: "not working", draining: "stopping", away: "not reachable", ended: "kernel ended",
+	empty: "Describe something and press Generate.",
+	work: "{n} in work", failed: "not working", draining: "stopping", away: "not reachable",
 	on: "{model} on {device}", waitLoading: "The model is loading. Your picture starts by itself.",
 	waitBusy: "The engine is busy. Asking again in {n} s.", waitAway: "No answer. Trying again in {n} s.",
-	waitAsleep: "Waking up. Asking again in {n} s.", waitNext: "Asking the other engine.",
-	waitKernel: "The kernel is busy with a cell; your picture is next.", asking: "asking …",
+	waitAsleep: "Waking up. Asking again in {n} s.", asking: "asking …",
 	queued: "{position} ahead of you, about {n} s", soon: "about {n} s", step: "step {step} of {steps}",
-	finishing: "finishing …", stopped: "Stopped.", done: "Done.", resumed: "Went on while you were away.",
-	notReached: "The engine cannot be reached. The Studio keeps trying.",
-	notOurs: "Answered {status}, but not as an engine.", broken: "Something went wrong here: {why}",
+	finishing: "finishing …", stopped: "Stopped.", done: "Done", resumed: "Went on while you were away.",
+	notReached: "The engine cannot be reached. The Studio keeps trying.", broken: "Something went wrong here: {why}",
 	modelFailed: "The model could not be loaded. {why}", lost: "Its start picture is gone.",
-	kernelEnded: "The kernel ended. Run the cell again. Pictures here can still be saved.",
-	keyMissing: "This engine asks for its key.", keyWrong: "That is not this engine's key.", key: "Key",
-	useKey: "Use key", noPrompt: "Say first what it should be.", close: "Close", undo: "Undo", removed: "Deleted.",
-	seedWrong: "A seed is a whole number up to 9007199254740991. Empty draws one.",
+	key: "Key", useKey: "Use key", noPrompt: "Say first what it should be.", close: "Close", undo: "Undo",
+	removed: "Deleted.", noLink: "A link cannot hold its start picture.",
+	paint: "Paint what may change", brush: "Brush size", erase: "Erase", invert: "Invert", wipe: "Clear",
+	closeUp: "Close-up", mayChange: "{share} % may change",
+	maskIs: "Mask. Arrows move the brush, Space paints.",
+	seedWrong: "A seed is a whole number. Empty draws one.",
 	cleared: "All pictures are deleted.", retry: "Try again", notPicture: "That is not a PNG, JPEG or WebP picture.",
-	offer: "This picture carries its receipt.", shared: "Shared with you: “{prompt}”", makeIt: "Make it",
-	drop: "Drop it to start from it",
+	offer: "This picture carries its receipt.", drop: "Drop it to start from it",
 	full: "The oldest pictures made room. Kept ones stay.", takeOff: "Take the picture off",
 	making: "in work: {prompt}", vary: "Vary", words: "Words", make: "Make {n}", grid: "{prompt} · seed {seed}",
 	axisWrong: "{axis}: up to 8 values within {allowed}, comma between.", made: "{n} of {of}",
-	engine: "Engine", which: "Engines", local: "Local", cloud: "Cloud", auto: "Auto",
+	engine: "Engine", local: "Local",
 	queueIs: "{length} pictures, {seconds} s", advice: "what to do", url: "where", lately: "last pictures",
-	stepCost: "Milliseconds of a step, by pictures in it", gib: "{n} GiB",
+	stepCost: "Milliseconds a step, by pictures in it", gib: "{n} GiB",
 	fetching: "fetching {file}", bytes: "{done} of {total} GB",
-	keys: "Keys: Ctrl+Enter generate · Esc stop · / prompt · V again · E start from it · C compare · R use settings · "
-		+ "S save · F keep · Delete · arrows choose",
+	keys: "Ctrl+Enter: Generate · Esc: Stop · /: What should it be? · ← →: Pictures",
 };
 
 let texts = TEXTS;
 const number = (n, maximumFractionDigits = 2) => (
 	n.toLocaleString(undefined, { maximumFractionDigits, useGrouping: false }));
-const t = (key, slots = {}) => (texts[key] ?? String(key)).replace(/\{(\w+)\}/g, (_, name) => {
+export const t = (key, slots = {}) => (texts[key] ?? String(key)).replace(/\{(\w+)\}/g, (_, name) => {
 	const value = slots[name] ?? "";
 	return typeof value === "number" ? number(value) : value;
 });
 
 // ---- helpers
 const newSeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
-const newId = () => `${Date.now().toString(36)}-${newSeed().toString(36)}`;
+export const newId = () => `${Date.now().toString(36)}-${newSeed().toString(36)}`;
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 const whole = (seconds) => Math.max(1, Math.ceil(seconds));
 const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
 const last = (path) => String(path).split("/").pop();
 
-function sleep(seconds, signal) {
+export function sleep(seconds, signal) {
 	return new Promise((resolve, reject) => {
 		signal?.throwIfAborted();
-		const timer = setTimeout(resolve, 1000 * seconds);
-		signal?.addEventListener("abort", () => { clearTimeout(timer); reject(signal.reason); }, { once: true });
+		setTimeout(resolve, 1000 * seconds);
+		signal?.addEventListener("abort", () => reject(signal.reason));
 	});
 }
 
-/** What went wrong: `code` for the program, the message for people, `fields` [{loc}] for the form. */
+/** `code` is for the program, the message for people, `fields` [{loc}] for the form. */
 export class Trouble extends Error {
 	constructor(code, message, more) { Object.assign(super(message), { code, status: 0, fields: [], ...more }); }
 
@@ -79,13 +77,13 @@ export class Trouble extends Error {
 const ASPECTS = ["1:1", "4:3", "3:2", "16:9", "3:4", "2:3", "9:16"];
 const FIELDS = { refinePrompt: "prompt", aspectRatio: "aspect", guidanceScale: "guidance", negativePrompt: "negative" };
 export const FORM = { prompt: "", negative: "", aspect: "1:1", n: 1, seed: null, steps: null, guidance: null,
-	temperature: 0.7, strength: 0.5, lora: null, high: false };
+	temperature: 0.7, strength: null, lora: null, high: false };
 
-/** What the model allows, [least, its own, most], from /health. Until then the bounds of the API. */
+/** What the model allows, [least, its own, most]; until /health says so, the bounds of the API. */
 export function limitsOf(health) {
 	return { native: 512, loras: health?.loras ?? [], gpu: health?.gpu ?? false,
 		steps: [1, null, 100], guidance: [0, null, 30], seed: [0, null, Number.MAX_SAFE_INTEGER],
-		temperature: [0, FORM.temperature, 2], strength: [0.05, FORM.strength, 1], ...health?.limits };
+		temperature: [0, FORM.temperature, 2], strength: [0.05, 0.5, 1], ...health?.limits };
 }
 
 const within = ([low, own, high], value) => (value === null ? own : clamp(value, low, high));
@@ -99,7 +97,10 @@ export function requestOf(form, limits, start) {
 	if (limits.loras.includes(form.lora)) numbers.lora = form.lora;
 	const prompt = form.prompt.trim();
 	if (start) {
-		const body = { refinePrompt: prompt, config: { ...numbers, strength: form.strength } };
+		const { mask, crop } = start;
+		if (form.strength !== null) numbers.strength = form.strength;
+		if (mask && crop) numbers.paddingMaskCrop = crop;
+		const body = { refinePrompt: prompt, ...(mask && { mask }), config: numbers };
 		return { route: "refine", body, images: Array(form.n).fill(start.blob) };
 	}
 	const body = { prompt, aspectRatio: form.aspect, n: form.n, ...numbers };
@@ -109,10 +110,12 @@ export function requestOf(form, limits, start) {
 
 const promptOf = ({ body }) => body.prompt ?? body.refinePrompt ?? body.receipt.prompt;
 const ratio = (aspect) => { const [w, h] = aspect.split(":"); return w / h; };
-const shapeOf = ({ body: { aspectRatio, receipt }, ratio: own = 1 }) => (
-	receipt ? receipt.width / receipt.height : aspectRatio ? ratio(aspectRatio) : own);
+const shapeOf = ({ request, receipt = request.body.receipt, start }) => {
+	const { width, height } = start ?? receipt ?? {};
+	return width ? width / height : ratio(request.body.aspectRatio ?? "1:1");
+};
 
-/** The shape that was asked for. Sizes are rounded, so it is the nearest usual one, or else the exact one. */
+/** The usual shape that is near (sizes are rounded), or else the exact one. */
 function aspectOf({ width, height }) {
 	const off = (aspect) => Math.abs(Math.log(ratio(aspect) * height / width));
 	const nearest = ASPECTS.toSorted((a, b) => off(a) - off(b))[0];
@@ -122,11 +125,11 @@ function aspectOf({ width, height }) {
 export function formOf(receipt, limits) {
 	return { ...FORM, prompt: receipt.prompt, negative: receipt.negativePrompt, aspect: aspectOf(receipt),
 		seed: receipt.seed, steps: receipt.stepsAsked ?? receipt.steps, guidance: receipt.guidanceScale,
-		temperature: receipt.temperature, strength: receipt.strength ?? FORM.strength, lora: receipt.loraAlias ?? null,
+		temperature: receipt.temperature, strength: receipt.strength ?? null, lora: receipt.loraAlias ?? null,
 		high: limits.gpu && receipt.width * receipt.height > (0.87 * limits.native) ** 2 };
 }
 
-/** The receipt inside a PNG of ours (its text chunk `aura`), or null. */
+/** The receipt inside a PNG of ours, or null. */
 export async function receiptIn(blob) {
 	const bytes = await blob.arrayBuffer();
 	const at = new TextDecoder("latin1").decode(bytes).search(/(iTXt|tEXt)aura\0/);
@@ -135,18 +138,17 @@ export async function receiptIn(blob) {
 	try { return JSON.parse(chunk.slice(chunk.indexOf("{"))); } catch { return null; }
 }
 
-const toBase64 = async (blob) => (
-	btoa(Array.from(new Uint8Array(await blob.arrayBuffer()), (byte) => String.fromCharCode(byte)).join("")));
-const picture = (text, kind) => new Blob([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))], { type: `image/${kind}` });
 
-function receiptOfLink(hash) { try { return JSON.parse(decodeURIComponent(/^#r=(.+)/.exec(hash)[1])); } catch { return null; } }
-const fileName = ({ prompt, seed }) => `${prompt.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40)}-${seed}.png`;
+const fileName = ({ prompt, seed }) => (
+	`${prompt.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40)}-${seed}.png`);
 
-/** A receipt as link, curl, Python or JSON. A kernel has no address. */
+/** A receipt as link, curl, Python or JSON. */
 export function copyAs(kind, receipt, limits, address) {
 	if (kind === "json") return JSON.stringify(receipt, null, 2);
 	if (kind === "link") return `${address}/#r=${encodeURIComponent(JSON.stringify({ ...receipt, timings: undefined }))}`;
-	const { route, body } = requestOf(formOf(receipt, limits), limits, receipt.strength && { blob: "START.PNG AS BASE64" });
+	const mask = receipt.maskSha256 && (kind === "curl" ? "MASK.PNG AS BASE64" : "mask.png");
+	const start = receipt.strength && { mask, crop: receipt.paddingMaskCrop };
+	const { route, body } = requestOf(formOf(receipt, limits), limits, start);
 	const file = fileName(receipt);
 	if (kind === "curl") {
 		const data = JSON.stringify({ ...body, ...(route === "refine" && { images: ["START.PNG AS BASE64"] }) });
@@ -156,104 +158,46 @@ export function copyAs(kind, receipt, limits, address) {
 	const { prompt, refinePrompt, config, n, ...options } = body;
 	const named = Object.entries({ ...options, ...config }).map(([name, value]) => (
 		`, ${name.replace(/[A-Z]/g, (c) => `_${c.toLowerCase()}`)}=${JSON.stringify(value)}`));
-	const start = refinePrompt ? ', "start.png"' : "";
+	const given = JSON.stringify(prompt ?? refinePrompt) + (start ? ', "start.png"' : "") + named.join("");
 	return `import aura_engine as ae\n\nclient = ae.AuraClient(${JSON.stringify(address ?? "offline")})\n`
-		+ `client.${route}(${JSON.stringify(prompt ?? refinePrompt)}${start}${named.join("")}).save(${JSON.stringify(file)})\n`;
+		+ `client.${route}(${given}).save(${JSON.stringify(file)})\n`;
 }
 
 /** A picture from outside, small enough to travel. */
 async function shrunk(blob, most) {
 	const bitmap = await createImageBitmap(blob).catch(() => { throw new Trouble("picture", t("notPicture")); });
-	const { width, height } = bitmap;
-	const scale = Math.min(1, most / Math.max(width, height));
-	if (scale === 1 && blob.size < 2e6) return { blob, ratio: width / height };
-	const canvas = new OffscreenCanvas(scale * width, scale * height);
-	canvas.getContext("2d").drawImage(bitmap, 0, 0, canvas.width, canvas.height);
-	return { blob: await canvas.convertToBlob(), ratio: width / height };
+	const scale = Math.min(1, most / Math.max(bitmap.width, bitmap.height));
+	const [width, height] = [bitmap.width, bitmap.height].map((side) => Math.round(scale * side));
+	if (scale === 1 && blob.size < 2e6) return { blob, width, height };
+	const canvas = new OffscreenCanvas(width, height);
+	canvas.getContext("2d").drawImage(bitmap, 0, 0, width, height);
+	return { blob: await canvas.convertToBlob(), width, height };
+}
+
+// ---- the brush
+const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
+
+/** Draw the strokes of a mask, soft lines as wide as the brush. Sizes are shares of the width. */
+function drawMask(canvas, { strokes = [] }, colour) {
+	const { width, height } = canvas;
+	const pen = canvas.getContext("2d");
+	pen.reset();
+	for (const { how, size, soft, line } of strokes) {
+		Object.assign(pen, { globalCompositeOperation: how, strokeStyle: colour, shadowColor: colour, lineCap: "round",
+			lineJoin: "round", lineWidth: width * size * (1 - soft), shadowBlur: width * size * soft });
+		pen.beginPath();
+		// A dot is a line too, and has some length.
+		line.forEach(([x, y], i) => pen.lineTo(x * width, y * height + !i / 99));
+		pen.stroke();
+	}
+	return pen;
 }
 
 // ---- engines
-/** Server-sent events {event, data}, cut wherever the network cuts them. */
-export async function* eventsIn(body) {
-	const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-	let text = "";
-	for (;;) {
-		const { value, done } = await reader.read().catch(() => ({ done: true }));
-		if (done) return;
-		const blocks = (text + value).replace(/\r\n/g, "\n").split("\n\n");
-		text = blocks.pop();
-		for (const block of blocks) {
-			const [event, data] = [/^event: ?(.*)/gm, /^data: ?(.*)/gm].map((line) => (
-				[...block.matchAll(line)].map(([, said]) => said).join("\n")));
-			if (data) yield { event, data: JSON.parse(data) };
-		}
-	}
-}
-
-const storage = (where) => ({
-	get(key) { try { return JSON.parse(globalThis[where].getItem(`aura.${key}`)); } catch { return null; } },
-	set(key, value) { try { globalThis[where].setItem(`aura.${key}`, JSON.stringify(value)); } catch { /* none in a frame */ } },
-});
-const [remembered, session] = [storage("localStorage"), storage("sessionStorage")];
 const COMES_BACK = { not_ready: "waitLoading", queue_full: "waitBusy", unreachable: "waitAway", asleep: "waitAsleep",
 	shutting_down: "waitAway", not_found: "asking" };
 
-/** The page's engine, over HTTP. Work goes through /jobs, so that it lives on when the page goes. */
-export class HttpEngine {
-	seen = {};
-	store = new BrowserStore();
-	address = location.href.split(/[?#]/)[0].replace(/\/$/, "");
-	get key() { return session.get("key"); }
-	set key(value) { session.set("key", value); }
-
-	async call(path, { body, method = body ? "POST" : "GET", signal, accept = "application/json" } = {}) {
-		const headers = { Accept: accept };
-		if (body) headers["Content-Type"] = "application/json";
-		if (this.key && path !== "/health") headers.Authorization = `Bearer ${this.key}`;
-		const options = { method, headers, body: body && JSON.stringify(body), signal, cache: "no-store" };
-		const answer = await fetch(this.address + path, options).catch(() => {
-			throw new Trouble("unreachable", t("notReached"));
-		});
-		if (answer.ok) return answer;
-		const { status } = answer;
-		const retryAfter = Number(answer.headers.get("retry-after"));
-		const problem = await answer.json().catch(() => null);
-		if (status === 401) throw new Trouble("unauthorized", t(this.key ? "keyWrong" : "keyMissing"), { status });
-		if (problem?.detail) throw Trouble.from({ status, ...problem }, { retryAfter });
-		throw new Trouble(status > 501 ? "asleep" : "stranger", t("notOurs", { status }), { status, retryAfter });
-	}
-
-	async health(signal) {
-		const health = await this.call("/health", { signal }).then((answer) => answer.json()).catch((trouble) => (
-			{ status: trouble.code === "asleep" ? "asleep" : "away", reason: trouble.message, trouble }));
-		this.seen = { local: health };
-		return health;
-	}
-
-	async examples() { return (await (await this.call("/examples")).json()).examples; }
-	cancel(job) { return this.call(`/jobs/${job}`, { method: "DELETE" }).catch(() => {}); }
-
-	async* generate({ route, body, images }, { signal }) {
-		const sent = await Promise.all(images.map(toBase64));
-		const request = images.length ? { ...body, images: sent } : body;
-		const { id } = await (await this.call("/jobs", { body: { route, request, previews: true } })).json();
-		yield { type: "job", job: id };
-		yield* this.resume(id, { signal });
-	}
-
-	async* resume(job, { signal }) {
-		const { body } = await this.call(`/jobs/${job}/events`, { signal, accept: "text/event-stream" });
-		for await (const { event: type, data } of eventsIn(body)) {
-			if (type === "failed") throw Trouble.from(data.problem, { over: true });
-			const kind = { preview: "jpeg", image: "png" }[type];
-			yield { type, ...data, blob: kind && picture(data.image, kind) };
-			if (type === "done") return;
-		}
-		throw new Trouble("unreachable", t("notReached"));
-	}
-}
-
-/** The events of a run. Waits through what passes by itself, and says so: loading, a full queue, a restart. */
+/** The events of a run. Waits through what passes by itself, and says so. */
 export async function* patiently(engine, run) {
 	const { signal } = run.stop;
 	for (let pause = 2;; pause = Math.min(1.5 * pause, 10)) {
@@ -267,7 +211,7 @@ export async function* patiently(engine, run) {
 			yield* run.job ? engine.resume(run.job, { signal }) : engine.generate(run.request, { signal });
 			return;
 		} catch (trouble) {
-			// A restarted engine has forgotten the job. The seed was drawn here: asked again, it makes the same picture.
+			// A restarted engine has forgotten the job: asked again with its seed, it makes the same picture.
 			const over = trouble.over || trouble.code === "not_found";
 			const canAsk = !run.made.length && run.request.images;
 			if (signal.aborted || !(trouble.code in COMES_BACK) || (over && !canAsk)) throw trouble;
@@ -279,144 +223,33 @@ export async function* patiently(engine, run) {
 	}
 }
 
-export class WidgetEngine {
-	talks = new Map();
-	ended = false;
-	constructor(model) {
-		this.model = model;
-		this.store = new KernelStore(this);
-		model.on("msg:custom", (message, buffers) => this.talks.get(message.id)?.(message, buffers));
-	}
-
-	get address() { return this.model.get("address") || undefined; }
-	get seen() { return this.model.get("engines"); }
-	get mode() { return this.model.get("mode"); }
-	put(name, value) { this.model.set(name, value); this.model.save_changes(); }
-	async examples() { return this.model.get("examples"); }
-	async health() {
-		return this.ended ? { status: "ended", code: "ended", reason: t("kernelEnded") } : this.model.get("health");
-	}
-
-	/** Send a message and read what comes back under its id, until `done` or `end`. */
-	async* talk({ id = newId(), ...message }, { buffers = [], signal } = {}) {
-		const { readable, writable } = new TransformStream();
-		const [reader, writer] = [readable.getReader(), writable.getWriter()];
-		const put = (item) => { writer.write(item); };
-		const busy = setTimeout(() => put({ type: "waits", say: "waitKernel" }), 1500);
-		signal?.addEventListener("abort", () => put({ error: signal.reason }));
-		this.talks.set(id, (event, [bytes] = []) => (
-			put({ ...event, blob: bytes && new Blob([bytes], { type: event.mime }) })));
-		this.model.send({ id, ...message }, undefined, buffers);
-		try {
-			for (;;) {
-				const { value: event } = await reader.read();
-				if (event.error) throw event.error;
-				if (event.type !== "waits") clearTimeout(busy);
-				if (event.type === "end") return;
-				if (event.type === "failed") throw Trouble.from(event.problem, { over: true });
-				if (event.type !== "accepted") yield event;
-				if (event.type === "done") return;
-			}
-		} finally {
-			clearTimeout(busy);
-			this.talks.delete(id);
-		}
-	}
-
-	/** Whether the kernel still answers: one that was restarted says nothing by itself. */
-	async hello(seconds = 3) {
-		const answer = this.talk({ type: "hello" }).next().then(() => true, () => false);
-		if (await Promise.race([answer, sleep(seconds)])) return;
-		this.ended = true;
-		for (const put of this.talks.values()) put({ error: new Trouble("ended", t("kernelEnded")) });
-	}
-
-	async* generate({ route, body, images, aside }, { signal }) {
-		const id = newId();
-		yield { type: "job", job: id };
-		const sent = [...new Set(images)];
-		const buffers = await Promise.all(sent.map((blob) => blob.arrayBuffer()));
-		const message = { id, type: "ask", route, body, aside, images: images.map((blob) => sent.indexOf(blob)) };
-		yield* this.talk(message, { buffers, signal });
-	}
-
-	resume(job, { signal }) { return this.talk({ type: "resume", job }, { signal }); }
-	cancel(job) { this.model.send({ type: "cancel", job }); }
-}
-
 // ---- what is kept
 const working = ({ timings = {} }) => sum(Object.entries(timings).map(([stage, s]) => (stage === "queue" ? 0 : s)));
-const pictureFrom = ({ picture: id, blob, receipt, at = Date.now(), seconds = working(receipt), star = false }) => (
-	{ id, blob, receipt, at, seconds, star });
-
-/** The page keeps its things in IndexedDB, failing that in memory. Nothing leaves the browser. */
-class BrowserStore {
-	most = 200e6; // bytes of pictures
-
-	/** What IndexedDB answers, or nothing where there is none. */
-	async ask(table, act) {
-		const answer = (asked) => new Promise((resolve, reject) => {
-			Object.assign(asked, { onsuccess: () => resolve(asked.result), onerror: reject });
-		});
-		const open = () => {
-			const asked = indexedDB.open("aura-studio", 1);
-			const tables = () => ["pictures", "jobs", "start"].map((name) => asked.result.createObjectStore(name, { keyPath: "id" }));
-			return answer(Object.assign(asked, { onupgradeneeded: tables }));
-		};
-		try {
-			const db = await (this.db ??= open());
-			return await answer(act(db.transaction(table, "readwrite").objectStore(table)));
-		} catch { return []; }
-	}
-
-	async all(table) { return (await this.ask(table, (s) => s.getAll())).sort((a, b) => b.at - a.at); }
-	put(table, { url, ...thing }) { return this.ask(table, (s) => s.put(thing)); }
-	// One transaction: all of them go, or none.
-	remove(table, ids) { return this.ask(table, (s) => ids.map((id) => s.delete(id)).at(-1)); }
-	// Each tab keeps its own form; a new tab begins with the one used last.
-	form() { return session.get("form") ?? remembered.get("form"); }
-	keepForm(form) { session.set("form", form); remembered.set("form", form); }
-}
-
-class KernelStore {
-	constructor(engine) { Object.assign(this, { engine, model: engine.model }); }
-
-	async all(table) {
-		if (table === "jobs") return this.model.get("jobs");
-		const found = [];
-		if (table === "pictures") {
-			for await (const event of this.engine.talk({ type: "history" })) if (event.blob) found.push(pictureFrom(event));
-		}
-		return found;
-	}
-
-	put(table, { id, star }) { if (table === "pictures") this.model.send({ type: "put", picture: id, star }); }
-	remove(table, ids) { if (table === "pictures") ids.forEach((picture) => this.model.send({ type: "remove", picture })); }
-	form() { return this.model.get("value"); }
-	keepForm(form) { this.engine.put("value", { ...form }); }
-}
+export const pictureFrom = ({ picture: id, blob, receipt, at = Date.now(), seconds, star = false }) => (
+	{ id, blob, receipt, at, seconds: seconds ?? working(receipt), star });
 
 // ---- the state
-// What Compare can vary, and the values it proposes if the model allows them.
+// What Compare can vary, and what it proposes.
 const AXES = { steps: () => [1, 2, 4, 8], seed: ({ seed }) => [0, 1, 2, 3].map((i) => seed + i),
 	guidance: () => [1, 1.5, 2, 3, 5, 7.5], temperature: () => [0, 0.5, 1, 1.5], strength: () => [0.2, 0.4, 0.6, 0.8],
 	words: ({ prompt }) => [`${prompt} | `] };
 const WHOLE = ["steps", "seed"];
 const free = (url) => url && setTimeout(() => URL.revokeObjectURL(url), 1000);
 
-/** Everything the views show. Says `change` once a turn, and `choice` when another picture is chosen. */
+/** What the views show. Says `change` once a turn, `choice` when another picture is chosen. */
 export class Studio extends EventTarget {
 	pictures = []; runs = []; chosen = null; spread = null; comparing = null; form = { ...FORM }; start = null; wrong = [];
 	health = {}; limits = limitsOf(); examples = []; note = null; trouble = null; offer = null;
+	painting = false; brush = { size: 0.15, soft: 0.35, how: "source-over", at: [0.5, 0.5] };
 
 	constructor(engine) {
 		super();
 		Object.assign(this, { engine, store: engine.store });
-		// Before anything is drawn: nobody shall type into an empty form that fills itself a moment later.
+		// Before it is drawn: nobody shall type into a form that fills itself a moment later.
 		Object.assign(this.form, this.store.form());
 	}
 
-	/** Take values and have the views drawn again. `focus` names the field that shall have the focus then. */
+	/** Take values and draw. `focus` names the field that gets the focus. */
 	touch(values) {
 		Object.assign(this, values);
 		this.due ??= Promise.resolve().then(() => { this.due = null; this.dispatchEvent(new Event("change")); });
@@ -474,15 +307,46 @@ export class Studio extends EventTarget {
 	/** The picture to start from: {blob, name, ratio}, or null. */
 	setStart(start) {
 		free(this.start?.url);
-		if (start) this.store.put("start", { ...start, id: 0 });
-		else this.store.remove("start", [0]);
-		this.touch({ start: start && { ...start, url: URL.createObjectURL(start.blob) }, focus: "prompt" });
+		if (!start) this.store.remove("start", [0]);
+		this.touch({ start: null, painting: false, focus: "prompt" });
+		if (start) this.#keepStart({ ...start, url: URL.createObjectURL(start.blob) });
 	}
 
-	async take(file) {
+	// Pictures know what they started from, so it is never changed in place.
+	#keepStart(start) {
+		this.store.put("start", { ...start, id: 0 });
+		this.touch({ start });
+	}
+
+	paint(painting = !this.painting) {
+		this.endCompare();
+		this.touch({ painting, focus: painting ? "mask" : "prompt" });
+	}
+
+	/** Begin a stroke where the brush is. */
+	stroke(more) {
+		const { start, brush } = this;
+		const stroke = { ...brush, line: [brush.at, brush.at], ...more };
+		this.touch({ start: { ...start, strokes: [...start.strokes ?? [], stroke] } });
+	}
+
+	/** The mask has changed: it goes with the next request. */
+	masked(change) {
+		const start = { ...this.start, ...change };
+		const { width, height } = start;
+		const canvas = Object.assign(document.createElement("canvas"), { width, height });
+		const { data } = drawMask(canvas, start, "#fff").getImageData(0, 0, width, height);
+		const share = Math.ceil(sum(data.filter((_, i) => i % 4 > 2)) / (2.55 * width * height));
+		this.#keepStart({ ...start, share, mask: share > 0 && canvas.toDataURL() });
+		this.touch({ finished: t("mayChange", { share }) });
+	}
+
+	undo() { this.masked({ strokes: (this.start.strokes ?? []).slice(0, -1) }); }
+
+	async take(file, name) {
 		try {
-			const receipt = await receiptIn(file);
-			this.setStart({ ...await shrunk(file, 2 * this.limits.native), name: file.name });
+			const receipt = !name && await receiptIn(file);
+			this.setStart({ ...await shrunk(file, 2 * this.limits.native), name: name ?? file.name });
 			if (receipt) this.offer = { say: t("offer"), act: "recall", run: () => this.recall({ receipt }) };
 		} catch (trouble) { this.fail(trouble); }
 	}
@@ -496,19 +360,20 @@ export class Studio extends EventTarget {
 	}
 
 	run(request, start) {
-		const run = this.#make({ request: { ...request, ratio: start?.ratio }, start });
+		const run = this.make({ request, start });
 		this.endCompare();
 		return this.#show(run);
 	}
 
 	pickUp(job) {
-		if (!this.runs.some((run) => run.job === job.job)) this.#show(this.#make(job));
+		if (!this.runs.some((run) => run.job === job.job)) this.#show(this.make(job));
 	}
 
-	#make(given) {
+	make(given) {
 		const stop = new AbortController();
-		const run = { id: newId(), at: Date.now(), n: given.request.images?.length || given.request.body.n || 1, steps: {}, previews: {}, made: [], ...given, stop,
-			said: { say: "asking" } };
+		const { images, body } = given.request;
+		const run = { id: newId(), at: Date.now(), n: images?.length || body.n || 1, steps: {}, previews: {}, made: [],
+			said: { say: "asking" }, ...given, stop };
 		stop.signal.addEventListener("abort", () => run.job && this.engine.cancel(run.job));
 		return run;
 	}
@@ -516,10 +381,10 @@ export class Studio extends EventTarget {
 	#show(run) {
 		this.runs.unshift(run);
 		this.choose(run.id);
-		return this.#follow(run);
+		return this.follow(run);
 	}
 
-	async #follow(run) {
+	async follow(run) {
 		try {
 			for await (const event of patiently(this.engine, run)) this.#hear(run, event);
 		} catch (trouble) {
@@ -587,7 +452,7 @@ export class Studio extends EventTarget {
 	get items() { return [...this.runs, ...this.pictures]; }
 
 	choose(chosen) {
-		this.touch({ chosen, spread: null });
+		this.touch({ chosen, spread: null, painting: false });
 		this.dispatchEvent(new Event("choice"));
 	}
 
@@ -610,9 +475,7 @@ export class Studio extends EventTarget {
 		this.set(formOf(receipt, this.limits));
 	}
 
-	startFrom({ blob, receipt: { prompt, width, height } } = this.picture) {
-		this.setStart({ blob, name: prompt, ratio: width / height });
-	}
+	startFrom({ blob, receipt } = this.picture) { return this.take(blob, receipt.prompt); }
 
 	save(picture = this.picture) {
 		const anchor = document.createElement("a");
@@ -647,13 +510,15 @@ export class Studio extends EventTarget {
 
 	// ---- compare
 	compare(picture = this.picture) {
-		const form = picture ? formOf(picture.receipt, this.limits) : { ...this.form, n: 1, seed: this.form.seed ?? newSeed() };
+		const form = picture ? formOf(picture.receipt, this.limits)
+			: { ...this.form, n: 1, seed: this.form.seed ?? newSeed() };
 		if (!form.prompt.trim()) return this.fail(Trouble.of("prompt", "noPrompt"));
 		const usual = (axis) => AXES[axis](form).filter((value) => this.allows(axis, value)).join(", ");
 		const text = Object.fromEntries(Object.keys(AXES).map((axis) => [axis, usual(axis)]));
-		this.comparing = { form, start: (picture ?? this).start, x: "steps", y: "temperature", xs: [], ys: [], cells: [], text };
+		this.comparing = { form, start: (picture ?? this).start, x: "steps", y: "temperature", xs: [], ys: [], cells: [],
+			text };
 		[this.comparing.x] = this.axes;
-		return this.touch();
+		return this.touch({ painting: false });
 	}
 
 	get axes() {
@@ -666,7 +531,7 @@ export class Studio extends EventTarget {
 		return low === undefined || (value >= low && value <= high && !(WHOLE.includes(axis) && value % 1));
 	}
 
-	/** The values of an axis, or null when one is not allowed. */
+	/** The values of an axis, or null for a wrong one. */
 	values(axis) {
 		if (!axis) return [null];
 		const words = axis === "words";
@@ -687,22 +552,13 @@ export class Studio extends EventTarget {
 		const cell = (x, y) => {
 			const form = { ...c.form, [c.x]: x, [c.y]: y };
 			const request = requestOf({ ...form, prompt: form.words ?? form.prompt }, this.limits, c.start);
-			return { x, y, run: this.#make({ request: { ...request, aside: true }, start: c.start, aside: true }) };
+			return { x, y, run: this.make({ request: { ...request, aside: true }, start: c.start, aside: true }) };
 		};
 		Object.assign(c, { xs, ys, cells: ys.flatMap((y) => xs.map((x) => cell(x, y))) });
 		this.touch();
 		const todo = [...c.cells];
-		const work = async () => { while (todo.length && this.comparing === c) await this.#follow(todo.shift().run); };
+		const work = async () => { while (todo.length && this.comparing === c) await this.follow(todo.shift().run); };
 		return Promise.all([work(), work(), work(), work()]);
-	}
-
-	/** The table of a comparison that Python makes. */
-	show({ jobs = [], form, xs, ys, ...axes }) {
-		const make = (job, i) => ({ x: xs[i % xs.length], y: ys[Math.floor(i / xs.length)],
-			run: this.#make({ job, aside: true, request: { body: form } }) });
-		this.comparing = jobs[0] && { ...axes, form, xs, ys, text: {}, cells: jobs.map(make) };
-		this.comparing?.cells.forEach(({ run }) => this.#follow(run));
-		this.touch();
 	}
 
 	pick(picture) {
@@ -740,7 +596,7 @@ function setProp(el, name, value) {
 	else if (el.getAttribute(name) !== String(value)) el.setAttribute(name, value === true && !aria ? "" : value);
 }
 
-/** Make the children of `parent` look like `kids`. Nodes of one kind and key stay, with focus and scroll. */
+/** Make `parent` look like `kids`. Nodes of one kind and key stay, with focus and scroll. */
 function patch(parent, kids) {
 	const old = [...parent.childNodes];
 	const nodes = kids.map((kid) => {
@@ -761,23 +617,25 @@ function patch(parent, kids) {
 }
 
 const ICONS = {
-	picture: "M3 4h14v12H3zM3 13l4-4 4 4 2-2 4 3M12.5 7.5h.01", x: "M5 5l10 10M15 5L5 15", down: "M6 8l4 4 4-4",
-	dice: "M3.5 3.5h13v13h-13zM7 7h.01M13 13h.01M7 13h.01M13 7h.01", generate: "M10 16V4M5 9l5-5 5 5",
-	settings: "M3 6h14M3 14h14M7 3.5v5M13 11.5v5", again: "M16 10a6 6 0 1 1-2-4.5M16 2v4h-4", startFrom: "M16 10H4M9 5l-5 5 5 5",
-	compare: "M3 3h6v6H3zM11 3h6v6h-6zM3 11h6v6H3zM11 11h6v6h-6z", save: "M10 3v10M5.5 8.5L10 13l4.5-4.5M3 17h14",
-	remove: "M4 5.5h12M8 5V3h4v2M5.5 5.5l.7 11.5h7.6l.7-11.5M8.5 9v5M11.5 9v5",
-	keep: "M10 2.8l2.2 4.7 5 .6-3.7 3.5 1 5-4.5-2.5-4.5 2.5 1-5L2.8 8.1l5-.6z",
+	picture: "M3 4h14v12H3zM3 13l4-4 8 7M13 8h.01", x: "M5 5l10 10M15 5L5 15", down: "M6 8l4 4 4-4",
+	dice: "M3 3h14v14H3zM7 7h.01M13 13h.01M7 13h.01M13 7h.01", generate: "M10 16V4M5 9l5-5 5 5",
+	again: "M16 10a6 6 0 1 1-2-4.5M16 2v4h-4", startFrom: "M16 10H4M9 5l-5 5 5 5",
+	compare: "M3 3h5v5H3zM12 3h5v5h-5zM3 12h5v5H3zM12 12h5v5h-5z", save: "M10 3v10M5 8l5 5 5-5M3 17h14",
+	remove: "M4 6h12M8 6V3h4v3M6 6v11h8V6",
+	paint: "M12.5 3.5l4 4-8.5 8.5-5 1 1-5z", keep: "M10 2.8l2.2 4.7 5 .6-3.7 3.5 1 5-4.5-2.5-4.5 2.5 1-5L2.8 8.1l5-.6z",
 };
 const SPACE = h("span.grow");
 const CHOSEN = "[role=option][tabindex='0']";
 const DOT = h("i.dot");
 const dim = (...kids) => h("span.dim", ...kids);
-const icon = (name) => ICONS[name] && h("svg", { viewBox: "0 0 20 20", class: "icon", "aria-hidden": true }, h("path", { d: ICONS[name] }));
+const icon = (name) => ICONS[name] && (
+	h("svg", { viewBox: "0 0 20 20", class: "icon", "aria-hidden": true }, h("path", { d: ICONS[name] })));
 const button = (name, onclick, props) => h("button", { onclick, ...props }, icon(name), h("span", t(name)));
 const link = (name, onclick, props) => h("button.link", { onclick, ...props }, t(name));
 const small = (name, sign, onclick, { class: more = "", ...props } = {}) => (
 	h("button", { onclick, title: t(name), "aria-label": t(name), ...props, class: `quiet ${more}` }, icon(sign)));
-const card = (name, props, ...kids) => h("div", { key: name, role: "group", class: `card ${name}`, "aria-label": t(name), ...props }, ...kids);
+const card = (name, props, ...kids) => (
+	h("div", { key: name, role: "group", class: `card ${name}`, "aria-label": t(name), ...props }, ...kids));
 const field = (name, control, hidden) => h("label.field", { key: name, hidden }, dim(t(name)), control);
 const input = (s, name, props) => (
 	h("input", { name, value: s.form[name], oninput: (e) => s.set({ [name]: e.target.value }), ...props }));
@@ -799,7 +657,7 @@ function range(name, value, [min, , max], step, oninput) {
 
 function slider(s, name, step, hidden) {
 	const [low, usual, high] = s.limits[name];
-	const own = s.form[name] ?? usual;
+	const own = s.form[name] ?? (name === "strength" && s.start?.mask ? 1 : usual);
 	const set = (value) => s.set({ [name]: value });
 	return h("div.field", { key: name, hidden: hidden || low === high },
 		h("div.label", h("span", t(name)), SPACE,
@@ -822,18 +680,22 @@ function headView(s) {
 	const { status = "connecting", loading, queue, model, gpuName, device } = s.health;
 	return h("div.head", h("span.mark"), h("h1", "Aura"),
 		h("span.dim.which", model && t("on", { model: last(model), device: gpuName ?? device ?? "…" })), SPACE,
-		h("button.quiet.state", { "data-state": status, "aria-expanded": Boolean(s.panel), onclick: () => s.touch({ panel: !s.panel }) },
-			DOT, h("span", t(status) + (status === "loading" && loading ? ` · ${progressOf(loading)}` : inWork(queue)))));
+		h("button.quiet.state", { "data-state": status, "aria-expanded": Boolean(s.panel),
+			onclick: () => s.touch({ panel: !s.panel }) }, DOT,
+		h("span", t(status) + (status === "loading" && loading ? ` · ${progressOf(loading)}` : inWork(queue)))));
 }
 
 function alertView(s) {
 	const { trouble } = s;
 	const again = () => { s.fail(null); trouble.again(); };
-	const useKey = ({ target }) => { s.engine.key = target.closest(".row").querySelector("input").value.trim(); again(); };
+	const useKey = ({ target }) => {
+		s.engine.useKey(target.closest(".row").querySelector("input").value.trim());
+		again();
+	};
 	const enter = (e) => { if (e.key === "Enter") done(() => useKey(e))(e); };
 	return h("div.alert", { role: "alert", hidden: !trouble }, trouble && [h("p", trouble.message), h("div.row",
-		trouble.status === 401 ? [h("input", { type: "password", "aria-label": t("key"), placeholder: t("key"), onkeydown: enter }),
-			button("useKey", useKey)] : trouble.again && button("retry", again),
+		trouble.status === 401 ? [h("input", { type: "password", "aria-label": t("key"), placeholder: t("key"),
+			onkeydown: enter }), button("useKey", useKey)] : trouble.again && button("retry", again),
 		SPACE, small("close", "x", () => { s.fail(null); s.touch({ focus: "prompt" }); }))]);
 }
 
@@ -848,13 +710,15 @@ function composerView(s) {
 	h("div.box",
 		h("textarea", { id: "prompt", name: "prompt", rows: 2, maxlength: 2000, placeholder: t("example"), value: form.prompt,
 			"aria-invalid": s.wrong.includes("prompt"), oninput: (e) => s.set({ prompt: e.target.value }) }),
-		start && h("div.start", h("img", { alt: "", src: start.url }), h("span.grow", start.name || t("yours")),
+		start && h("div.start", h("img", { alt: "", src: start.url, title: start.name }),
+			limits.mask ? h("button.quiet", { "aria-pressed": s.painting, onclick: () => s.paint() }, icon("paint"),
+				h("span", t(start.mask ? "mayChange" : "paint", start))) : h("span", start.name), SPACE,
 			small("takeOff", "x", () => s.setStart(null))),
 		h("div.row",
 			h("label.button.quiet", { title: t("addPicture") }, icon("picture"), h("input.hidden", { type: "file",
 				accept: "image/png,image/jpeg,image/webp", "aria-label": t("addPicture"), onchange: file })),
 			h("button.quiet.fold", { key: "fold", title: t("settings"), "aria-expanded": Boolean(s.open),
-				onclick: () => s.touch({ open: !s.open }) }, icon("settings"),
+				onclick: () => s.touch({ open: !s.open }) },
 			h("span", [!start && form.aspect, steps].filter(Boolean).join(" · ")), icon("down")), SPACE,
 			h("button.main.go", { key: "go", type: "submit", title: "Ctrl+Enter", "aria-keyshortcuts": "Control+Enter",
 				disabled: ["failed", "ended"].includes(s.health.status) }, icon("generate"), h("span", t("generate"))))),
@@ -867,16 +731,19 @@ function composerView(s) {
 function chipsView(s) {
 	const { examples } = s;
 	const surprise = () => { s.set({ prompt: examples[newSeed() % examples.length] }); s.generate(); };
-	const chip = (prompt) => h("button.chip", { onclick: () => { s.set({ prompt }); s.touch({ focus: "prompt" }); } }, prompt);
+	const write = (prompt) => () => { s.set({ prompt }); s.touch({ focus: "prompt" }); };
+	const chip = (prompt) => h("button.chip", { onclick: write(prompt) }, prompt);
 	return h("div.chips", { key: "chips", hidden: !examples.length },
-		h("button.chip.first", { onclick: surprise }, icon("dice"), h("span", t("surprise"))), examples.slice(0, 4).map(chip));
+		h("button.chip.first", { onclick: surprise }, icon("dice"), h("span", t("surprise"))),
+		examples.slice(0, 4).map(chip));
 }
 
 function settingsView(s) {
 	const { form, limits, start } = s;
 	const acts = withoutActs(form, limits);
 	const set = (name) => (value) => s.set({ [name]: value });
-	const shapes = [...new Set([...ASPECTS, form.aspect])].map((aspect) => [aspect, aspect, h("i.shape", { "--ratio": ratio(aspect) })]);
+	const shapes = [...new Set([...ASPECTS, form.aspect])].map((aspect) => (
+		[aspect, aspect, h("i.shape", { "--ratio": ratio(aspect) })]));
 	const onSeed = ({ target }) => {
 		const text = target.value.trim();
 		s.set({ seed: text ? (/^\d+$/.test(text) ? Number(text) : NaN) : null });
@@ -886,17 +753,20 @@ function settingsView(s) {
 		radios("size", form.high, [[false, t("standard")], [true, t("high")]], set("high"), !limits.gpu || Boolean(start)),
 		h("div.pair", radios("count", form.n, [1, 2, 3, 4].map((n) => [n, n]), set("n")),
 			h("div.seed",
-				field("seed", input(s, "seed", { inputmode: "numeric", autocomplete: "off", placeholder: t("random"), oninput: onSeed,
-					"aria-invalid": s.wrong.includes("seed"), value: Number.isNaN(form.seed) ? undefined : form.seed ?? "" })),
+				field("seed", input(s, "seed", { inputmode: "numeric", autocomplete: "off", placeholder: t("random"),
+					oninput: onSeed, "aria-invalid": s.wrong.includes("seed"),
+					value: Number.isNaN(form.seed) ? undefined : form.seed ?? "" })),
 				small("dice", "dice", () => s.set({ seed: newSeed() })))),
-		slider(s, "strength", 0.05, !start), slider(s, "steps", 1), slider(s, "guidance", 0.1), slider(s, "temperature", 0.05),
-		field("negative", input(s, "negative", { maxlength: 2000, disabled: !acts, placeholder: acts ? "" : t("negativeOff") }),
+		slider(s, "strength", 0.05, !start), slider(s, "steps", 1), slider(s, "guidance", 0.1),
+		slider(s, "temperature", 0.05),
+		field("negative", input(s, "negative", { maxlength: 2000, disabled: !acts, placeholder: !acts && t("negativeOff") }),
 			limits.guidance[2] <= 1),
 		field("lora", select("lora", form.lora ?? "", ["", ...limits.loras], (name) => s.set({ lora: name || null })),
 			!limits.loras.length));
 }
 
 function stageView(s) {
+	if (s.painting) return paintView(s);
 	const { picture, running: run } = s;
 	const made = (one) => ({ src: s.url(one), alt: one.receipt.prompt, class: "", id: one.id });
 	const at = (_, i) => (run.made[i] ? made(run.made[i])
@@ -905,13 +775,48 @@ function stageView(s) {
 	const tile = ({ id, ...props }) => (shown.length < 2 ? h("img", props)
 		: h("button", { disabled: !id, "aria-pressed": id === s.chosen, onclick: () => s.choose(id) }, h("img", props)));
 	const light = shown.find(({ src }) => src);
-	const shape = run ? shapeOf(run.request) : picture ? shapeOf({ body: picture }) : 1;
 	return card("stage", { hidden: Boolean(s.comparing) },
 		light && h("img.glow", { key: "glow", alt: "", src: light.src }),
 		!shown.length && h("div.empty", { key: "empty" }, h("span.mark"), h("p", t("empty"))),
-		h("div", { key: "frame", class: `frame ${shown.length > 1 ? "many" : ""}`, hidden: !shown.length, "--ratio": shape },
-			shown.map(tile)),
+		h("div", { key: "frame", class: `frame ${shown.length > 1 ? "many" : ""}`, hidden: !shown.length,
+			"--ratio": run || picture ? shapeOf(run ?? picture) : 1 }, shown.map(tile)),
 		run ? meterView(s, run) : picture && actionsView(s, picture));
+}
+
+/** The start picture under its mask, and the brush. */
+function paintView(s) {
+	const { start: { url, width, height, crop }, brush } = s;
+	const [x, y] = brush.at;
+	const erases = brush.how !== "source-over";
+	const follow = ({ target, clientX, clientY }) => {
+		const box = target.getBoundingClientRect();
+		brush.at = [(clientX - box.x) / box.width, (clientY - box.y) / box.height];
+		s.touch();
+	};
+	const down = (e) => {
+		if (e.button || !e.isPrimary) return;
+		follow(e);
+		s.stroke();
+		e.target.setPointerCapture(e.pointerId);
+	};
+	const go = (e) => {
+		follow(e);
+		if (e.isPrimary && e.target.hasPointerCapture(e.pointerId)) s.start.strokes.at(-1).line.push(brush.at);
+	};
+	const set = (values) => { Object.assign(brush, values); s.touch(); };
+	// A stroke that is wider than any picture takes all of it.
+	const all = (how) => () => { s.stroke({ how, size: 9, soft: 0 }); s.masked(); };
+	return card("stage", {},
+		h("div.frame.paint", { key: "paint", "--ratio": width / height }, h("img", { alt: "", src: url }),
+			h("canvas", { name: "mask", width: 512, height: Math.round(512 * height / width), tabindex: 0, role: "application",
+				"aria-label": t("maskIs"), onpointerdown: down, onpointermove: go, onlostpointercapture: () => s.masked() }),
+			h("i.brush", { "--x": `${100 * x}%`, "--y": `${100 * y}%`, "--at": `${100 * brush.size}%` })),
+		h("div.actions", { key: "tools" },
+			range("brush", brush.size, [0.03, , 0.5], 0.01, (size) => set({ size })),
+			button("erase", () => set({ how: erases ? "source-over" : "destination-out" }), { "aria-pressed": erases }),
+			button("undo", () => s.undo()), button("invert", all("xor")), button("wipe", all("destination-out")),
+			button("closeUp", () => s.masked({ crop: crop ? 0 : 32 }), { "aria-pressed": Boolean(crop) }),
+			button("done", () => s.paint(), { class: "main" })));
 }
 
 function meterView(s, run) {
@@ -921,14 +826,15 @@ function meterView(s, run) {
 		h("span.said", said), button("stop", () => s.stop(run), { title: "Escape" }));
 }
 
-const KEYS = { again: "V", startFrom: "E", compare: "C", recall: "R", save: "S", keep: "F", remove: "Delete" };
+const KEYS = { paint: "P", again: "V", startFrom: "E", compare: "C", recall: "R", save: "S", keep: "F",
+	remove: "Delete" };
 const keyed = (name) => ({ title: `${t(name)} (${KEYS[name]})`, "aria-keyshortcuts": KEYS[name] });
 
 function actionsView(s, { star }) {
 	const act = (name, props) => button(name, () => s[name](), { ...keyed(name), ...props });
 	const sign = (name, props) => small(name, name, () => s[name](), { ...keyed(name), ...props });
-	return h("div.actions", { key: "actions" }, act("again", { class: "main" }), act("startFrom"), act("compare"), act("save"),
-		sign("keep", { class: star ? "on" : "", "aria-pressed": Boolean(star) }), sign("remove"));
+	return h("div.actions", { key: "actions" }, act("again", { class: "main" }), act("startFrom"), act("compare"),
+		act("save"), sign("keep", { class: star ? "on" : "", "aria-pressed": Boolean(star) }), sign("remove"));
 }
 
 function compareView(s, edit = true) {
@@ -938,9 +844,10 @@ function compareView(s, edit = true) {
 	const axis = (which, other, names) => {
 		const name = c[which];
 		const text = { name, value: c.text[name], "aria-label": `${t("over")} (${which})`, "aria-invalid": !s.values(name) };
+		const write = ({ target }) => { c.text[name] = target.value; s.touch(); };
 		return [select(which, name, names.filter((one) => !one || one !== c[other]), (to) => { c[which] = to; s.touch(); },
 			{ key: which, "aria-label": `${t("vary")} (${which})` }),
-		name && [dim(t("over")), h("input", { key: name, ...text, oninput: (e) => { c.text[name] = e.target.value; s.touch(); } })]];
+		name && [dim(t("over")), h("input", { key: name, ...text, oninput: write })]];
 	};
 	const cell = ({ x, y, run }) => {
 		const [picture] = run.made;
@@ -955,10 +862,12 @@ function compareView(s, edit = true) {
 	const made = c.cells.filter(({ run }) => run.made.length).length;
 	const n = edit && (s.values(c.x)?.length ?? 0) * (s.values(c.y)?.length ?? 0);
 	return card("compare", {},
-		edit && h("form.row.axes", { novalidate: true, onsubmit: done(() => s.fill()) }, dim(t("vary")), axis("x", "y", s.axes),
-			dim(t("and")), axis("y", "x", ["", ...s.axes]), h("button.main", { type: "submit" }, t("make", { n })),
+		edit && h("form.row.axes", { novalidate: true, onsubmit: done(() => s.fill()) }, dim(t("vary")),
+			axis("x", "y", s.axes), dim(t("and")), axis("y", "x", ["", ...s.axes]),
+			h("button.main", { type: "submit" }, t("make", { n })),
 			small("close", "x", () => s.endCompare())),
-		h("div.scroll", { tabindex: 0 }, h("table", h("caption", t("grid", c.form), of > 0 && ` · ${t("made", { n: made, of })}`),
+		h("div.scroll", { tabindex: 0 }, h("table",
+			h("caption", t("grid", c.form), of > 0 && ` · ${t("made", { n: made, of })}`),
 			of > 0 && h("thead", h("tr", h("td"), c.xs.map((x) => h("th", { scope: "col" }, title(c.x, x))))),
 			h("tbody", c.ys.map(row)))));
 }
@@ -981,8 +890,14 @@ function historyView(s) {
 		h("ul.tiles", { role: "listbox", "aria-label": t("history") }, items.map(option)));
 }
 
-const factList = (facts) => h("dl", Object.entries(facts).filter(([, value]) => value || value === 0).map(([key, value]) => (
-	h("div", { key, class: `fact-${key}` }, h("dt", t(key).toLowerCase()), h("dd", value)))));
+function factList(facts) {
+	const fact = ([key, value]) => {
+		const said = [value].flat().filter((one) => one || one === 0);
+		return said.length > 0 && h("div", { key, class: `fact-${key} ${value.length > 16 ? "wide" : ""}` },
+			h("dt", t(key).toLowerCase()), h("dd", value.join ? said.join("; ") : value));
+	};
+	return h("dl", Object.entries(facts).map(fact));
+}
 
 function receiptView(s) {
 	const picture = s.shown = s.picture ?? s.shown;
@@ -995,27 +910,30 @@ function receiptView(s) {
 		s.copied = "";
 		return s.say(t("copied"));
 	};
-	const facts = { seed: link(r.seed, () => s.set({ seed: r.seed }), { title: t("useSeed") }), size: `${r.width} × ${r.height}`,
+	const facts = { seed: link(r.seed, () => s.set({ seed: r.seed }), { title: t("useSeed") }),
+		size: `${r.width} × ${r.height}`,
 		steps: r.stepsAsked > r.steps ? `${r.steps} / ${r.stepsAsked}` : r.steps, guidance: number(r.guidanceScale),
 		temperature: number(r.temperature), strength: r.strength && number(r.strength), negative: r.negativePrompt,
-		lora: r.loraAlias, sampler: r.scheduler, model: last(r.model), time: seconds && t("seconds", { n: number(seconds, 1) }),
-		notes: r.corrections?.join("; ") };
+		lora: r.loraAlias, sampler: r.scheduler, model: last(r.model),
+		time: seconds && t("seconds", { n: number(seconds, 1) }),
+		mask: r.maskSha256?.slice(0, 8), closeUp: r.paddingMaskCrop && `${r.paddingMaskCrop} px`,
+		notes: r.corrections };
 	const kinds = [address && !r.strength && "link", address && "curl", "python", "json"].filter(Boolean);
 	return card("receipt", { class: `card receipt ${s.picture ? "" : "old"}` },
 		h("h2", t("receipt")), h("p", r.prompt), factList(facts),
-		h("div.row", button("recall", () => s.recall(picture), keyed("recall")), dim(t("copy")), kinds.map((kind) => link(kind, () => copy(kind)))),
+		h("div.row", button("recall", () => s.recall(picture), keyed("recall")), dim(t("copy")),
+			kinds.map((kind) => link(kind, () => copy(kind))), address && r.strength && dim(t("noLink"))),
 		s.copied && h("textarea", { name: "copied", key: "copied", readonly: true, rows: 4, "aria-label": t("copyThis"),
 			value: s.copied, onfocus: (e) => e.target.select() }));
 }
 
-const FACTS = ["status", "reason", "advice", "url", "model", "device", "loras", "scheduler", "precision", "queue", "memory",
-	"version", "optimizations", "warnings", "lately"];
-
-function engineFacts({ status, queue, memory, ...e }) {
+function engineFacts({ status, reason, advice, url, model, device, gpuName, queue, memory, version, lately, ...more }) {
+	const { loras, scheduler, precision, optimizations, warnings } = more;
 	const gib = (bytes) => t("gib", { n: number(bytes / 2 ** 30, 1) });
-	const words = { ...e, status: t(status) + inWork(queue), device: e.gpuName ?? e.device, queue: queue && t("queueIs", queue),
-		memory: memory && [gib(memory.rss), memory.gpu && `GPU ${gib(memory.gpu)}`].filter(Boolean) };
-	return Object.fromEntries(FACTS.map((key) => [key, [words[key] ?? []].flat().join("; ")]));
+	return { status: t(status) + inWork(queue), reason, advice, url, model, device: gpuName ?? device, loras, scheduler,
+		precision, queue: queue && t("queueIs", queue), version,
+		memory: memory && [gib(memory.rss), memory.gpu && `GPU ${gib(memory.gpu)}`],
+		 optimizations, warnings, lately };
 }
 
 function stepChart(costs = {}) {
@@ -1032,8 +950,10 @@ function engineView(s, always) {
 	const one = ([name, health]) => h("div", { key: name }, h("h2", { "data-state": health.status }, DOT, t(name)),
 		factList(engineFacts(health)), stepChart(health.stepCost));
 	return card("engine", {},
-		mode && radios("which", mode, ["local", "cloud", "auto"].map((name) => [name, t(name)]), (to) => s.engine.put("mode", to)),
-		h("div.engines", Object.entries(seen).map(one)), !always && h("p.dim", t("keys")));
+		mode && radios("which", mode, ["local", "cloud", "auto"].map((name) => [name, t(name)]),
+			(to) => s.engine.put("mode", to)),
+		h("div.engines", Object.entries(seen).map(one)),
+		!always && h("p.dim", t("keys"), Object.keys(KEYS).map((name) => ` · ${KEYS[name]}: ${t(name)}`)));
 }
 
 function noteView(s) {
@@ -1046,44 +966,43 @@ function noteView(s) {
 }
 
 const VIEWS = {
-	studio: (s) => [headView(s), engineView(s), h("div.body", composerView(s), stageView(s), compareView(s), historyView(s),
+	studio: (s) => [headView(s), engineView(s),
+		h("div.body", composerView(s), stageView(s), compareView(s), historyView(s),
 		receiptView(s)), noteView(s)],
 	engine: (s) => [headView(s), engineView(s, true)],
 	compare: (s) => [compareView(s, false), receiptView(s), noteView(s)],
 };
 
 // ---- hosts
-function isDark() {
-	const [body, html] = [document.body, document.documentElement];
-	const said = (name) => body.getAttribute(name) ?? html.getAttribute(name);
-	if (said("data-jp-theme-light")) return said("data-jp-theme-light") === "false";
-	const theme = said("data-vscode-theme-kind") ?? said("data-theme") ?? (/\bdark\b/.exec(`${body.className} ${html.className}`)?.[0]);
-	return theme ? /dark|high-contrast$/.test(theme) : matchMedia("(prefers-color-scheme: dark)").matches;
-}
-
 function actionOf(e, s, target) {
 	const { key } = e;
 	const inList = target.matches("[role=option]");
-	const row = () => Math.max(1, Math.floor(target.parentNode.clientWidth / (target.offsetWidth + 8)));
-	const ways = { ArrowLeft: () => -1, ArrowRight: () => 1, ArrowUp: () => -row(), ArrowDown: row, Home: () => -1e6, End: () => 1e6 };
+	const way = { Home: -1e6, End: 1e6 }[key] ?? (key in ARROWS && sum(ARROWS[key]));
+	const typing = target.matches("input:not([type=radio], [type=range]), textarea, select");
+	if (target.matches("canvas") && key in ARROWS) {
+		return () => { s.brush.at = s.brush.at.map((at, i) => clamp(at + ARROWS[key][i] / 25, 0, 1)); s.touch(); };
+	}
+	if (target.matches("canvas") && key === " ") return () => { s.stroke(); s.masked(); };
+	if (s.painting && !typing && key === "z" && (e.ctrlKey || e.metaKey)) return () => s.undo();
+	if (key === "Escape" && s.painting) return () => s.paint();
 	if (key === "Enter" && (e.ctrlKey || e.metaKey)) return () => s.generate();
 	if (key === "Escape") return s.runs.length ? () => s.stop() : s.comparing && (() => s.endCompare());
-	if (e.ctrlKey || e.metaKey || e.altKey || target.matches("input:not([type=radio], [type=range]), textarea, select")) return null;
-	if (inList && key in ways) return () => { s.move(ways[key]()); s.touch({ focus: CHOSEN }); };
+	if (e.ctrlKey || e.metaKey || e.altKey || typing) return null;
+	if (inList && way) return () => { s.move(way); s.touch({ focus: CHOSEN }); };
 	if (key === "/") return () => s.touch({ focus: "prompt" });
 	const pressed = key.replace("Backspace", "Delete").toLowerCase();
-	const name = s.picture && Object.keys(KEYS).find((one) => KEYS[one].toLowerCase() === pressed);
-	return name && (() => { s[name](); if (inList && name === "remove") s.touch({ focus: CHOSEN }); });
+	const name = Object.keys(KEYS).find((one) => KEYS[one].toLowerCase() === pressed);
+	if (!name || !(name === "paint" ? s.start && s.limits.mask : s.picture)) return null;
+	return () => { s[name](); if (inList && name === "remove") s.touch({ focus: CHOSEN }); };
 }
 
-/** Show a Studio, or the part of it that `view` names, in `host`. Returns what ends it. */
-export function mount(host, s, { styles, view = "studio", texts: own } = {}) {
+/** Show the part of a Studio that `view` names. Returns what ends it. */
+export function mount(host, s, { styles, isDark, view = "studio", texts: own } = {}) {
 	texts = { ...texts, ...own };
 	const root = host.shadowRoot ?? host.attachShadow({ mode: "open" });
 	const sheet = new CSSStyleSheet();
 	sheet.replaceSync(styles);
 	root.adoptedStyleSheets = [sheet];
-	host.setAttribute("data-lm-suppress-shortcuts", "true");
 	const el = Object.assign(document.createElement("div"), { className: `aura ${view}` });
 	el.dataset.drop = t("drop");
 	root.replaceChildren(el);
@@ -1091,6 +1010,8 @@ export function mount(host, s, { styles, view = "studio", texts: own } = {}) {
 	const draw = () => {
 		const focused = root.activeElement;
 		patch(el, VIEWS[view](s).filter(Boolean));
+		const mask = root.querySelector("canvas");
+		if (mask) drawMask(mask, s.start, "#7c3aed");
 		const { focus } = s;
 		if (focus && (s.view ?? root) === root) {
 			s.focus = null;
@@ -1124,43 +1045,4 @@ export function mount(host, s, { styles, view = "studio", texts: own } = {}) {
 	look();
 	draw();
 	return () => { clearInterval(tick); s.removeEventListener("change", draw); };
-}
-
-export async function openPage(host, styles) {
-	const s = new Studio(new HttpEngine());
-	mount(host, s, { styles });
-	const receipt = receiptOfLink(location.hash);
-	const run = () => {
-		history.replaceState(null, "", location.pathname);
-		s.run({ route: "replay", images: [], body: { receipt } });
-	};
-	if (receipt) s.offer = { say: t("shared", receipt), act: "makeIt", run };
-	await s.begin();
-	s.touch({ focus: "prompt" });
-}
-
-export default function widget() {
-	let s;
-	return {
-		initialize({ model }) {
-			const engine = new WidgetEngine(model);
-			const get = (name) => model.get(name);
-			s = new Studio(engine);
-			s.addEventListener("choice", () => { if (s.picture && get("choice") !== s.chosen) engine.put("choice", s.chosen); });
-			const changes = {
-				value: () => { Object.assign(s.form, get("value")); s.touch(); },
-				choice: () => { if (get("choice") !== s.chosen && s.find(get("choice"))) s.choose(get("choice")); },
-				examples: () => s.touch({ examples: get("examples") }),
-				jobs: async () => (await s.store.all("jobs")).forEach((job) => s.pickUp(job)),
-				table: () => s.show(get("table")),
-			};
-			for (const [name, run] of Object.entries(changes)) model.on(`change:${name}`, run);
-			model.on("change:health change:engines change:mode", () => s.look());
-			model.on("comm_live_update", () => engine.hello());
-			if (get("view") === "studio") s.begin();
-			s.look();
-			s.show(get("table") ?? {});
-		},
-		render: ({ model, el }) => mount(el, s, { styles: model.get("styles"), view: model.get("view") }),
-	};
 }
