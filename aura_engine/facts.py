@@ -13,10 +13,10 @@ from .downloads import Unusable
 from .models import Row
 
 # %% auto #0
-__all__ = ['MOST_HEADER', 'WEIGHTS', 'KINDS', 'NO_SIGNAL', 'SIGMAS', 'VELOCITY', 'EDM', 'STATISTICS', 'cosine_betas', 'betas',
-           'last_sigma', 'Tensor', 'header', 'check_types', 'Kind', 'has_name', 'without_words', 'kind_of',
-           'check_kind', 'Facts', 'facts_of_configs', 'facts_of_header', 'said_by_file', 'config_in', 'facts',
-           'check_facts', 'row_by_facts']
+__all__ = ['MOST_HEADER', 'STARTS', 'WEIGHTS', 'KINDS', 'NO_SIGNAL', 'SIGMAS', 'READ', 'BYTES', 'LONGEST', 'VELOCITY', 'EDM',
+           'STATISTICS', 'cosine_betas', 'betas', 'last_sigma', 'Tensor', 'no_weights', 'header', 'check_types', 'Kind',
+           'has_name', 'without_words', 'kind_of', 'check_kind', 'Facts', 'facts_of_configs', 'facts_of_header',
+           'unused_in', 'said_by_file', 'read_json', 'config_in', 'facts', 'check_facts', 'row_by_facts']
 
 # %% ../nbs/04b_facts.ipynb #80eb892c
 def cosine_betas(n: int) -> list[float]:
@@ -46,20 +46,42 @@ MOST_HEADER = 100 << 20                           # bytes, as the format's own l
 
 @dataclass(frozen=True)
 class Tensor:
-    "A line of a safetensors header."
+    "A line of a safetensors header: a tensor's type, its shape, and where its bytes end after the header."
     dtype: str
     shape: tuple[int, ...]
+    end: int = 0
 
+# %% ../nbs/04b_facts.ipynb #06ae8ffd
+STARTS = {
+    b"version ": "is a pointer of Git LFS and not the file: fetch it with `git lfs pull`",
+    b"<": "is a web page, saved in place of the file: its server wants a login, or has moved it",
+    b"GGUF": "is a GGUF file by another name, and only safetensors are taken",
+    b"PK": "is a pickled file by another name: it can run code when it is read, and only safetensors are taken",
+    b"\x80": "is a pickled file by another name: it can run code when it is read, and only safetensors are taken"}
+
+def no_weights(start: bytes) -> str:
+    "What a file is that begins with these bytes and has no header of safetensors."
+    if not start: return "is empty"
+    known = [words for first, words in STARTS.items() if start.startswith(first)]
+    return known[0] if known else "is damaged, or no safetensors file"
+
+# %% ../nbs/04b_facts.ipynb #f43ddc5c
 def header(file: Path) -> dict[str, Tensor]:
-    "Name -> type and shape of every tensor in a safetensors file. Unusable when it is none."
+    "Name -> type and shape of every tensor in a safetensors file. Unusable when it is none, or not whole."
+    size = file.stat().st_size
     with file.open("rb") as f:
         start = f.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else MOST_HEADER + 1
-        if length > MOST_HEADER: raise Unusable(f"{file.name} is damaged, or no safetensors file")
+        if length > MOST_HEADER: raise Unusable(f"{file.name} {no_weights(start)}")
         text = f.read(length)
+    if len(text) < length: raise Unusable(f"{file.name} is damaged: it ends inside its header")
     try: table = json.loads(text)
     except ValueError as e: raise Unusable(f"{file.name} is damaged: its header cannot be read") from e
-    return {k: Tensor(v["dtype"], tuple(v["shape"])) for k, v in table.items() if k != "__metadata__"}
+    tensors = {name: Tensor(line["dtype"], tuple(line["shape"]), line["data_offsets"][1])
+               for name, line in table.items() if name != "__metadata__"}
+    whole = 8 + length + max((tensor.end for tensor in tensors.values()), default=0)
+    if size < whole: raise Unusable(f"{file.name} is damaged: it has {size:,} of its {whole:,} bytes")
+    return tensors
 
 # %% ../nbs/04b_facts.ipynb #a9122fcd
 WEIGHTS = ("F16", "BF16", "F32", "F64")
@@ -81,6 +103,8 @@ class Kind:
 
 _UNET, _FIRST = "model.diffusion_model.", "model.diffusion_model.input_blocks.0.0.weight"
 _CHANGES = "it changes a model: name it in SD_LORAS, or in SD_LCM_LORA_ID when it is a method"
+_BASE = "it needs a base: name it in SD_BASE_ID"
+_WORD = "it is a word for a prompt, and no model"
 _NOT_SD = "this engine serves Stable Diffusion 1.5 and SDXL"
 _FOLDER = "this engine reads {} from a diffusers folder or repository, not from one file"
 KINDS = (
@@ -90,19 +114,27 @@ KINDS = (
     Kind("a Z-Image model", ("cap_embedder.",), _FOLDER.format("Z-Image-Turbo")),
     Kind("a Z-Image model", (_UNET + "cap_embedder.",), _FOLDER.format("Z-Image-Turbo")),
     Kind("a ControlNet", ("control_model.",), "it steers another model and draws nothing alone"),
-    Kind("a textual inversion", ("emb_params",), "it is a word for a prompt, and no model"),
-    Kind("a LoHa or LoKr", ("lokr_",), "only LoRAs are taken, and those as SD_LORAS"),
-    Kind("a LoHa or LoKr", ("hada_",), "only LoRAs are taken, and those as SD_LORAS"),
-    Kind("a LoRA", ("lora_",), _CHANGES),
-    Kind("a LoRA", ("unet.", "lora"), _CHANGES),
+    Kind("a ControlNet", ("controlnet_cond_embedding.",), "it steers another model and draws nothing alone"),
+    Kind("an IP-Adapter", ("ip_adapter.",), "it shows pictures to another model and draws nothing alone"),
+    Kind("a motion module", ("down_blocks.0.motion_modules.",), "it makes films of another model's pictures"),
+    # a checkpoint may hold stray tensors of other kinds, so it comes before them
     Kind("SDXL's refiner", (_UNET, "conditioner.embedders.0.model."), "it finishes another model's pictures"),
     Kind("an SDXL checkpoint", (_UNET, "conditioner.embedders.1.")),
     Kind("a Stable Diffusion 2 checkpoint", (_UNET, "cond_stage_model.model.")),
     Kind("a Stable Diffusion 1 checkpoint", (_UNET, "cond_stage_model.transformer.")),
-    Kind("a UNet alone", (_UNET,), "it needs a base: name it in SD_BASE_ID"),
-    Kind("a UNet alone", ("down_blocks.", "mid_block."), "it needs a base: name it in SD_BASE_ID"),
+    Kind("a textual inversion", ("emb_params",), _WORD),
+    Kind("a textual inversion", ("clip_g",), _WORD),
+    Kind("a textual inversion", ("<",), _WORD),
+    Kind("a LoHa or LoKr", ("lokr_",), "only LoRAs are taken, and those as SD_LORAS"),
+    Kind("a LoHa or LoKr", ("hada_",), "only LoRAs are taken, and those as SD_LORAS"),
+    Kind("a LoRA", ("lora_",), _CHANGES),
+    Kind("a LoRA", ("unet.", "lora"), _CHANGES),
+    Kind("a UNet alone", (_UNET,), _BASE),
+    Kind("a UNet alone", ("input_blocks.", "output_blocks."), _BASE),
+    Kind("a UNet alone", ("down_blocks.", "mid_block."), _BASE),
     Kind("a VAE", ("decoder.", "encoder."), "it belongs into SD_VAE_ID"),
     Kind("a VAE", ("first_stage_model.",), "it belongs into SD_VAE_ID"),
+    Kind("a text encoder", ("text_model.",), "it is one part of a model: a folder or a whole checkpoint is needed"),
 )
 
 # %% ../nbs/04b_facts.ipynb #e9d32f66
@@ -178,6 +210,24 @@ def facts_of_header(table: Mapping[str, Tensor]) -> dict[str, Any]:
     if "ztsnr" in table: said["rescale_betas_zero_snr"] = True
     return said
 
+# %% ../nbs/04b_facts.ipynb #9e036d50
+READ = (_UNET, "first_stage_model.", "cond_stage_model.", "conditioner.")
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+LONGEST = 2000                                    # numbers of a noise schedule
+
+def unused_in(table: Mapping[str, Tensor]) -> list[str]:
+    "A sentence for each group of tensors in a checkpoint that no part of a model is read from."
+    groups: dict[str, list[Tensor]] = {}
+    for name, tensor in table.items():
+        group, dot, _ = without_words(name).partition(".")
+        schedule = not dot and math.prod(tensor.shape) <= LONGEST or group == "denoiser"
+        if not schedule and not without_words(name).startswith(READ): groups.setdefault(group, []).append(tensor)
+    said = []
+    for group, tensors in groups.items():
+        size = sum(math.prod(t.shape) * BYTES.get(t.dtype, 1) for t in tensors) / 1e6
+        said.append(f"{len(tensors)} tensors named {group}.… ({size:,.1f} MB) are not used")
+    return said
+
 # %% ../nbs/04b_facts.ipynb #314b71e0
 VELOCITY = ("vpred", "v-pred", "v_pred", "vprediction", "v-prediction")
 
@@ -191,10 +241,15 @@ def said_by_file(file: Path, prediction: str) -> list[str]:
             "SD_PREDICTION=v_prediction if that is right"]
 
 # %% ../nbs/04b_facts.ipynb #55a79d53
+def read_json(file: Path) -> dict[str, Any]:
+    "A configuration file. Unusable, naming it, when it is damaged."
+    try: return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e: raise Unusable(f"{file.parent.name}/{file.name} is damaged: it is no JSON ({e})") from e
+
 def config_in(folder: Path, name: str) -> dict[str, Any]:
     "A configuration of a folder, {} when there is none."
     file = folder / name
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_json(file) if file.is_file() else {}
 
 def facts(source: str | Path) -> Facts:
     "What a model's folder or .safetensors file says about itself."

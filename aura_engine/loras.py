@@ -6,7 +6,7 @@
 from __future__ import annotations
 import json, math, re
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 import torch
@@ -14,27 +14,29 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from .downloads import Unusable, blame, class_names, patiently
-from .facts import header
+from .facts import header, kind_of
 from .models import PICKLED, ROWS, Row, is_local, is_named
 from .reader import Reader, nothing_else, reading
 
 # %% auto #0
-__all__ = ['USUAL', 'ROLES', 'PREFIXES', 'OTHERS', 'INNER', 'OUTER', 'IN_BLOCK', 'Place', 'DOES_NOT_FIT', 'SHARE', 'A_METHOD',
-           'only_file', 'lora_file', 'LoraLayer', 'role_of', 'place_of', 'original_name', 'layers_of', 'LoraFile',
-           'lora_layer', 'sorted_tensors', 'peft_settings', 'read_lora', 'lora_parts', 'weights_of', 'fuse_lora',
-           'Loras', 'adapter_name', 'peft_config', 'fill_layer', 'keep_lora', 'keep_loras']
+__all__ = ['USUAL', 'ROLES', 'PREFIXES', 'OTHERS', 'INNER', 'OUTER', 'IN_BLOCK', 'BUNDLE', 'Place', 'DOES_NOT_FIT', 'SHARE',
+           'A_METHOD', 'only_file', 'lora_file', 'LoraLayer', 'role_of', 'place_of', 'original_name', 'layers_of',
+           'LoraFile', 'lora_layer', 'other_way', 'sorted_tensors', 'peft_settings', 'sizes_of', 'read_lora',
+           'lora_parts', 'weights_of', 'fuse_lora', 'Loras', 'adapter_name', 'peft_config', 'fill_layer', 'keep_lora',
+           'keep_loras']
 
 # %% ../nbs/04d_loras.ipynb #1d99e289
 USUAL = "pytorch_lora_weights.safetensors"
 
-def only_file(names: list[str]) -> str:
+def only_file(names: list[str], at: str = "owner/name") -> str:
     "The usual file among names, or the only .safetensors at the top. Unusable when that does not decide."
     top = [name for name in names if "/" not in name and name.endswith(".safetensors")]
     found = [USUAL] if USUAL in names else top
     if len(found) == 1: return found[0]
     if not found and any(name.endswith(PICKLED) for name in names):
         raise Unusable("it has only pickled weights, which can run code when they are read")
-    raise Unusable(f"it has {len(found) or 'no'} .safetensors files; write owner/name/file.safetensors")
+    if not found: raise Unusable("it has no .safetensors file")
+    raise Unusable(f"it has {len(found)} .safetensors files; name one of them, as {at}/{found[0]}")
 
 # %% ../nbs/04d_loras.ipynb #7c570721
 def lora_file(reader: Reader, source: str, row: Row | None = None) -> Path:
@@ -42,7 +44,7 @@ def lora_file(reader: Reader, source: str, row: Row | None = None) -> Path:
     if row and row.lora and not is_local(source) and is_named(source, row.lora): source = row.lora
     if is_local(source):
         path = reader.located(source, "", nothing_else)
-        return path if path.is_file() else path / only_file([p.name for p in path.iterdir()])
+        return path if path.is_file() else path / only_file([p.name for p in path.iterdir()], path.name)
     if source.endswith((".safetensors", *PICKLED)): return reader.located(source, "", nothing_else)
     try: return reader.located(f"{source}/{USUAL}", "", nothing_else)
     except Exception as e:
@@ -91,7 +93,8 @@ PREFIXES = {
     "lora_unet_": "unet", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te_": "text_encoder",
     "unet.": "unet", "text_encoder_2.": "text_encoder_2", "text_encoder.": "text_encoder", "base_model.model.": "unet"}
 OTHERS = {                                        # other ways to change a model, by a piece of their tensors' names
-    "hada_": "a LoHa", "lokr_": "a LoKr", "oft_": "an OFT", "glora": "a GLoRA", ".diff": "a file of whole differences"}
+    r"hada_": "a LoHa", r"lokr_": "a LoKr", r"\boft_": "an OFT", r"glora": "a GLoRA",
+    r"\.diff(_b)?$": "a file of whole differences"}
 
 def role_of(name: str) -> tuple[str, str] | None:
     "(the name of a layer, what this tensor is to it), or None when it is nothing of a LoRA."
@@ -150,19 +153,24 @@ def layers_of(model: nn.Module) -> dict[str, str]:
     return names
 
 # %% ../nbs/04d_loras.ipynb #e39f9a71
+BUNDLE = "bundle_emb."                            # before embeddings that a trainer packed into a LoRA's file
+
 @dataclass
 class LoraFile:
     "A LoRA that was read: layers by (part, layer's name), and how many of its layers this model does not have."
     layers: dict[tuple[str, str], LoraLayer]
     strangers: list[str]
-    unused: int = 0                               # tensors that are nothing of a LoRA (embeddings)
+    unused: list[str] = field(default_factory=list)              # tensors that are nothing of a LoRA
 
     def said(self) -> list[str]:
         "What a person should know."
         n, notes = len(self.layers) + len(self.strangers), []
         if self.strangers:
             notes.append(f"{len(self.layers)} of {n} layers fit, the others are not used ({self.strangers[0]} …)")
-        if self.unused: notes.append(f"{self.unused} tensors are no part of a LoRA and are not used")
+        words = [name for name in self.unused if name.startswith(BUNDLE)]
+        rest = [name for name in self.unused if name not in words]
+        if words: notes.append(f"{len(words)} tensors of words for prompts (bundle_emb) come with it and are not used")
+        if rest: notes.append(f"{len(rest)} tensors are no part of a LoRA and are not used ({rest[0]} …)")
         return notes
 
 def lora_layer(tensors: dict[str, torch.Tensor], settings: Mapping[str, Any]) -> LoraLayer | None:
@@ -176,14 +184,21 @@ def lora_layer(tensors: dict[str, torch.Tensor], settings: Mapping[str, Any]) ->
     return LoraLayer(down, up, alpha / root, tensors.get("lengths"))
 
 # %% ../nbs/04d_loras.ipynb #0bf3a055
+def other_way(names: Iterable[str]) -> str | None:
+    "What changes a model in these tensors, when it is another way than a LoRA's."
+    for piece, kind in OTHERS.items():
+        if any(re.search(piece, name) for name in names): return kind
+    return None
+
 Place = tuple[str, str]                            # part of the pipeline, flat name of a layer in it
 
 def sorted_tensors(file: Path) -> tuple[dict[Place, dict[str, torch.Tensor]], list[str]]:
     "(place -> what a tensor is -> tensor, the names of the rest). Unusable for another kind of file."
     state, layers, rest = load_file(file), {}, []
+    other = other_way(state)
+    if other: raise Unusable(f"it is {other}; only LoRAs and DoRAs are taken")
+    if not any(role_of(name) for name in state): raise Unusable(f"it is {kind_of(state).name}, and no LoRA")
     for name, tensor in state.items():
-        for piece, kind in OTHERS.items():
-            if piece in name: raise Unusable(f"it is {kind}; only LoRAs and DoRAs are taken")
         found = role_of(name)
         if found is None: rest.append(name)
         else: layers.setdefault(place_of(found[0]), {})[found[1]] = tensor
@@ -200,6 +215,13 @@ def peft_settings(file: Path) -> dict[str, dict[str, Any]]:
     return parts
 
 # %% ../nbs/04d_loras.ipynb #bd700c54
+def sizes_of(layer: LoraLayer, weight: torch.Tensor, name: str) -> str:
+    "How the sizes of a layer and of a model's weights differ, in words."
+    theirs, ours = layer.down[0].numel(), weight[0].numel()
+    if theirs != ours: return f"at {name} it takes {theirs} numbers, the model has {ours}"
+    return f"at {name} it gives {len(layer.up)} numbers, the model has {len(weight)}"
+
+# %% ../nbs/04d_loras.ipynb #ba8963f1
 DOES_NOT_FIT = "it does not fit this model (a LoRA belongs to one base), or it is no LoRA"
 SHARE = 0.5                                       # of a file's layers that must be there
 
@@ -209,12 +231,13 @@ def read_lora(file: Path, pipe: Any) -> LoraFile:
     tensors, rest = sorted_tensors(file)
     settings = peft_settings(file)
     names = {part: layers_of(model) for part, model in lora_parts(pipe).items()}
-    found = LoraFile({}, [], len(rest))
+    found = LoraFile({}, [], rest)
     for (part, flat), mine in tensors.items():
         name, layer = names.get(part, {}).get(flat), lora_layer(mine, settings.get(part, {}))
-        if layer is None: found.unused += len(mine)
+        if layer is None: found.unused += [f"{part} {flat}"] * len(mine)
         elif name is None: found.strangers.append(f"{part} {flat}")
-        elif not layer.fits(weights_of(pipe, part, name)): raise Unusable(DOES_NOT_FIT)
+        elif not layer.fits(weights_of(pipe, part, name)):
+            raise Unusable(f"{DOES_NOT_FIT}: {sizes_of(layer, weights_of(pipe, part, name), f'{part} {name}')}")
         else: found.layers[part, name] = layer
     fitting, n = len(found.layers), len(found.layers) + len(found.strangers)
     if not fitting: raise Unusable(DOES_NOT_FIT)

@@ -15,9 +15,10 @@ from .types import Invalid, Limits
 __all__ = ['SAMPLERS', 'EPSILON', 'SD', 'XL', 'SD15_ID', 'SDXL_ID', 'SSD_ID', 'EMBEDDED_ROWS', 'SD_ROWS', 'XL_ROWS', 'KLEIN',
            'Z_IMAGE', 'FLOW_ROWS', 'ROWS', 'VAES', 'EMBEDDED', 'INCLUDED', 'PICKLED', 'SOURCES', 'ALIASES', 'WITHDRAWN',
            'WITHDRAWN_WORDS', 'BASES', 'NARROWEST', 'Sampler', 'executed_steps', 'last_steps', 'Row', 'lcm_lora',
-           'lcm_model', 'distilled', 'hyper', 'hyper_cfg', 'tcd', 'lightning', 'lightning_lora', 'model_table',
-           'vae_table', 'resolve_id', 'is_local', 'check_source', 'is_named', 'own_name', 'with_lora', 'is_whole',
-           'row_for', 'detect', 'detect_flow', 'fit_size', 'size_for', 'makes', 'limits_of']
+           'lcm_model', 'distilled', 'hyper', 'hyper_cfg', 'tcd', 'pcm', 'flash', 'lightning', 'lightning_lora',
+           'model_table', 'figures_table', 'vae_table', 'resolve_id', 'is_local', 'check_source', 'is_named',
+           'own_name', 'with_lora', 'is_whole', 'row_for', 'detect', 'detect_flow', 'fit_size', 'size_for', 'makes',
+           'limits_of']
 
 # %% ../nbs/02_models.ipynb #d50d7ab4
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ SAMPLERS = {
     "euler-x0": Sampler("EulerDiscreteScheduler", {"timestep_spacing": "trailing", "prediction_type": "sample"}),
     "euler-a": Sampler("EulerAncestralDiscreteScheduler", {"timestep_spacing": "trailing"}),
     "tcd": Sampler("TCDScheduler", _LCM_CONFIG, max_steps=50, step=(("eta", 1.0),)),
+    "tcd-0": Sampler("TCDScheduler", {**_LCM_CONFIG, "set_alpha_to_one": True}, max_steps=50, step=(("eta", 0.0),)),
     "tcd-0.3": Sampler("TCDScheduler", _LCM_CONFIG, max_steps=50, step=(("eta", 0.3),)),
     "dmd2": Sampler("LCMScheduler", _LCM_CONFIG, max_steps=4, timesteps=(999, 749, 499, 249)),
     "dpm": Sampler("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}),
@@ -86,6 +88,7 @@ class Row:
     precisions: tuple[str, ...] = ("fp16", "bf16", "fp32")       # what it runs in, the first one by itself on a GPU
     text_layers: int | None = None               # how many layers of the text encoder are read (-1: all but one)
     refine: str = "noise"                        # a refinement adds noise to a picture, or looks at it as a "reference"
+    figures: str = ""                            # where steps, guidance, sampler and size are published
 
     @property
     def cfg(self) -> bool:
@@ -114,24 +117,34 @@ SD15_ID = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SDXL_ID = "stabilityai/stable-diffusion-xl-base-1.0"
 SSD_ID = "segmind/SSD-1B"
 
-_sd15 = Row("sd15", SD, "dpm", (1, 20, 100), (1, 7.5, 20), 512, tiny_vae="madebyollin/taesd", ids=(SD15_ID,))
+_sd15 = Row("sd15", SD, "dpm", (1, 20, 100), (1, 7.5, 20), 512, tiny_vae="madebyollin/taesd", ids=(SD15_ID,),
+            figures="unet/config.json: 512 px; StableDiffusionPipeline's default: guidance 7.5; diffusers' guide: "
+                    "DPM-Solver++ needs 20 or 25 steps")
 _sdxl = Row("sdxl", XL, "dpm", (1, 25, 100), (1, 5.0, 15), 1024, tiny_vae="madebyollin/taesdxl", ids=(SDXL_ID,),
-            note="the VAE overflows in fp16; decoded in fp32")
-_ssd = replace(_sdxl, name="ssd-1b", ids=(SSD_ID,), note="SDXL with half the UNet")
+            note="the VAE overflows in fp16; decoded in fp32",
+            figures="unet/config.json: 1024 px; StableDiffusionXLPipeline's default: guidance 5; diffusers' guide: "
+                    "DPM-Solver++ needs 20 or 25 steps")
+_ssd = replace(_sdxl, name="ssd-1b", ids=(SSD_ID,), note="SDXL with half the UNet",
+               figures="card: SDXL's pipeline at 1024 px, so 25 steps and guidance 5 as there")
 _small = Row("embedded-base", SD, "ddim", (1, 25, 50), (1, 1.0, 4), 128, multiple=16, standard=1.0, token_limit=48,
-             weights="ignored", ids=("embedded-base",), note="the embedded model as a base, for many steps")
+             weights="ignored", ids=("embedded-base",), note="the embedded model as a base, for many steps",
+             figures="notebook 90_train: 128 px, DDIM with 25 steps, guidance 1")
 
 # %% ../nbs/02_models.ipynb #9d251b88
 def lcm_lora(base: Row, lora: str) -> Row:
     "`base` with an LCM-LoRA."
+    figures = "card: LCMScheduler, 4 steps in its example, 2 to 8 recommended, guidance 1 (off) to 2"
     return replace(base, name=f"{base.name}-lcm-lora", sampler="lcm", steps=(1, 4, 12), guidance=(1, 1.0, 2.0),
-                   ids=(), note="", lora=lora)
+                   ids=(), note="", lora=lora, figures=figures)
 
 # %% ../nbs/02_models.ipynb #3222369b
 def lcm_model(base: Row, /, **where: Any) -> Row:
     "The LCM distilled from `base`; `where` says where it lies (`ids`, or `base` and `unet`)."
+    figures = ("card: LCMScheduler, 4 steps, guidance 8; diffusers' guide to LCM: the UNet was trained with guidance "
+               "3 to 13")
+    kept = {"ids": (), "note": "guidance is an input of the UNet", "figures": figures, **where}
     return replace(base, name=f"{base.name}-lcm", sampler="lcm", steps=(1, 4, 12), guidance=(3, 8.0, 13),
-                   guidance_embedded=True, **{"ids": (), "note": "guidance is an input of the UNet", **where})
+                   guidance_embedded=True, **kept)
 
 # %% ../nbs/02_models.ipynb #cf196686
 def distilled(base: Row, /, name: str, steps: int, sampler: str, most: int | None = None, **given: Any) -> Row:
@@ -145,21 +158,41 @@ def hyper(base: Row, stem: str, steps: int) -> Row:
     plural = "s" if steps > 1 else ""
     file = f"ByteDance/Hyper-SD/{stem}-{steps}step{plural}-lora.safetensors"
     name = f"{base.name}-hyper-{steps}"
-    if steps == 1: return distilled(base, name, 1, "tcd", most=8, lora=file)
-    return distilled(base, name, steps, "ddim", lora=file)
+    one = "card: the unified LoRA: TCDScheduler, eta 1, 1 step, up to 8 steps, guidance 0"
+    if steps == 1: return distilled(base, name, 1, "tcd", most=8, lora=file, figures=one)
+    figures = f"card: DDIM, trailing, {steps} steps as in the file's name, guidance 0"
+    return distilled(base, name, steps, "ddim", lora=file, figures=figures)
 
 # %% ../nbs/02_models.ipynb #203c4150
 def hyper_cfg(base: Row, stem: str, steps: int) -> Row:
     "Hyper-SD's LoRA for `steps` steps with guidance."
     file = f"ByteDance/Hyper-SD/{stem}-{steps}steps-CFG-lora.safetensors"
     row = distilled(base, f"{base.name}-hyper-{steps}-cfg", steps, "ddim", lora=file)
-    return replace(row, guidance=(5, 5.0, 8), note="model card: guidance 5 to 8")
+    figures = f"card: DDIM, trailing, {steps} steps as in the file's name, guidance 5 to 8"
+    return replace(row, guidance=(5, 5.0, 8), note="model card: guidance 5 to 8", figures=figures)
 
 # %% ../nbs/02_models.ipynb #d2530e6a
 def tcd(base: Row, lora: str) -> Row:
     "`base` with TCD's LoRA."
     row = distilled(base, f"{base.name}-tcd", 4, "tcd-0.3", lora=lora, note="model card: eta 0.3, guidance 0")
-    return replace(row, steps=(1, 4, 50))
+    return replace(row, steps=(1, 4, 50), figures="card: TCDScheduler, eta 0.3, 4 steps and more, guidance 0")
+
+# %% ../nbs/02_models.ipynb #ddc20b61
+def pcm(base: Row, kind: str, steps: int) -> Row:
+    "The LoRA of a phased consistency model for `steps` steps, of `kind` 'small' or 'normal' guidance."
+    file = f"wangfuyun/PCM_Weights/{base.name}/pcm_{base.name}_{kind}cfg_{steps}step_converted.safetensors"
+    name = f"{base.name}-pcm-{steps}" + ("-cfg" if kind == "normal" else "")
+    demo = f"demo/app.py of G-U-N/Phased-Consistency-Model: TCDScheduler, {steps} steps as in the file's name, "
+    row = distilled(base, name, steps, "tcd-0", lora=file, figures=demo + "guidance 0")
+    if kind == "small": return row
+    note = "guidance 6 to 7.5 as in the paper"
+    return replace(row, guidance=(6, 7.5, 7.5), figures=demo + "guidance 7.5; paper: 6 and 7.5", note=note)
+
+# %% ../nbs/02_models.ipynb #8f09f135
+def flash(base: Row, lora: str) -> Row:
+    "`base` with Flash Diffusion's LoRA."
+    return distilled(base, f"{base.name}-flash", 4, "lcm", lora=lora, note="licence: not for commercial use",
+                     figures="card: LCMScheduler, 4 steps, guidance 0")
 
 # %% ../nbs/02_models.ipynb #7fd1a358
 _LIGHTNING = "ByteDance/SDXL-Lightning/sdxl_lightning"
@@ -170,24 +203,30 @@ def lightning(steps: int) -> Row:
     name, file = f"sdxl-lightning-{steps}", f"{_LIGHTNING}_{steps}step"
     if steps > 1:
         whole = (f"{file}.safetensors",)
-        return distilled(_sdxl, name, steps, "euler", base=SDXL_ID, unet=f"{file}_unet.safetensors", files=whole)
+        figures = f"card: Euler, trailing, {steps} steps as in the file's name, guidance 0"
+        return distilled(_sdxl, name, steps, "euler", base=SDXL_ID, unet=f"{file}_unet.safetensors", files=whole,
+                         figures=figures)
     return distilled(_sdxl, name, 1, "euler-x0", base=SDXL_ID, unet=f"{file}_unet_x0.safetensors",
-                     files=(f"{file}_x0.safetensors",), note="experimental")
+                     files=(f"{file}_x0.safetensors",), note="experimental",
+                     figures="card: Euler, trailing, prediction_type sample, 1 step, guidance 0")
 
 # %% ../nbs/02_models.ipynb #9016a9f1
 def lightning_lora(steps: int) -> Row:
     "SDXL-Lightning's LoRA for `steps` steps."
     file = f"{_LIGHTNING}_{steps}step_lora.safetensors"
-    return distilled(_sdxl, f"sdxl-lightning-{steps}-lora", steps, "euler", lora=file)
+    figures = f"card: Euler, trailing, {steps} steps as in the file's name, guidance 0"
+    return distilled(_sdxl, f"sdxl-lightning-{steps}-lora", steps, "euler", lora=file, figures=figures)
 
 # %% ../nbs/02_models.ipynb #aa590105
 _NOT_FREE = "licence: not free for commercial use"
 _WITH_PACKAGE = "1,172 things in two styles on simple backgrounds; ships with the package"
 
 EMBEDDED_ROWS = (
-    replace(_small, name="embedded", sampler="lcm", steps=(1, 4, 50), ids=("embedded",), note=_WITH_PACKAGE),
+    replace(_small, name="embedded", sampler="lcm", steps=(1, 4, 50), ids=("embedded",), note=_WITH_PACKAGE,
+            figures="notebook 90_train: 128 px, LCMScheduler with 4 steps, guidance 1"),
     _small,
-    replace(lcm_lora(_small, "embedded/lcm-lora"), note="to try a LoRA offline"),
+    replace(lcm_lora(_small, "embedded/lcm-lora"), note="to try a LoRA offline",
+            figures="notebook 90_train: LCMScheduler with 4 steps, guidance 1"),
 )
 SD_ROWS = (
     _sd15,
@@ -196,8 +235,15 @@ SD_ROWS = (
     *(hyper(_sd15, "Hyper-SD15", steps) for steps in (1, 2, 4, 8)),
     *(hyper_cfg(_sd15, "Hyper-SD15", steps) for steps in (8, 12)),
     tcd(_sd15, "h1t/TCD-SD15-LoRA"),
+    *(pcm(_sd15, "small", steps) for steps in (2, 4, 8, 16)),
+    *(pcm(_sd15, "normal", steps) for steps in (4, 8, 16)),
+    flash(_sd15, "jasperai/flash-sd"),
     distilled(_sd15, "sd-turbo", 1, "euler", most=4, ids=("stabilityai/sd-turbo",),
-              files=("stabilityai/sd-turbo/sd_turbo.safetensors",), note=_NOT_FREE),
+              files=("stabilityai/sd-turbo/sd_turbo.safetensors",), note=_NOT_FREE,
+              figures="card: 512 px, 1 step, up to 4, guidance 0; scheduler_config.json: Euler, trailing"),
+    distilled(_sd15, "sdxs-512", 1, "euler", ids=("IDKiro/sdxs-512-dreamshaper", "IDKiro/sdxs-512-0.9"),
+              note="made for one step from noise alone: a refinement blurs its picture",
+              figures="demo.py of IDKiro/sdxs: 512 px, 1 step, guidance 0, at timestep 999"),
 )
 
 # %% ../nbs/02_models.ipynb #ce44b3a9
@@ -210,18 +256,25 @@ XL_ROWS = (
     *(hyper(_sdxl, "Hyper-SDXL", steps) for steps in (1, 2, 4, 8)),
     *(hyper_cfg(_sdxl, "Hyper-SDXL", steps) for steps in (8, 12)),
     tcd(_sdxl, "h1t/TCD-SDXL-LoRA"),
+    *(pcm(_sdxl, "small", steps) for steps in (2, 4, 8, 16)),
+    *(pcm(_sdxl, "normal", steps) for steps in (4, 8, 16)),
+    flash(_sdxl, "jasperai/flash-sdxl"),
     *(distilled(_sdxl, f"sdxl-dmd2-lora{kind.replace('_', '-')}", 4, "dmd2",
                 note="model card: timesteps 999, 749, 499, 249",
+                figures="card: LCMScheduler, 4 steps at these timesteps, guidance 0",
                 lora=f"tianweiy/DMD2/dmd2_sdxl_4step_lora{kind}.safetensors") for kind in ("_fp16", "")),
     distilled(_sdxl, "sdxl-turbo", 1, "euler-a", most=4, native=512, ids=("stabilityai/sdxl-turbo",),
               files=tuple(f"stabilityai/sdxl-turbo/sd_xl_turbo_1.0{kind}.safetensors" for kind in ("_fp16", "")),
-              note=_NOT_FREE),
+              note=_NOT_FREE,
+              figures="card: 512 px, 1 step, up to 4, guidance 0; scheduler_config.json: EulerAncestral, trailing"),
     replace(_sdxl, name="dreamshaper-xl-v2-turbo", sampler="dpm-sde", steps=(3, 6, 8), guidance=(1, 2.0, 4),
-            ids=("Lykon/dreamshaper-xl-v2-turbo",), note="model card: DPM++ SDE, 3 to 8 steps, guidance 2"),
+            ids=("Lykon/dreamshaper-xl-v2-turbo",), note="model card: DPM++ SDE, 3 to 8 steps, guidance 2",
+            figures="card: DPM++ SDE Karras, 6 steps in its example, guidance 2"),
     _ssd,
     lcm_lora(_ssd, "latent-consistency/lcm-lora-ssd-1b"),
     replace(lcm_model(_ssd, base=SSD_ID, unet="latent-consistency/lcm-ssd-1b"), guidance=(1, 1.0, 13),
-            note="model card: guidance 1 (it said 8 before)"),
+            note="model card: guidance 1 (it said 8 before)",
+            figures="card: LCMScheduler, 4 steps, guidance 1"),
 )
 
 # %% ../nbs/02_models.ipynb #35f1047b
@@ -229,14 +282,16 @@ KLEIN = "Flux2KleinPipeline"
 Z_IMAGE = "ZImagePipeline"
 _klein = Row("flux2-klein", KLEIN, "flow", (2, 4, 8), (0, 0, 0), 1024, multiple=16, token_limit=512,
              weights="literal", ids=("black-forest-labs/FLUX.2-klein-4B",), precisions=("bf16", "fp32"), text_layers=27,
-             refine="reference", note="Apache-2.0; 16 GB; a refinement looks at its picture")
+             refine="reference", note="Apache-2.0; 16 GB; a refinement looks at its picture",
+             figures="card: 1024 px, 4 steps, guidance 1, which this pipeline does not use (guidance 0 here)")
 FLOW_ROWS = (
     _klein,
     replace(_klein, name="flux2-klein-base", steps=(10, 50, 100), guidance=(1, 4.0, 10),
-            ids=("black-forest-labs/FLUX.2-klein-base-4B",), note="not distilled; Apache-2.0; 16 GB"),
+            ids=("black-forest-labs/FLUX.2-klein-base-4B",), note="not distilled; Apache-2.0; 16 GB",
+            figures="card: 1024 px, 50 steps, guidance 4"),
     Row("z-image-turbo", Z_IMAGE, "flow", (4, 8, 12), (0, 0, 0), 1024, multiple=16, token_limit=512,
         weights="literal", ids=("Tongyi-MAI/Z-Image-Turbo",), precisions=("bf16", "fp32"), text_layers=-1,
-        note="Apache-2.0; 33 GB"),
+        note="Apache-2.0; 33 GB", figures="card: 1024 px, 8 steps (num_inference_steps=9 runs 8), guidance 0"),
 )
 ROWS = {row.name: row for row in (*EMBEDDED_ROWS, *SD_ROWS, *XL_ROWS, *FLOW_ROWS)}
 
@@ -271,6 +326,14 @@ def model_table() -> str:
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
+# %% ../nbs/02_models.ipynb #408207fc
+def figures_table() -> str:
+    "Where the numbers of each row are published, as a markdown table."
+    lines = ["| row | steps | guidance | published in |", "| --- | --- | --- | --- |"]
+    for row in ROWS.values():
+        lines.append(f"| `{row.name}` | {_span(row.steps)} | {_span(row.guidance)} | {row.figures} |")
+    return "\n".join(lines)
+
 # %% ../nbs/02_models.ipynb #1618a686
 def vae_table() -> str:
     "The VAEs that `SD_VAE_ID` is known to take, as a markdown table."
@@ -289,7 +352,9 @@ SOURCES = ("a Hub id (owner/name), a file on the Hub (owner/name/file.safetensor
            "or a .safetensors file")
 
 # %% ../nbs/02_models.ipynb #406d1ecb
-ALIASES = {"runwayml/stable-diffusion-v1-5": SD15_ID}
+ALIASES = {
+    "runwayml/stable-diffusion-v1-5": SD15_ID,
+    "runwayml/stable-diffusion-inpainting": "stable-diffusion-v1-5/stable-diffusion-inpainting"}
 
 
 WITHDRAWN = tuple(f"stabilityai/stable-diffusion-2{kind}" for kind in ("", "-base", "-1", "-1-base"))
@@ -324,14 +389,46 @@ def _is_hub_name(model_id: str) -> bool:
     return all(plain) and (len(parts) == 2 or len(parts) > 2 and model_id.endswith(".safetensors"))
 
 # %% ../nbs/02_models.ipynb #b6ca4875
+_ENDINGS = {
+    ".SAFETENSORS": "libraries know such a file by small letters: rename it to .safetensors",
+    ".sft": "libraries know such a file by its long ending: rename it to .safetensors",
+    ".gguf": "GGUF holds numbers of few bits, for other programs"}
+
+
+def _why_not(path: Path) -> str:
+    "Why a path of this machine is no model, with what to name instead."
+    if not path.exists(): return "there is no such file or folder here"
+    if path.is_file(): return "it is none of these"
+    inside = sorted(path.iterdir())
+    if (path / "snapshots").is_dir():
+        versions = sorted((path / "snapshots").iterdir())
+        return f"it is a folder of the Hub's cache: name a version in it, as snapshots/{versions[-1].name if versions else '…'}"
+    models = [one.name for one in inside if _is_model(one)]
+    if models: return f"it is a folder of {len(models)} models: name one of them, as {path.name}/{models[0]}"
+    return "there is no model in this folder" if inside else "the folder is empty"
+
+
+def _why_no_name(model_id: str) -> str:
+    "Why some text is no name of a model on the Hub, with what to write instead."
+    if model_id.strip("'\"") != model_id: return "write it without quotes"
+    if model_id.startswith("file:"): return "write the path alone, without file://"
+    page = model_id.partition("huggingface.co/")[2].replace("/blob/main", "").replace("/resolve/main", "")
+    if page: return f"write what follows the Hub's address: {page.partition('?')[0]}"
+    if "://" in model_id: return "download the file, and name it here"
+    return "a name on the Hub has an owner: owner/name" if model_id and "/" not in model_id else "it is none of these"
+
+# %% ../nbs/02_models.ipynb #c98da801
 def check_source(model_id: str) -> None:
     "Refuse what cannot be a model, before anything is fetched: Invalid with the allowed forms."
-    why = "it is none of these"
-    if model_id.endswith(".SAFETENSORS"): why = "libraries know such a file by small letters: rename it to .safetensors"
-    elif model_id.lower().endswith(PICKLED): why = "pickled checkpoints can run code when they are read"
-    elif is_local(model_id):
-        if _is_model(INCLUDED.get(model_id, Path(model_id).expanduser())): return
-    elif _is_hub_name(model_id): return
+    why = next((words for ending, words in _ENDINGS.items() if model_id.endswith(ending)), None)
+    if model_id.lower().endswith(PICKLED): why = "pickled checkpoints can run code when they are read"
+    if why is None and is_local(model_id):
+        path = INCLUDED.get(model_id, Path(model_id).expanduser())
+        if _is_model(path): return
+        why = _why_not(path)
+    elif why is None:
+        if _is_hub_name(model_id): return
+        why = _why_no_name(model_id)
     raise Invalid.value("SD_MODEL_ID", given=model_id, allowed=SOURCES, why=why)
 
 # %% ../nbs/02_models.ipynb #f1aff66a

@@ -4,7 +4,7 @@
 
 # %% ../nbs/04c_reader.ipynb #9d19fcbb
 from __future__ import annotations
-import json, re, threading, warnings
+import re, threading, warnings
 from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,18 +13,19 @@ from types import SimpleNamespace
 from typing import Any
 import torch
 from .downloads import Progress, Unusable, Want, class_names, fetch, names_in, true_cause
-from aura_engine.facts import (
-    SIGMAS, check_facts, check_kind, check_types, config_in, facts_of_configs, facts_of_header, header, said_by_file,
-    without_words)
+from .facts import (
+    SIGMAS, check_facts, check_kind, check_types, config_in, facts_of_configs, facts_of_header, header, kind_of,
+    read_json, said_by_file, unused_in, without_words)
 from .models import INCLUDED, KLEIN, PICKLED, ROWS, SD15_ID, Z_IMAGE, is_local
 
 # %% auto #0
-__all__ = ['PARTS', 'UNUSED', 'SERVED', 'WEIGHTS', 'NO_PICKLES', 'CLASSES', 'LOADING', 'NO_VAE', 'NO_PICKLED_FILE',
-           'NO_DIFFUSERS', 'PART_WORDS', 'HARMLESS', 'whole_sets', 'weight_files', 'read_json', 'check_classes',
-           'served_index', 'pipeline_files', 'quiet', 'reading', 'diffusers_classes', 'Checkpoint', 'recognise',
-           'nothing_else', 'config_and_weights', 'lone_class', 'unwrapped', 'bare', 'fill', 'check_weights',
-           'said_of_tensors', 'complete', 'complete_parts', 'mounted', 'Reader', 'read_scheduler', 'read_unet',
-           'suited', 'whole_pipeline', 'read_folder', 'configuration_of', 'single_pipeline', 'read_single']
+__all__ = ['PARTS', 'UNUSED', 'SERVED', 'WEIGHTS', 'NO_PICKLES', 'USUAL', 'CLASSES', 'LOADING', 'NO_VAE', 'NO_PICKLED_FILE',
+           'NO_DIFFUSERS', 'PART_WORDS', 'HARMLESS', 'ORIGINAL', 'whole_sets', 'no_whole_set', 'weight_files',
+           'check_classes', 'served_index', 'pipeline_files', 'quiet', 'reading', 'diffusers_classes', 'Checkpoint',
+           'recognise', 'nothing_else', 'config_and_weights', 'lone_class', 'unwrapped', 'bare', 'tensors_in', 'fill',
+           'check_weights', 'said_of_tensors', 'complete', 'complete_parts', 'mounted', 'broken_link', 'Reader',
+           'read_scheduler', 'read_unet', 'original_vae', 'read_vae', 'suited', 'check_files', 'whole_pipeline',
+           'read_folder', 'configuration_of', 'said_of_more', 'single_pipeline', 'read_single']
 
 # %% ../nbs/04c_reader.ipynb #1afc7159
 PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
@@ -43,21 +44,28 @@ def whole_sets(names: list[str]) -> dict[bool, list[str]]:
 # %% ../nbs/04c_reader.ipynb #17d3d636
 NO_PICKLES = (" has only pickled weights, which can run code when they are read; take a safetensors version of it "
               f"(perhaps a revision refs/pr/…), or a model that has one, as {SD15_ID} does")
+USUAL = "diffusion_pytorch_model.safetensors (model.safetensors for a text encoder)"
 
+def no_whole_set(inside: list[str], part: str) -> str:
+    "Why the files of a part are no whole set of weights."
+    pieces = [match for name in inside if (match := WEIGHTS.fullmatch(name)) and match[2]]
+    if pieces: return f"{part} lacks {int(pieces[0][2]) - len(pieces)} of the {int(pieces[0][2])} files of its weights"
+    if any(name.endswith(PICKLED) for name in inside): return part + NO_PICKLES
+    others = [name for name in inside if name.endswith(".safetensors")]
+    if not others: return f"there are no safetensors weights for {part}"
+    return f"{part} has no weights of the usual name; if {others[0]} are those, rename it to {USUAL}"
+
+# %% ../nbs/04c_reader.ipynb #1047cd69
 def weight_files(names: list[str], part: str, half: bool) -> list[str]:
     "The safetensors of one part ('' for the top folder), half precision or full. Unusable when there is no whole set."
     prefix = f"{part}/" if part else ""
     inside = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
     sets = whole_sets(inside)
     found = sets.get(half) or sets.get(not half)
-    if found: return [prefix + name for name in found]
-    if any(name.endswith(PICKLED) for name in inside): raise Unusable((part or "it") + NO_PICKLES)
-    raise Unusable(f"there are no safetensors weights for {part or 'it'}")
-
-# %% ../nbs/04c_reader.ipynb #0900ed64
-def read_json(file: Path) -> dict:
-    "A configuration file."
-    return json.loads(file.read_text(encoding="utf-8"))
+    if not found: raise Unusable(no_whole_set(inside, part or "it"))
+    if len(found) > 1 and not any(".index." in name for name in inside):
+        raise Unusable(f"{part or 'it'} is in {len(found)} files and lacks their index, a file …index.json")
+    return [prefix + name for name in found]
 
 # %% ../nbs/04c_reader.ipynb #4e39a9bf
 CLASSES = {
@@ -140,6 +148,7 @@ class Checkpoint:
     repo: str
     schedule: dict[str, Any]
     has_vae: bool
+    unused: list[str]                            # sentences about tensors that nothing reads
 
 # %% ../nbs/04c_reader.ipynb #b6faa16a
 def recognise(file: Path) -> Checkpoint:
@@ -150,7 +159,8 @@ def recognise(file: Path) -> Checkpoint:
     check_kind(file, table)
     known_by = {name: SimpleNamespace(shape=tensor.shape) for name, tensor in table.items()}
     repo = fetch_diffusers_config(known_by)["pretrained_model_name_or_path"]
-    return Checkpoint(repo, facts_of_header(table), any(name.startswith("first_stage_model.") for name in table))
+    has_vae = any(name.startswith("first_stage_model.") for name in table)
+    return Checkpoint(repo, facts_of_header(table), has_vae, [f"{file.name}: {said}" for said in unused_in(table)])
 
 # %% ../nbs/04c_reader.ipynb #ef52ad2f
 NO_PICKLED_FILE = "pickled files can run code when they are read; only safetensors are taken"
@@ -165,7 +175,8 @@ def nothing_else(names: list[str], folder: Path) -> list[str]:
 def config_and_weights(half: bool) -> Want:
     "A `want` for one model: its config.json and its weights."
     def want(names: list[str], folder: Path) -> list[str]:
-        return [n for n in names if n == "config.json"] + weight_files(names, "", half)
+        configs = [name for name in names if name.endswith(".json") and (name == "config.json" or ".index." in name)]
+        return configs + weight_files(names, "", half)
     return want
 
 # %% ../nbs/04c_reader.ipynb #c64f9bcc
@@ -189,10 +200,14 @@ def bare(name: str) -> str:
     return unwrapped(name).removeprefix("text_model.").removeprefix("model.")
 
 # %% ../nbs/04c_reader.ipynb #ea794fc6
-def fill(module: Any, files: list[Path], dtype: torch.dtype) -> None:
-    "Give a model the tensors in safetensors files, by their bare names."
+def tensors_in(files: Iterable[Path]) -> dict[str, torch.Tensor]:
+    "All tensors of some safetensors files."
     from safetensors.torch import load_file
-    there = {bare(name): tensor for file in files for name, tensor in load_file(file).items()}
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+def fill(module: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    "Give a model these tensors, by their bare names."
+    there = {bare(name): tensor for name, tensor in tensors.items()}
     mine = {name: there[bare(name)].to(dtype) for name in module.state_dict() if bare(name) in there}
     module.load_state_dict(mine, strict=False, assign=True)
 
@@ -225,7 +240,7 @@ def complete(reader: Reader, module: Any, part: str, files: list[Path]) -> None:
     tables = {file: header(file) for file in files}
     for file, table in tables.items(): check_types(file, table)
     names = [name for table in tables.values() for name in table]
-    if any(unwrapped(name) != name for name in names): fill(module, files, reader.dtype)
+    if any(unwrapped(name) != name for name in names): fill(module, tensors_in(files), reader.dtype)
     reader.notes += said_of_tensors(module, part, names)
     there, lacking = {bare(name) for name in names}, []
     if part.startswith("text_encoder"):                # diffusers leaves a lacking tensor empty, transformers does not
@@ -251,6 +266,14 @@ def mounted(folder: Path, anchor: str, want: Want, notes: list[str]) -> Path | N
     return folder
 
 # %% ../nbs/04c_reader.ipynb #d5d653f5
+def broken_link(folder: Path) -> str:
+    "'; unet/x.safetensors links to a file that is not there', or nothing."
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not path.exists():
+            return f"; {path.relative_to(folder).as_posix()} links to a file that is not there"
+    return ""
+
+# %% ../nbs/04c_reader.ipynb #84934043
 @dataclass
 class Reader:
     "Reads parts of models in `dtype`, telling `progress`. `revision` belongs to the repository `model`."
@@ -285,13 +308,17 @@ class Reader:
     def on_this_machine(self, source: str, want: Want) -> Path:
         "The path that a local source means, complete by `want`."
         path = INCLUDED.get(source) or Path(source).expanduser()
-        if path.is_dir(): want(names_in(path), path)
+        if path.is_dir():
+            try: want(names_in(path), path)
+            except Unusable as e: raise Unusable(f"{e}{broken_link(path)}") from e
         elif not path.is_file(): raise Unusable("there is no such file or folder on this machine")
         return path
 
     def model_of(self, source: str) -> Any:
         "A lone diffusers model (UNet or VAE) from a folder or repository with its config.json."
         diffusers = diffusers_classes()
+        if is_local(source) and (Path(source).expanduser() / "model_index.json").is_file():
+            raise Unusable("it holds a whole model; name the folder of the part in it (vae, unet)")
         folder = self.located(source, "config.json", config_and_weights(self.half))
         named = lone_class(folder)
         names = weight_files([p.name for p in folder.iterdir()], "", self.half)
@@ -320,20 +347,46 @@ def read_scheduler(reader: Reader, folder: Path, more: dict[str, Any] | None = N
     return cls.from_config({k: v for k, v in config.items() if k not in (*SIGMAS, "variance_type")})
 
 # %% ../nbs/04c_reader.ipynb #113d4e4d
+ORIGINAL = "model.diffusion_model."               # before the names of a UNet in the original program's checkpoints
+
 def read_unet(reader: Reader, source: str, config: Path) -> Any:
     "A distilled UNet. `config`: the folder with the base's configuration."
     if not source.endswith(".safetensors"): return reader.model_of(source)
     cls, file = diffusers_classes().UNet2DConditionModel, reader.located(source, "", nothing_else)
     names = header(file)
     check_types(file, names)
-    if any(name.startswith("model.diffusion_model.") for name in names):
-        with reading(): unet = cls.from_single_file(str(file), config=str(config), dtype=reader.dtype)
+    tensors = tensors_in([file])
+    if any(name.startswith("input_blocks.") for name in names):
+        tensors = {ORIGINAL + name: tensor for name, tensor in tensors.items()}
+    if any(name.startswith(ORIGINAL) for name in tensors):
+        with reading(): unet = cls.from_single_file(tensors, config=str(config), dtype=reader.dtype)
     else:
         with reading(), torch.device("meta"): unet = cls.from_config(cls.load_config(config))
-        fill(unet, [file], reader.dtype)
+        fill(unet, tensors, reader.dtype)
         reader.notes += said_of_tensors(unet, file.name, list(names))
     check_weights(unet, file.name)
     return unet
+
+# %% ../nbs/04c_reader.ipynb #1804e380
+def original_vae(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    "The tensors of a VAE by diffusers' names, whichever names a file has them by."
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+    if any(bare(name).startswith("decoder.up_blocks.") for name in tensors): return tensors
+    return convert_ldm_vae_checkpoint(tensors, config)
+
+def read_vae(reader: Reader, source: str, config: dict[str, Any]) -> Any:
+    "A VAE from a folder, a repository or a file. `config`: that of the model's own, for a file."
+    if not source.endswith(".safetensors"): return reader.model_of(source)
+    cls, file = diffusers_classes().AutoencoderKL, reader.located(source, "", nothing_else)
+    names = header(file)
+    check_types(file, names)
+    if not any("decoder.conv_in." in name for name in names):
+        raise Unusable(f"{file.name} is {kind_of(names).name}, and no VAE")
+    if "block_out_channels" not in config: raise Unusable("one file needs a model with a VAE of its own kind")
+    with reading(), torch.device("meta"): vae = cls.from_config(config)
+    fill(vae, original_vae(tensors_in([file]), config), reader.dtype)
+    check_weights(vae, file.name)
+    return vae
 
 # %% ../nbs/04c_reader.ipynb #bc48cf08
 def suited(dtype: torch.dtype, pipeline: str) -> torch.dtype:
@@ -343,9 +396,18 @@ def suited(dtype: torch.dtype, pipeline: str) -> torch.dtype:
     return torch.bfloat16 if cannot and dtype == torch.float16 else dtype
 
 # %% ../nbs/04c_reader.ipynb #b2cdd733
+def check_files(folder: Path, names: list[str]) -> None:
+    "Unusable, with the file's name, when one of these configurations or weights is not whole."
+    for name in names:
+        if name.endswith(".json"): read_json(folder / name)
+        if not name.endswith(".safetensors"): continue
+        try: header(folder / name)
+        except Unusable as e: raise Unusable(f"in {name.split('/')[0]}, {e}") from e
+
 def whole_pipeline(reader: Reader, folder: Path, names: list[str], given: dict[str, Any]) -> Any:
     "A pipeline from the files `names` of a folder, with the parts `given`, held against its files."
     reader.dtype = suited(reader.dtype, served_index(folder)["_class_name"])
+    check_files(folder, names)
     made = reader.from_folder(diffusers_classes().DiffusionPipeline, folder, names, **given)
     complete_parts(reader, made, folder, names)
     return made
@@ -379,6 +441,14 @@ def configuration_of(reader: Reader, file: Path, repo: str) -> Path:
                        f"a folder with it named {file.stem}, beside the file, will do") from e
 
 # %% ../nbs/04c_reader.ipynb #84809e4e
+def said_of_more(pipe: Any, file: Path) -> list[str]:
+    "Sentences about tensors under the names of a UNet or VAE that it has no place for."
+    said, names = [], list(header(file))
+    for part, stem in (("unet", ORIGINAL), ("vae", "first_stage_model.")):
+        more = sum(name.startswith(stem) for name in names) - len(getattr(pipe, part).state_dict())
+        if more > 0: said.append(f"{file.name}: {more} tensors of its {part} are not used")
+    return said
+
 def single_pipeline(reader: Reader, file: Path, config: Path, given: dict[str, Any]) -> Any:
     "A pipeline from a single file and the folder of its configuration. Unusable when a tensor is missing."
     pipeline = getattr(diffusers_classes(), served_index(config)["_class_name"])
@@ -391,6 +461,7 @@ def single_pipeline(reader: Reader, file: Path, config: Path, given: dict[str, A
     for part in CLASSES:
         module = getattr(made, part, None)
         if module is not None: check_weights(module, f"{file.name} ({part})")
+    reader.notes += said_of_more(made, file)
     return made
 
 # %% ../nbs/04c_reader.ipynb #9f5a5b0d
@@ -400,9 +471,9 @@ def read_single(reader: Reader, source: str, vae: str | None = None) -> tuple[An
     found = recognise(file)
     config = configuration_of(reader, file, found.repo)
     given: dict[str, Any] = {"scheduler": read_scheduler(reader, config, found.schedule)}
-    reader.notes += said_by_file(file, given["scheduler"].config.prediction_type)
+    reader.notes += found.unused + said_by_file(file, given["scheduler"].config.prediction_type)
     if not found.has_vae:
         if vae is None: raise Unusable(NO_VAE.format(file.name))
-        given["vae"] = reader.model_of(vae)
+        given["vae"] = read_vae(reader, vae, config_in(config, "vae/config.json"))
     reader.progress.stage = "reading"
     return single_pipeline(reader, file, config, given), file
