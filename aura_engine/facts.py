@@ -223,7 +223,7 @@ def unused_in(table: Mapping[str, Tensor]) -> list[str]:
         schedule = not dot and math.prod(tensor.shape) <= LONGEST or group == "denoiser"
         if not schedule and not without_words(name).startswith(READ): groups.setdefault(group, []).append(tensor)
     said = []
-    for group, tensors in groups.items():
+    for group, tensors in sorted(groups.items()):
         size = sum(math.prod(t.shape) * BYTES.get(t.dtype, 1) for t in tensors) / 1e6
         said.append(f"{len(tensors)} tensors named {group}.… ({size:,.1f} MB) are not used")
     return said

@@ -16,8 +16,9 @@ from .types import Picture
 from .unet_input import UNetInput
 
 # %% auto #0
-__all__ = ['MAX_CHUNKS', 'Token', 'tokens_of', 'chunk_tokens', 'token_rows', 'weigh', 'encode_rows', 'encode_texts',
-           'UNetConditions', 'unet_conditions', 'guidance_embedding', 'most_steps', 'timetable', 'UNets']
+__all__ = ['MAX_CHUNKS', 'BACK', 'Token', 'tokens_of', 'cut_up', 'comma_of', 'chunk_tokens', 'token_rows', 'weigh', 'encode_rows',
+           'encode_texts', 'UNetConditions', 'unet_conditions', 'guidance_embedding', 'most_steps', 'timetable',
+           'UNets']
 
 # %% ../nbs/05h_unets.ipynb #5845e5e6
 MAX_CHUNKS = 4
@@ -35,14 +36,33 @@ def tokens_of(tokenizer: Any, pieces: list[Piece]) -> list[Token]:
     ids = tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False).input_ids
     return [Token(i, piece.weight) for piece, mine in zip(pieces, ids) for i in mine]
 
+# %% ../nbs/05h_unets.ipynb #28d1eec9
+BACK = 20                                         # tokens; A1111's setting of the same meaning has this default
+
+def cut_up(tokens: list[Token], room: int, comma: int | None) -> list[list[Token]]:
+    "Tokens in chunks of at most `room`, which end at a `comma` where one is near the end (None: never)."
+    chunks = []
+    while len(tokens) > room:
+        commas = [i for i in range(room - BACK, room) if tokens[i].id == comma]
+        # a comma that would begin the next chunk moves nothing
+        end = commas[-1] + 1 if commas and tokens[room].id != comma else room
+        chunks.append(tokens[:end])
+        tokens = tokens[end:]
+    return [*chunks, tokens]
+
+def comma_of(tokenizer: Any, prompt: list[list[Piece]]) -> int | None:
+    "The token of a comma, for a prompt that has marks of weights; None for another."
+    marked = len(prompt) > 1 or any(piece.weight != 1 for piece in prompt[0])
+    found = tokenizer.convert_tokens_to_ids(",</w>") if marked else None
+    return None if found == tokenizer.unk_token_id else found
+
 # %% ../nbs/05h_unets.ipynb #5bf89c6b
 def chunk_tokens(tokenizer: Any, prompt: list[list[Piece]]) -> tuple[list[list[Token]], str]:
     "A prompt's tokens in chunks of the tokenizer's limit, and the text beyond MAX_CHUNKS."
     room = tokenizer.model_max_length - 2
+    comma = comma_of(tokenizer, prompt)
     chunks: list[list[Token]] = []
-    for pieces in prompt:
-        tokens = tokens_of(tokenizer, pieces)
-        chunks += [tokens[i:i + room] for i in range(0, len(tokens), room)] or [[]]
+    for pieces in prompt: chunks += cut_up(tokens_of(tokenizer, pieces), room, comma)
     if len(chunks) > 1 and not chunks[-1]: chunks.pop()                # nothing comes after the last BREAK
     rest = [token.id for chunk in chunks[MAX_CHUNKS:] for token in chunk]
     return chunks[:MAX_CHUNKS], tokenizer.decode(rest).strip()

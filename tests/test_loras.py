@@ -173,7 +173,7 @@ def test_a_wrong_setting_says_so(value, words):
     with pytest.raises(SettingsError, match=f"(?s)SD_LORAS.*{words}"): load_settings(SD_LORAS=value)
 
 
-WRONG = {"another base": "does not fit this model", "no lora": "or it is no LoRA", "pickle": "only safetensors", "missing": "no such file or folder", "cut": "damaged", "nan": "values that are no numbers",
+WRONG = {"another base": "does not fit this model", "no lora": "and no LoRA", "pickle": "only safetensors", "missing": "no such file or folder", "cut": "damaged", "nan": "values that are no numbers",
          "latent-consistency/lcm-lora-sdv1-5": "belongs into SD_LCM_LORA_ID"}
 
 

@@ -103,14 +103,20 @@ def parts(request, tmp_path_factory):
 
 
 def chunks_of(tokenizer, text):
-    """[[(id, weight)]] of 75: a full chunk or a BREAK begins the next."""
-    chunks, now = [], []
-    for piece, weight in reference(text):
+    """[[(id, weight)]] of 75: a full chunk or a BREAK begins the next. In a prompt with marks the web UI's rule: when the chunk is full and its last comma is at
+    most 20 tokens back, what follows the comma moves into the next chunk."""
+    pieces, comma = reference(text), tokenizer.get_vocab()[",</w>"]
+    marked = any(weight != 1 for _, weight in pieces)
+    chunks, now, last_comma = [], [], -1
+    for piece, weight in pieces:
         if weight is None:
-            chunks, now = chunks + [now], []
+            chunks, now, last_comma = chunks + [now], [], -1
             continue
         for token in tokenizer(piece, add_special_tokens=False).input_ids:
-            if len(now) == 75: chunks, now = chunks + [now], []
+            if token == comma: last_comma = len(now)
+            elif marked and len(now) == 75 and last_comma != -1 and len(now) - last_comma <= 20:
+                chunks, now, last_comma = chunks + [now[:last_comma + 1]], now[last_comma + 1:], -1
+            if len(now) == 75: chunks, now, last_comma = chunks + [now], [], -1
             now.append((token, weight))
     return chunks + [now] if now or not chunks else chunks
 
@@ -133,10 +139,12 @@ def emphasised(parts, text, chunks=0):
     return torch.cat(rows, -1), pooled
 
 
-WEIGHTED = ["a fox", "a (red:1.3) fox", "(a [blue] fox:0.7), (((owl)))", "a fox BREAK on (red:1.5)", "a BREAK", "BREAK a (fox)", r"a \(real\) (fox:0)", "(fox:-0.5) and an owl", "a (red fox and an owl:1.2) " * 20]
+WEIGHTED = ["a fox", "a (red:1.3) fox", "(a [blue] fox:0.7), (((owl)))", "a fox BREAK on (red:1.5)", "a BREAK", "BREAK a (fox)", r"a \(real\) (fox:0)", "(fox:-0.5) and an owl", "a (red fox and an owl:1.2) " * 20,
+            "a (fox:1.2), " + "a red owl on a blue background, " * 14, "(fox:1.2), " + "a red owl on blue " * 30, "(fox:1.2) " + "a red owl on a blue background, " * 14 + "BREAK " + "a fox, " * 40,
+            "(fox:1.1) " + "owl " * 54 + ", " + "owl " * 40, "(fox:1.1) " + "owl " * 53 + ", " + "owl " * 40, "(fox:1.1) " + "owl " * 74 + ", owl", "a red owl on a blue background, " * 14]
 
 
-@pytest.mark.parametrize("text", WEIGHTED, ids=lambda t: t[:20])
+@pytest.mark.parametrize("text", WEIGHTED, ids=lambda t: f"{t[:20]}-{len(t)}")
 def test_embeddings_are_those_of_the_reference_formula(parts, text):
     chunks = TextCache(parts).measure(text)
     ours = encode_texts(parts, ["an owl", text], chunks)[1]                # in company, which must not matter

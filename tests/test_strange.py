@@ -1,0 +1,183 @@
+"""Folders and files as people have them, which nobody would make on purpose: read right, or refused with a sentence that a person can act on."""
+import json, re, shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+import tiny
+from aura_engine.models import ALIASES, resolve_id
+from aura_engine.optimize import draw
+from aura_engine.types import AuraError
+from test_checkpoints import loaded
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5136000000\n"
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def at(tmp_path_factory):
+    """A folder with tiny models: sd (a folder), xl.safetensors (one file, its configuration beside it), style.safetensors (a LoRA)."""
+    at = tmp_path_factory.mktemp("strange")
+    tiny.save(at / "sd")
+    tiny.single(tiny.save(at / "deep", "sdxl-deep"), at / "xl.safetensors")
+    tiny.lora(at / "style.safetensors")
+    tiny.lora(at / "style-xl.safetensors", xl=True, kohya=True)
+    return at
+
+
+def single(at, name, change):
+    save_file({k: v.clone().contiguous() for k, v in change(load_file(at / "xl.safetensors")).items()}, file := at / f"{name}.safetensors")
+    if not file.with_suffix("").exists(): file.with_suffix("").symlink_to(at / "xl")
+    return file
+
+
+def folder(at, name, change):
+    """A copy of the folder with the UNet's folder changed. -> the folder."""
+    shutil.copytree(at / "sd", at / name)
+    change(at / name / "unet")
+    return at / name
+
+
+def sharded(unet, lose=None):
+    made = UNet2DConditionModel.from_pretrained(unet)
+    shutil.rmtree(unet)
+    made.save_pretrained(unet, max_shard_size="300KB")
+    if lose: next(unet.glob(lose)).unlink()
+
+
+def linked(unet, whole=True):
+    (unet / WEIGHTS).rename(unet.parent / "blob")
+    if not whole: (unet.parent / "blob").unlink()
+    (unet / WEIGHTS).symlink_to(unet.parent / "blob")
+
+
+def mixed(unet): save_file({k: v.bfloat16() if i % 2 else v for i, (k, v) in enumerate(load_file(unet / WEIGHTS).items())}, unet / WEIGHTS)
+def part(state, stem): return {k.removeprefix(stem): v for k, v in state.items() if k.startswith(stem)}
+
+
+FOLDERS = {                                       # what is done to the UNet's folder: the refusal's words, or None
+    "half": (lambda u: (u / WEIGHTS).rename(u / "diffusion_pytorch_model.fp16.safetensors"), None), "shards": (sharded, None), "links": (linked, None), "mixed": (mixed, None),
+    "another name": (lambda u: (u / WEIGHTS).rename(u / "diffusion_pytorch_model.non_ema.safetensors"), "unet has no weights of the usual name; if diffusion_pytorch_model.non_ema.safetensors are those, rename it to"),
+    "lost shard": (lambda u: sharded(u, "*00002-of*"), r"unet lacks 1 of the \d+ files of its weights"), "lost index": (lambda u: sharded(u, "*index.json"), r"unet is in \d+ files and lacks their index"),
+    "dead link": (lambda u: linked(u, False), f"no safetensors weights for unet; unet/{WEIGHTS} links to a file that is not there"),
+    "pointer": (lambda u: (u / WEIGHTS).write_bytes(POINTER), f"in unet, {WEIGHTS} is a pointer of Git LFS and not the file: fetch it with `git lfs pull`"),
+    "empty": (lambda u: (u / WEIGHTS).write_bytes(b""), f"in unet, {WEIGHTS} is empty"),
+    "cut": (lambda u: (u / WEIGHTS).write_bytes((u / WEIGHTS).read_bytes()[:50_000]), f"in unet, {WEIGHTS} is damaged: it has 50,000 of its [0-9,]+ bytes"),
+    "byte order mark": (lambda u: (u / "config.json").write_text("\ufeff" + (u / "config.json").read_text(), encoding="utf-8"), "unet/config.json is damaged: it is no JSON"),
+    "no json": (lambda u: (u.parent / "text_encoder/config.json").write_text("{"), "text_encoder/config.json is damaged: it is no JSON"),
+}
+
+
+@pytest.mark.parametrize("how", FOLDERS)
+def test_folders(at, how):
+    change, words = FOLDERS[how]
+    made = folder(at, how, change)
+    if words is None:
+        got, want = loaded(made).unet.state_dict(), load_file(at / "sd/unet" / WEIGHTS)
+        assert all((got[k] - v).abs().max() < 0.01 * v.abs().max().clamp(min=1) for k, v in want.items())
+    else:
+        with pytest.raises(AuraError, match=words): loaded(made)
+
+
+BYTES = {"empty": (b"", "is empty"), "pointer": (POINTER, "is a pointer of Git LFS"), "page": (b"<!DOCTYPE html>" + b" " * 5000, "is a web page, saved in place of the file"), "pickle": (b"PK\3\4\0\0\x08\x08" + b"\0" * 99, "is a pickled file by another name"),
+         "gguf": (b"GGUF" + b"\0" * 4 + b"\xff" * 99, "is a GGUF file by another name"), "noise": (b"\xff" * 99, "is damaged, or no safetensors file"), "header": (b"\x99\0\0\0\0\0\0\0{", "is damaged: it ends inside its header")}
+
+
+@pytest.mark.parametrize("how", BYTES)
+def test_files_that_are_none(at, how):
+    data, words = BYTES[how]
+    (at / f"{how}.safetensors").write_bytes(data)
+    for setting in ({}, {"SD_VAE_ID": str(at / f"{how}.safetensors")}, {"SD_LORAS": f"ink={at / how}.safetensors"}):
+        with pytest.raises(AuraError, match=f"{how}.safetensors {words}"): loaded(at / "sd" if setting else at / f"{how}.safetensors", **setting)
+
+
+KINDS = {"SDXL's textual inversion": ("a textual inversion", ["clip_g", "clip_l"]), "diffusers' one": ("a textual inversion", ["<cat>"]), "ControlNet": ("a ControlNet", ["controlnet_cond_embedding.x", "down_blocks.x", "mid_block.x"]),
+         "motion": ("a motion module", ["down_blocks.0.motion_modules.0.x", "mid_block.x"]), "IP-Adapter": ("an IP-Adapter", ["image_proj.x", "ip_adapter.1.x"]), "clip": ("a text encoder", ["text_model.encoder.x"]), "UNet": ("a UNet alone", ["input_blocks.0.x", "output_blocks.0.x"])}
+
+
+@pytest.mark.parametrize("how", KINDS)
+def test_other_kinds(at, how):
+    kind, names = KINDS[how]
+    save_file({n: torch.zeros(2) for n in names}, file := at / "kind.safetensors")
+    with pytest.raises(AuraError, match=f"kind.safetensors is {kind}: "): loaded(file)
+    with pytest.raises(AuraError, match=f"SD_LORAS=.*it is {kind}, and no LoRA"): loaded(at / "sd", SD_LORAS=f"ink={file}")
+
+
+def test_a_vae_in_one_file(at):
+    """In both spellings, with and without the prefix, and out of a whole checkpoint: the same tensors."""
+    want, stem = load_file(at / "deep/vae" / WEIGHTS), "first_stage_model."
+    files = [at / "deep/vae" / WEIGHTS, single(at, "vae", lambda s: part(s, stem)), single(at, "prefixed", lambda s: {k: v for k, v in s.items() if k.startswith(stem)}), at / "xl.safetensors"]
+    for file in files:
+        got = loaded(at / "sd", SD_VAE_ID=str(file)).vae.state_dict()
+        assert all(torch.equal(got[k], v) for k, v in want.items()), file
+    bare = single(at, "novae", lambda s: {k: v for k, v in s.items() if not k.startswith(stem)})
+    assert torch.equal(loaded(bare, SD_VAE_ID=str(files[1])).vae.state_dict()["decoder.conv_in.weight"], want["decoder.conv_in.weight"])
+    for source, words in ((at / "style.safetensors", "style.safetensors is a LoRA, and no VAE"), (at / "sd", "it holds a whole model; name the folder of the part in it")):
+        with pytest.raises(AuraError, match=words): loaded(at / "sd", SD_VAE_ID=str(source))
+    with pytest.raises(AuraError, match="is a VAE: it belongs into SD_VAE_ID"): loaded(files[1])
+
+
+def test_a_unet_in_the_original_names_without_a_prefix(at):
+    file = single(at, "comfy", lambda s: part(s, "model.diffusion_model."))
+    got, want = loaded(file, SD_BASE_ID=str(at / "deep")).unet.state_dict(), load_file(at / "deep/unet" / WEIGHTS)
+    assert all(torch.equal(got[k], v) for k, v in want.items())
+
+
+def test_tensors_that_nobody_reads_are_told(at):
+    """A running average, leftovers of a merge, tensors in a UNet that it has no place for; not the numbers of a schedule."""
+    more = {**{f"model_ema.diffusion_modelx{i}": torch.zeros(250, 250) for i in range(4)}, "lora_unet_a.alpha": torch.zeros(1), "model.diffusion_model.label_emb.9.weight": torch.zeros(3)}
+    file = single(at, "more", lambda s: s | more | {"alphas_cumprod": torch.zeros(1000), "model_ema_decay": torch.zeros(1), "denoiser.sigmas": torch.zeros(1000)})
+    parts = loaded(file)
+    assert parts.notes == ["more.safetensors: 1 tensors named lora_unet_a.… (0.0 MB) are not used", "more.safetensors: 4 tensors named model_ema.… (1.0 MB) are not used", "more.safetensors: 1 tensors of its unet are not used"]
+    assert not loaded(at / "xl.safetensors").notes
+
+
+def test_loras_that_are_none_of_this_model(at):
+    with pytest.raises(AuraError, match=r"does not fit this model .* at unet .*attn2.to_k it takes 64 numbers, the model has 32"): loaded(at / "sd", SD_LORAS=f"ink={at / 'style-xl.safetensors'}")
+    with pytest.raises(AuraError, match="it is an SDXL checkpoint, and no LoRA"): loaded(at / "sd", SD_LORAS=f"ink={at / 'xl.safetensors'}")
+    with pytest.raises(AuraError, match=r"it has 2 .safetensors files; name one of them, as two/"):
+        (at / "two").mkdir()
+        for name in "ab": shutil.copy(at / "style.safetensors", at / "two" / f"{name}.safetensors")
+        loaded(at / "sd", SD_LORAS=f"ink={at / 'two'}")
+    save_file(load_file(at / "style.safetensors") | {"bundle_emb.cat.string_to_param.*": torch.zeros(4, 32), "odd.x": torch.zeros(1)}, file := at / "bundle.safetensors")
+    notes = loaded(at / "sd", SD_LORAS=f"ink={file}").notes
+    assert [n.rpartition(": ")[2] for n in notes] == ["1 tensors of words for prompts (bundle_emb) come with it and are not used", "1 tensors are no part of a LoRA and are not used (odd.x …)"]
+
+
+NAMES = {"model.gguf": "GGUF holds numbers of few bits", "model.sft": "rename it to .safetensors", "'a/b'": "write it without quotes", "https://huggingface.co/a/b": "write what follows the Hub's address: a/b", "sdxl": "a name on the Hub has an owner",
+         "https://huggingface.co/a/b/blob/main/c.safetensors?x=1": "address: a/b/c.safetensors", "https://civitai.com/models/1": "download the file", "file:///a": "without file://", "gone": "no such file or folder"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_are_none(at, name):
+    with pytest.raises(AuraError, match=re.escape(NAMES[name])): loaded(at / name if name == "gone" else name)
+
+
+def test_folders_that_hold_models(at):
+    (at / "cache/snapshots/abc").mkdir(parents=True)
+    (at / "hollow").mkdir()
+    for name, words in (("cache", "name a version in it, as snapshots/abc"), ("hollow", "the folder is empty"), ("", r"it is a folder of \d+ models: name one of them, as ")):
+        with pytest.raises(AuraError, match=words): loaded(at / name)
+
+
+def test_removed_names_become_their_mirrors():
+    for name, mirror in ALIASES.items(): assert resolve_id(name)[0] == mirror and mirror in resolve_id(name)[1]
+    assert resolve_id("runwayml/stable-diffusion-inpainting")[0] == "stable-diffusion-v1-5/stable-diffusion-inpainting"
+
+
+def test_an_inpainting_unet_is_drawn_with_in_the_waterfall(tmp_path):
+    parts = loaded(tiny.save(tmp_path / "model", "sd15-inpaint"))
+    assert draw(parts, torch.zeros(1, 7, 32), 16, steps=1).pixels.shape == (1, 3, 128, 128)
+
+
+def test_the_notebook_names_tests_that_there_are():
+    """04b's table of kinds."""
+    text = "\n".join("".join(cell["source"]) for cell in json.loads((TESTS.parent / "nbs/04b_facts.ipynb").read_text(encoding="utf-8"))["cells"])
+    rows = re.findall(r"^\| (\d+) \|.*\| (.*) \|$", text, re.M)
+    here = "\n".join(file.read_text(encoding="utf-8") for file in TESTS.glob("test_*.py"))
+    assert [int(number) for number, _ in rows] == list(range(1, 17))
+    for _, tests in rows: assert tests and all(f"def {name}(" in here for name in re.findall(r"test_\w+", tests)), tests
