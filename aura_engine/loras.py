@@ -190,6 +190,7 @@ def other_way(names: Iterable[str]) -> str | None:
         if any(re.search(piece, name) for name in names): return kind
     return None
 
+# %% ../nbs/04d_loras.ipynb #b77b408e
 Place = tuple[str, str]                            # part of the pipeline, flat name of a layer in it
 
 def sorted_tensors(file: Path) -> tuple[dict[Place, dict[str, torch.Tensor]], list[str]]:

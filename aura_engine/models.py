@@ -401,8 +401,8 @@ def _why_not(path: Path) -> str:
     if path.is_file(): return "it is none of these"
     inside = sorted(path.iterdir())
     if (path / "snapshots").is_dir():
-        versions = sorted((path / "snapshots").iterdir())
-        return f"it is a folder of the Hub's cache: name a version in it, as snapshots/{versions[-1].name if versions else '…'}"
+        versions = [one.name for one in (path / "snapshots").iterdir()] or ["…"]
+        return f"it is a folder of the Hub's cache: name a version in it, as snapshots/{versions[0]}"
     models = [one.name for one in inside if _is_model(one)]
     if models: return f"it is a folder of {len(models)} models: name one of them, as {path.name}/{models[0]}"
     return "there is no model in this folder" if inside else "the folder is empty"

@@ -374,6 +374,7 @@ def original_vae(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> di
     if any(bare(name).startswith("decoder.up_blocks.") for name in tensors): return tensors
     return convert_ldm_vae_checkpoint(tensors, config)
 
+# %% ../nbs/04c_reader.ipynb #1a9078c9
 def read_vae(reader: Reader, source: str, config: dict[str, Any]) -> Any:
     "A VAE from a folder, a repository or a file. `config`: that of the model's own, for a file."
     if not source.endswith(".safetensors"): return reader.model_of(source)
@@ -449,6 +450,7 @@ def said_of_more(pipe: Any, file: Path) -> list[str]:
         if more > 0: said.append(f"{file.name}: {more} tensors of its {part} are not used")
     return said
 
+# %% ../nbs/04c_reader.ipynb #774888af
 def single_pipeline(reader: Reader, file: Path, config: Path, given: dict[str, Any]) -> Any:
     "A pipeline from a single file and the folder of its configuration. Unusable when a tensor is missing."
     pipeline = getattr(diffusers_classes(), served_index(config)["_class_name"])
