@@ -17,13 +17,13 @@ from .loras import Loras, fuse_lora, keep_loras
 from .models import (
     SAMPLERS, VAES, Row, Sampler, check_source, detect, detect_flow, is_local, is_named, is_whole, resolve_id, row_for)
 from .reader import LOADING, quiet, reading              # noqa: F401  whoever loads may need them
-from .reader import Reader, diffusers_classes, read_folder, read_single
+from .reader import Reader, diffusers_classes, read_folder, read_single, read_vae
 from .types import Invalid, ModelError
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'DTYPES', 'OURS_TO_SAY', 'devices', 'torch_wheel', 'nvidia_driver', 'gpu_fault', 'best_device',
            'pick_device', 'pick_precision', 'has_bf16', 'scheduler_of', 'Components', 'with_base', 'check_whole',
-           'read_pipeline', 'read_vae', 'encoders_of', 'net_of', 'recognised', 'default_within', 'check_sampler',
+           'read_pipeline', 'other_vae', 'encoders_of', 'net_of', 'recognised', 'default_within', 'check_sampler',
            'row_by_settings', 'commit_of', 'cut_encoder', 'components_of', 'check_flow', 'bf16_on', 'load', 'placed']
 
 # %% ../nbs/04e_loader.ipynb #0d7e3511
@@ -208,12 +208,12 @@ def read_pipeline(reader: Reader, model: str, row: Row | None, settings: Setting
     return pipe, where
 
 # %% ../nbs/04e_loader.ipynb #7b95d34b
-def read_vae(reader: Reader, source: str, row: Row) -> Any:
-    "The VAE that SD_VAE_ID names. Unusable when it is known to belong to another family."
+def other_vae(reader: Reader, source: str, row: Row, own: Any) -> Any:
+    "The VAE that SD_VAE_ID names instead of the model's `own`. Unusable when it is known to be another family's."
     known = [cls for name, (cls, _) in VAES.items() if is_named(source, name)]
     if known and known[0] != row.pipeline:
         raise Unusable(f"it is made for the latents of {known[0]}, this model has those of {row.pipeline}")
-    return reader.model_of(source)
+    return read_vae(reader, source, dict(own.config) if "latent_channels" in own.config else {})
 
 # %% ../nbs/04e_loader.ipynb #728adc4c
 def encoders_of(pipe: Any, name: str) -> list[Any]:
@@ -335,7 +335,7 @@ def load(settings: Settings, progress: Progress | None = None) -> Components:
         with blame("SD_LCM_LORA_ID", lora): fuse_lora(reader, pipe, lora, row)
     loras, vae = keep_loras(reader, pipe, settings.loras), pipe.vae
     if settings.vae_id:
-        with blame("SD_VAE_ID", settings.vae_id): vae = read_vae(reader, settings.vae_id, row)
+        with blame("SD_VAE_ID", settings.vae_id): vae = other_vae(reader, settings.vae_id, row, pipe.vae)
     made = components_of(
         pipe, row, model=settings.model_id, vae=vae, device=device, precision=PRECISIONS[reader.dtype],
         revision=commit_of(where) or settings.revision, lora=lora, loras=loras, notes=notes)

@@ -308,11 +308,14 @@ def draw(parts: Components, text: torch.Tensor, side: int, steps: int = 4, seed:
     "Draw with LCM from text embeddings [1, T, D], on latents of `side` by `side`."
     sampler, noise = parts.scheduler("lcm"), torch.Generator().manual_seed(seed)
     sampler.set_timesteps(steps)
-    x = torch.randn(1, parts.unet.config["in_channels"], side, side, generator=noise) * sampler.init_noise_sigma
+    channels = parts.latent_channels
+    x = torch.randn(1, channels, side, side, generator=noise) * sampler.init_noise_sigma
+    # an inpainting UNet: draw everything, over nothing
+    blank = [torch.ones(1, 1, side, side), torch.zeros(1, channels, side, side)] if parts.takes_mask else []
     times = []
     for t in sampler.timesteps:
         start = time.process_time()
-        given = (x.to(parts.dtype), t.reshape(1).float(), text.to(parts.dtype))
+        given = (torch.cat([x, *blank], 1).to(parts.dtype), t.reshape(1).float(), text.to(parts.dtype))
         v = parts.unet(*given, return_dict=False)[0].float()
         times.append(time.process_time() - start)
         x = sampler.step(v, t, x, generator=noise).prev_sample
