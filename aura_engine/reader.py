@@ -23,9 +23,9 @@ __all__ = ['PARTS', 'UNUSED', 'SERVED', 'WEIGHTS', 'NO_PICKLES', 'USUAL', 'CLASS
            'NO_DIFFUSERS', 'PART_WORDS', 'HARMLESS', 'ORIGINAL', 'whole_sets', 'no_whole_set', 'weight_files',
            'check_classes', 'served_index', 'pipeline_files', 'quiet', 'reading', 'diffusers_classes', 'Checkpoint',
            'recognise', 'nothing_else', 'config_and_weights', 'lone_class', 'unwrapped', 'bare', 'tensors_in', 'fill',
-           'check_weights', 'said_of_tensors', 'complete', 'complete_parts', 'mounted', 'broken_link', 'Reader',
-           'read_scheduler', 'read_unet', 'original_vae', 'read_vae', 'suited', 'check_files', 'whole_pipeline',
-           'read_folder', 'configuration_of', 'said_of_more', 'single_pipeline', 'read_single']
+           'check_weights', 'said_of_tensors', 'complete', 'complete_parts', 'mounted', 'broken_link', 'check_folder',
+           'check_alone', 'Reader', 'read_scheduler', 'read_unet', 'original_vae', 'read_vae', 'suited', 'check_files',
+           'whole_pipeline', 'read_folder', 'configuration_of', 'said_of_more', 'single_pipeline', 'read_single']
 
 # %% ../nbs/04c_reader.ipynb #1afc7159
 PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
@@ -273,6 +273,16 @@ def broken_link(folder: Path) -> str:
             return f"; {path.relative_to(folder).as_posix()} links to a file that is not there"
     return ""
 
+def check_folder(folder: Path, want: Want) -> None:
+    "Unusable when a folder lacks what `want` picks, with a link that leads nowhere if there is one."
+    try: want(names_in(folder), folder)
+    except Unusable as e: raise Unusable(f"{e}{broken_link(folder)}") from e
+
+def check_alone(source: str) -> None:
+    "Unusable for a local folder with a whole model, where one part of a model is wanted."
+    if is_local(source) and (Path(source).expanduser() / "model_index.json").is_file():
+        raise Unusable("it holds a whole model; name the folder of the part in it (vae, unet)")
+
 # %% ../nbs/04c_reader.ipynb #84934043
 @dataclass
 class Reader:
@@ -308,17 +318,14 @@ class Reader:
     def on_this_machine(self, source: str, want: Want) -> Path:
         "The path that a local source means, complete by `want`."
         path = INCLUDED.get(source) or Path(source).expanduser()
-        if path.is_dir():
-            try: want(names_in(path), path)
-            except Unusable as e: raise Unusable(f"{e}{broken_link(path)}") from e
+        if path.is_dir(): check_folder(path, want)
         elif not path.is_file(): raise Unusable("there is no such file or folder on this machine")
         return path
 
     def model_of(self, source: str) -> Any:
         "A lone diffusers model (UNet or VAE) from a folder or repository with its config.json."
         diffusers = diffusers_classes()
-        if is_local(source) and (Path(source).expanduser() / "model_index.json").is_file():
-            raise Unusable("it holds a whole model; name the folder of the part in it (vae, unet)")
+        check_alone(source)
         folder = self.located(source, "config.json", config_and_weights(self.half))
         named = lone_class(folder)
         names = weight_files([p.name for p in folder.iterdir()], "", self.half)
