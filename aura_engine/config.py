@@ -15,8 +15,9 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 # %% auto #0
 __all__ = ['DEFAULT_ORIGINS', 'DEFAULT_PORTS', 'APP_SCHEMES', 'LOOPBACK', 'ALIAS', 'SECRETS', 'normalise_origin', 'parse_origins',
-           'listening_address', 'is_network', 'parse_proxies', 'parse_loras', 'ModelSettings', 'Settings',
-           'setting_names', 'settings_table', 'SettingsError', 'complaint', 'load_settings', 'unknown_settings']
+           'listening_address', 'is_network', 'parse_proxies', 'parse_loras', 'lowered', 'EnvironmentSettings',
+           'GuideSettings', 'ModelSettings', 'Settings', 'setting_names', 'settings_table', 'SettingsError',
+           'complaint', 'load_settings', 'unknown_settings']
 
 # %% ../nbs/00_config.ipynb #eb521c57
 # where the guide's frontend runs
@@ -93,11 +94,33 @@ def parse_loras(text: str) -> dict[str, str]:
     return loras
 
 # %% ../nbs/00_config.ipynb #f513149f
-class ModelSettings(BaseSettings):
+def lowered(value: Any) -> Any:
+    "A word as the settings compare it: in lower case, without blanks around it."
+    return value.strip().lower() if isinstance(value, str) else value
+
+class EnvironmentSettings(BaseSettings):
+    "Settings that come from environment variables, and do not change."
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", case_sensitive=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_is_unset(cls, data: dict) -> dict:
+        # A Space cannot remove a variable, only empty it. No origins at all is a choice, though.
+        return {k: v for k, v in data.items() if v != "" or k == "ALLOW_ORIGINS"}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _letters(cls, v: Any) -> Any:
+        # In an ASCII locale the bytes of "ö" become halves of a letter, which no answer can be written with.
+        if isinstance(v, str) and any("\ud800" <= letter <= "\udfff" for letter in v):
+            raise ValueError("this process's locale has no such letters: set PYTHONUTF8=1 or LC_ALL=C.UTF-8")
+        return v
+
+# %% ../nbs/00_config.ipynb #fcc40b84
+class GuideSettings(EnvironmentSettings):
     """Which model runs, and how.
 
     The model is a Hub id, a folder or a file; 'embedded' ships with the package."""
-    model_config = SettingsConfigDict(frozen=True, extra="ignore", case_sensitive=True)
     model_id: str = Field("embedded", alias="SD_MODEL_ID",
         description="Hub id, folder or .safetensors file; 'embedded' is the model in the package")
     lcm_lora_id: str | None = Field(None, alias="SD_LCM_LORA_ID",
@@ -110,6 +133,14 @@ class ModelSettings(BaseSettings):
         description="auto, cpu, mps, cuda or cuda:N")
     torch_compile: bool | Literal["force"] = Field(False, alias="TORCH_COMPILE",
         description="1: compile the UNet on CUDA; force: on a CPU too, where it is slower")
+
+    @field_validator("precision", "device", mode="before")
+    @classmethod
+    def _lower(cls, v: Any) -> Any: return lowered(v)
+
+# %% ../nbs/00_config.ipynb #9a193dab
+class ModelSettings(GuideSettings):
+    "Everything about the model."
     revision: str | None = Field(None, alias="SD_REVISION", description="commit of the model on the Hub")
     vae_id: str | None = Field(None, alias="SD_VAE_ID", description="another VAE: Hub id or folder")
     base_id: str | None = Field(None, alias="SD_BASE_ID",
@@ -132,29 +163,15 @@ class ModelSettings(BaseSettings):
         None, alias="AURA_MODELS",
         description="folder with models as owner/name, such as a mounted volume: looked at before the Hub")
 
-    @model_validator(mode="before")
+    @field_validator("backend", mode="before")
     @classmethod
-    def _empty_is_unset(cls, data: dict) -> dict:
-        # A Space cannot remove a variable, only empty it. No origins at all is a choice, though.
-        return {k: v for k, v in data.items() if v != "" or k == "ALLOW_ORIGINS"}
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _letters(cls, v: Any) -> Any:
-        # In an ASCII locale the bytes of "ö" become halves of a letter, which no answer can be written with.
-        if isinstance(v, str) and any("\ud800" <= letter <= "\udfff" for letter in v):
-            raise ValueError("this process's locale has no such letters: set PYTHONUTF8=1 or LC_ALL=C.UTF-8")
-        return v
-
-    @field_validator("precision", "device", "backend", mode="before")
-    @classmethod
-    def _lower(cls, v: Any) -> Any: return v.strip().lower() if isinstance(v, str) else v
+    def _lower_backend(cls, v: Any) -> Any: return lowered(v)
 
     @field_validator("loras", mode="before")
     @classmethod
     def _pairs(cls, v: Any) -> Any: return parse_loras(v) if isinstance(v, str) else v
 
-# %% ../nbs/00_config.ipynb #fcc40b84
+# %% ../nbs/00_config.ipynb #2409a511
 class Settings(ModelSettings):
     "All settings of one engine, frozen. Made by `load_settings`."
     allow_origins: Annotated[tuple[str, ...], NoDecode] = Field(DEFAULT_ORIGINS, alias="ALLOW_ORIGINS",
@@ -163,7 +180,7 @@ class Settings(ModelSettings):
         description="address to listen on; 0.0.0.0 lets other machines in, as in the container image")
     port: int = Field(7860, alias="PORT", ge=0, le=65535, description="TCP port; 0 takes a free one")
     api_key: SecretStr | None = Field(None, alias="AURA_API_KEY",
-        description="when set, /generate and /refine need it as a Bearer token")
+        description="when set, whoever asks for pictures must send it as a Bearer token")
     proxies: Annotated[tuple[str, ...], NoDecode] = Field((), alias="AURA_PROXIES",
         description="proxies whose X-Forwarded-For is believed: addresses or networks, comma-separated; "
                     "private: every private network")
@@ -192,7 +209,7 @@ class Settings(ModelSettings):
 
     @field_validator("log_level", mode="before")
     @classmethod
-    def _lower_level(cls, v: Any) -> Any: return v.strip().lower() if isinstance(v, str) else v
+    def _lower_level(cls, v: Any) -> Any: return lowered(v)
 
 # %% ../nbs/00_config.ipynb #5bb9f53a
 def setting_names() -> list[str]:

@@ -12,7 +12,7 @@ from .types import Picture
 from .unet_input import NetInput
 
 # %% auto #0
-__all__ = ['Text', 'Conditions', 'Denoiser']
+__all__ = ['Text', 'Conditions', 'LatentForm', 'Denoiser']
 
 # %% ../nbs/05g_denoisers.ipynb #c51c98b4
 @dataclass(frozen=True)
@@ -48,10 +48,39 @@ class Conditions:
         return self.text.shape[1] + (looked_at.shape[2] * looked_at.shape[3] if looked_at is not None else 0)
 
 # %% ../nbs/05g_denoisers.ipynb #0298e2c4
-class Denoiser:
-    "A family at work: `parts` are a loaded model of it."
+class LatentForm:
+    "The latents of a family: `parts` are a loaded model of it."
     def __init__(self, parts: Components): self.parts = parts
 
+    @property
+    def side(self) -> int:
+        "Pixels a side of one latent."
+        return self.parts.vae_scale
+
+    @property
+    def channels(self) -> int:
+        "Channels of a latent."
+        return self.parts.latent_channels
+
+    def from_vae(self, z: torch.Tensor) -> torch.Tensor:
+        "What the VAE's encoder answers -> latents [B, C, h, w] as they are drawn."
+        return z * self.parts.vae.config.scaling_factor
+
+    def to_vae(self, latents: torch.Tensor) -> torch.Tensor:
+        "Latents [B, C, h, w] -> what the VAE decodes."
+        return latents / self.parts.vae.config.scaling_factor
+
+    def overflows(self, dtype: torch.dtype) -> bool:
+        "Whether the VAE must not run in this type, which it is held in."
+        return False
+
+    def colours(self, latents: torch.Tensor) -> torch.Tensor:
+        "Latents in the form that previews are fitted on."
+        return latents
+
+# %% ../nbs/05g_denoisers.ipynb #d9ffa6f8
+class Denoiser(LatentForm):
+    "A family at work."
     def measure(self, text: str) -> int:
         "The size that a prompt is encoded in."
         raise NotImplementedError
@@ -91,32 +120,6 @@ class Denoiser:
         return without + scale * (with_prompt - without)
 
     @property
-    def side(self) -> int:
-        "Pixels a side of one latent."
-        return self.parts.vae_scale
-
-    @property
-    def channels(self) -> int:
-        "Channels of a latent."
-        return self.parts.latent_channels
-
-    def from_vae(self, z: torch.Tensor) -> torch.Tensor:
-        "What the VAE's encoder answers -> latents [B, C, h, w] as they are drawn."
-        return z * self.parts.vae.config.scaling_factor
-
-    def to_vae(self, latents: torch.Tensor) -> torch.Tensor:
-        "Latents [B, C, h, w] -> what the VAE decodes."
-        return latents / self.parts.vae.config.scaling_factor
-
-    def overflows(self, dtype: torch.dtype) -> bool:
-        "Whether the VAE must not run in this type, which it is held in."
-        return False
-
-    def colours(self, latents: torch.Tensor) -> torch.Tensor:
-        "Latents in the form that previews are fitted on."
-        return latents
-
-    @property
-    def looks(self) -> bool:
+    def looks_at_picture(self) -> bool:
         "Whether a picture to refine is looked at, as a reference, and the new one begins with noise alone."
         return self.parts.row.refine == "reference"

@@ -24,7 +24,7 @@ def as_error(exc: Exception) -> AuraError:
     if isinstance(exc, RequestValidationError): return Invalid.of(field_errors(list(exc.errors()), 1))
     if isinstance(exc, ValidationError): return invalid(exc)
     if isinstance(exc, HTTPException): return _from_http(exc)
-    return AuraError("Something nobody foresaw. The engine's log has the reason under this request's id.")
+    return AuraError("An unexpected error. The engine's log has the reason under this request's id.")
 
 # %% ../nbs/09a_errors.ipynb #b0fba263
 def _from_http(exc: HTTPException) -> AuraError:

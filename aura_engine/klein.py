@@ -16,7 +16,7 @@ from .unet_input import NetInput
 
 # %% auto #0
 __all__ = ['LAYERS', 'REFERENCE', 'encode_klein', 'empirical_mu', 'grid_ids', 'text_ids', 'as_tokens', 'KleinInput', 'to_patches',
-           'from_patches', 'Klein']
+           'from_patches', 'KleinLatents', 'Klein']
 
 # %% ../nbs/05j_klein.ipynb #f2756637
 LAYERS = (9, 18, 27)                              # of the encoder, as the published pipeline reads them
@@ -103,8 +103,42 @@ def from_patches(x: torch.Tensor) -> torch.Tensor:
     "[B, 4 C, h, w] -> [B, C, 2 h, 2 w]."
     return nn.functional.pixel_shuffle(x, 2)
 
+# %% ../nbs/05j_klein.ipynb #7424a454
+class KleinLatents(FlowMatch):
+    "The latents of FLUX.2-klein: patches, normalised by the VAE's statistics."
+    @property
+    def side(self) -> int:
+        "Pixels a side of one latent, which is a patch."
+        return 2 * self.parts.vae_scale
+
+    @property
+    def channels(self) -> int:
+        "Channels of a patch."
+        return 4 * self.parts.latent_channels
+
+    def statistics(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        "Mean and deviation of the channels of a patch [1, C, 1, 1]."
+        norm, eps = self.parts.vae.bn, self.parts.vae.config.batch_norm_eps
+        mean, spread = norm.running_mean.view(1, -1, 1, 1), torch.sqrt(norm.running_var.view(1, -1, 1, 1) + eps)
+        return mean.to(like.dtype), spread.to(like.dtype)
+
+    def from_vae(self, z: torch.Tensor) -> torch.Tensor:
+        "Patches of what the VAE's encoder answers."
+        patches = to_patches(z)
+        mean, spread = self.statistics(patches)
+        return (patches - mean) / spread
+
+    def to_vae(self, latents: torch.Tensor) -> torch.Tensor:
+        "Patches put together again."
+        mean, spread = self.statistics(latents)
+        return from_patches(latents * spread + mean)
+
+    def colours(self, latents: torch.Tensor) -> torch.Tensor:
+        "Previews have the VAE's resolution, twice that of patches."
+        return self.to_vae(latents)
+
 # %% ../nbs/05j_klein.ipynb #cd067383
-class Klein(FlowMatch):
+class Klein(KleinLatents):
     "FLUX.2-klein, distilled or not."
     def measure(self, text: str) -> int:
         "All prompts have one size."
@@ -136,34 +170,3 @@ class Klein(FlowMatch):
         looked_at = given.reference
         if looked_at is not None: looked_at = looked_at.to(sample.dtype).expand(len(sample), -1, -1, -1)
         return KleinInput(sample, time, given.text, looked_at)
-
-    @property
-    def side(self) -> int:
-        "Pixels a side of one latent, which is a patch."
-        return 2 * self.parts.vae_scale
-
-    @property
-    def channels(self) -> int:
-        "Channels of a patch."
-        return 4 * self.parts.latent_channels
-
-    def statistics(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        "Mean and deviation of the channels of a patch [1, C, 1, 1]."
-        norm, eps = self.parts.vae.bn, self.parts.vae.config.batch_norm_eps
-        mean, spread = norm.running_mean.view(1, -1, 1, 1), torch.sqrt(norm.running_var.view(1, -1, 1, 1) + eps)
-        return mean.to(like.dtype), spread.to(like.dtype)
-
-    def from_vae(self, z: torch.Tensor) -> torch.Tensor:
-        "Patches of what the VAE's encoder answers."
-        patches = to_patches(z)
-        mean, spread = self.statistics(patches)
-        return (patches - mean) / spread
-
-    def to_vae(self, latents: torch.Tensor) -> torch.Tensor:
-        "Patches put together again."
-        mean, spread = self.statistics(latents)
-        return from_patches(latents * spread + mean)
-
-    def colours(self, latents: torch.Tensor) -> torch.Tensor:
-        "Previews have the VAE's resolution, twice that of patches."
-        return self.to_vae(latents)

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 # %% auto #0
-__all__ = ['PACKED', 'NEEDED', 'SUMS', 'Packed', 'plain_class', 'PackedConv2d', 'PackedLinear', 'is_packable', 'pack', 'unpack',
-           'can_pack', 'summed', 'doubling', 'is_plain', 'doubled_conv', 'doubles', 'double_once']
+__all__ = ['PACKED', 'NEEDED', 'SUMS', 'PackedWeights', 'Packed', 'plain_class', 'PackedConv2d', 'PackedLinear', 'is_packable',
+           'pack', 'unpack', 'can_pack', 'summed', 'doubling', 'is_plain', 'doubled_conv', 'doubles', 'double_once']
 
 # %% ../nbs/05b_packing.ipynb #77e18f61
-class Packed(nn.Module):
-    "A layer whose weights are kept in oneDNN's order from its first call on."
+class PackedWeights(nn.Module):
+    "The weights of a layer, in the ordinary order or `packed`. Whatever reads or moves them gets the ordinary ones."
     packed: Any = None
     layout = torch.contiguous_format
 
@@ -33,6 +33,21 @@ class Packed(nn.Module):
         "The weights, as any layer has them."
         return self.unpacked()
 
+    def _apply(self, fn, recurse=True):
+        self.unpacked()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self):
+        self.unpacked()
+        return super().__getstate__()
+
+    def _save_to_state_dict(self, *args):
+        self.unpacked()
+        return super()._save_to_state_dict(*args)
+
+# %% ../nbs/05b_packing.ipynb #ffa6bf27
+class Packed(PackedWeights):
+    "A layer whose weights are kept in oneDNN's order from its first call on."
     def arrange(self, weight: torch.Tensor, x: torch.Tensor) -> Any:
         "The weights in oneDNN's order, for inputs like x."
         raise NotImplementedError
@@ -53,18 +68,6 @@ class Packed(nn.Module):
                 return self(x)
             self._parameters["weight"] = None
         return self.product(x)
-
-    def _apply(self, fn, recurse=True):
-        self.unpacked()
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self):
-        self.unpacked()
-        return super().__getstate__()
-
-    def _save_to_state_dict(self, *args):
-        self.unpacked()
-        return super()._save_to_state_dict(*args)
 
 # %% ../nbs/05b_packing.ipynb #a214d1b9
 def plain_class(packed: type) -> Any:

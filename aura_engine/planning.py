@@ -25,8 +25,8 @@ from .types import (MAX_PROMPT, MAX_SEED, WHOLE, FieldError, GenerateRequest, In
 # %% auto #0
 __all__ = ['CLOSELY', 'MOST_HELPED', 'STRENGTH', 'MOST_VERSIONS', 'Label', 'SamplerName', 'Side', 'COMPARED', 'MOST_DIFFERENCES',
            'LONGEST_LABEL', 'known_words', 'is_slip', 'shorter_by_one', 'letter_pairs', 'Vocabulary', 'vocabulary',
-           'meant', 'alike', 'some', 'understood', 'clamp', 'allowed_lora', 'plan', 'prepare', 'sized', 'PictureRecipe',
-           'Replayed', 'ReplayRequest', 'replay_plan', 'differences']
+           'intended_word', 'similar_words', 'short_list', 'understood', 'clamp', 'allowed_lora', 'plan', 'prepare',
+           'sized', 'PictureRecipe', 'Replayed', 'ReplayRequest', 'replay_plan', 'differences']
 
 # %% ../nbs/03d_planning.ipynb #b19b3380
 @cache
@@ -83,7 +83,7 @@ def _begins_alike(word: str, known: str) -> bool:
 
 
 @lru_cache(4096)
-def meant(word: str, folder: Path) -> str | None:
+def intended_word(word: str, folder: Path) -> str | None:
     "The known word that `word` is a typing mistake of, or None."
     known = vocabulary(folder)
     if not 5 <= len(word) <= known.longest + 1: return None
@@ -97,7 +97,7 @@ CLOSELY = 16                                     # known words that an unknown o
 
 
 @lru_cache(4096)
-def alike(word: str, folder: Path) -> tuple[str, ...]:
+def similar_words(word: str, folder: Path) -> tuple[str, ...]:
     "Up to two known words that look like `word`."
     known = vocabulary(folder)
     if not 4 <= len(word) <= 2 * known.longest: return ()
@@ -110,7 +110,7 @@ def alike(word: str, folder: Path) -> tuple[str, ...]:
 MOST_HELPED = 6                                  # unknown words with suggestions; words in a note
 
 
-def some(words: Sequence[str], most: int = MOST_HELPED) -> str:
+def short_list(words: Sequence[str], most: int = MOST_HELPED) -> str:
     "'a, b, c and 4 more': at most `most` of the words, each cut after 24 letters."
     listed = ", ".join(w if len(w) <= 24 else w[:24] + "…" for w in words[:most])
     return listed + (f" and {len(words) - most} more" if len(words) > most else "")
@@ -138,11 +138,11 @@ def _strange(prompt: str, known: Vocabulary) -> list[str]:
 
 # %% ../nbs/03d_planning.ipynb #0f54d9c7
 def _mended(word: str) -> str | None:
-    return meant(word, EMBEDDED) if len(word) <= vocabulary(EMBEDDED).longest + 1 else None
+    return intended_word(word, EMBEDDED) if len(word) <= vocabulary(EMBEDDED).longest + 1 else None
 
 # %% ../nbs/03d_planning.ipynb #933c7f19
 def _mended_note(mended: Mapping[str, str]) -> Note:
-    pairs = some([f"{wrong} as {right}" for wrong, right in mended.items()])
+    pairs = short_list([f"{wrong} as {right}" for wrong, right in mended.items()])
     given, used = shown(" ".join(mended), 60), shown(" ".join(mended.values()), 60)
     return Note("prompt", given, used, f"Read {pairs}: the nearest words this model knows.")
 
@@ -151,10 +151,10 @@ def _unknown_note(unknown: Sequence[str]) -> Note:
     near: dict[str, None] = {}
     longest = 2 * vocabulary(EMBEDDED).longest   # nothing longer is alike
     for word in unknown[:MOST_HELPED]:
-        if len(word) <= longest: near.update(dict.fromkeys(alike(word, EMBEDDED)))
-    helped = f" It does know {some(list(near))}." if near else ""
-    text = f"This model does not know {some(unknown)}. It draws something near.{helped}"
-    return Note("prompt", shown(" ".join(unknown), 60), "drawn as something near", text)
+        if len(word) <= longest: near.update(dict.fromkeys(similar_words(word, EMBEDDED)))
+    helped = f" It does know {short_list(list(near))}." if near else ""
+    text = f"This model does not know {short_list(unknown)}. It draws something similar.{helped}"
+    return Note("prompt", shown(" ".join(unknown), 60), "drawn as something similar", text)
 
 # %% ../nbs/03d_planning.ipynb #19945205
 def clamp(given: float, bounds: tuple[float, float, float]) -> float:
@@ -216,7 +216,7 @@ def allowed_lora(alias: str | None, row: Row, field: str = "lora") -> str | None
     raise Invalid.value(field, given=alias, allowed=allowed)
 
 # %% ../nbs/03d_planning.ipynb #9532706a
-def _common(row: Row, prompt: str, r: GenerateRequest | RefineConfig, notes: list[Note]) -> Picture:
+def _unsized_picture(row: Row, prompt: str, r: GenerateRequest | RefineConfig, notes: list[Note]) -> Picture:
     "The picture that all pictures of a request are copies of; its size is still open (0)."
     steps = _steps(row, r.steps, notes)
     guidance = _guidance(row, r.guidance_scale, notes)
@@ -234,22 +234,22 @@ def _seed(first: Picture, i: int) -> int: return (first.seed + i) % (MAX_SEED + 
 # %% ../nbs/03d_planning.ipynb #6a874b31
 def _generation(request: GenerateRequest, row: Row, gpu: bool) -> Plan:
     notes: list[Note] = []
-    first = _common(row, request.prompt, request, notes)
+    first = _unsized_picture(row, request.prompt, request, notes)
     width, height = _size(request, row, gpu, notes)
     sized = replace(first, width=width, height=height)
     pictures = tuple(replace(sized, seed=_seed(sized, i)) for i in range(request.n))
     return Plan(pictures, tuple(notes), request.deadline_seconds)
 
 # %% ../nbs/03d_planning.ipynb #0150c153
-def _flowing(row: Row, steps: int, strength: float, notes: list[Note]) -> tuple[int, float]:
-    "`_refining` of a flow-matching transformer: the end of its timetable, or all of it where the picture is looked at."
+def _flow_steps(row: Row, steps: int, strength: float, notes: list[Note]) -> tuple[int, float]:
+    "The same for a flow-matching transformer: the end of its timetable, or all of it where the picture is looked at."
     if row.refine == "noise": return last_steps(steps, strength), strength
     text = "This model looks at the picture and draws a new one: strength has no effect."
     if strength != 1: notes.append(Note("strength", strength, "ignored", text))
     return steps, 1.0
 
 # %% ../nbs/03d_planning.ipynb #fb5f483d
-def _refining(row: Row, steps: int, strength: float, notes: list[Note]) -> tuple[int, float]:
+def _refine_steps(row: Row, steps: int, strength: float, notes: list[Note]) -> tuple[int, float]:
     "(steps to run, strength that this is) of a refinement."
     if row.fixed:
         table = row.steps[0]
@@ -259,7 +259,7 @@ def _refining(row: Row, steps: int, strength: float, notes: list[Note]) -> tuple
         text = f"Strength {strength:g} became {real:.4g}: {why}."
         if real != strength: notes.append(Note("strength", strength, round(real, 4), text))
         return run, real
-    if row.flow: return _flowing(row, steps, strength, notes)
+    if row.flow: return _flow_steps(row, steps, strength, notes)
     run, _ = executed_steps(steps, strength, SAMPLERS[row.sampler].max_steps)
     why = f"strength {strength:g} leaves room for no more on this sampler's timetable"
     text = f"Ran {run} of {steps} steps: {why}."
@@ -325,9 +325,9 @@ def _strength(row: Row, mask: Image.Image | None) -> float:
 def _refinement(request: RefineRequest, row: Row, images: Sequence[Image.Image],
                 mask: Image.Image | None) -> Plan:
     config, notes = request.config, []
-    first = _common(row, request.refine_prompt, config, notes)
+    first = _unsized_picture(row, request.refine_prompt, config, notes)
     asked = config.strength or _strength(row, mask)
-    run, strength = _refining(row, first.steps, asked, notes)
+    run, strength = _refine_steps(row, first.steps, asked, notes)
     first = replace(first, steps=run, strength=strength, steps_asked=first.steps)
     padding = config.padding_mask_crop
     mask = _usable_mask(mask, padding, notes)
@@ -430,7 +430,7 @@ class Replayed(PictureRecipe):
         return Receipt(**self.model_dump())
 
 # %% ../nbs/03d_planning.ipynb #6263bd79
-def _either(one: str, other: str) -> dict[str, Any]:
+def _one_without(one: str, other: str) -> dict[str, Any]:
     "JSON Schema for: `one` is there, `other` is not."
     return {"required": [one], "properties": {one: {"not": {"type": "null"}}, other: {"type": "null"}}}
 
@@ -439,7 +439,7 @@ class ReplayRequest(RequestModel):
     """Body of POST /replay: a `receipt`, or an `image` (base64 PNG of ours) that holds one.
 
     `init`: the picture a refinement started from. `mask`: its mask."""
-    _one_of_two = {"oneOf": [_either("receipt", "image"), _either("image", "receipt")]}
+    _one_of_two = {"oneOf": [_one_without("receipt", "image"), _one_without("image", "receipt")]}
     model_config = {**RequestModel.model_config, "json_schema_extra": _one_of_two}
     receipt: Replayed | None = None
     image: str | None = Field(None, json_schema_extra={"format": "picture"})
@@ -475,7 +475,7 @@ def _sizes_of(row: Row) -> str:
     return f"for {row.name} multiples of {row.multiple}, an area of {area}, {shape}"
 
 # %% ../nbs/03d_planning.ipynb #626bd7b8
-def _held(data: bytes) -> Replayed:
+def _receipt_inside(data: bytes) -> Replayed:
     "The receipt inside a PNG of ours, checked."
     try: return Replayed.model_validate(receipt_of(data).to_json())
     except ValidationError as e:
@@ -506,7 +506,7 @@ def _started(p: Picture, ask: ReplayRequest, r: Replayed, row: Row) -> Picture:
 # %% ../nbs/03d_planning.ipynb #7ded5d01
 def replay_plan(ask: ReplayRequest, row: Row) -> tuple[Receipt, Plan]:
     "(the receipt that was sent, the plan of its picture). Raises Invalid."
-    r = ask.receipt or _held(from_base64(ask.image or "", "image"))
+    r = ask.receipt or _receipt_inside(from_base64(ask.image or "", "image"))
     if wrong := _misfits(r, row): raise Invalid.of(wrong)
     if (r.scheduler == "flow") != row.flow:
         raise Invalid.value("receipt.scheduler", given=r.scheduler, allowed=f"for {row.name} {row.sampler}")

@@ -22,10 +22,11 @@ from .unet_input import NetInput
 
 # %% auto #0
 __all__ = ['MOST_TEXT', 'Weights', 'FIRST_ORDER', 'FLAT', 'OVERFLOWED', 'EMPTY', 'Decoded', 'TextKey', 'TextCache',
-           'Coefficients', 'Mixture', 'Table', 'probe', 'scale_at', 'estimate_of', 'Way', 'weights_at', 'mix_of',
-           'make_table', 'Noise', 'dtype_of', 'overflows', 'moved', 'pixels_of', 'encode_pixels', 'encode_picture',
-           'sampled', 'decode_as', 'decode_batch', 'decode_latents', 'Kept', 'latent_mask', 'mask_tensor', 'hole_in',
-           'begins_pure', 'Beginning', 'encoded_init', 'beginning', 'Trajectory', 'advance', 'take', 'fresh_noise']
+           'Coefficients', 'Mixture', 'Table', 'probe', 'scale_at', 'estimate_of', 'TimetableKey', 'weights_at',
+           'mix_of', 'make_table', 'Noise', 'dtype_of', 'overflows', 'moved', 'pixels_of', 'encode_pixels',
+           'encode_picture', 'sampled', 'decode_as', 'decode_batch', 'decode_latents', 'KeptLatents', 'latent_mask',
+           'mask_tensor', 'hole_in', 'begins_pure', 'Beginning', 'encoded_init', 'beginning', 'TrajectoryState',
+           'Trajectory', 'advance', 'take_steps', 'fresh_noise']
 
 # %% ../nbs/06_trajectory.ipynb #90089ddf
 class TextKey(NamedTuple):
@@ -47,8 +48,8 @@ class TextCache:
         self.measure = lru_cache(4 * size)(self.family.measure)
         self.table = lru_cache(size)(self._make_table)
 
-    def _make_table(self, way: Way) -> Table:
-        return make_table(denoiser_of(self.parts), self.parts.scheduler(way.sampler), way)
+    def _make_table(self, key: TimetableKey) -> Table:
+        return make_table(denoiser_of(self.parts), self.parts.scheduler(key.sampler), key)
 
     def keys(self, p: Picture) -> list[TextKey]:
         "The text keys of a picture, the negative prompt first when there is guidance. Any thread may ask."
@@ -139,7 +140,7 @@ def estimate_of(out: Any) -> torch.Tensor | None:
 FIRST_ORDER = ("LCMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
                "TCDScheduler", "FlowMatchEulerDiscreteScheduler")
 
-class Way(NamedTuple):
+class TimetableKey(NamedTuple):
     "What a timetable depends on. `pure`: a refinement that begins with noise alone."
     sampler: str | None
     steps: int
@@ -149,7 +150,7 @@ class Way(NamedTuple):
     pure: bool = False
 
     def picture(self) -> Picture:
-        "A picture that goes this way."
+        "A picture with this timetable."
         return Picture("", *self.size, steps=self.steps, guidance_scale=0.0, seed=0, strength=self.strength,
                        scheduler=self.sampler, steps_asked=self.asked)
 
@@ -174,10 +175,10 @@ def mix_of(scheduler: Any, first: int, strength: float | None, pure: bool = Fals
     return Mixture(alone if pure else before[0], [*before, (1.0, 0.0)])
 
 # %% ../nbs/06_trajectory.ipynb #fe450d8f
-def make_table(family: Denoiser, scheduler: Any, way: Way) -> Table:
+def make_table(family: Denoiser, scheduler: Any, key: TimetableKey) -> Table:
     "The timetable of a first-order diffusers scheduler."
-    first = family.set_up(scheduler, way.picture())
-    mix = mix_of(scheduler, first, way.strength, way.pure)
+    first = family.set_up(scheduler, key.picture())
+    mix = mix_of(scheduler, first, key.strength, key.pure)
     rows = [probe(scheduler, k) for k in range(first, len(scheduler.timesteps))]
     return Table(family.clock(scheduler.timesteps[first:].clone()), rows, mix)
 
@@ -226,7 +227,7 @@ def encode_pixels(parts: Components, pixels: torch.Tensor, noise: Noise) -> torc
     out = vae.encode(pixels.to(parts.device, vae.dtype))
     if raised: vae.half()
     family = denoiser_of(parts)
-    z = out.latent_dist.mean if family.looks else sampled(out, noise)
+    z = out.latent_dist.mean if family.looks_at_picture else sampled(out, noise)
     return family.from_vae(z.float())
 
 # %% ../nbs/06_trajectory.ipynb #2a9cd6fa
@@ -286,7 +287,7 @@ def decode_latents(parts: Components, latents: torch.Tensor) -> Decoded:
 
 # %% ../nbs/06_trajectory.ipynb #e86d6d29
 @dataclass(frozen=True)
-class Kept:
+class KeptLatents:
     "What a mask keeps: latents and noise [1, C, h, w] of a picture, their weights, and a mask [1, 1, h, w], 1 to draw."
     latents: torch.Tensor
     noise: torch.Tensor
@@ -327,7 +328,7 @@ def hole_in(parts: Components, p: Picture, noise: Noise) -> torch.Tensor:
 # %% ../nbs/06_trajectory.ipynb #85fe53d6
 def begins_pure(parts: Components, p: Picture) -> bool:
     "Whether a refinement begins with noise alone."
-    if denoiser_of(parts).looks: return True
+    if denoiser_of(parts).looks_at_picture: return True
     return p.strength == 1 and (p.inpainting is not None or parts.takes_mask)
 
 # %% ../nbs/06_trajectory.ipynb #5b870da6
@@ -335,7 +336,7 @@ def begins_pure(parts: Components, p: Picture) -> bool:
 class Beginning:
     "The first latents [1, C, h, w] of a picture, what a mask keeps, an inpainting UNet is told, and is looked at."
     latents: torch.Tensor
-    kept: Kept | None = None
+    kept: KeptLatents | None = None
     hole: torch.Tensor | None = None
     reference: torch.Tensor | None = None
 
@@ -353,17 +354,17 @@ def beginning(parts: Components, p: Picture, mix: Mixture, noise: Noise) -> Begi
     shape = (1, family.channels, p.height // family.side, p.width // family.side)
     encoded = encoded_init(parts, p, of_picture, noise)
     drawn = noise.draw(shape).to(parts.device)
-    if family.looks: return Beginning(of_noise * drawn, reference=encoded)
+    if family.looks_at_picture: return Beginning(of_noise * drawn, reference=encoded)
     latents = of_noise * drawn if encoded is None else of_picture * encoded + of_noise * drawn
     if parts.takes_mask: return Beginning(latents, hole=hole_in(parts, p, noise))
     if p.inpainting is None: return Beginning(latents)
     assert encoded is not None
     # The pipelines encode the picture with its hole here too, and do not use it. The draw counts.
     if parts.draws_latents: noise.draw(shape)
-    return Beginning(latents, Kept(encoded, drawn, mask_tensor(parts, p), mix.before))
+    return Beginning(latents, KeptLatents(encoded, drawn, mask_tensor(parts, p), mix.before))
 
 # %% ../nbs/06_trajectory.ipynb #991e7735
-class Trajectory:
+class TrajectoryState:
     "One picture: `k` of `steps` UNet steps are done. `latents` [1, C, h, w] fp32, `estimate` the picture-to-be."
     def __init__(self, parts: Components, picture: Picture, texts: TextCache):
         self.parts, self.picture, self.k = parts, picture, 0
@@ -385,8 +386,8 @@ class Trajectory:
         p = self.picture
         pure = begins_pure(self.parts, p)
         if SAMPLERS[p.scheduler or self.parts.row.sampler].cls in FIRST_ORDER:
-            way = Way(p.scheduler, p.steps, p.strength, p.steps_asked, (p.width, p.height), pure)
-            self.table = texts.table(way)
+            size = p.width, p.height
+            self.table = texts.table(TimetableKey(p.scheduler, p.steps, p.strength, p.steps_asked, size, pure))
             return self.table.timesteps, self.table.mix
         self.sampler = self.parts.scheduler(p.scheduler)
         first = self.family.set_up(self.sampler, p)
@@ -417,6 +418,9 @@ class Trajectory:
         "Trajectories of one key can share a UNet call: (C, h, w, tokens, LoRA)."
         return (*self.latents.shape[1:], self.conditions.tokens, self.picture.lora)
 
+# %% ../nbs/06_trajectory.ipynb #1ec53464
+class Trajectory(TrajectoryState):
+    "A picture that can be stepped (`advance`): see `TrajectoryState` for what it holds."
     def net_input(self) -> NetInput:
         "What the network gets for the next step."
         given = self.conditions
@@ -463,11 +467,11 @@ def advance(batch: list[Trajectory], net: Any, bucket: int = 0) -> None:
             answers.append(answer)
         else:
             t.remember(answer)
-    if tabled: take(tabled, torch.cat(answers))
+    if tabled: take_steps(tabled, torch.cat(answers))
     for t in batch: t.count()
 
 # %% ../nbs/06_trajectory.ipynb #aedf5810
-def take(batch: list[Trajectory], v: torch.Tensor) -> None:
+def take_steps(batch: list[Trajectory], v: torch.Tensor) -> None:
     "Use the UNet's answers v [B, C, h, w] for the next step of trajectories that have a table."
     now = [t.table.rows[t.k] for t in batch if t.table is not None]
     x = torch.cat([t.latents for t in batch])

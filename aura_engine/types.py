@@ -184,7 +184,7 @@ def clean_text(text: str) -> str:
 def _not_blank(text: str) -> str:
     "A cleaned prompt; ValueError when nothing is left of it."
     text = clean_text(text)
-    if not text: raise ValueError("must not be empty")
+    if not text: raise ValueError("a text that is not empty")
     return text
 
 # %% ../nbs/01_types.ipynb #8eb88e65

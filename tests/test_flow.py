@@ -19,7 +19,7 @@ from aura_engine.loader import load
 from aura_engine.models import FLOW_ROWS, ROWS, last_steps
 from aura_engine.planning import ReplayRequest, plan, prepare, replay_plan
 from aura_engine.runner import key_of
-from aura_engine.trajectory import TextCache, Trajectory, Way, advance, decode_latents, make_table
+from aura_engine.trajectory import TextCache, Trajectory, TimetableKey, advance, decode_latents, make_table
 from aura_engine.types import GenerateRequest, Invalid, ModelError, Picture, RefineRequest
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 96, 3), dtype=np.uint8))
@@ -148,10 +148,10 @@ def test_official_times(family):
     _, parts = family
     if parts.row.refine == "reference":
         assert empirical_mu(1024, 4) == pytest.approx(2.0307, abs=1e-4) and empirical_mu(4096, 4) == pytest.approx(2.2912, abs=1e-4)
-        table = make_table(denoiser_of(parts), parts.scheduler(), Way(None, 4, size=(1024, 1024)))
+        table = make_table(denoiser_of(parts), parts.scheduler(), TimetableKey(None, 4, size=(1024, 1024)))
         assert [round(t, 4) for t in table.timesteps.tolist()] == [1, 0.9674, 0.9081, 0.7672]
     else:
-        table = make_table(denoiser_of(parts), parts.scheduler(), Way(None, 8, size=(1024, 1024)))
+        table = make_table(denoiser_of(parts), parts.scheduler(), TimetableKey(None, 8, size=(1024, 1024)))
         assert [round(1 - t, 4) for t in table.timesteps.tolist()] == [1, 0.9545, 0.9, 0.8333, 0.75, 0.6429, 0.5, 0.3]
 
 

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from aura_engine import planning
 from aura_engine.models import EMBEDDED, ROWS, fit_size, makes, size_for
-from aura_engine.planning import ReplayRequest, alike, differences, is_slip, known_words, meant, plan, replay_plan
+from aura_engine.planning import ReplayRequest, differences, intended_word, is_slip, known_words, plan, replay_plan, similar_words
 from aura_engine.types import MAX_PROMPT, AuraError, GenerateRequest, Health, Invalid, Receipt, RefineConfig, RefineRequest, error_tree, field_errors, shown
 
 ROW = ROWS["embedded"]
@@ -43,7 +43,7 @@ PROMPTS = {
 @pytest.fixture
 def fresh():
     """No word was ever asked for."""
-    for f in (meant, alike): f.cache_clear()
+    for f in (intended_word, similar_words): f.cache_clear()
 
 
 @pytest.mark.parametrize("name", PROMPTS)
@@ -78,8 +78,8 @@ def test_words_are_compared_with_few_others(monkeypatch, fresh):
 def test_the_memory_of_words_is_bounded(fresh):
     for i in range(30): plan(GenerateRequest(prompt=" ".join(random_words(330, 5, seed=i))), ROW)
     plan(GenerateRequest(prompt="x" * MAX_PROMPT), ROW)
-    assert meant.cache_info().currsize <= 4096 and alike.cache_info().currsize <= 4096
-    assert meant.cache_info().misses < 30 * 330 + 1                               # the long word was not even asked for
+    assert intended_word.cache_info().currsize <= 4096 and similar_words.cache_info().currsize <= 4096
+    assert intended_word.cache_info().misses < 30 * 330 + 1                               # the long word was not even asked for
 
 
 def slow_meant(word):
@@ -97,8 +97,8 @@ def slips_of(word, pick):
 def test_the_index_finds_what_the_search_found(fresh):
     pick = random.Random(2)
     tried = [slips_of(w, pick) for w in pick.sample(sorted(WORDS), 150)] + random_words(30, 5)
-    assert [meant(w, EMBEDDED) for w in tried] == [slow_meant(w) for w in tried]
-    assert sum(meant(w, EMBEDDED) is not None for w in tried) > 60
+    assert [intended_word(w, EMBEDDED) for w in tried] == [slow_meant(w) for w in tried]
+    assert sum(intended_word(w, EMBEDDED) is not None for w in tried) > 60
 
 
 def test_notes_are_sentences():

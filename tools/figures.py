@@ -203,7 +203,6 @@ ALLOWED: dict[str, int] = {
     "engine.Turns": 470,
     "runner.Runner": 440,
     "train.Stage": 410,
-    "trajectory.Trajectory": 530,
     "widgets.Compare": 520,
     "widgets.Pane": 410,
     "widgets.Studio": 380,
