@@ -146,6 +146,9 @@ def measured_curves(parts: Components, settings: Settings, trial: Trial,
         for rows in steps:
             step(rows)
             step(rows)
+    if parts.backend == "openvino":
+        if steps.best(most) > 1: step(steps.best(most))
+        if decodes.best(8) > 1: decode(decodes.best(8))
     seal(parts)
     return steps, decodes
 
