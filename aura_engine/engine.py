@@ -19,7 +19,7 @@ from .models import SAMPLERS, Row, check_source, limits_of
 from .optimize import cache_folder
 from .queue import Queue, Task
 from .trajectory import Decoded
-from .runner import Runner, few_kernels, one_heap, prepare_runner, receipt_of_task
+from .runner import Runner, cut_short, few_kernels, left_out, one_heap, prepare_runner, receipt_of_task
 from .types import (COME_BACK, AuraError, Cancelled, DeadlineExceeded, Degenerate, EngineFailed, EngineState,
                                Health, Image,
                                NotReady, OutOfMemory, Plan, Preview, QueueLoad, ShuttingDown, Step)
@@ -141,8 +141,9 @@ class Turns:
             else: self._hand_out(task, outcome)
 
     def _hand_out(self, task: Task, made: Decoded) -> None:
-        job, repairs = task.job, []
+        job, repairs = task.job, left_out(task)
         image, again = made
+        job.cuts += [f"a picture was {said}" for said in repairs]
         if again:
             self.repairs += 1
             repairs.append("decoded again in fp32")
@@ -159,6 +160,15 @@ class Turns:
             if job.cancelled: self.queue.end(job, Cancelled("The request was cancelled."))
             elif now > job.deadline:
                 self.queue.end(job, DeadlineExceeded(f"Not finished within {job.seconds:g} seconds."))
+            elif job.hurried: self._hurry(job)
+
+    def _hurry(self, job: Job) -> None:
+        mine = [task for task in self.queue.tasks if task.job is job]
+        begun = any([cut_short(task) for task in mine])       # a list: each of them is cut
+        # a job that has nothing to show takes its first step
+        if not begun and not any(isinstance(event, Image) for event in job.log): return
+        self.queue.remove(lambda task: task.job is job and task.left > 0)
+        if not begun: self.queue.end(job)
 
     def _fail(self, batch: Sequence[Task], error: Exception) -> None:
         if isinstance(error, AuraError): answer: AuraError | None = error
