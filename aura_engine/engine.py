@@ -27,9 +27,9 @@ from .types import (COME_BACK, AuraError, Cancelled, DeadlineExceeded, Degenerat
 log = logging.getLogger("aura_engine")
 
 # %% auto #0
-__all__ = ['log', 'is_out_of_memory', 'drop_caches', 'Ladder', 'Turns', 'reason_of', 'alone_in_process', 'memory', 'EngineView',
-           'stopping', 'ready_runner', 'Engine', 'optimizations_of', 'warnings_of', 'health_of', 'with_model', 'Lease',
-           'Engines', 'shared_engine', 'close_engines']
+__all__ = ['log', 'is_out_of_memory', 'drop_caches', 'Ladder', 'hurry_up', 'Turns', 'reason_of', 'alone_in_process', 'memory',
+           'EngineView', 'stopping', 'ready_runner', 'Engine', 'optimizations_of', 'warnings_of', 'health_of',
+           'with_model', 'Lease', 'Engines', 'shared_engine', 'close_engines']
 
 # %% ../nbs/08d_engine.ipynb #24881fea
 def is_out_of_memory(error: Exception) -> bool:
@@ -100,6 +100,15 @@ class Ladder:
         if self.short < 5: return
         raise EngineFailed("Five pictures in a row did not fit into the device's memory; the process needs a restart.")
 
+# %% ../nbs/08d_engine.ipynb #be35a152
+def hurry_up(queue: Queue, job: Job) -> None:
+    "Let a job end with what there is of its pictures."
+    begun = [task for task in queue.tasks if task.job is job and cut_short(task)]
+    # a job that has nothing to show takes its first step
+    if not begun and not any(isinstance(event, Image) for event in job.log): return
+    queue.remove(lambda task: task.job is job and task.left > 0)
+    if not begun: queue.end(job)
+
 # %% ../nbs/08d_engine.ipynb #06cd07fe
 class Turns:
     "The engine's work, one call at a time."
@@ -143,7 +152,6 @@ class Turns:
     def _hand_out(self, task: Task, made: Decoded) -> None:
         job, repairs = task.job, left_out(task)
         image, again = made
-        job.cuts += [f"a picture was {said}" for said in repairs]
         if again:
             self.repairs += 1
             repairs.append("decoded again in fp32")
@@ -160,15 +168,7 @@ class Turns:
             if job.cancelled: self.queue.end(job, Cancelled("The request was cancelled."))
             elif now > job.deadline:
                 self.queue.end(job, DeadlineExceeded(f"Not finished within {job.seconds:g} seconds."))
-            elif job.hurried: self._hurry(job)
-
-    def _hurry(self, job: Job) -> None:
-        mine = [task for task in self.queue.tasks if task.job is job]
-        begun = any([cut_short(task) for task in mine])       # a list: each of them is cut
-        # a job that has nothing to show takes its first step
-        if not begun and not any(isinstance(event, Image) for event in job.log): return
-        self.queue.remove(lambda task: task.job is job and task.left > 0)
-        if not begun: self.queue.end(job)
+            elif job.hurried: hurry_up(self.queue, job)
 
     def _fail(self, batch: Sequence[Task], error: Exception) -> None:
         if isinstance(error, AuraError): answer: AuraError | None = error

@@ -200,9 +200,12 @@ def cut_short(task: Task) -> bool:
     return True
 
 def left_out(task: Task) -> list[str]:
-    "What the receipt of a picture says that was cut short."
+    "What the receipt of a picture says that was cut short; the job's warnings say it too."
     t = task.trajectory
-    return [f"interrupted after step {t.k} of {t.steps}"] if t is not None and not t.done else []
+    if t is None or t.done: return []
+    said = f"interrupted after step {t.k} of {t.steps}"
+    task.job.cuts.append(f"a picture was {said}")
+    return [said]
 
 # %% ../nbs/08c_runner.ipynb #aee425e8
 def take_digests(task: Task) -> None:
