@@ -150,6 +150,7 @@ def add_gauges(api: Api) -> None:
     "The numbers of the engine that are read when somebody asks."
     gauge = api.metrics.gauge
     gauge("aura_queue_depth", "Pictures in the engine", lambda: api.health().queue.length)
+    gauge("aura_queue_seconds", "Predicted seconds of the work in the engine", lambda: api.health().queue.seconds)
     gauge("aura_model_ready", "1 when pictures can be made", lambda: api.engine.ready)
     gauge("aura_gpu_memory_bytes", "Allocated by torch on the GPU", lambda: gpu_memory(api.health()))
 

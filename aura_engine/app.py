@@ -250,10 +250,12 @@ async def ask_key(request: Request, given: Annotated[HTTPAuthorizationCredential
     check_key(key and key.get_secret_value(), request.headers.get("authorization", ""))
 
 # %% ../nbs/09f_app.ipynb #7fa0601f
-def create_app(engine, extra_routes: Sequence[Route] = (), shapes: dict[str, Shape] | None = None) -> FastAPI:
+def create_app(engine, extra_routes: Sequence[Route] = (), shapes: dict[str, Shape] | None = None,
+               jobs: JobStore | None = None) -> FastAPI:
     """The engine's HTTP app.
 
     `extra_routes`: more rows for the table. `shapes`: by path prefix, what other front doors make of an error.
+    `jobs`: where jobs are kept; a store in memory when None.
     """
     api, table = Api(engine, shapes), (*routes, *extra_routes)
     space = os.environ.get("SPACE_HOST", "").lower()
@@ -263,7 +265,7 @@ def create_app(engine, extra_routes: Sequence[Route] = (), shapes: dict[str, Sha
     handlers: Any = dict.fromkeys((AuraError, RequestValidationError, HTTPException), on_error)
     app = FastAPIOffline(title="Aura engine", version=__version__, description="Text to image, image to image.",
                          middleware=walls, redirect_slashes=False, redoc_url=None, exception_handlers=handlers)
-    app.state.api, app.state.jobs = api, JobStore()
+    app.state.api, app.state.jobs = api, jobs or JobStore(engine.settings.replica)
     add_gauges(api)
     for route in table: add_route(app, route, locked=engine.settings.api_key is not None)
     app.openapi = partial(openapi, app, app.openapi, table)

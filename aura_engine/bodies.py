@@ -68,7 +68,9 @@ class StepBody(BaseModel):
 
 # %% ../nbs/02c_bodies.ipynb #d9f56722
 class JobState(BaseModel):
-    "A job: status queued, running, succeeded, failed or cancelled; `result` or `problem` when it has ended."
+    """A job: status queued, running, succeeded, failed or cancelled; `result` or `problem` when it has ended.
+
+    `ask`: what was posted, to be sent again because the engine that had it is gone."""
     id: str
     status: JobStatus
     statusUrl: str
@@ -77,6 +79,7 @@ class JobState(BaseModel):
     progress: list[StepBody] = []
     result: Answer | None = None
     problem: Problem | None = None
+    ask: dict[str, Any] | None = None
 
 # %% ../nbs/02c_bodies.ipynb #e4c65138
 class Ready(BaseModel):

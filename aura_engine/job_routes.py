@@ -4,7 +4,7 @@
 
 # %% ../nbs/09e_job_routes.ipynb #d5a677b1
 from __future__ import annotations
-import asyncio, re, time
+import asyncio, re, time, uuid
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any, Literal
@@ -19,9 +19,10 @@ from .types import (
 from .walls import client_behind
 
 # %% auto #0
-__all__ = ['GROWING', 'AROUND', 'AnyJob', 'SentLog', 'KeptJob', 'held_by', 'job_address', 'job_progress', 'job_result',
-           'job_state', 'JobsFull', 'first_of_greediest', 'JobStore', 'GenerateJob', 'RefineJob', 'ReplayJob',
-           'watch_job', 'post_job', 'get_job', 'get_job_events', 'delete_job']
+__all__ = ['GROWING', 'AROUND', 'AnyJob', 'SMALL_ASK', 'SentLog', 'status_told', 'KeptJob', 'held_by', 'job_address',
+           'job_progress', 'job_result', 'job_state', 'JobsFull', 'first_of_greediest', 'unknown_job', 'JobStore',
+           'GenerateJob', 'RefineJob', 'ReplayJob', 'watch_job', 'kept_ask', 'post_job', 'get_job', 'get_job_events',
+           'delete_job']
 
 # %% ../nbs/09e_job_routes.ipynb #4c32c21b
 class SentLog:
@@ -61,35 +62,57 @@ class SentLog:
             await news.wait()
 
 # %% ../nbs/09e_job_routes.ipynb #8129fb21
+def status_told(event: Told, status: JobStatus) -> JobStatus:
+    "The status of a job after one more event."
+    if event.name == "step": return JobStatus.running
+    if event.name == "failed":
+        cancelled = event.data["problem"]["type"] == "urn:aura:cancelled"
+        return JobStatus.cancelled if cancelled else JobStatus.failed
+    return JobStatus.succeeded if event.name == "done" and not status.over else status
+
+# %% ../nbs/09e_job_routes.ipynb #dbd8d136
 GROWING = ("preview", "image")                                # the events that hold a picture
 
 class KeptJob:
     "A job in the store: its events, how far it is, how it ended. `client` is whose it is."
-    def __init__(self, work: OrderedJob, client: str = ""):
-        self.id, self.client = work.job.id, client
+    def __init__(self, id: str, work: OrderedJob | None = None, client: str = "", ask: dict[str, Any] | None = None):
+        self.id, self.client = id, client
+        self.ask = ask                                        # what was posted, where it is small
         self.log = SentLog()
-        self.work: OrderedJob | None = work                         # None once the engine has finished with it
+        self.work = work                                      # None once the engine has finished with it
         self.task: asyncio.Task | None = None                 # the one that watches it
         self.status = JobStatus.queued
         self.ended: float | None = None                       # time.monotonic() of its end
         self.deleted = False
+        self.lost = False                                     # its engine is gone, and the job with it
 
     def tell(self, event: Told) -> None:
         "Keep an event. A preview goes when the next picture comes, and of a deleted job no picture stays."
         if event.name in GROWING: self.log.drop("preview", event.index)
-        if event.name == "step": self.status = JobStatus.running
+        self.status = status_told(event, self.status)
         self.log.add(None if self.deleted and event.name in GROWING else event)
 
-    def end(self, status: JobStatus) -> None:
-        "The engine has finished with it."
-        self.status, self.ended = status, time.monotonic()
+    def end(self) -> None:
+        "No event will follow: the engine has finished with it."
+        self.ended = time.monotonic()
         self.work = None                                      # its log holds every picture once more
         self.log.close()
+
+    async def cancel(self) -> None:
+        "Stop it, wait a moment for its end, and free its pictures."
+        if self.work: self.work.job.cancel()
+        if self.task and self.ended is None: await asyncio.wait({self.task}, timeout=2)
+        self.forget()
 
     def forget(self) -> None:
         "Free its pictures."
         self.deleted = True
         for name in GROWING: self.log.drop(name)
+
+    @property
+    def gone(self) -> bool:
+        "Whether nothing more can come of it."
+        return self.deleted or self.lost
 
     @property
     def told(self) -> list[Told]:
@@ -134,10 +157,11 @@ def job_state(kept: KeptJob, request_id: str = "") -> dict[str, Any]:
     said = job_address(kept)
     named = {event.name: event.data for event in kept.told if event.name in ("queued", "failed")}
     first = named.get("queued", {"position": 0, "etaSeconds": 0.0})
-    if kept.ended is None: said |= {"position": first["position"], "etaSeconds": first["etaSeconds"]}
+    if not kept.status.over: said |= {"position": first["position"], "etaSeconds": first["etaSeconds"]}
     said["progress"] = job_progress(kept)
     if kept.status is JobStatus.succeeded and not kept.deleted: said["result"] = job_result(kept)
     if "failed" in named: said["problem"] = named["failed"]["problem"] | {"requestId": request_id}
+    if kept.lost and kept.ask: said["ask"] = kept.ask
     return said
 
 # %% ../nbs/09e_job_routes.ipynb #cac2a02e
@@ -154,9 +178,16 @@ def first_of_greediest(ended: list[KeptJob]) -> KeptJob:
     return next(kept for kept in ended if kept.client == greediest)
 
 # %% ../nbs/09e_job_routes.ipynb #000c7f78
+def unknown_job(id: str, seconds: float) -> NotFound:
+    "The error of an id that no kept job has."
+    gone = f"it never was, or it has ended and is forgotten (after {seconds / 60:g} minutes, or earlier to make room)"
+    return NotFound(f"No job {shown(id, 60)}: {gone}.")
+
+# %% ../nbs/09e_job_routes.ipynb #852c53c3
 class JobStore:
     "Jobs by id, kept `seconds` after their end: at most `most`, of `bytes` in all. Only the event loop touches it."
-    def __init__(self, seconds: float = 600, most: int = 256, bytes: int = 256 * 2**20):
+    def __init__(self, replica: str | None = None, seconds: float = 600, most: int = 256, bytes: int = 256 * 2**20):
+        self.replica = replica or uuid.uuid4().hex[:8]        # the engine's name, the first part of each id
         self.seconds = seconds
         self.most, self.bytes = most, bytes
         self.kept: dict[str, KeptJob] = {}
@@ -184,13 +215,28 @@ class JobStore:
         if mine >= self.most // 4: raise JobsFull(f"{mine} of your jobs are running; wait for one.", retry_after=5)
         if len(self.kept) >= self.most: raise JobsFull(f"{len(running)} jobs are running; wait for one.", retry_after=5)
 
-    def get(self, id: str) -> KeptJob:
+    def add(self, work: OrderedJob, client: str, ask: dict[str, Any] | None = None) -> KeptJob:
+        "Keep a job that the engine has taken."
+        id = f"{self.replica}-{work.job.id}"
+        self.kept[id] = kept = KeptJob(id, work, client, ask)
+        return kept
+
+    async def find(self, id: str) -> KeptJob:
         "The job of an id; NotFound when it is unknown or forgotten."
         self.sweep()
         if id in self.kept: return self.kept[id]
-        minutes = f"{self.seconds / 60:g} minutes"
-        gone = f"it never was, or it has ended and is forgotten (after {minutes}, or earlier to make room)"
-        raise NotFound(f"No job {shown(id, 40)}: {gone}.")
+        raise unknown_job(id, self.seconds)
+
+    async def cancel(self, kept: KeptJob) -> None:
+        "Stop a job, wait a moment for its end, and free its pictures."
+        await kept.cancel()
+
+    def follow(self, kept: KeptJob, after: int) -> AsyncGenerator[bytes]:
+        "The events of a job with numbers above `after`, as frames, as they happen."
+        return kept.log.read(after)
+
+    async def leave(self) -> None:
+        "The engine stops: nothing more will be asked."
 
 # %% ../nbs/09e_job_routes.ipynb #28c80462
 class GenerateJob(RequestModel):
@@ -218,16 +264,20 @@ AnyJob = Annotated[GenerateJob | RefineJob | ReplayJob, Field(discriminator="rou
 # %% ../nbs/09e_job_routes.ipynb #b4fbd73e
 async def watch_job(api: Api, kept: KeptJob, work: OrderedJob) -> None:
     "Follow a job to its end and keep what it tells."
-    status = JobStatus.succeeded
     async with aclosing(tell(api, work)) as events:
-        async for event in events:
-            if event.name == "failed":
-                cancelled = event.data["problem"]["type"] == "urn:aura:cancelled"
-                status = JobStatus.cancelled if cancelled else JobStatus.failed
-            kept.tell(event)
-    kept.end(status)
+        async for event in events: kept.tell(event)
+    kept.end()
 
 # %% ../nbs/09e_job_routes.ipynb #ebad01f9
+SMALL_ASK = 64 * 2**10
+
+def kept_ask(body: AnyJob) -> dict[str, Any] | None:
+    "What was posted, as JSON; None where it has pictures in it."
+    if not isinstance(body, GenerateJob): return None
+    ask = body.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    return ask if len(str(ask)) <= SMALL_ASK else None
+
+# %% ../nbs/09e_job_routes.ipynb #eda9772e
 async def post_job(request: Request, body: AnyJob) -> Response:
     "Start a job and answer at once: 202 with the address to ask for it."
     api, client = request.app.state.api, client_behind(request)
@@ -235,33 +285,32 @@ async def post_job(request: Request, body: AnyJob) -> Response:
     store.open(client)
     try: work = await begin(request, body.request, body.previews)
     except Invalid as error: raise Invalid.of(e.under("request.") for e in error.errors) from None
-    kept = store.kept[work.job.id] = KeptJob(work, client)
+    kept = store.add(work, client, kept_ask(body))
     kept.task = asyncio.create_task(watch_job(api, kept, work))
     return JSONResponse(job_address(kept), 202, {"location": f"/jobs/{kept.id}"})
 
-# %% ../nbs/09e_job_routes.ipynb #eda9772e
+# %% ../nbs/09e_job_routes.ipynb #1ea2d28c
 async def get_job(request: Request, id: str) -> Response:
-    "How far a job is; with its `result` when it has succeeded, with its `problem` when not. 410 once it was deleted."
-    kept = request.app.state.jobs.get(id)
-    status = 410 if kept.deleted else 200
+    "How far a job is; with its `result` when it has succeeded, its `problem` when not. 410: it was deleted or lost."
+    kept = await request.app.state.jobs.find(id)
+    status = 410 if kept.gone else 200
     return JSONResponse(job_state(kept, request_id(request)), status, {"cache-control": "no-store"})
 
 # %% ../nbs/09e_job_routes.ipynb #6871dfb4
 async def get_job_events(request: Request, id: str) -> Response:
-    "A job's events from the first, or after `Last-Event-ID`. 204 when no more will come, 410 once it was deleted."
-    kept = request.app.state.jobs.get(id)
-    if kept.deleted: return JSONResponse(job_state(kept, request_id(request)), 410)
+    "A job's events from the first, or after `Last-Event-ID`. 204 when no more will come, 410 once it is gone."
+    kept = await request.app.state.jobs.find(id)
+    if kept.gone: return JSONResponse(job_state(kept, request_id(request)), 410)
     last = request.headers.get("last-event-id", "")
     after = int(last) if re.fullmatch(r"\d{1,9}", last) else 0
     if kept.log.closed and after >= len(kept.log.events):
         return Response(status_code=204)                      # EventSource asks no more
-    return EventSourceResponse(heartbeat(kept.log.read(after)), headers=UNBUFFERED)
+    events = request.app.state.jobs.follow(kept, after)
+    return EventSourceResponse(heartbeat(events), headers=UNBUFFERED)
 
 # %% ../nbs/09e_job_routes.ipynb #4febf881
 async def delete_job(request: Request, id: str) -> Response:
     "Cancel a job and free its pictures. `status` in the answer tells how it ended: one that had succeeded has."
-    kept = request.app.state.jobs.get(id)
-    if kept.work: kept.work.job.cancel()
-    if kept.task and kept.ended is None: await asyncio.wait({kept.task}, timeout=2)
-    kept.forget()
+    kept = await request.app.state.jobs.find(id)
+    await request.app.state.jobs.cancel(kept)
     return JSONResponse(job_address(kept))

@@ -14,6 +14,8 @@ from . import __version__
 from .app import create_app
 from .compat import compat_routes, compat_shapes
 from .config import Settings, SettingsError, load_settings, unknown_settings
+from .job_routes import JobStore
+from .shared_jobs import shared_jobs
 from .types import AuraError, HeadersTooLarge, Malformed
 
 log = logging.getLogger("aura_engine.server")
@@ -170,9 +172,9 @@ class Connection(Patient):
 # %% ../nbs/11_server.ipynb #4d240fc4
 class Server(uvicorn.Server):
     "uvicorn that drains the engine while it shuts down."
-    def __init__(self, config: uvicorn.Config, engine: Any):
+    def __init__(self, config: uvicorn.Config, engine: Any, jobs: JobStore):
         super().__init__(config)
-        self.engine = engine
+        self.engine, self.jobs = engine, jobs
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         grace = self.engine.settings.grace_seconds
@@ -182,6 +184,7 @@ class Server(uvicorn.Server):
         last.daemon = True
         last.start()
         await super().shutdown(sockets)
+        await self.jobs.leave()
 
 # %% ../nbs/11_server.ipynb #9c4cb773
 def _leave(*_: Any) -> None:
@@ -193,8 +196,9 @@ def _leave(*_: Any) -> None:
 def create_server(settings: Settings) -> tuple[FastAPI, Any]:
     "Settings -> (the app with all front doors, an Engine that is not started yet)."
     from aura_engine.engine import Engine                     # imports torch
-    engine = Engine(settings)
-    return create_app(engine, compat_routes, compat_shapes), engine
+    engine, url = Engine(settings), settings.redis_url
+    jobs = shared_jobs(url.get_secret_value(), settings.replica) if url else None
+    return create_app(engine, compat_routes, compat_shapes, jobs), engine
 
 # %% ../nbs/11_server.ipynb #f8503016
 def reach(host: str, keyed: bool, proxies: Sequence[str] = ()) -> str:
@@ -271,4 +275,4 @@ def main(argv: Sequence[str] | None = None) -> None:
     raise_file_limit()
     engine.start()
     threading.Thread(target=settle, args=(engine,), name="settle", daemon=True).start()
-    Server(server_config(app, settings, host), engine).run()
+    Server(server_config(app, settings, host), engine, app.state.jobs).run()

@@ -108,8 +108,7 @@ def encode_rows(parts: Components, encoder: Any, rows: list[list[Token]]) -> tup
 def encode_texts(parts: Components, texts: list[str], chunks: int) -> list[Text]:
     "Encode prompts into exactly `chunks` chunks each. Shorter ones are filled up with empty chunks."
     n = len(texts)
-    per_encoder, pooled = [], None
-    cut = [""] * n
+    per_encoder, pooled, cut = [], None, [""] * n
     for tokenizer, encoder in zip(parts.tokenizers, parts.text_encoders):
         split = [chunk_tokens(tokenizer, pieces_of(text, parts.row.weights)) for text in texts]
         cut = [max(before, rest, key=len) for before, (_, rest) in zip(cut, split)]
@@ -132,8 +131,7 @@ class UNetConditions(Conditions):
 def unet_conditions(parts: Components, p: Picture, texts: list[Text]) -> UNetConditions:
     "Conditions from the encoded texts of a picture, the negative one first."
     embeds = torch.cat([text.embeds for text in texts])
-    rows = len(texts)
-    pooled = time_ids = None                        # SDXL alone has them
+    rows, pooled, time_ids = len(texts), None, None
     if parts.xl:
         pooled = torch.cat([text.pooled for text in texts if text.pooled is not None])
         sizes = [p.height, p.width, 0, 0, p.height, p.width]          # original size, crop, target size

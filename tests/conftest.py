@@ -81,9 +81,9 @@ class Server:
             return self.process.wait()
 
 
-def start(argv, log, cwd=ROOT, **env):
-    """Start a server process on a free port; the caller waits for it and stops it."""
-    port = free_port()
+def start(argv, log, cwd=ROOT, port=None, **env):
+    """Start a server process on `port`, or on a free one; the caller waits for it and stops it."""
+    port = port or free_port()
     with open(log, "wb") as out:
         process = subprocess.Popen(argv, cwd=cwd, env=clean_env(PORT=port, **env), stdout=out, stderr=subprocess.STDOUT)
     return Server(f"http://127.0.0.1:{port}", process, Path(log))
