@@ -2602,7 +2602,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'aura_engine.unets.token_rows': ('unets.html#token_rows', 'aura_engine/unets.py'),
                                    'aura_engine.unets.tokens_of': ('unets.html#tokens_of', 'aura_engine/unets.py'),
                                    'aura_engine.unets.unet_conditions': ('unets.html#unet_conditions', 'aura_engine/unets.py'),
-                                   'aura_engine.unets.weigh': ('unets.html#weigh', 'aura_engine/unets.py')},
+                                   'aura_engine.unets.weigh_tokens': ('unets.html#weigh_tokens', 'aura_engine/unets.py')},
             'aura_engine.walls': { 'aura_engine.walls.Cors': ('walls.html#cors', 'aura_engine/walls.py'),
                                    'aura_engine.walls.Cors.__init__': ('walls.html#cors.__init__', 'aura_engine/walls.py'),
                                    'aura_engine.walls.Cors.preflight_response': ( 'walls.html#cors.preflight_response',

@@ -359,11 +359,11 @@ def doors_of(local: Any, cloud: str | None, mode: str, api_key: str | None) -> l
 class AsyncAuraClient(Chooser):
     """Pictures from a local engine, a cloud engine, or whichever can, with `await`.
 
-    `local`: an address, an `Engine`, or "offline", which loads the model into this process.
-    `cloud`: the address of a Space (default: `VITE_CLOUD_ENGINE_URL`).
-    `mode`: "auto" (local first, then cloud), "local" or "cloud".
-    `api_key`: the engine's key (default: `AURA_API_KEY`).
-    `patience`: seconds to wait for an engine that will come back. `rest`: seconds to leave a dead one alone.
+    - `local`: an address, an `Engine`, or "offline", which loads the model into this process.
+    - `cloud`: the address of a Space (default: `VITE_CLOUD_ENGINE_URL`).
+    - `mode`: "auto" (local first, then cloud), "local" or "cloud".
+    - `api_key`: the engine's key (default: `AURA_API_KEY`).
+    - `patience`: seconds to wait for an engine that will come back. `rest`: seconds to leave a dead one alone.
     """
     def __init__(self, local: Any = LOCAL, cloud: str | None = None, mode: str = "auto",
                  api_key: str | None = None, patience: float = 300, rest: float = 30):
@@ -387,12 +387,12 @@ class AsyncAuraClient(Chooser):
             deadline_seconds: float | None = None, on_event: OnEvent | None = None) -> Pictures:
         """Pictures from a prompt.
 
-        `aspect_ratio`: "W:H" between 1:3 and 3:1. `resolution`: "high" needs an engine with a GPU.
-        `n`: 1 to 4 pictures. `seed`: the same seed makes the same picture; None chooses one.
-        `steps`, `guidance_scale`: None means the model's own. `lora`: an alias of the engine.
-        `temperature`: 0 always makes the same picture of a prompt, 1 a fresh one.
-        `deadline_seconds`: after so long the answer is of no use.
-        `on_event` is called with every event and notice.
+        - `aspect_ratio`: "W:H" between 1:3 and 3:1. `resolution`: "high" needs an engine with a GPU.
+        - `n`: 1 to 4 pictures. `seed`: the same seed makes the same picture; None chooses one.
+        - `steps`, `guidance_scale`: None means the model's own. `lora`: an alias of the engine.
+        - `temperature`: 0 always makes the same picture of a prompt, 1 a fresh one.
+        - `deadline_seconds`: after so long the answer is of no use.
+        - `on_event` is called with every event and notice.
         """
         ask = generation(
             prompt, negative_prompt=negative_prompt, aspect_ratio=aspect_ratio, resolution=resolution, n=n,
@@ -408,11 +408,11 @@ class AsyncAuraClient(Chooser):
             on_event: OnEvent | None = None) -> Pictures:
         """A picture from each given one.
 
-        `images`: one picture or a list of up to four, each a PIL picture, file bytes, a path or base64.
-        `mask`: a picture like these, for all of them. White is drawn anew, black or transparent is kept.
-        `padding_mask_crop`: work on the mask and so many pixels around it alone, at the model's full size.
-        `strength`: 0.05 to 1, how far from the given picture the answer may go; None: 0.5, or 1 under a mask.
-        The others are those of `generate`.
+        - `images`: one picture or a list of up to four, each a PIL picture, file bytes, a path or base64.
+        - `mask`: a picture like these, for all of them. White is drawn anew, black or transparent is kept.
+        - `padding_mask_crop`: work on the mask and so many pixels around it alone, at the model's full size.
+        - `strength`: 0.05 to 1, how far from the given picture the answer may go; None: 0.5, or 1 under a mask.
+        - The others are those of `generate`.
         """
         ask = refinement(
             prompt, images, mask, padding_mask_crop=padding_mask_crop, strength=strength,
@@ -424,8 +424,8 @@ class AsyncAuraClient(Chooser):
                      on_event: OnEvent | None = None) -> Pictures:
         """The picture of a receipt again; `warnings` say what may differ.
 
-        `receipt`: a `Receipt`, its JSON, or a PNG (bytes or path) that holds one.
-        `init`: the picture a refinement started from. `mask`: its mask.
+        - `receipt`: a `Receipt`, its JSON, or a PNG (bytes or path) that holds one.
+        - `init`: the picture a refinement started from. `mask`: its mask.
         """
         return await self.collect(repetition(receipt, init, mask), on_event)
 
@@ -504,10 +504,10 @@ def each(background: Background, source: AsyncGenerator[_T]) -> Iterator[_T]:
 class AuraClient(Background):
     """Pictures from a local engine, a cloud engine, or whichever can.
 
-    `local`: an address, an `Engine`, or "offline", which loads the model into this process.
-    `cloud`: the address of a Space (default: `VITE_CLOUD_ENGINE_URL`).
-    `mode`: "auto" (local first, then cloud), "local" or "cloud".
-    `api_key`, `patience`, `rest`: see `AsyncAuraClient`, which is at `aio` and lives in this one's background loop.
+    - `local`: an address, an `Engine`, or "offline", which loads the model into this process.
+    - `cloud`: the address of a Space (default: `VITE_CLOUD_ENGINE_URL`).
+    - `mode`: "auto" (local first, then cloud), "local" or "cloud".
+    - `api_key`, `patience`, `rest`: see `AsyncAuraClient`, which is at `aio` and lives in this one's background loop.
     """
     def __init__(self, local: Any = LOCAL, cloud: str | None = None, mode: str = "auto",
                  api_key: str | None = None, patience: float = 300, rest: float = 30):
@@ -529,12 +529,12 @@ class AuraClient(Background):
             deadline_seconds: float | None = None, on_event: OnEvent | None = None) -> Pictures:
         """Pictures from a prompt.
 
-        `aspect_ratio`: "W:H" between 1:3 and 3:1. `resolution`: "high" needs an engine with a GPU.
-        `n`: 1 to 4 pictures. `seed`: the same seed makes the same picture; None chooses one.
-        `steps`, `guidance_scale`: None means the model's own. `lora`: an alias of the engine.
-        `temperature`: 0 always makes the same picture of a prompt, 1 a fresh one.
-        `deadline_seconds`: after so long the answer is of no use.
-        `on_event` is called with every event and notice.
+        - `aspect_ratio`: "W:H" between 1:3 and 3:1. `resolution`: "high" needs an engine with a GPU.
+        - `n`: 1 to 4 pictures. `seed`: the same seed makes the same picture; None chooses one.
+        - `steps`, `guidance_scale`: None means the model's own. `lora`: an alias of the engine.
+        - `temperature`: 0 always makes the same picture of a prompt, 1 a fresh one.
+        - `deadline_seconds`: after so long the answer is of no use.
+        - `on_event` is called with every event and notice.
         """
         return self.wait(self.aio.generate(
             prompt, negative_prompt=negative_prompt, aspect_ratio=aspect_ratio, resolution=resolution, n=n,
@@ -549,11 +549,11 @@ class AuraClient(Background):
             on_event: OnEvent | None = None) -> Pictures:
         """A picture from each given one.
 
-        `images`: one picture or a list of up to four, each a PIL picture, file bytes, a path or base64.
-        `mask`: a picture like these, for all of them. White is drawn anew, black or transparent is kept.
-        `padding_mask_crop`: work on the mask and so many pixels around it alone, at the model's full size.
-        `strength`: 0.05 to 1, how far from the given picture the answer may go; None: 0.5, or 1 under a mask.
-        The others are those of `generate`.
+        - `images`: one picture or a list of up to four, each a PIL picture, file bytes, a path or base64.
+        - `mask`: a picture like these, for all of them. White is drawn anew, black or transparent is kept.
+        - `padding_mask_crop`: work on the mask and so many pixels around it alone, at the model's full size.
+        - `strength`: 0.05 to 1, how far from the given picture the answer may go; None: 0.5, or 1 under a mask.
+        - The others are those of `generate`.
         """
         return self.wait(self.aio.refine(
             prompt, images, mask=mask, padding_mask_crop=padding_mask_crop, strength=strength,
@@ -564,8 +564,8 @@ class AuraClient(Background):
                on_event: OnEvent | None = None) -> Pictures:
         """The picture of a receipt again; `warnings` say what may differ.
 
-        `receipt`: a `Receipt`, its JSON, or a PNG (bytes or path) that holds one.
-        `init`: the picture a refinement started from. `mask`: its mask.
+        - `receipt`: a `Receipt`, its JSON, or a PNG (bytes or path) that holds one.
+        - `init`: the picture a refinement started from. `mask`: its mask.
         """
         return self.wait(self.aio.replay(receipt, init, mask, on_event=on_event))
 

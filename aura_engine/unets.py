@@ -16,9 +16,9 @@ from .types import Picture
 from .unet_input import UNetInput
 
 # %% auto #0
-__all__ = ['MAX_CHUNKS', 'BACK', 'Token', 'tokens_of', 'cut_up', 'comma_of', 'chunk_tokens', 'token_rows', 'weigh', 'encode_rows',
-           'encode_texts', 'UNetConditions', 'unet_conditions', 'guidance_embedding', 'most_steps', 'timetable',
-           'UNets']
+__all__ = ['MAX_CHUNKS', 'BACK', 'Token', 'tokens_of', 'cut_up', 'comma_of', 'chunk_tokens', 'token_rows', 'weigh_tokens',
+           'encode_rows', 'encode_texts', 'UNetConditions', 'unet_conditions', 'guidance_embedding', 'most_steps',
+           'timetable', 'UNets']
 
 # %% ../nbs/05h_unets.ipynb #5845e5e6
 MAX_CHUNKS = 4
@@ -81,7 +81,7 @@ def token_rows(tokenizer: Any, prompts: list[list[list[Token]]], chunks: int) ->
     return rows
 
 # %% ../nbs/05h_unets.ipynb #603f8085
-def weigh(embeds: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
+def weigh_tokens(embeds: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
     "Embeddings [T, D] of a chunk times the weights of its tokens, with the mean they had."
     plain = embeds.float()
     heavy = plain * torch.tensor(weights, device=embeds.device)[:, None]
@@ -100,7 +100,7 @@ def encode_rows(parts: Components, encoder: Any, rows: list[list[Token]]) -> tup
     embeds = [hidden[i] for i in range(len(rows))]
     for i, row in enumerate(rows):
         weights = [token.weight for token in row]
-        if any(weight != 1 for weight in weights): embeds[i] = weigh(embeds[i], weights)
+        if any(weight != 1 for weight in weights): embeds[i] = weigh_tokens(embeds[i], weights)
     return torch.stack(embeds), out[0][:len(rows)] if parts.xl else None
 
 # %% ../nbs/05h_unets.ipynb #78456845

@@ -62,4 +62,29 @@ def lay_out() -> None:
     (PAGES / "interface.md").write_text(interface_page(), encoding="utf-8")
 
 
+# The parts of the site's menu: a title, and how the names of their notebooks begin.
+PARTS = {
+    "Words and settings": ("00_config", "01", "02b", "02c"), "Models": ("02_", "04"), "Planning and pictures": ("03",),
+    "Networks and speed": ("05",), "The engine": ("06", "07", "08"), "The server": ("09", "10", "11"),
+    "Clients, Studio, command": ("12", "13", "17"), "Measured": ("14", "16", "18"), "On a Space": ("15",),
+    "The embedded model": ("9",)}
+
+
+def menu(names: list[str]) -> list:
+    """The pages in the order in which a reader wants them. A notebook of no part stands at the end of the first list."""
+    parts: dict[str, list[str]] = {title: [] for title in PARTS}
+    alone = ["index.ipynb", "00_start.ipynb"]
+    for name in names:
+        part = next((title for title, begins in PARTS.items() if name.startswith(begins)), None)
+        if name not in alone: (parts[part] if part else alone).append(name)
+    reference = {"Reference": ["interface.md", "changelog.md", "contributing.md"]}
+    return [*alone, *({title: pages} for title, pages in parts.items()), reference]
+
+
+def on_config(config):
+    """mkdocs calls this: see `hooks` in mkdocs.yml."""
+    config.nav = menu(sorted(p.name for p in nb.notebooks()))
+    return config
+
+
 if __name__ == "__main__": lay_out()
