@@ -25,7 +25,7 @@ log = logging.getLogger("aura_engine")
 
 # %% auto #0
 __all__ = ['log', 'REFERENCE', 'CANDIDATES', 'PROMPTS', 'BEST_PSNR', 'PATIENCE', 'Candidate', 'is_free', 'candidates_for',
-           'sample_pictures', 'Sheet', 'draw_sheet', 'psnr', 'Weighed', 'weigh', 'copy_of', 'fastest', 'Trials',
+           'sample_pictures', 'Sheet', 'draw_sheet', 'closeness', 'Weighed', 'weighing', 'copy_of', 'fastest', 'Trials',
            'trials_name', 'weighed_from', 'TrialsFile', 'reason_for', 'choose_precision']
 
 # %% ../nbs/07b_candidates.ipynb #fe9c9dd5
@@ -104,7 +104,7 @@ def draw_sheet(parts: Components, pictures: Sequence[Picture], rounds: int = 2) 
 # %% ../nbs/07b_candidates.ipynb #85ee4de0
 BEST_PSNR = 99.0                      # of equal pictures, for which it would be infinite
 
-def psnr(ours: np.ndarray, theirs: np.ndarray) -> float:
+def closeness(ours: np.ndarray, theirs: np.ndarray) -> float:
     "How close two stacks of uint8 pictures are, in dB."
     error = float(np.mean((ours.astype(float) - theirs) ** 2))
     return round(min(BEST_PSNR, 10 * math.log10(255 ** 2 / error)), 1) if error else BEST_PSNR
@@ -128,12 +128,12 @@ class Weighed:
         return f"{self.candidate} {1e3 * self.seconds:.0f} ms, {self.psnr:g} dB, company {self.company}"
 
 # %% ../nbs/07b_candidates.ipynb #ec715520
-def weigh(candidate: Candidate, parts: Components, reference: np.ndarray | None) -> tuple[Weighed, np.ndarray]:
+def weighing(candidate: Candidate, parts: Components, reference: np.ndarray | None) -> tuple[Weighed, np.ndarray]:
     "Measure optimised `parts` -> the figures, and the eight pictures. No `reference`: they are the reference."
     pictures = sample_pictures(parts)
     alone, together = draw_sheet(parts, pictures[:1]), draw_sheet(parts, pictures)
     company = np.abs(alone.pixels[0].astype(int) - together.pixels[0]).max()
-    close = BEST_PSNR if reference is None else psnr(together.pixels, reference)
+    close = BEST_PSNR if reference is None else closeness(together.pixels, reference)
     seconds = round(alone.seconds + together.seconds, 4)
     return Weighed(candidate.backend, candidate.precision, seconds, close, int(company)), together.pixels
 
@@ -173,7 +173,7 @@ class Trials:
     def attempt(self, candidate: Candidate) -> None:
         "Try one, and keep its parts if it is the best so far."
         mine = candidate.applied(copy_of(self.parts), self.settings)
-        row, pixels = weigh(candidate, mine, self.reference)
+        row, pixels = weighing(candidate, mine, self.reference)
         if self.reference is None: self.reference = pixels
         self.rows.append(row)
         if fastest(self.rows, self.settings.precision_psnr) is row: self.best = mine
