@@ -4,7 +4,7 @@
 
 # %% ../nbs/09c_intake.ipynb #b3e56e60
 from __future__ import annotations
-import asyncio, ctypes, gc, json, re, secrets, sys, time
+import asyncio, ctypes, gc, json, math, re, secrets, sys, time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
@@ -20,7 +20,8 @@ T = TypeVar("T")
 # %% auto #0
 __all__ = ['T', 'SMALL', 'LARGE', 'LONG', 'VALUES', 'JSON_TYPE', 'REST', 'size_named', 'too_large', 'BodiesFull', 'Arriving',
            'slowest', 'Arrivals', 'announced', 'read_body', 'hung_up', 'Carved', 'carve', 'parse_json', 'check_type',
-           'read_form', 'PicturesFull', 'DecodeCost', 'DecodeTurn', 'admit', 'PictureLine', 'give_back_memory']
+           'read_form', 'PicturesFull', 'DecodeCost', 'DecodeTurn', 'cost_together', 'admit', 'FairPool', 'PictureLine',
+           'give_back_memory']
 
 # %% ../nbs/09c_intake.ipynb #0da1155d
 SMALL, LARGE = 64 * 2**10, 32 * 2**20
@@ -251,42 +252,52 @@ class DecodeTurn:
     turn: asyncio.Future[None]
 
 # %% ../nbs/09c_intake.ipynb #3be98c38
+def cost_together(turns: Iterable[DecodeTurn]) -> DecodeCost:
+    "What all of these take."
+    costs = [turn.cost for turn in turns]
+    return DecodeCost(sum(cost.seconds for cost in costs), sum(cost.bytes for cost in costs))
+
+# %% ../nbs/09c_intake.ipynb #e4c1b62f
 def admit(there: Sequence[DecodeTurn], client: str, cost: DecodeCost, most: DecodeCost) -> None:
     "Raise PicturesFull when a request would make the line too long, or one client's part of it."
-    if not there: return
     mine = [turn for turn in there if turn.client == client]
     for whose, line, share in (("Other", there, 1.0), ("Your other", mine, 0.5)):
-        seconds = cost.seconds + sum(turn.cost.seconds for turn in line)
-        size = cost.bytes + sum(turn.cost.bytes for turn in line)
-        fits = seconds <= share * most.seconds and size <= share * most.bytes
-        if line and not fits:
-            raise PicturesFull(f"{whose} pictures have to be read first.", retry_after=max(1.0, seconds / 2))
+        if not line: continue
+        held = cost_together(line)
+        late = held.seconds + cost.seconds - share * most.seconds
+        fits = held.bytes + cost.bytes <= share * most.bytes
+        if late <= 0 and fits: continue
+        # memory is free again when a picture is finished: after half of the line, more or less
+        again = max(late, 0.0 if fits else held.seconds / 2)
+        raise PicturesFull(f"{whose} pictures have to be read first.", retry_after=max(1.0, again))
 
 # %% ../nbs/09c_intake.ipynb #3753712d
-class PictureLine:
-    "Turns for decoding: `slots` at once, and at most so much in line. Only the event loop touches it."
-    def __init__(self, slots: int = 1, most: DecodeCost = DecodeCost(20.0, 2**29)):
-        self.slots, self.most = slots, most
-        self.pool = ThreadPoolExecutor(slots, "decode")
+class FairPool:
+    "Threads for the work of clients: `slots` at once, whoever has had the least next. Only the event loop touches it."
+    def __init__(self, slots: int, name: str):
+        self.slots = slots
+        self.pool = ThreadPoolExecutor(slots, name)
         self.waiting: list[DecodeTurn] = []
         self.running: list[DecodeTurn] = []
-        self.spent: dict[str, float] = {}                     # seconds by client, since the line was last empty
-        self.resting: asyncio.TimerHandle | None = None       # until memory is given back
+        self.spent: dict[str, float] = {}                     # seconds by client, since the pool was last idle
 
-    async def run(self, client: str, cost: DecodeCost, f: Callable[..., T], *args: Any) -> T:
-        "Wait for a turn and run `f(*args)` in a thread. PicturesFull when the line is too long."
-        admit([*self.waiting, *self.running], client, cost, self.most)
+    async def turn(self, me: DecodeTurn, f: Callable[..., T], *args: Any) -> T:
+        "Wait for a turn and run `f(*args)` in a thread."
         loop = asyncio.get_running_loop()
-        me = DecodeTurn(client, cost, loop.create_future())
         self.waiting.append(me)
         self._call()
         try: await me.turn
         except asyncio.CancelledError:
             self._leave(me)
             raise
+        start = time.monotonic()
         work = loop.run_in_executor(self.pool, f, *args)
-        work.add_done_callback(lambda done: (done.cancelled() or done.exception(), self._leave(me)))
+        work.add_done_callback(lambda done: (done.cancelled() or done.exception(), self._leave(me, start)))
         return await asyncio.shield(work)
+
+    async def run(self, client: str, f: Callable[..., T], *args: Any) -> T:
+        "The same for work of unknown length: a client is charged for what it took."
+        return await self.turn(DecodeTurn(client, DecodeCost(), asyncio.get_running_loop().create_future()), f, *args)
 
     def _call(self) -> None:
         "Give free slots to those whose client has had the least; of these, to who came first."
@@ -297,13 +308,43 @@ class PictureLine:
             self.spent[chosen.client] = self.spent.get(chosen.client, 0.0) + chosen.cost.seconds
             if not chosen.turn.done(): chosen.turn.set_result(None)
 
-    def _leave(self, me: DecodeTurn) -> None:
+    def _leave(self, me: DecodeTurn, start: float | None = None) -> None:
         for line in (self.waiting, self.running):
             if me in line: line.remove(me)
-        if not self.waiting and not self.running:
-            self.spent.clear()
-            self.rest_soon()
+        if start is not None and not me.cost.seconds: self.spent[me.client] += time.monotonic() - start
+        if not self.waiting and not self.running: self._idle()
         self._call()
+
+    def _idle(self) -> None:
+        "Nothing is left to do."
+        self.spent.clear()
+
+# %% ../nbs/09c_intake.ipynb #3db1aa64
+class PictureLine(FairPool):
+    "Turns for decoding: `slots` at once, and at most so much in line."
+    def __init__(self, slots: int = 1, most: DecodeCost = DecodeCost(20.0, 2**29)):
+        super().__init__(slots, "decode")
+        self.most = most
+        self.resting: asyncio.TimerHandle | None = None       # until memory is given back
+
+    @property
+    def seconds(self) -> float:
+        "Seconds until all that is in line is decoded."
+        return cost_together([*self.waiting, *self.running]).seconds / self.slots
+
+    async def decode(self, client: str, cost: DecodeCost, f: Callable[..., T], *args: Any,
+                     left: float = math.inf) -> T:
+        "Wait for a turn and run `f(*args)`. PicturesFull when the line is too long, or longer than the `left` seconds."
+        there = [*self.waiting, *self.running]
+        admit(there, client, cost, self.most)
+        if there and self.seconds + cost.seconds > left:
+            said = f"Other pictures have to be read first, which takes about {self.seconds:.1f} seconds"
+            raise PicturesFull(f"{said}; this request has {left:.1f} left.", retry_after=max(1.0, self.seconds - left))
+        return await self.turn(DecodeTurn(client, cost, asyncio.get_running_loop().create_future()), f, *args)
+
+    def _idle(self) -> None:
+        super()._idle()
+        self.rest_soon()
 
     def rest_soon(self) -> None:
         "Give memory back when nothing has come in for a while. Also for what came in and was refused."

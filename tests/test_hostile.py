@@ -85,6 +85,12 @@ def watched(server):
     return w
 
 
+def settled(w, seconds=60):
+    """Wait until the memory of the server is back to what it was, `seconds` at most."""
+    end = time.monotonic() + seconds
+    while w.rss() > 1.1 * w.at_rest and time.monotonic() < end: time.sleep(0.5)
+
+
 @pytest.fixture(scope="module")
 def open_server(make_server):
     w = watched(make_server(**COUNTED))
@@ -173,10 +179,8 @@ def test_afterwards_all_is_as_before(open_server):
     w = open_server
     if len(SEEN) < len(CORPUS) // 2: pytest.skip("only a part of the corpus was run before")
     assert np.abs(pixels(w.ask()) - w.picture).max() <= 4
-    end = time.monotonic() + 30
-    most = 1.1 * w.at_rest
-    while w.rss() > most and time.monotonic() < end: time.sleep(0.5)
-    assert w.rss() <= most, f"{w.rss() / MiB:.0f} MiB, {w.at_rest / MiB:.0f} MiB before"
+    settled(w)
+    assert w.rss() <= 1.1 * w.at_rest, f"{w.rss() / MiB:.0f} MiB, {w.at_rest / MiB:.0f} MiB before"
     metrics = w.target.exchange(http(w.target.host, "/metrics", kind="", method="GET"), LOOKOUT).body.decode()
     own = re.findall(r'aura_requests_total\{code="5.*', metrics)
     assert not [line for line in own if 'code="503",route="/ready"' not in line]      # asked by the test itself until the model was loaded
@@ -296,7 +300,7 @@ def test_soak(make_server, record_property):
     alone, mixed = take_turns(w, besieger, minutes)
     besieger.orders.put(None)
     besieger.process.join(60)
-    time.sleep(10)
+    settled(w)
     row = {"minutes": minutes} | soak_row(w, alone, mixed, besieger.told)
     record_property("soak", row)
     print("soak:", json.dumps(row))

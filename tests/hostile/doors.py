@@ -2,6 +2,8 @@
 import base64, json
 from dataclasses import dataclass
 
+from PIL import Image
+
 from .attack import SILENT, Answer, Attack, MiB, Siege, Target, http, row
 from .beyond import get
 from .bodies import words
@@ -39,7 +41,7 @@ def edit_form(start, mask):
     return requests
 
 
-def white(side=96): return saved(__import__("PIL.Image").Image.new("L", (side, side), 255), "PNG")
+def white(side=96): return saved(Image.new("L", (side, side), 255), "PNG")
 
 
 def large(): return png(4000, 4000)
