@@ -82,7 +82,9 @@ def served() -> Iterator[Process]:
             if found := re.search(r"Uvicorn running on (http://[\d.:]+)", line): url = found[1]
             if '"event": "ready"' in line: break
         threading.Thread(target=process.stderr.read, daemon=True).start()
-        yield Process(url, psutil.Process(process.pid))
+        server = Process(url, psutil.Process(process.pid))
+        while server.send("/ready", method="GET").status != 200: time.sleep(0.1)     # it says so a moment after the log
+        yield server
     finally:
         process.terminate()
         process.wait(60)
