@@ -65,9 +65,11 @@ class Process:
 def with_key(message: bytes) -> bytes: return message.replace(b"\r\n", b"\r\n" + KEY, 1)
 
 
-def keyed(attack: Attack) -> Attack:
-    """The attack by somebody who has the key, unless it is about having none."""
-    return attack if attack.keyed else replace(attack, requests=lambda host: [with_key(m) for m in attack.requests(host)])
+def prepared(attack: Attack, host: str) -> Attack:
+    """The attack by somebody who has the key, unless it is about having none. Making its requests must not delay the victim."""
+    messages = list(attack.requests(host))
+    if not attack.keyed: messages = [with_key(message) for message in messages]
+    return replace(attack, requests=lambda host: messages)
 
 
 @contextmanager
@@ -106,9 +108,11 @@ class Seen:
 
 def measured(server: Process, attack: Attack, usual: float) -> Seen:
     """Send an attack while a victim asks for one picture after the other."""
+    target, answers = Target(server.url), []
+    ready = prepared(attack, target.host)
     server.forget_peak()
-    cpu, before, answers = server.cpu(), server.peak(), []
-    work = threading.Thread(target=lambda: answers.extend(keyed(attack).run(Target(server.url))))
+    cpu, before = server.cpu(), server.peak()
+    work = threading.Thread(target=lambda: answers.extend(ready.run(target)))
     work.start()
     time.sleep(0.1)
     waits = [server.ask()]
