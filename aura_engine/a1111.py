@@ -357,7 +357,8 @@ async def get_progress(request: Request, id_task: str | None = None, skip_curren
     task = tasks_of(request).of(client_behind(request), id_task)
     said = progress_of(task) if task else A1111Progress()
     pixels = task.preview() if task and not skip_current_image else None
-    if pixels is not None: said.current_image = to_base64(await api.encode(preview_jpeg, pixels))
+    if pixels is not None:
+        said.current_image = to_base64(await api.encode(client_behind(request), preview_jpeg, pixels))
     return JSONResponse(said.model_dump(), headers={"cache-control": "no-store"})
 
 # %% ../nbs/10c_a1111.ipynb #a007e173
@@ -387,7 +388,7 @@ async def post_live_progress(request: Request, body: TaskName) -> Response:
     begun = said.state.sampling_step > 0
     live = LiveProgress(active=begun, queued=not begun, completed=False, progress=said.progress, eta=said.eta_relative)
     if pixels is not None:
-        jpeg = await request.app.state.api.encode(preview_jpeg, pixels)
+        jpeg = await request.app.state.api.encode(client_behind(request), preview_jpeg, pixels)
         live.live_preview, live.id_live_preview = "data:image/jpeg;base64," + to_base64(jpeg), said.state.sampling_step
     return JSONResponse(live.model_dump())
 

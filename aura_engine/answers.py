@@ -4,7 +4,7 @@
 
 # %% ../nbs/09d_answers.ipynb #48221a30
 from __future__ import annotations
-import asyncio, io, logging, os, re, time
+import asyncio, io, logging, math, os, re, time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
@@ -30,7 +30,7 @@ from starlette.background import BackgroundTask
 from .config import Settings
 from .errors import Shape, as_error, in_config, request_id
 from .images import MIME, as_file, decode_cost, facts_of, from_base64, to_base64
-from .intake import Arrivals, DecodeCost, PictureLine, hung_up
+from .intake import Arrivals, DecodeCost, FairPool, PictureLine, hung_up
 from .models import Row
 from .planning import ReplayRequest, differences, plan, prepare, replay_plan
 from .types import (
@@ -116,20 +116,22 @@ class Api:
         self.settings: Settings = engine.settings
         self.metrics, self.arrivals = Metrics(), Arrivals()
         self.line = PictureLine(slots=max(1, (os.cpu_count() or 1) // 4))     # the model needs the processor too
-        self.encoders = ThreadPoolExecutor(2, "encode")       # finished pictures
+        self.encoders = FairPool(2, "encode")                 # finished pictures
         self.readers = ThreadPoolExecutor(2, "read")          # what comes in
 
-    async def encode(self, f: Callable[..., T], *args) -> T:
-        "Run `f(*args)` where finished pictures are encoded."
-        return await asyncio.get_running_loop().run_in_executor(self.encoders, f, *args)
+    async def encode(self, client: str, f: Callable[..., T], *args) -> T:
+        "Run `f(*args)` where finished pictures are encoded, when it is this client's turn."
+        return await self.encoders.run(client, f, *args)
 
     async def read(self, f: Callable[..., T], *args) -> T:
         "Run `f(*args)` where requests are read."
         return await asyncio.get_running_loop().run_in_executor(self.readers, f, *args)
 
     def health(self) -> Health:
-        "What the engine is, has and does."
-        return self.engine.health()
+        "What the engine is, has and does. Its seconds of work include the pictures that have to be decoded first."
+        health = self.engine.health()
+        waits = replace(health.queue, seconds=round(health.queue.seconds + self.line.seconds, 2))
+        return replace(health, queue=waits)
 
     def row(self) -> Row:
         "The row of the loaded model. NotReady or ShuttingDown while there is none to use."
@@ -218,11 +220,11 @@ def cost_of(ask: Ask, row: Row) -> DecodeCost:
     return DecodeCost(sum(seconds for seconds, _ in costs), held + max((peak for _, peak in costs), default=0))
 
 # %% ../nbs/09d_answers.ipynb #143a0eaa
-async def place_order(api: Api, ask: Ask, client: str) -> Order:
-    "The order of a request, made beside the event loop. Raises NotReady, PicturesFull, Invalid."
+async def place_order(api: Api, ask: Ask, client: str, left: float = math.inf) -> Order:
+    "The order of a request with `left` seconds, made beside the event loop. Raises NotReady, PicturesFull, Invalid."
     row, gpu = api.row(), api.engine.gpu
     cost = await api.read(cost_of, ask, row)
-    if cost.seconds: order = await api.line.run(client, cost, order_of, ask, row, gpu)
+    if cost.seconds: order = await api.line.decode(client, cost, order_of, ask, row, gpu, left=left)
     else: order = await api.read(order_of, ask, row, gpu)
     log.debug("plan", extra={"prompts": [p.prompt for p in order.plan.pictures]})
     return order
@@ -254,8 +256,8 @@ async def begin(request: Request, ask: Ask, previews: bool = False, revise: Revi
     api, client, arrived = request.app.state.api, client_behind(request), arrival(request)
     seconds = max(deadline_of(ask) or api.settings.deadline_seconds, 1.0)      # shorter ones the engine judges
     try:
-        async with asyncio.timeout(arrived + seconds - time.monotonic()):
-            order = await attended(request, place_order(api, ask, client))
+        left = arrived + seconds - time.monotonic()
+        async with asyncio.timeout(left): order = await attended(request, place_order(api, ask, client, left))
         if revise: order = revise(order, api.row())
         job = api.engine.submit(order.plan, previews=previews, client=client, arrived=arrived)
         return OrderedJob(job, order)
@@ -307,12 +309,12 @@ class Files:
 # %% ../nbs/09d_answers.ipynb #4c53b502
 async def files_of(api: Api, work: OrderedJob, request: Request | None = None) -> Files:
     "Wait for all pictures and encode them. Raises the error of a job that failed."
-    order = work.order
+    order, client = work.order, work.job.client
     done: dict[int, tuple[bytes, Receipt]] = {}
     async with aclosing(follow(api, work.job, request)) as events:
         async for event in events:
             if isinstance(event, Failed): raise event.error
-            if isinstance(event, Image): done[event.index] = await api.encode(file_of, event, order.output)
+            if isinstance(event, Image): done[event.index] = await api.encode(client, file_of, event, order.output)
     files, receipts = zip(*(done[i] for i in sorted(done)), strict=True)
     return Files(order.output.format, list(files), list(receipts), [*work.job.warnings, *order.differs(receipts[0])])
 
@@ -355,18 +357,19 @@ def preview_jpeg(pixels: np.ndarray, side: int = 512) -> bytes:
     return out.getvalue()
 
 # %% ../nbs/09d_answers.ipynb #bee65652
-async def told(api: Api, event: Event, order: Order, request_id: str = "") -> Told:
+async def told(api: Api, event: Event, work: OrderedJob, request_id: str = "") -> Told:
     "An event as clients get it: queued, step, preview, image, failed or done."
+    order, client = work.order, work.job.client
     if isinstance(event, Queued):
         seeds = [picture.seed for picture in order.plan.pictures]
         return Told("queued", {"position": event.position, "etaSeconds": event.eta_seconds, "seeds": seeds})
     if isinstance(event, Step):
         return Told("step", {"index": event.index, "step": event.step, "steps": event.steps}, event.index)
     if isinstance(event, Preview):
-        image = await api.encode(preview_jpeg, event.image)
+        image = await api.encode(client, preview_jpeg, event.image)
         return Told("preview", {"index": event.index, "image": to_base64(image)}, event.index)
     if isinstance(event, Image):
-        file, receipt = await api.encode(file_of, event, order.output)
+        file, receipt = await api.encode(client, file_of, event, order.output)
         data = {"index": event.index, "image": to_base64(file), "receipt": receipt.to_json()}
         return Told("image", data, event.index)
     if isinstance(event, Failed): return Told("failed", {"problem": event.error.problem(request_id)})
@@ -382,7 +385,7 @@ async def tell(api: Api, work: OrderedJob, request_id: str = "") -> AsyncGenerat
                 if isinstance(event, Failed): api.metrics.failed(event.error)
                 if isinstance(event, Image) and event.receipt: differs = work.order.differs(event.receipt)
                 if isinstance(event, Done): event = replace(event, warnings=(*event.warnings, *differs))
-                yield await told(api, event, work.order, request_id)
+                yield await told(api, event, work, request_id)
     except Exception:
         log.exception("a job broke", extra={"requestId": request_id})
         yield Told("failed", {"problem": as_error(RuntimeError()).problem(request_id)})

@@ -113,9 +113,9 @@ async def remade_mask(request: Request, text: str | None, change: Callable[[Pill
     if text is None: return None
     api: Api = request.app.state.api
     data = await api.read(from_base64, text, "mask")
-    seconds, peak = decode_cost(facts_of(data, "mask"))
+    seconds, peak = decode_cost(await api.read(facts_of, data, "mask"))
     cost = DecodeCost(2 * seconds, 2 * peak + len(data))      # it is read, changed and written again
-    return await api.line.run(client_behind(request), cost, _remade, data, change)
+    return await api.line.decode(client_behind(request), cost, _remade, data, change)
 
 def _remade(data: bytes, change: Callable[[Pillow.Image], Pillow.Image]) -> str:
     return to_base64(encode(change(with_alpha(data)), "png"))

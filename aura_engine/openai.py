@@ -317,16 +317,16 @@ def partial_image(ask: ImagesRequest, kind: str, event: Preview, size: Size, num
 async def openai_events(api: Api, work: OrderedJob, ask: ImagesRequest,
                         kind: str) -> AsyncGenerator[dict[str, Any]]:
     "A job as `{kind}.partial_image` and `{kind}.completed` events. Raises the error of a job that failed."
-    first = work.order.plan.pictures[0]
+    first, client = work.order.plan.pictures[0], work.job.client
     size, partials = size_asked(ask.size) or size_made(first), Partials(ask.partial_images)
     async with aclosing(follow(api, work.job)) as events:
         async for event in events:
             if isinstance(event, Failed): raise event.error
             if isinstance(event, Step): partials.steps[event.index] = event
-            if isinstance(event, Image): yield await api.encode(completed, ask, kind, work, event)
+            if isinstance(event, Image): yield await api.encode(client, completed, ask, kind, work, event)
             if not isinstance(event, Preview): continue
             number = partials.number(event.index)
-            if number is not None: yield await api.encode(partial_image, ask, kind, event, size, number)
+            if number is not None: yield await api.encode(client, partial_image, ask, kind, event, size, number)
 
 # %% ../nbs/10a_openai.ipynb #6b916135
 async def openai_stream(api: Api, work: OrderedJob, ask: ImagesRequest, kind: str) -> AsyncGenerator[bytes]:

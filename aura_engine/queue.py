@@ -29,7 +29,7 @@ class Task(Entry):
     times: dict[str, float] = field(default_factory=dict)      # seconds by stage, for the receipt
 
 # %% ../nbs/08b_queue.ipynb #d350c70f
-LEAST_SHARERS = 6
+LEAST_SHARERS = 12
 
 class Shares:
     "Seconds of the device that each client has had beyond its share."
@@ -113,6 +113,7 @@ def lines_of(ordered: Sequence[E], shares: Shares) -> list[ClientLine[E]]:
         if line is None:
             debt, clear = shares.debt(task.client), shares.clear_since(task.client)
             line = lines[task.client] = ClientLine(debt, clear)
+        else: line.front += task.used               # the first one's own past does not count
         line.append(task)
     return list(lines.values())
 
