@@ -4,23 +4,25 @@
 
 # %% ../nbs/90a_art.ipynb #8dc9e172
 from __future__ import annotations
-import io, json, random, re
+import io, itertools, json, math, random, re
 from collections import Counter
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 # %% auto #0
 __all__ = ['PEOPLE', 'SYMBOLS', 'WHOLE', 'PARTS', 'GROUPS', 'VARIANTS', 'NOT_A_VARIANT', 'UNWANTED', 'LIVING', 'THINGS', 'STYLES',
-           'SIDE', 'SHAPE_NAMES', 'COLOURS', 'SQUARE', 'SMALL', 'ARRANGEMENTS', 'BESIDE', 'BACKDROPS', 'Emoji',
-           'plain_code', 'all_emoji', 'is_wanted', 'synonyms', 'named', 'Icon', 'flat_art', 'solid_art', 'draw_icon',
-           'small_picture', 'png_bytes', 'make_art', 'resized', 'Art', 'draw_shape', 'make_shapes', 'Scene', 'Column',
-           'Place', 'cell', 'backdrop_masks', 'backdrops', 'places', 'lay_over', 'compose', 'as_pictures', 'held_out',
-           'kept_apart', 'every_single', 'crowds', 'random_scenes']
+           'SIDE', 'SHAPE_NAMES', 'COLOURS', 'SQUARE', 'SMALL', 'ARRANGEMENTS', 'BESIDE', 'BACKDROPS', 'LAYOUTS', 'DAY',
+           'NIGHT', 'LIGHTS', 'POSES', 'Emoji', 'plain_code', 'all_emoji', 'is_wanted', 'synonyms', 'named', 'Icon',
+           'flat_art', 'solid_art', 'draw_icon', 'small_picture', 'png_bytes', 'make_art', 'resized', 'Art',
+           'draw_shape', 'make_shapes', 'Scene', 'Column', 'Place', 'cell', 'backdrop_masks', 'backdrops', 'places',
+           'lay_over', 'Layout', 'Pose', 'pose_matrix', 'warped', 'posed_sprites', 'compose', 'lay_posed',
+           'as_pictures', 'held_out', 'kept_apart', 'every_single', 'every_pose', 'crowds', 'random_scenes']
 
 # %% ../nbs/90a_art.ipynb #43caa035
 @dataclass(frozen=True)
@@ -249,13 +251,14 @@ def make_shapes(path: Path) -> None:
 
 # %% ../nbs/90a_art.ipynb #e25dc588
 class Scene(NamedTuple):
-    "What a training picture shows, as six integers."
+    "What a training picture shows, as seven integers."
     arrangement: int                           # number of a row of ARRANGEMENTS
     first: int                                 # the thing, or the first of two
     second: int                                # the other one; the same where there is only one
     style: int
     colour: int
     backdrop: int
+    pose: int = 0                              # number of a row of POSES; only a thing alone has others
 
 # %% ../nbs/90a_art.ipynb #3a19b790
 class Column(IntEnum):
@@ -266,6 +269,7 @@ class Column(IntEnum):
     STYLE = 3
     COLOUR = 4
     BACKDROP = 5
+    POSE = 6
 
 # %% ../nbs/90a_art.ipynb #74fe8c63
 COLOURS = {
@@ -340,19 +344,80 @@ def lay_over(pictures: torch.Tensor, rows: torch.Tensor, sprites: torch.Tensor, 
     pictures[rows, :, tall, wide] = pictures[rows, :, tall, wide] * (1 - alpha) + sprites[:, :3] * alpha
 
 # %% ../nbs/90a_art.ipynb #1e738531
-def compose(art: Art, scenes: torch.Tensor, size: tuple[int, int] = SQUARE) -> torch.Tensor:
-    """Scenes [B, 6] -> pictures [B, 3, H, W] in -1..1, on the art's device.
+class Layout(NamedTuple):
+    "Where and how large a thing stands on the square."
+    turn: float = 0.                           # degrees, clockwise
+    size: float = 1.                           # of SIDE
+    shift: float = 0.                          # pixels to the right
 
-    Only scenes of one thing alone may have another `size` (width, height) than square."""
+LAYOUTS = Layout(), Layout(turn=-12), Layout(turn=12), Layout(size=.75, shift=-20), Layout(size=.75, shift=20)
+DAY, NIGHT = (1., 1., 1.), (.6, .65, .95)      # what light leaves of red, green and blue
+LIGHTS = DAY, DAY, DAY, NIGHT
+
+# %% ../nbs/90a_art.ipynb #bca08fbe
+class Pose(NamedTuple):
+    "How a thing stands that is alone on the square: the numbers of a mirroring, a layout and a light."
+    mirrored: int = 0
+    layout: int = 0
+    light: int = 0
+
+POSES = [Pose(*p) for p in itertools.product(range(2), range(len(LAYOUTS)), range(len(LIGHTS)))]
+
+# %% ../nbs/90a_art.ipynb #451fb049
+def pose_matrix(pose: Pose) -> torch.Tensor:
+    "[3, 3]: from the upright thing's coordinates on the square (-1..1) to those of the thing that stands so."
+    layout, half = LAYOUTS[pose.layout], SQUARE[0] / 2
+    angle = math.radians(layout.turn)
+    turned = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    mirror = torch.tensor([-1. if pose.mirrored else 1., 1.])
+    matrix = torch.eye(3)
+    matrix[:2, :2] = layout.size * turned * mirror
+    matrix[0, 2] = layout.shift / half
+    return matrix
+
+# %% ../nbs/90a_art.ipynb #dc67634d
+def warped(pictures: torch.Tensor, matrix: torch.Tensor, padding: str = "zeros") -> torch.Tensor:
+    "Pictures [B, C, H, W] moved by a [3, 3] `matrix`; what comes in from outside is `padding`."
+    back = torch.linalg.inv(matrix)[:2].expand(len(pictures), 2, 3).to(pictures)
+    grid = F.affine_grid(back, list(pictures.shape), align_corners=False)
+    return F.grid_sample(pictures, grid, mode="bicubic", padding_mode=padding, align_corners=False)
+
+# %% ../nbs/90a_art.ipynb #3b6a574f
+def posed_sprites(sprites: torch.Tensor, pose: Pose) -> torch.Tensor:
+    "RGBA sprites [b, 4, SIDE, SIDE] in 0..255 -> layers of the whole square [b, 4, 128, 128]; RGB is times alpha."
+    alpha = sprites[:, 3:] / 255
+    light = torch.tensor(LIGHTS[pose.light]).view(1, 3, 1, 1).to(sprites)
+    layer = torch.cat([sprites[:, :3] * alpha * light, alpha * 255], 1)
+    edge = (SQUARE[0] - SIDE) // 2
+    moved = warped(F.pad(layer, (edge,) * 4), pose_matrix(pose))
+    return moved.clamp(0, 255)
+
+# %% ../nbs/90a_art.ipynb #345e71e3
+def compose(art: Art, scenes: torch.Tensor, size: tuple[int, int] = SQUARE) -> torch.Tensor:
+    """Scenes [B, 7] -> pictures [B, 3, H, W] in -1..1, on the art's device.
+
+    Only upright scenes of one thing alone may have another `size` (width, height) than square."""
     out = backdrops(size).to(art.device)[scenes[:, Column.COLOUR], scenes[:, Column.BACKDROP]]
+    upright = scenes[:, Column.POSE] == 0
     for arrangement in range(len(ARRANGEMENTS)):
-        rows = (scenes[:, Column.ARRANGEMENT] == arrangement).nonzero().flatten()
+        rows = (upright & (scenes[:, Column.ARRANGEMENT] == arrangement)).nonzero().flatten()
         if not len(rows): continue
         style = scenes[rows, Column.STYLE]
         for place in places(arrangement, size):
             which = scenes[rows, Column.FIRST + place.which] * len(STYLES) + style
             lay_over(out, rows, art.sprites(place.side)[which].float(), place)
+    lay_posed(out, art, scenes)
     return out / 127.5 - 1
+
+# %% ../nbs/90a_art.ipynb #e652e7d3
+def lay_posed(pictures: torch.Tensor, art: Art, scenes: torch.Tensor) -> None:
+    "Lay the things of scenes [B, 7] that stand in a pose over their `pictures` [B, 3, 128, 128], in place."
+    for pose in scenes[:, Column.POSE].unique().tolist():
+        if not pose: continue
+        rows = (scenes[:, Column.POSE] == pose).nonzero().flatten()
+        which = scenes[rows, Column.FIRST] * len(STYLES) + scenes[rows, Column.STYLE]
+        layer = posed_sprites(art.sprites(SIDE)[which].float(), POSES[pose])
+        pictures[rows] = pictures[rows] * (1 - layer[:, 3:] / 255) + layer[:, :3]
 
 # %% ../nbs/90a_art.ipynb #f44d0642
 def as_pictures(pictures: torch.Tensor) -> list[Image.Image]:
@@ -372,7 +437,7 @@ def kept_apart(a: int, b: int) -> bool:
 
 # %% ../nbs/90a_art.ipynb #fb35cc25
 def every_single(things: int) -> torch.Tensor:
-    "All scenes of one thing alone that may be trained on: [N, 6]."
+    "All scenes of one thing alone that may be trained on: [N, 7]."
     rows = []
     for thing in range(things):
         for style in range(len(STYLES)):
@@ -381,8 +446,17 @@ def every_single(things: int) -> torch.Tensor:
     return torch.tensor(rows)
 
 # %% ../nbs/90a_art.ipynb #e4c33192
+def every_pose(things: int, rng: random.Random) -> torch.Tensor:
+    "Every thing alone in both styles and all poses, on a background that may be trained on: [N, 7]."
+    rows = []
+    for thing, style, pose in itertools.product(range(things), range(len(STYLES)), range(len(POSES))):
+        colour = rng.choice([c for c in range(len(COLOURS)) if c not in held_out(thing)])
+        rows.append(Scene(0, thing, thing, style, colour, rng.randrange(BACKDROPS), pose))
+    return torch.tensor(rows)
+
+# %% ../nbs/90a_art.ipynb #f9e99356
 def crowds(things: int, n: int, rng: random.Random) -> torch.Tensor:
-    "`n` random scenes of counted things and of pairs that may be trained on: [n, 6]."
+    "`n` random scenes of counted things and of pairs that may be trained on: [n, 7]."
     out: list[Scene] = []
     while len(out) < n:
         kind = rng.choices(range(1, 6), (.2, .17, .17, .33, .13))[0]
@@ -397,10 +471,11 @@ def crowds(things: int, n: int, rng: random.Random) -> torch.Tensor:
 
 # %% ../nbs/90a_art.ipynb #18b47b3d
 def random_scenes(things: int, n: int, rng: random.Random, alone: float = .6) -> torch.Tensor:
-    "`n` scenes of any kind, a share `alone` of them of one thing: [n, 6]."
+    "`n` scenes of any kind, a share `alone` of them of one thing: [n, 7]."
     def one() -> Scene:
         kind = 0 if rng.random() < alone else 1 + rng.randrange(len(ARRANGEMENTS) - 1)
         first, second = rng.randrange(things), rng.randrange(things)
         style, colour = rng.randrange(len(STYLES)), rng.randrange(len(COLOURS))
-        return Scene(kind, first, second, style, colour, rng.randrange(BACKDROPS))
+        pose = rng.randrange(len(POSES)) if kind == 0 and rng.random() < .5 else 0
+        return Scene(kind, first, second, style, colour, rng.randrange(BACKDROPS), pose)
     return torch.tensor([one() for _ in range(n)])

@@ -12,11 +12,12 @@ import torch
 from .art import BESIDE, COLOURS, STYLES, Art, Scene
 
 # %% auto #0
-__all__ = ['LEADS', 'TAILS', 'PLACES', 'LOOKS', 'BEFORE', 'NUMBERS', 'BESIDE_WORDS', 'ABOVE_WORDS', 'PAIRS', 'FILLERS', 'COMMON',
-           'SMALL_WORDS', 'ODD_PLURALS', 'UNBREAKABLE', 'JOINTS', 'PREPOSITIONS', 'LETTERS', 'UNHEARD', 'AFRESH',
-           'plural_word', 'plural', 'mistyped', 'with_article', 'meant_words', 'sentence_pieces', 'make_fillers',
-           'some_name', 'one_thing', 'subject', 'CaptionFacts', 'loose', 'opening', 'extras', 'joined', 'sentence',
-           'strewn', 'Said', 'says', 'caption', 'unheard', 'plain_prompts', 'unheard_prompts', 'learned_words']
+__all__ = ['LEADS', 'TAILS', 'PLACES', 'LOOKS', 'BEFORE', 'NUMBERS', 'BESIDE_WORDS', 'ABOVE_WORDS', 'PAIRS', 'FILLERS', 'DOINGS',
+           'SCENERY', 'MANNERS', 'COMMON', 'SMALL_WORDS', 'ODD_PLURALS', 'UNBREAKABLE', 'JOINTS', 'PREPOSITIONS',
+           'LETTERS', 'UNHEARD', 'AFRESH', 'plural_word', 'plural', 'mistyped', 'with_article', 'meant_words',
+           'sentence_pieces', 'make_fillers', 'some_name', 'one_thing', 'subject', 'CaptionFacts', 'loose', 'opening',
+           'extras', 'joined', 'sentence', 'strewn', 'Said', 'says', 'caption', 'unheard', 'plain_prompts',
+           'unheard_prompts', 'learned_words']
 
 # %% ../nbs/90b_captions.ipynb #aa569622
 LEADS = [
@@ -71,12 +72,29 @@ BEFORE = [
 # %% ../nbs/90b_captions.ipynb #d5964be6
 NUMBERS = {1: ["two", "2", "a pair of", "two"], 2: ["three", "3", "three"], 3: ["four", "4", "four"]}
 BESIDE_WORDS = 3 * ["{a} and {b}"] + [
-    "{a} next to {b}", "{a} beside {b}", "{a} to the left of {b}", "{b} to the right of {a}"]
+    "{a} next to {b}", "{a} beside {b}", "{a} to the left of {b}", "{b} to the right of {a}",
+    "{a} with {b}", "{a} with {b}", "{a} holding {b}", "{a} wearing {b}", "{a} that has {b}",
+    "{a} looking at {b}", "{a} eating {b}", "{a} riding {b}"]
 ABOVE_WORDS = ["{a} above {b}", "{a} on top of {b}", "{b} below {a}", "{b} under {a}"]
 PAIRS = {BESIDE: BESIDE_WORDS, BESIDE + 1: ABOVE_WORDS}
 FILLERS = [
     "cute", "beautiful", "nice", "simple", "little", "happy", "funny", "pretty", "lovely", "detailed",
     "big", "small", "single", "colorful", "cool",
+]
+
+# %% ../nbs/90b_captions.ipynb #960e0a90
+DOINGS = """
+    running sleeping jumping flying swimming smiling dancing walking sitting standing waiting playing
+    singing resting laughing floating parked growing shining glowing
+""".split()
+SCENERY = [
+    "on a hill", "in the forest", "at night", "in the sky", "by the river", "on a table", "in a field",
+    "at sunset", "on the road", "in the city", "near a lake", "in the garden", "under the stars",
+    "in the snow", "in the jungle", "in the ocean", "on a farm", "in winter", "in the morning",
+]
+MANNERS = [
+    "watercolor", "oil painting", "pixel art", "cartoon", "sketch", "realistic", "vector art", "anime",
+    "low poly", "line art", "retro", "in watercolor", "as a cartoon", "pencil drawing", "4k", "vintage",
 ]
 
 # %% ../nbs/90b_captions.ipynb #76553f24
@@ -180,6 +198,7 @@ def one_thing(rng: random.Random, names: list[str], counted: bool = False) -> st
     filler = rng.choice(FILLERS) + " " if rng.random() < .08 else ""
     name = filler + some_name(rng, names)
     if counted: return rng.choice(["one ", "a single "]) + name
+    if rng.random() < .1: name += " " + rng.choice(DOINGS)
     # 'a fox' is the usual form
     return rng.choice([name, "the " + name, *[with_article(name)] * 3])
 
@@ -227,12 +246,14 @@ def extras(rng: random.Random, facts: CaptionFacts, look_is_said: bool) -> list[
     if facts.colour: parts.append(rng.choice(PLACES).format(c=facts.colour))
     if facts.look and not look_is_said: parts.append(rng.choice(LOOKS).format(s=facts.look))
     if rng.random() < .15: parts.append(rng.choice(TAILS))
+    if rng.random() < .12: parts.append(rng.choice(SCENERY))
+    if rng.random() < .06: parts.append(rng.choice(MANNERS))
     if rng.random() < .4: rng.shuffle(parts)
     return parts
 
 # %% ../nbs/90b_captions.ipynb #f79f69d5
 JOINTS = [", ", ", ", " ", ". ", ", and ", " and ", "; ", " (", ": ", "! ", " - "]
-PREPOSITIONS = ("on", "with", "in", "against", "placed", "set", "for")
+PREPOSITIONS = ("on", "with", "in", "against", "placed", "set", "for", "at", "by", "near", "under")
 
 # %% ../nbs/90b_captions.ipynb #5b0e23cc
 def joined(rng: random.Random, parts: list[str]) -> str:
@@ -271,7 +292,7 @@ class Said(NamedTuple):
     style: bool
 
 # %% ../nbs/90b_captions.ipynb #c6d77dd5
-def says(rng: random.Random, colour: float = .85, style: float = .55) -> Said:
+def says(rng: random.Random, colour: float = .7, style: float = .4) -> Said:
     "Draw what a caption names, by these shares."
     return Said(rng.random() < colour, rng.random() < style)
 
@@ -328,7 +349,7 @@ def unheard(k: int, name: str, colour: str, style: str, those: list[str] = UNHEA
 
 # %% ../nbs/90b_captions.ipynb #495033fa
 def plain_prompts(scenes: torch.Tensor, names: list[list[str]]) -> list[str]:
-    "'a fox on a blue background, flat style' for scenes [B, 6] of one thing."
+    "'a fox on a blue background, flat style' for scenes [B, 7] of one thing."
     colours, prompts = list(COLOURS), []
     for row in scenes.tolist():
         scene = Scene(*row)
@@ -339,7 +360,7 @@ def plain_prompts(scenes: torch.Tensor, names: list[list[str]]) -> list[str]:
 # %% ../nbs/90b_captions.ipynb #2ba3a4ee
 def unheard_prompts(scenes: torch.Tensor, names: list[list[str]], start: int = 0,
                     those: list[str] = UNHEARD) -> list[str]:
-    "Unheard wordings in turn, from number `start` on, for scenes [B, 6] of one thing."
+    "Unheard wordings in turn, from number `start` on, for scenes [B, 7] of one thing."
     colours, prompts = list(COLOURS), []
     for k, row in enumerate(scenes.tolist(), start):
         scene = Scene(*row)

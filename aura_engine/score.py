@@ -4,22 +4,24 @@
 
 # %% ../nbs/90e_score.ipynb #c525b24e
 from __future__ import annotations
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 import numpy as np, torch
 import torch.nn.functional as F
 from PIL import Image
 from tqdm.auto import tqdm
-from .art import BACKDROPS, BESIDE, COLOURS, SQUARE, STYLES, Art, Column, Scene, compose
+from .art import BACKDROPS, BESIDE, COLOURS, LIGHTS, NIGHT, POSES, SQUARE, STYLES
+from .art import Art, Column, Pose, Scene, compose, pose_matrix, warped
 from .captions import NUMBERS, plain_prompts, plural, with_article
 from .loader import Components
 from .trajectory import TextCache, Trajectory, advance, decode_latents
 from .types import Picture
 
 # %% auto #0
-__all__ = ['SLOTS', 'pooled', 'psnr', 'decibels', 'Box', 'Among', 'references', 'nearest', 'How', 'draw_prompts', 'each_backdrop',
-           'to_best', 'psnr_within', 'share', 'Score', 'score_singles', 'counted_prompts', 'look_of', 'score_counts',
+__all__ = ['Found', 'SOFT', 'SLOTS', 'pooled', 'psnr', 'decibels', 'Box', 'Among', 'references', 'nearest', 'upright_again',
+           'nearest_posed', 'How', 'draw_prompts', 'each_backdrop', 'to_best', 'thing_masks', 'psnr_within',
+           'soft_share', 'share', 'Score', 'score_singles', 'counted_prompts', 'look_of', 'score_counts',
            'pair_prompts', 'PairScore', 'score_pairs']
 
 # %% ../nbs/90e_score.ipynb #4daee3ba
@@ -58,12 +60,13 @@ class Among:
     styles: tuple[int, ...] = tuple(range(len(STYLES)))
     colours: tuple[int, ...] = tuple(range(len(COLOURS)))
     box: Box = Box()                           # only this part of the picture
+    light: int = 0                             # number of a row of LIGHTS
 
     def scenes(self, things: int) -> torch.Tensor:
-        "[things * styles * colours * BACKDROPS, 6], thing by thing."
+        "[things * styles * colours * BACKDROPS, 7], thing by thing."
         looks = [(s, c, b) for s in self.styles for c in self.colours for b in range(BACKDROPS)]
-        kind = self.arrangement
-        return torch.tensor([Scene(kind, i, i, *look) for i in range(things) for look in looks])
+        kind, pose = self.arrangement, POSES.index(Pose(light=self.light)) if self.light else 0
+        return torch.tensor([Scene(kind, i, i, *look, pose) for i in range(things) for look in looks])
 
 # %% ../nbs/90e_score.ipynb #7ceae7c4
 @lru_cache(8)
@@ -75,11 +78,37 @@ def references(art: Art, among: Among = Among()) -> tuple[torch.Tensor, torch.Te
 
 # %% ../nbs/90e_score.ipynb #78a31977
 def nearest(drawn: torch.Tensor, art: Art, among: Among = Among()) -> tuple[torch.Tensor, torch.Tensor]:
-    "For every picture [B, 3, H, W] the scene nearest to it [B, 6] and its five nearest things [B, 5]."
+    "For every picture [B, 3, H, W] the scene nearest to it [B, 7] and its five nearest things [B, 5]."
     scenes, pictures = references(art, among)
     near = torch.cdist(pooled(among.box.of(drawn)), pictures)
     things = near.view(len(drawn), len(art), -1).amin(2)
     return scenes[near.argmin(1)], things.topk(min(5, len(art)), largest=False).indices
+
+# %% ../nbs/90e_score.ipynb #5a9a6047
+Found = tuple[torch.Tensor, torch.Tensor]      # the scenes nearest to pictures, their five nearest things
+
+# %% ../nbs/90e_score.ipynb #f447fe36
+def upright_again(pictures: torch.Tensor, pose: Pose) -> torch.Tensor:
+    "Pictures [B, 3, 128, 128] of things in a pose -> the same with the things upright."
+    return warped(pictures, torch.linalg.inv(pose_matrix(pose)), "border").clamp(-1, 1)
+
+# %% ../nbs/90e_score.ipynb #dcd86098
+def nearest_posed(drawn: torch.Tensor, art: Art, among: Among = Among()) -> Found:
+    "As `nearest`, for things in any pose; the scenes found have their pose."
+    gap = torch.full((len(drawn),), torch.inf)
+    scenes, by_thing = torch.zeros(len(drawn), len(Column), dtype=torch.long), gap[:, None].expand(-1, len(art))
+    for pose in POSES:
+        if pose.light not in (0, LIGHTS.index(NIGHT)): continue         # the other days look like the first
+        its, pictures = references(art, replace(among, light=pose.light))
+        upright = upright_again(drawn, pose) if pose[:2] != (0, 0) else drawn
+        near = torch.cdist(pooled(among.box.of(upright)), pictures)
+        by_thing = torch.minimum(by_thing, near.view(len(drawn), len(art), -1).amin(2))
+        closest, row = near.min(1)
+        better = closest < gap
+        gap = torch.where(better, closest, gap)
+        scenes[better] = its[row][better]
+        scenes[better, Column.POSE] = POSES.index(pose)
+    return scenes, by_thing.topk(min(5, len(art)), largest=False).indices
 
 # %% ../nbs/90e_score.ipynb #d6f2042f
 @dataclass(frozen=True)
@@ -128,12 +157,29 @@ def to_best(drawn: torch.Tensor, art: Art, scenes: torch.Tensor,
     return psnr(drawn, each_backdrop(art, scenes, size)).amax(0)
 
 # %% ../nbs/90e_score.ipynb #f000df03
+def thing_masks(art: Art, scenes: torch.Tensor) -> torch.Tensor:
+    "Where the things of scenes [B, 7] are, [B, 1, H, W] bool."
+    black, white = scenes.clone(), scenes.clone()
+    black[:, Column.COLOUR], white[:, Column.COLOUR] = list(COLOURS).index("black"), 0
+    return ((compose(art, black) - compose(art, white)).abs() < .01).all(1, keepdim=True)
+
+# %% ../nbs/90e_score.ipynb #4bbf7247
 def psnr_within(drawn: torch.Tensor, art: Art, scenes: torch.Tensor) -> torch.Tensor:
     "PSNR in dB of each picture inside its things, [B]."
-    like = each_backdrop(art, scenes)
-    thing = (like.amax(0) - like.amin(0) < .01).all(1, keepdim=True)          # [B, 1, H, W]
-    error = ((drawn - like[0]).square() * thing).sum((1, 2, 3))
+    thing = thing_masks(art, scenes)
+    error = ((drawn - compose(art, scenes)).square() * thing).sum((1, 2, 3))
     return decibels(error / (3 * thing.sum((1, 2, 3))).clamp(min=1))
+
+# %% ../nbs/90e_score.ipynb #e06af27e
+SOFT = 24 / 127.5                              # so far from the backdrop that a pixel is of none
+
+def soft_share(drawn: torch.Tensor, art: Art, scenes: torch.Tensor) -> torch.Tensor:
+    "The share of pixels around the things that are far from the best whole backdrop, [B]."
+    like = each_backdrop(art, scenes)
+    best = like[psnr(drawn, like).argmax(0), torch.arange(len(drawn))]
+    around = ~thing_masks(art, scenes)
+    far = ((drawn - best).abs() > SOFT).any(1, keepdim=True) & around
+    return far.sum((1, 2, 3)) / around.sum((1, 2, 3)).clamp(min=1)
 
 # %% ../nbs/90e_score.ipynb #69bd390b
 def share(hits: torch.Tensor) -> float:
@@ -154,11 +200,14 @@ class Score:
 
 # %% ../nbs/90e_score.ipynb #ce6d0c9d
 def score_singles(parts: Components, art: Art, scenes: torch.Tensor, prompts: list[str] | None = None,
-                  how: How = How()) -> Score:
-    "Draw scenes [B, 6] of one thing, by `prompts` or in the training's plainest wording, and compare."
+                  how: How = How(), search: Callable[..., Found] = nearest) -> Score:
+    """Draw scenes [B, 7] of one thing, by `prompts` or in the training's plainest wording, and compare.
+
+    `search` is `nearest_posed` for a model that draws things in poses."""
     drawn = draw_prompts(parts, prompts or plain_prompts(scenes, art.names), how)
-    found, five = nearest(drawn, art)
-    right = found == scenes
+    found, five = search(drawn, art)
+    right, scenes = found == scenes, scenes.clone()
+    scenes[:, Column.POSE] = found[:, Column.POSE]              # no prompt names it
     thing, colour, style = right[:, [Column.FIRST, Column.COLOUR, Column.STYLE]].T
     among_five = (five == scenes[:, Column.FIRST, None]).any(1)
     best = to_best(drawn, art, scenes).mean().item()
@@ -168,7 +217,7 @@ def score_singles(parts: Components, art: Art, scenes: torch.Tensor, prompts: li
 
 # %% ../nbs/90e_score.ipynb #0aa35b53
 def counted_prompts(scenes: torch.Tensor, names: list[list[str]]) -> list[str]:
-    "'three foxes on a blue background, flat style' for scenes [B, 6] of arrangements 0 to 3."
+    "'three foxes on a blue background, flat style' for scenes [B, 7] of arrangements 0 to 3."
     number, prompts = [["one"], *NUMBERS.values()], []
     for row in scenes.tolist():
         scene = Scene(*row)
@@ -196,7 +245,7 @@ def score_counts(parts: Components, art: Art, scenes: torch.Tensor, how: How = H
 SLOTS = Box(0, 32, 64, 96), Box(64, 32, 128, 96)
 
 def pair_prompts(scenes: torch.Tensor, names: list[list[str]]) -> list[str]:
-    "'a fox and an owl on a blue background, flat style' for scenes [B, 6] of two things."
+    "'a fox and an owl on a blue background, flat style' for scenes [B, 7] of two things."
     prompts = []
     for row in scenes.tolist():
         scene = Scene(*row)
@@ -214,7 +263,7 @@ class PairScore:
 
 # %% ../nbs/90e_score.ipynb #ee3d092c
 def score_pairs(parts: Components, art: Art, scenes: torch.Tensor, how: How = How()) -> PairScore:
-    "Draw scenes [B, 6] 'a and b', all of one style and colour, and look for each slot's thing."
+    "Draw scenes [B, 7] 'a and b', all of one style and colour, and look for each slot's thing."
     drawn, look = draw_prompts(parts, pair_prompts(scenes, art.names), how), Scene(*scenes[0].tolist())
     def right(column: Column, box: Box) -> torch.Tensor:
         found, _ = nearest(drawn, art, Among(BESIDE, (look.style,), (look.colour,), box))

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
-from .art import COLOURS, SQUARE, STYLES, Art, Scene
-from .art import compose, crowds, every_single, make_art, random_scenes
+from .art import BACKDROPS, COLOURS, LAYOUTS, LIGHTS, POSES, SQUARE, STYLES, Art, Column, Scene
+from .art import compose, crowds, every_pose, every_single, make_art, random_scenes
 from .captions import Said, caption, learned_words, make_fillers, says
 from .nets import CELLS, LIGHT_DECODER, TOKENS, WIDTH, cells, uncells
 from .nets import make_schedule, make_text, make_tokenizer, make_unet, make_vae
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 # %% auto #0
-__all__ = ['ENDS', 'SAVE_EVERY', 'CANVASES', 'ALTERNATIVES', 'EARLY', 'NOISIEST', 'FEW_STEPS', 'GIVEN', 'DECIDED', 'LORA_LAYERS',
-           'LEAPS', 'NO_CHECKER', 'STAGE_NAMES', 'is_large_matrix', 'matrix_of', 'Optimisers', 'averaged',
-           'TrainProgress', 'Learner', 'Smooth', 'Stage', 'autocast', 'seeded', 'picture_loss', 'latent_loss',
-           'autoencoder_batch', 'train_vae', 'Pooled', 'encode_scenes', 'make_pool', 'Relatives', 'instead',
-           'allowed_rows', 'Mix', 'Example', 'Speaker', 'Batch', 'some_rows', 'token_ids', 'Wordings', 'word_loader',
-           'Sketcher', 'train_text', 'fresh_seed', 'adopt_text', 'normal_equations', 'fit_head', 'any_of', 'timesteps',
-           'Decision', 'decided', 'Diffusion', 'Question', 'text_states', 'text_sketch', 'Teacher', 'velocity_loss',
-           'new_unet', 'train_unet', 'Pupil', 'train_lora', 'polish_decoder', 'light_vae', 'some_noise',
-           'train_decoder', 'with_decoder', 'without_lora', 'save_lora', 'pack_model', 'plot_losses', 'Minutes',
-           'train_arguments', 'ready_art', 'ready_tokenizer', 'train_all', 'main']
+__all__ = ['ENDS', 'SAVE_EVERY', 'CANVASES', 'OPEN', 'NOT_OPEN', 'EARLY', 'NOISIEST', 'FEW_STEPS', 'GIVEN', 'DECIDED',
+           'LORA_LAYERS', 'LEAPS', 'NO_CHECKER', 'STAGE_NAMES', 'is_large_matrix', 'matrix_of', 'Optimisers',
+           'averaged', 'TrainProgress', 'Learner', 'Smooth', 'Meter', 'Stage', 'autocast', 'seeded', 'picture_loss',
+           'latent_loss', 'autoencoder_batch', 'train_vae', 'Pooled', 'encode_scenes', 'make_pool', 'Relatives',
+           'instead', 'open_facts', 'Mix', 'Example', 'Speaker', 'Batch', 'some_rows', 'token_ids', 'Wordings',
+           'word_loader', 'Sketcher', 'train_text', 'fresh_seed', 'adopt_text', 'normal_equations', 'fit_head',
+           'any_of', 'timesteps', 'quarter_means', 'moved_by', 'agreeing', 'Diffusion', 'Question', 'text_states',
+           'text_sketch', 'Teacher', 'velocity_loss', 'new_unet', 'train_unet', 'Pupil', 'train_lora', 'polish_decoder',
+           'light_vae', 'some_noise', 'train_decoder', 'with_decoder', 'without_lora', 'save_lora', 'pack_model',
+           'plot_losses', 'Minutes', 'train_arguments', 'ready_art', 'ready_tokenizer', 'train_all', 'main']
 
 # %% ../nbs/90d_stages.ipynb #2566872b
 ENDS = re.compile("embedding|conv_in|conv_out|head|lora")
@@ -144,6 +144,33 @@ class Smooth:
         self.mean = value if self.mean is None else .98 * self.mean + .02 * value
         return self.mean
 
+# %% ../nbs/90d_stages.ipynb #d13809b4
+class Meter:
+    "The clock and the bar of a run of `seconds`; what it counts and shows goes into `progress`."
+    def __init__(self, name: str, progress: TrainProgress, seconds: float, device: torch.device):
+        self.progress, self.smooth = progress, Smooth()
+        self.clock = time.thread_time if device.type == "cpu" else time.time
+        self.last = self.clock()
+        begun = round(min(progress.spent, seconds))
+        self.bar = tqdm(total=round(seconds), initial=begun, desc=name, unit="s", mininterval=5)
+
+    def tick(self) -> None:
+        "Count the time since the last step, at most a minute."
+        now = self.clock()
+        self.progress.spent += min(now - self.last, 60)
+        self.last = now
+        self.bar.update(round(self.progress.spent) - self.bar.n)
+
+    def show(self, loss: torch.Tensor, shown: dict[str, Any]) -> None:
+        "Follow the `loss`; every 50 steps, put it and `shown` beside the bar and into the log."
+        mean, step = self.smooth(loss), self.progress.step
+        if step % 50: return                   # .item() waits for the device
+        rate = step / max(self.progress.spent, 1)
+        values = {k: float(v) for k, v in {**shown, "average": mean, "a_second": rate}.items()}
+        self.progress.note(loss.item(), values.values())
+        said: Any = {k: f"{v:.3f}" for k, v in values.items()}
+        self.bar.set_postfix(step=step, loss=f"{loss.item():.4f}", **said)
+
 # %% ../nbs/90d_stages.ipynb #0a351394
 class Stage:
     """A resumable run of `model` for `minutes`: `for _ in stage: stage.learn(loss)`.
@@ -154,13 +181,11 @@ class Stage:
                  params=None,
                  average: float = .998, warmup: int = 100, **optimiser):
         self.path, self.seconds = out / f"{name}.pt", minutes * 60
-        self.warmup = warmup
+        self.warmup, self.saved = warmup, time.time()
         self.learner = Learner(model, params or model.parameters(), lr, average, **optimiser)
         if self.path.exists(): self.learner.load(self.path)
-        self.progress, self.smooth = self.learner.progress, Smooth()
-        self.saved = self.last = time.time()
-        begun = round(min(self.progress.spent, self.seconds))
-        self.bar = tqdm(total=round(self.seconds), initial=begun, desc=name, unit="s", mininterval=5)
+        self.progress = self.learner.progress
+        self.meter = Meter(name, self.progress, self.seconds, next(model.parameters()).device)
 
     @property
     def share(self) -> float:
@@ -173,36 +198,18 @@ class Stage:
             self.learner.optimisers.set_rate(begin * (.5 + .5 * math.cos(math.pi * self.share)))
             yield self.progress.step
         self.learner.save(self.path)
-        self.bar.close()
+        self.meter.bar.close()
         self.learner.model.load_state_dict(self.learner.average.module.state_dict())
         self.learner.model.eval()
 
     def learn(self, loss: torch.Tensor, **shown: float | torch.Tensor) -> None:
-        "One optimiser step. `shown` goes to the bar and into the log."
+        "One optimiser step. `shown` goes to the bar and into the log; a checkpoint is written when due."
         self.learner.update(loss)
-        mean = self.smooth(loss)
-        # .item() waits for the device
-        if self.progress.step % 50 == 0:
-            rate = self.progress.step / max(self.progress.spent, 1)
-            self.show(loss.item(), {**shown, "average": mean, "a_second": rate})
-        self.tick()
-
-    def show(self, loss: float, shown: dict[str, Any]) -> None:
-        "Put the loss and `shown` beside the bar and into the log."
-        values = {k: float(v) for k, v in shown.items()}
-        self.progress.note(loss, values.values())
-        said: Any = {k: f"{v:.3f}" for k, v in values.items()}
-        self.bar.set_postfix(step=self.progress.step, loss=f"{loss:.4f}", **said)
-
-    def tick(self) -> None:
-        "Count the time since the last step, at most a minute; write a checkpoint when it is due."
-        now = time.time()
-        self.progress.spent += min(now - self.last, 60)
-        self.last = now
-        self.bar.update(round(self.progress.spent) - self.bar.n)
-        if now - self.saved < SAVE_EVERY: return
+        self.meter.show(loss, shown)
+        self.meter.tick()
+        if time.time() - self.saved < SAVE_EVERY: return
         self.learner.save(self.path)
-        self.saved = now
+        self.saved = time.time()
 
 # %% ../nbs/90d_stages.ipynb #67ed282d
 def autocast(device: str | torch.device) -> torch.autocast:
@@ -262,15 +269,21 @@ CANVASES = [(144, 112), (112, 144), (176, 96), (96, 176), (224, 80), (80, 224)] 
 # %% ../nbs/90d_stages.ipynb #a2da5821
 class Pooled(NamedTuple):
     "The scenes of one canvas and their latents."
-    scenes: torch.Tensor                       # [N, 6]
+    scenes: torch.Tensor                       # [N, 7]
     latents: torch.Tensor                      # [N, C, h, w], fp16
     singles: int                               # so many at the beginning show one thing alone
+
+    def upright(self) -> Pooled:
+        "Without the scenes in a pose."
+        keep = self.scenes[:, Column.POSE] == 0
+        singles = int(keep[:self.singles].sum())
+        return Pooled(self.scenes[keep], self.latents[keep.to(self.latents.device)], singles)
 
 # %% ../nbs/90d_stages.ipynb #d05305fb
 @torch.inference_mode()
 def encode_scenes(art: Art, vae: AutoencoderTiny, scenes: torch.Tensor, size: tuple[int, int] = SQUARE,
                   batch: int = 64) -> torch.Tensor:
-    "Scenes [N, 6] -> latents [N, C, h, w], fp16, on the art's device."
+    "Scenes [N, 7] -> latents [N, C, h, w], fp16, on the art's device."
     out = []
     for some in tqdm(scenes.split(batch), desc=f"encode {size[0]}x{size[1]}", mininterval=5):
         pictures = compose(art, some.to(art.device), size)
@@ -279,13 +292,14 @@ def encode_scenes(art: Art, vae: AutoencoderTiny, scenes: torch.Tensor, size: tu
 
 # %% ../nbs/90d_stages.ipynb #dd60a7f8
 def make_pool(art: Art, vae: AutoencoderTiny, crowd: int, path: Path) -> list[Pooled]:
-    "Encode all single scenes and `crowd` others, then some of each other canvas; kept in `path`."
+    "Encode all single scenes, all poses, `crowd` others, then some of each canvas; kept in `path`."
     if path.exists():
         stored = torch.load(path, map_location="cpu", weights_only=True)
         return [Pooled(scenes, latents.to(art.device), n) for scenes, latents, n in stored]
     rng, single = seeded(2), every_single(len(art))
-    scenes = torch.cat([single, crowds(len(art), crowd, rng)])
-    pool = [Pooled(scenes, encode_scenes(art, vae, scenes), len(single))]
+    alone = torch.cat([single, every_pose(len(art), rng)])
+    scenes = torch.cat([alone, crowds(len(art), crowd, rng)])
+    pool = [Pooled(scenes, encode_scenes(art, vae, scenes), len(alone))]
     for size in CANVASES:
         some = single[torch.randperm(len(single))[:max(len(single) // 24, 64)]]
         pool.append(Pooled(some, encode_scenes(art, vae, some, size), len(some)))
@@ -293,18 +307,15 @@ def make_pool(art: Art, vae: AutoencoderTiny, crowd: int, path: Path) -> list[Po
     return pool
 
 # %% ../nbs/90d_stages.ipynb #bd0f6b33
-ALTERNATIVES = 16
-
 class Relatives:
-    "The square's scenes by how they look and by what they show."
+    "The square's scenes by how they look, and those of one thing by their pose."
     def __init__(self, pooled: Pooled):
-        self.singles = pooled.singles
         self.scenes = [Scene(*row) for row in pooled.scenes.tolist()]
         self.by_look: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        self.by_thing: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        self.by_pose: dict[int, list[int]] = defaultdict(list)
         for row, s in enumerate(self.scenes):
-            self.by_look[s.arrangement, s.style, s.colour, s.backdrop].append(row)
-            self.by_thing[s.arrangement, s.first, s.second].append(row)
+            self.by_look[s.arrangement, s.style, s.colour, s.backdrop, s.pose].append(row)
+            if row < pooled.singles: self.by_pose[s.pose].append(row)
 
 # %% ../nbs/90d_stages.ipynb #91936154
 def instead(relatives: Relatives, rng: random.Random, row: int, said: Said) -> int:
@@ -313,20 +324,20 @@ def instead(relatives: Relatives, rng: random.Random, row: int, said: Said) -> i
     kind = rng.randrange(5) if rng.random() < .2 else scene.arrangement
     style = rng.randrange(len(STYLES)) if said.style and rng.random() < .5 else scene.style
     colour = rng.randrange(len(COLOURS)) if said.colour and rng.random() < .5 else scene.colour
-    return rng.choice(relatives.by_look.get((kind, style, colour, scene.backdrop), [row]))
+    look = kind, style, colour, scene.backdrop, 0 if kind else scene.pose
+    return rng.choice(relatives.by_look.get(look, [row]))
 
 # %% ../nbs/90d_stages.ipynb #3559a861
-def allowed_rows(relatives: Relatives, rng: random.Random, row: int, said: Said | None) -> list[int]:
-    "ALTERNATIVES rows that a caption allows (`said` None: no caption)."
-    if said is None: return rng.choices(range(relatives.singles), k=ALTERNATIVES)
-    scene = relatives.scenes[row]
-    alike = []
-    for other in relatives.by_thing[scene.arrangement, scene.first, scene.second]:
-        its = relatives.scenes[other]
-        if said.style and its.style != scene.style: continue
-        if said.colour and its.colour != scene.colour: continue
-        alike.append(other)
-    return rng.choices(alike, k=ALTERNATIVES) if len(alike) > 2 else [row] * ALTERNATIVES
+OPEN = (2, len(LAYOUTS), len(LIGHTS), len(STYLES), len(COLOURS), BACKDROPS)
+NOT_OPEN = -1
+
+# %% ../nbs/90d_stages.ipynb #5e869eb3
+def open_facts(scene: Scene, said: Said | None, has_pose: bool) -> list[int]:
+    "One number for each of OPEN: what the scene has there, or NOT_OPEN; `said` None: nothing is said."
+    pose = POSES[scene.pose] if has_pose else (NOT_OPEN,) * 3
+    style = NOT_OPEN if said and said.style else scene.style
+    colour = NOT_OPEN if said and said.colour else scene.colour
+    return [*pose, style, colour, scene.backdrop]
 
 # %% ../nbs/90d_stages.ipynb #9b46a464
 @dataclass(frozen=True)
@@ -340,18 +351,17 @@ class Mix:
 
 # %% ../nbs/90d_stages.ipynb #7a632664
 class Example(NamedTuple):
-    "One row: what is given, what is allowed, what is said."
+    "One row: what is given, what is left open, what is said."
     given: int
-    allowed: list[int]
+    left: list[int]
     words: str
 
 # %% ../nbs/90d_stages.ipynb #bdefdba4
 class Speaker:
-    "Captions for rows of the pool, and what each gives and allows."
+    "Captions for rows of the pool, and what each gives and leaves open."
     def __init__(self, square: Pooled, names: list[list[str]], fillers: list[str], mix: Mix):
         self.names, self.fillers = names, fillers
-        self.mix = mix
-        self.relatives = Relatives(square) if mix.swapped else None
+        self.mix, self.relatives = mix, Relatives(square)
 
     def example(self, rng: random.Random, canvas: int, row: int, scene: Scene) -> Example:
         "One row of a batch; only the square (canvas 0) has relatives."
@@ -359,18 +369,17 @@ class Speaker:
         said = None if rng.random() < self.mix.empty else says(rng)
         if swap: said = says(rng, colour=.45, style=.35)
         words = caption(rng, self.names, scene, self.fillers, said) if said else ""
-        if not self.relatives or canvas > 0: return Example(row, [row] * ALTERNATIVES, words)
-        if swap and said:
-            return Example(instead(self.relatives, rng, row, said), [row] * ALTERNATIVES, words)
-        return Example(row, allowed_rows(self.relatives, rng, row, said), words)
+        left = open_facts(scene, said, canvas == 0 and scene.arrangement == 0)
+        given = instead(self.relatives, rng, row, said) if swap and said else row
+        return Example(given, left, words)
 
 # %% ../nbs/90d_stages.ipynb #9609e274
 class Batch(NamedTuple):
-    "Rows of one canvas of the pool, what is given instead, what the captions allow, and the captions."
+    "Rows of one canvas of the pool, what is given instead, what the captions leave open, the captions."
     canvas: int                                # number in the pool
     rows: torch.Tensor                         # [B]
     given: torch.Tensor                        # [B]
-    allowed: torch.Tensor                      # [B, ALTERNATIVES]
+    left: torch.Tensor                         # [B, len(OPEN)]
     ids: torch.Tensor                          # [B, TOKENS]
 
     def to(self, device: torch.device) -> Batch:
@@ -378,12 +387,15 @@ class Batch(NamedTuple):
         return Batch(self.canvas, *(x.to(device, non_blocking=True) for x in self[1:]))
 
 # %% ../nbs/90d_stages.ipynb #c7c17f2a
-def some_rows(rng: random.Random, pooled: Pooled, n: int, alone: float) -> list[int]:
-    "Numbers of `n` scenes of a pool, a share `alone` of them of one thing."
-    rows, scenes = [], len(pooled.scenes)
+def some_rows(rng: random.Random, pooled: Pooled, n: int, alone: float,
+              by_pose: dict[int, list[int]]) -> list[int]:
+    "Numbers of `n` scenes of a pool, a share `alone` of them of one thing, each pose as often as another."
+    rows, scenes, poses = [], len(pooled.scenes), sorted(by_pose)
     for _ in range(n):
         single = rng.random() < alone or pooled.singles == scenes
-        rows.append(rng.randrange(pooled.singles) if single else rng.randrange(pooled.singles, scenes))
+        if not single: rows.append(rng.randrange(pooled.singles, scenes))
+        elif poses: rows.append(rng.choice(by_pose[rng.choice(poses)]))
+        else: rows.append(rng.randrange(pooled.singles))
     return rows
 
 # %% ../nbs/90d_stages.ipynb #f75b7417
@@ -401,13 +413,14 @@ class Wordings(torch.utils.data.IterableDataset[Batch]):
 
     def make(self, rng: random.Random, canvas: int) -> Batch:
         "One batch of a canvas."
-        rows = some_rows(rng, self.pool[canvas], self.batch, self.speaker.mix.alone)
+        by_pose = {} if canvas else self.speaker.relatives.by_pose
+        rows = some_rows(rng, self.pool[canvas], self.batch, self.speaker.mix.alone, by_pose)
         scenes = [Scene(*row) for row in self.pool[canvas].scenes[rows].tolist()]
         examples = [self.speaker.example(rng, canvas, row, scene) for row, scene in zip(rows, scenes)]
         given = torch.tensor([e.given for e in examples])
-        allowed = torch.tensor([e.allowed for e in examples])
+        left = torch.tensor([e.left for e in examples])
         ids = token_ids(self.tokenizer, [e.words for e in examples])
-        return Batch(canvas, torch.tensor(rows), given, allowed, ids)
+        return Batch(canvas, torch.tensor(rows), given, left, ids)
 
     def __iter__(self) -> Iterator[Batch]:
         worker, mix = torch.utils.data.get_worker_info(), self.speaker.mix
@@ -446,10 +459,11 @@ def train_text(tokenizer: CLIPTokenizer, art: Art, pool: list[Pooled], out: Path
                start: Path | None = None) -> Sketcher:
     "Teach the text encoder's last places the pool's latents, from nothing or from the model `start`."
     seeded(3)
-    latents = pool[0].latents
+    upright = pool[0].upright()
+    latents = upright.latents
     device, batch = latents.device, 1024 if latents.is_cuda else 144
     model = Sketcher(tokenizer, latents.shape[1]).to(device)
-    words = word_loader(pool[:1], art, tokenizer, batch, Mix(other=0, empty=.02, seed=fresh_seed()))
+    words = word_loader([upright], art, tokenizer, batch, Mix(other=0, empty=.02, seed=fresh_seed()))
     if start: adopt_text(model, start, words, latents)
     stage = Stage("text", model, out, minutes, lr=1.5e-3 if start else 3e-3, average=.98, muon=.5)
     for _ in stage:
@@ -526,24 +540,34 @@ def timesteps(swapped: torch.Tensor, few: float = .6) -> torch.Tensor:
     return torch.where(swapped, torch.where(is_few, any_of(GIVEN, swapped), between), own)
 
 # %% ../nbs/90d_stages.ipynb #ab59b301
-class Decision(NamedTuple):
-    "Which rows are asked for and given, [B] each, and where the noise chose them (`free`, [B])."
-    rows: torch.Tensor
-    given: torch.Tensor
-    free: torch.Tensor
+def quarter_means(noise: torch.Tensor) -> torch.Tensor:
+    "Noise [B, C, h, w] of even sides -> the scaled means of each channel's quarters, [B, C * 4]."
+    h, w = noise.shape[-2:]
+    return F.adaptive_avg_pool2d(noise, 2).flatten(1) * math.sqrt(h * w / 4)
 
 # %% ../nbs/90d_stages.ipynb #88e7c3b8
-def decided(latents: torch.Tensor, batch: Batch, noise: torch.Tensor, t: torch.Tensor) -> Decision:
-    """Where t is DECIDED or above and a caption leaves something open, ask for and give the row of `batch.allowed`
-    whose `latents` lie most in the direction of the `noise`, seen from the middle of them all."""
-    free = (t >= DECIDED) & (batch.allowed != batch.allowed[:, :1]).any(1)
-    allowed = batch.allowed[free]
-    # [free, ALTERNATIVES, C * h * w]
-    away = latents[allowed].float().flatten(2)
-    away = F.normalize(away - away.mean(1, keepdim=True), dim=2)
-    likeness = (away @ noise[free].flatten(1)[..., None])[..., 0]             # [free, ALTERNATIVES]
-    best = allowed.gather(1, likeness.argmax(1, keepdim=True))[:, 0]
-    return Decision(batch.rows.masked_scatter(free, best), batch.given.masked_scatter(free, best), free)
+def moved_by(noise: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    "Noise [B, C, h, w] whose quarter means are changed by `change` [B, C * 4]."
+    b, c, h, w = noise.shape
+    quarters = (change / math.sqrt(h * w / 4)).view(b, c, 2, 2)
+    return noise + F.interpolate(quarters, size=(h, w), mode="nearest")
+
+# %% ../nbs/90d_stages.ipynb #39f4faa8
+def agreeing(noise: torch.Tensor, left: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    "Noise [B, C, h, w] that says what captions leave open, `left` [B, len(OPEN)], where t [B] is DECIDED or more."
+    numbers = quarter_means(noise)
+    wanted, begin = numbers.clone(), 0
+    for fact, kinds in enumerate(OPEN):
+        own = numbers[:, begin:begin + kinds]
+        asked, largest = left[:, fact].clamp(min=0), own.argmax(1)
+        rows = torch.arange(len(own), device=own.device)
+        swapped = own.clone()
+        swapped[rows, asked] = own[rows, largest]
+        swapped[rows, largest] = own[rows, asked]
+        decides = (t >= DECIDED) & (left[:, fact] != NOT_OPEN)
+        wanted[:, begin:begin + kinds] = torch.where(decides[:, None], swapped, own)
+        begin += kinds
+    return moved_by(noise, wanted - numbers)
 
 # %% ../nbs/90d_stages.ipynb #1ea76e8b
 class Diffusion:
@@ -603,14 +627,15 @@ class Teacher:
     def question(self, batch: Batch, early: bool = False) -> Question:
         "What to ask about a batch; `early`, for the sketch only."
         latents, t = self.pool[batch.canvas].latents, timesteps(swapped=batch.given != batch.rows)
-        if early: t.fill_(NOISIEST)
+        hidden = text_states(self.sketcher, batch.ids)
         noise = torch.randn(len(t), *latents.shape[1:], device=self.device)
-        choice = Decision(batch.rows, batch.given, t < 0) if early else decided(latents, batch, noise, t)
-        hidden, aim = text_states(self.sketcher, batch.ids), latents[choice.rows].float()
-        if batch.canvas == 0:
-            by_words = (t == NOISIEST) & ~choice.free
-            aim = torch.where(by_words.view(-1, 1, 1, 1), text_sketch(self.sketcher, hidden), aim)
-        return Question(self.diffusion.noised(latents[choice.given].float(), t, noise), t, hidden, aim)
+        if early:
+            t.fill_(NOISIEST)
+            aim = text_sketch(self.sketcher, hidden)
+        else:
+            noise = agreeing(noise, batch.left, t)
+            aim = latents[batch.rows].float()
+        return Question(self.diffusion.noised(latents[batch.given].float(), t, noise), t, hidden, aim)
 
 # %% ../nbs/90d_stages.ipynb #d31fa930
 def velocity_loss(unet: Callable[..., Any], q: Question, diffusion: Diffusion) -> torch.Tensor:
@@ -671,12 +696,12 @@ class Pupil:
         leaps = torch.tensor(LEAPS)[torch.randint(len(LEAPS), (len(batch.rows),))]
         first, then = leaps.T.to(batch.rows.device)
         noise = torch.randn(len(first), *latents.shape[1:], device=latents.device)
-        choice = decided(latents, batch, noise, first)
+        noise = agreeing(noise, batch.left, first)
         hidden = text_states(self.teacher.sketcher, batch.ids)
-        x = self.diffusion.noised(latents[choice.given].float(), first, noise)
+        x = self.diffusion.noised(latents[batch.given].float(), first, noise)
         again = self.diffusion.noised(self.answer(x, first, hidden), then, torch.randn_like(x))
         x = torch.where((first == then).view(-1, 1, 1, 1), x, again)
-        return Question(x, then, hidden, latents[choice.rows].float())
+        return Question(x, then, hidden, latents[batch.rows].float())
 
 # %% ../nbs/90d_stages.ipynb #ca70bdcf
 def train_lora(tokenizer: CLIPTokenizer, art: Art, unet: UNet2DConditionModel, sketcher: Sketcher,
