@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 import torch
-from .art import ARRANGEMENTS, BACKDROPS, BESIDE, COLOURS, SIDE, SMALL, SQUARE, STYLES
+from .art import ARRANGEMENTS, BESIDE, COLOURS, SIDE, SMALL, SQUARE, STYLES
 from .art import Art, Column, Place, Scene, compose
 from .captions import plural
 from .score import Box, Found, pooled, psnr, thing_masks

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 import numpy as np, torch
 import torch.nn.functional as F
 from PIL import Image
@@ -19,10 +20,10 @@ from .trajectory import TextCache, Trajectory, advance, decode_latents
 from .types import Picture
 
 # %% auto #0
-__all__ = ['Found', 'SOFT', 'SLOTS', 'pooled', 'psnr', 'decibels', 'Box', 'Among', 'references', 'nearest', 'upright_again',
-           'nearest_posed', 'How', 'draw_prompts', 'each_backdrop', 'to_best', 'thing_masks', 'psnr_within',
-           'soft_share', 'share', 'Score', 'score_singles', 'counted_prompts', 'look_of', 'score_counts',
-           'pair_prompts', 'PairScore', 'score_pairs']
+__all__ = ['Found', 'SEARCHED', 'SOFT', 'SLOTS', 'pooled', 'psnr', 'decibels', 'Box', 'Among', 'references', 'Match', 'match',
+           'nearest', 'upright_again', 'match_posed', 'nearest_posed', 'How', 'draw_prompts', 'each_backdrop',
+           'to_best', 'thing_masks', 'psnr_within', 'soft_share', 'share', 'Score', 'compare_singles', 'score_singles',
+           'counted_prompts', 'look_of', 'score_counts', 'pair_prompts', 'PairScore', 'score_pairs']
 
 # %% ../nbs/90e_score.ipynb #4daee3ba
 def pooled(pictures: torch.Tensor, side: int = 24) -> torch.Tensor:
@@ -76,16 +77,38 @@ def references(art: Art, among: Among = Among()) -> tuple[torch.Tensor, torch.Te
     parts = tqdm(scenes.split(512), desc="references", mininterval=5)
     return scenes, torch.cat([pooled(among.box.of(compose(art, part))) for part in parts])
 
-# %% ../nbs/90e_score.ipynb #78a31977
-def nearest(drawn: torch.Tensor, art: Art, among: Among = Among()) -> tuple[torch.Tensor, torch.Tensor]:
-    "For every picture [B, 3, H, W] the scene nearest to it [B, 7] and its five nearest things [B, 5]."
+# %% ../nbs/90e_score.ipynb #a014ab86
+class Match(NamedTuple):
+    "What pictures were found to show, by distance in pooled pixels."
+    gap: torch.Tensor                          # [B], to the nearest scene
+    scenes: torch.Tensor                       # [B, 7], the nearest
+    by_thing: torch.Tensor                     # [B, things], to the nearest of each
+
+    def or_closer(self, other: Match) -> Match:
+        "Of two searches for the same pictures, what is nearer."
+        better = other.gap < self.gap
+        scenes = torch.where(better[:, None], other.scenes, self.scenes)
+        return Match(torch.minimum(self.gap, other.gap), scenes, torch.minimum(self.by_thing, other.by_thing))
+
+    def five(self) -> torch.Tensor:
+        "The five nearest things, [B, 5]."
+        return self.by_thing.topk(min(5, self.by_thing.shape[1]), largest=False).indices
+
+# %% ../nbs/90e_score.ipynb #076b267b
+def match(drawn: torch.Tensor, art: Art, among: Among = Among()) -> Match:
+    "Look for pictures [B, 3, H, W] among the references."
     scenes, pictures = references(art, among)
     near = torch.cdist(pooled(among.box.of(drawn)), pictures)
-    things = near.view(len(drawn), len(art), -1).amin(2)
-    return scenes[near.argmin(1)], things.topk(min(5, len(art)), largest=False).indices
+    gap, row = near.min(1)
+    return Match(gap, scenes[row], near.view(len(drawn), len(art), -1).amin(2))
 
-# %% ../nbs/90e_score.ipynb #5a9a6047
+# %% ../nbs/90e_score.ipynb #78a31977
 Found = tuple[torch.Tensor, torch.Tensor]      # the scenes nearest to pictures, their five nearest things
+
+def nearest(drawn: torch.Tensor, art: Art, among: Among = Among()) -> Found:
+    "For every picture [B, 3, H, W] the scene nearest to it [B, 7] and its five nearest things [B, 5]."
+    found = match(drawn, art, among)
+    return found.scenes, found.five()
 
 # %% ../nbs/90e_score.ipynb #f447fe36
 def upright_again(pictures: torch.Tensor, pose: Pose) -> torch.Tensor:
@@ -93,22 +116,21 @@ def upright_again(pictures: torch.Tensor, pose: Pose) -> torch.Tensor:
     return warped(pictures, torch.linalg.inv(pose_matrix(pose)), "border").clamp(-1, 1)
 
 # %% ../nbs/90e_score.ipynb #dcd86098
+SEARCHED = [pose for pose in POSES if pose.light in (0, LIGHTS.index(NIGHT))]     # the other days look like the first
+
+def match_posed(drawn: torch.Tensor, art: Art, among: Among, pose: Pose) -> Match:
+    "As `match`, for things in one pose."
+    upright = drawn if pose[:2] == (0, 0) else upright_again(drawn, pose)
+    found = match(upright, art, replace(among, light=pose.light))
+    found.scenes[:, Column.POSE] = POSES.index(pose)
+    return found
+
+# %% ../nbs/90e_score.ipynb #ae5dcebb
 def nearest_posed(drawn: torch.Tensor, art: Art, among: Among = Among()) -> Found:
     "As `nearest`, for things in any pose; the scenes found have their pose."
-    gap = torch.full((len(drawn),), torch.inf)
-    scenes, by_thing = torch.zeros(len(drawn), len(Column), dtype=torch.long), gap[:, None].expand(-1, len(art))
-    for pose in POSES:
-        if pose.light not in (0, LIGHTS.index(NIGHT)): continue         # the other days look like the first
-        its, pictures = references(art, replace(among, light=pose.light))
-        upright = upright_again(drawn, pose) if pose[:2] != (0, 0) else drawn
-        near = torch.cdist(pooled(among.box.of(upright)), pictures)
-        by_thing = torch.minimum(by_thing, near.view(len(drawn), len(art), -1).amin(2))
-        closest, row = near.min(1)
-        better = closest < gap
-        gap = torch.where(better, closest, gap)
-        scenes[better] = its[row][better]
-        scenes[better, Column.POSE] = POSES.index(pose)
-    return scenes, by_thing.topk(min(5, len(art)), largest=False).indices
+    best = match_posed(drawn, art, among, SEARCHED[0])
+    for pose in SEARCHED[1:]: best = best.or_closer(match_posed(drawn, art, among, pose))
+    return best.scenes, best.five()
 
 # %% ../nbs/90e_score.ipynb #d6f2042f
 @dataclass(frozen=True)
@@ -199,21 +221,26 @@ class Score:
     within: float
 
 # %% ../nbs/90e_score.ipynb #ce6d0c9d
+def compare_singles(drawn: torch.Tensor, art: Art, scenes: torch.Tensor, found: Found) -> Score:
+    "How pictures of scenes [B, 7] of one thing are, by what was found in them."
+    nearest_scenes, five = found
+    thing, colour, style = (nearest_scenes == scenes)[:, [Column.FIRST, Column.COLOUR, Column.STYLE]].T
+    among_five = (five == scenes[:, Column.FIRST, None]).any(1)
+    there = scenes.clone()
+    there[:, Column.POSE] = nearest_scenes[:, Column.POSE]              # no prompt names it
+    best = to_best(drawn, art, there).mean().item()
+    inside = psnr_within(drawn, art, there).mean().item()
+    return Score(top1=share(thing), top5=share(among_five), colour=share(colour), style=share(style),
+                 both=share(thing & colour), psnr=round(best, 2), within=round(inside, 2))
+
+# %% ../nbs/90e_score.ipynb #35a6a341
 def score_singles(parts: Components, art: Art, scenes: torch.Tensor, prompts: list[str] | None = None,
                   how: How = How(), search: Callable[..., Found] = nearest) -> Score:
     """Draw scenes [B, 7] of one thing, by `prompts` or in the training's plainest wording, and compare.
 
     `search` is `nearest_posed` for a model that draws things in poses."""
     drawn = draw_prompts(parts, prompts or plain_prompts(scenes, art.names), how)
-    found, five = search(drawn, art)
-    right, scenes = found == scenes, scenes.clone()
-    scenes[:, Column.POSE] = found[:, Column.POSE]              # no prompt names it
-    thing, colour, style = right[:, [Column.FIRST, Column.COLOUR, Column.STYLE]].T
-    among_five = (five == scenes[:, Column.FIRST, None]).any(1)
-    best = to_best(drawn, art, scenes).mean().item()
-    inside = psnr_within(drawn, art, scenes).mean().item()
-    return Score(top1=share(thing), top5=share(among_five), colour=share(colour), style=share(style),
-                 both=share(thing & colour), psnr=round(best, 2), within=round(inside, 2))
+    return compare_singles(drawn, art, scenes, search(drawn, art))
 
 # %% ../nbs/90e_score.ipynb #0aa35b53
 def counted_prompts(scenes: torch.Tensor, names: list[list[str]]) -> list[str]:

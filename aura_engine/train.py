@@ -30,10 +30,11 @@ __all__ = ['ENDS', 'SAVE_EVERY', 'CANVASES', 'OPEN', 'NOT_OPEN', 'EARLY', 'NOISI
            'latent_loss', 'autoencoder_batch', 'train_vae', 'Pooled', 'encode_scenes', 'make_pool', 'Relatives',
            'instead', 'open_facts', 'Mix', 'Example', 'Speaker', 'Batch', 'some_rows', 'token_ids', 'Wordings',
            'word_loader', 'Sketcher', 'train_text', 'fresh_seed', 'adopt_text', 'normal_equations', 'fit_head',
-           'any_of', 'timesteps', 'quarter_means', 'moved_by', 'agreeing', 'Diffusion', 'Question', 'text_states',
-           'text_sketch', 'Teacher', 'velocity_loss', 'new_unet', 'train_unet', 'Pupil', 'train_lora', 'polish_decoder',
-           'light_vae', 'some_noise', 'train_decoder', 'with_decoder', 'without_lora', 'save_lora', 'pack_model',
-           'plot_losses', 'Minutes', 'train_arguments', 'ready_art', 'ready_tokenizer', 'train_all', 'main']
+           'any_of', 'timesteps', 'quarter_means', 'moved_by', 'exchanged', 'agreeing', 'Diffusion', 'Question',
+           'text_states', 'text_sketch', 'Teacher', 'velocity_loss', 'new_unet', 'train_unet', 'Pupil', 'train_lora',
+           'polish_decoder', 'light_vae', 'some_noise', 'train_decoder', 'with_decoder', 'without_lora', 'save_lora',
+           'pack_model', 'plot_losses', 'Minutes', 'train_arguments', 'ready_art', 'ready_tokenizer', 'train_all',
+           'main']
 
 # %% ../nbs/90d_stages.ipynb #2566872b
 ENDS = re.compile("embedding|conv_in|conv_out|head|lora")
@@ -553,20 +554,24 @@ def moved_by(noise: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     return noise + F.interpolate(quarters, size=(h, w), mode="nearest")
 
 # %% ../nbs/90d_stages.ipynb #39f4faa8
+def exchanged(numbers: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    "Numbers [B, kinds], each row's largest exchanged with the one at `wanted` [B]."
+    rows, largest = torch.arange(len(numbers), device=numbers.device), numbers.argmax(1)
+    changed = numbers.clone()
+    changed[rows, wanted] = numbers[rows, largest]
+    changed[rows, largest] = numbers[rows, wanted]
+    return changed
+
+# %% ../nbs/90d_stages.ipynb #8fff4e60
 def agreeing(noise: torch.Tensor, left: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     "Noise [B, C, h, w] that says what captions leave open, `left` [B, len(OPEN)], where t [B] is DECIDED or more."
     numbers = quarter_means(noise)
-    wanted, begin = numbers.clone(), 0
-    for fact, kinds in enumerate(OPEN):
-        own = numbers[:, begin:begin + kinds]
-        asked, largest = left[:, fact].clamp(min=0), own.argmax(1)
-        rows = torch.arange(len(own), device=own.device)
-        swapped = own.clone()
-        swapped[rows, asked] = own[rows, largest]
-        swapped[rows, largest] = own[rows, asked]
-        decides = (t >= DECIDED) & (left[:, fact] != NOT_OPEN)
-        wanted[:, begin:begin + kinds] = torch.where(decides[:, None], swapped, own)
-        begin += kinds
+    free = numbers.shape[1] - sum(OPEN)                        # numbers that no fact owns
+    parts = []
+    for own, fact in zip(numbers.split([*OPEN, free], 1), left.T):
+        decides = (t >= DECIDED) & (fact != NOT_OPEN)
+        parts.append(torch.where(decides[:, None], exchanged(own, fact.clamp(min=0)), own))
+    wanted = torch.cat([*parts, numbers[:, sum(OPEN):]], 1)
     return moved_by(noise, wanted - numbers)
 
 # %% ../nbs/90d_stages.ipynb #1ea76e8b
