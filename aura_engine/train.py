@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 # %% auto #0
 __all__ = ['ENDS', 'SAVE_EVERY', 'CANVASES', 'OPEN', 'NOT_OPEN', 'EARLY', 'NOISIEST', 'FEW_STEPS', 'GIVEN', 'DECIDED',
            'LORA_LAYERS', 'LEAPS', 'NO_CHECKER', 'STAGE_NAMES', 'is_large_matrix', 'matrix_of', 'Optimisers',
-           'averaged', 'TrainProgress', 'Learner', 'Smooth', 'Meter', 'Stage', 'autocast', 'seeded', 'picture_loss',
-           'latent_loss', 'autoencoder_batch', 'train_vae', 'Pooled', 'encode_scenes', 'make_pool', 'Relatives',
-           'instead', 'open_facts', 'Mix', 'Example', 'Speaker', 'Batch', 'some_rows', 'token_ids', 'Wordings',
-           'word_loader', 'Sketcher', 'train_text', 'fresh_seed', 'adopt_text', 'normal_equations', 'fit_head',
-           'any_of', 'timesteps', 'quarter_means', 'moved_by', 'exchanged', 'agreeing', 'Diffusion', 'Question',
-           'text_states', 'text_sketch', 'Teacher', 'velocity_loss', 'new_unet', 'train_unet', 'Pupil', 'train_lora',
-           'polish_decoder', 'light_vae', 'some_noise', 'train_decoder', 'with_decoder', 'without_lora', 'save_lora',
-           'pack_model', 'plot_losses', 'Minutes', 'train_arguments', 'ready_art', 'ready_tokenizer', 'train_all',
-           'main']
+           'averaged', 'TrainProgress', 'Learner', 'Smooth', 'StageMeter', 'Stage', 'autocast', 'seeded',
+           'picture_loss', 'latent_loss', 'autoencoder_batch', 'train_vae', 'Pooled', 'encode_scenes', 'make_pool',
+           'Relatives', 'instead', 'open_facts', 'Mix', 'Example', 'Speaker', 'Batch', 'some_rows', 'token_ids',
+           'Wordings', 'word_loader', 'Sketcher', 'train_text', 'fresh_seed', 'adopt_text', 'normal_equations',
+           'fit_head', 'any_of', 'timesteps', 'quarter_means', 'moved_by', 'exchanged', 'agreeing', 'Diffusion',
+           'Question', 'text_states', 'text_sketch', 'Teacher', 'velocity_loss', 'new_unet', 'train_unet', 'Pupil',
+           'train_lora', 'polish_decoder', 'light_vae', 'some_noise', 'train_decoder', 'with_decoder', 'without_lora',
+           'save_lora', 'pack_model', 'plot_losses', 'Minutes', 'train_arguments', 'ready_art', 'ready_tokenizer',
+           'train_all', 'main']
 
 # %% ../nbs/90d_stages.ipynb #2566872b
 ENDS = re.compile("embedding|conv_in|conv_out|head|lora")
@@ -146,7 +146,7 @@ class Smooth:
         return self.mean
 
 # %% ../nbs/90d_stages.ipynb #d13809b4
-class Meter:
+class StageMeter:
     "The clock and the bar of a run of `seconds`; what it counts and shows goes into `progress`."
     def __init__(self, name: str, progress: TrainProgress, seconds: float, device: torch.device):
         self.progress, self.smooth = progress, Smooth()
@@ -186,7 +186,7 @@ class Stage:
         self.learner = Learner(model, params or model.parameters(), lr, average, **optimiser)
         if self.path.exists(): self.learner.load(self.path)
         self.progress = self.learner.progress
-        self.meter = Meter(name, self.progress, self.seconds, next(model.parameters()).device)
+        self.meter = StageMeter(name, self.progress, self.seconds, next(model.parameters()).device)
 
     @property
     def share(self) -> float:
