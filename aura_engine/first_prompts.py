@@ -100,7 +100,7 @@ def first_prompts() -> list[FirstPrompt]:
     rows = [row for table in tables for line in table.strip().splitlines() for row in line.split(";")]
     found = []
     for row in rows:
-        text, _, seen = row.partition(":")
+        text, seen = row.split(":")
         things = tuple(tuple(words.strip().split("/")) for words in seen.split("+"))
         found.append(FirstPrompt(text.strip(), things))
     return found
@@ -180,9 +180,10 @@ def judge_first(drawn: torch.Tensor, art: Art, prompts: Sequence[FirstPrompt], f
     wanted = [expected(prompt, art.names) for prompt in prompts]
     whole, cells = found[0][:, Column.FIRST].tolist(), in_cells(drawn, art).tolist()
     right = []
-    for things, alone, beside in zip(wanted, whole, cells):
-        if len(things) == 1: right.append(alone in things[0])
-        else: right.append(all(any(seen in those for seen in beside) for those in things))
+    for k, things in enumerate(wanted):
+        # a thing alone fills the picture, two stand in cells
+        seen = {whole[k]} if len(things) == 1 else {*cells[k]}
+        right.append(all(not seen.isdisjoint(those) for those in things))
     known = torch.tensor([all(things) for things in wanted])
     several = torch.tensor([len(things) > 1 for things in wanted])
     return FirstRows(known, several, torch.tensor(right), psnr(drawn, compose(art, found[0])))

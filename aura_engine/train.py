@@ -391,7 +391,8 @@ class Batch(NamedTuple):
 def some_rows(rng: random.Random, pooled: Pooled, n: int, alone: float,
               by_pose: dict[int, list[int]]) -> list[int]:
     "Numbers of `n` scenes of a pool, a share `alone` of them of one thing, each pose as often as another."
-    rows, scenes, poses = [], len(pooled.scenes), sorted(by_pose)
+    poses, scenes = sorted(by_pose), len(pooled.scenes)
+    rows: list[int] = []
     for _ in range(n):
         single = rng.random() < alone or pooled.singles == scenes
         if not single: rows.append(rng.randrange(pooled.singles, scenes))
@@ -549,8 +550,8 @@ def quarter_means(noise: torch.Tensor) -> torch.Tensor:
 # %% ../nbs/90d_stages.ipynb #88e7c3b8
 def moved_by(noise: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
     "Noise [B, C, h, w] whose quarter means are changed by `change` [B, C * 4]."
-    b, c, h, w = noise.shape
-    quarters = (change / math.sqrt(h * w / 4)).view(b, c, 2, 2)
+    h, w = noise.shape[2:]
+    quarters = (change / math.sqrt(h * w / 4)).view(*noise.shape[:2], 2, 2)
     return noise + F.interpolate(quarters, size=(h, w), mode="nearest")
 
 # %% ../nbs/90d_stages.ipynb #39f4faa8
