@@ -52,7 +52,7 @@ def lora_file(reader: Reader, source: str, row: Row | None = None) -> Path:
     from huggingface_hub import HfApi
     listing = patiently(lambda: HfApi().model_info(source, timeout=10), reader.progress)
     names = [f.rfilename for f in listing.siblings or ()]
-    return reader.located(f"{source}/{only_file(names)}", "", nothing_else)
+    return reader.located(f"{source}/{only_file(names, source)}", "", nothing_else)
 
 # %% ../nbs/04d_loras.ipynb #3ae62a4f
 @dataclass

@@ -213,7 +213,7 @@ def test_a_distilled_unet_spares_the_bases(published):
 MISFITS = {"made for another family": {"SD_MODEL_ID": SDXL_ID, "SD_LCM_LORA_ID": "latent-consistency/lcm-lora-sdv1-5"},
            "does not fit this model": {"SD_MODEL_ID": SDXL_ID, "SD_LCM_LORA_ID": "stranger/lcm-lora"},
            "made for the latents of StableDiffusionXLPipeline": {"SD_MODEL_ID": SD15_ID, "SD_VAE_ID": "madebyollin/taesdxl"},
-           "3 .safetensors files; write owner/name/file.safetensors": {"SD_MODEL_ID": SD15_ID, "SD_LCM_LORA_ID": "stranger/lcm-many"}}
+           "3 .safetensors files; name one of them, as stranger/lcm-many/a.safetensors": {"SD_MODEL_ID": SD15_ID, "SD_LCM_LORA_ID": "stranger/lcm-many"}}
 
 
 @pytest.mark.parametrize("words", MISFITS)
@@ -308,7 +308,7 @@ def test_an_overflowing_vae_is_decoded_in_fp32(tmp_path):
     assert decode_latents(parts, torch.randn(1, 4, 16, 16))[1] is False
 
 
-@pytest.mark.parametrize("damage, words", [("pickles", "only pickled weights"), ("editing", "its UNet takes 8 channels"), ("class", "it is a StableDiffusion3Pipeline"), ("shard", "no safetensors weights for unet")])
+@pytest.mark.parametrize("damage, words", [("pickles", "only pickled weights"), ("editing", "its UNet takes 8 channels"), ("class", "it is a StableDiffusion3Pipeline"), ("shard", "unet lacks 1 of the 2 files of its weights")])
 def test_a_folder_that_cannot_be_served_says_why(tmp_path, damage, words):
     folder = tiny.save(tmp_path / "model")
     weights = folder / "unet/diffusion_pytorch_model.safetensors"
