@@ -32,6 +32,7 @@ __all__ = ['log', 'MEANINGFUL', 'FREE', 'A1111_NAMES', 'MOST_TEXT', 'EMPTY_LISTS
 from . import __version__
 from .answers import Api, Files, begin, files_of, preview_jpeg
 from .app import MAKING, Route
+from .config import Settings
 from aura_engine.dialects import (
     LONG_PROMPT, MOST_PICTURES, Dialect, Pixels, Size, Wish, own_shape, remade_mask, renamed, shortened, size_made,
     translated, unused)
@@ -146,18 +147,19 @@ def asked_size(ask: Txt2Img) -> Size | None:
     return (width, height) if width and height else None
 
 # %% ../nbs/10c_a1111.ipynb #4c5a877e
-def understood_ask(ask: Txt2Img, row: Row, model: str) -> Understood:
+def understood_ask(ask: Txt2Img, row: Row, settings: Settings) -> Understood:
     "A request of theirs, translated as far as both kinds go together."
-    notes = unmet(ask)
-    prompt, lora = loras_in(shortened(ask.prompt, notes), row, notes)
-    negative = shortened(ask.negative_prompt, notes, "negative_prompt")
+    notes, model = unmet(ask), settings.model_id
+    most = settings.max_prompt
+    prompt, lora = loras_in(shortened(ask.prompt, notes, most=most), row, notes)
+    negative = shortened(ask.negative_prompt, notes, "negative_prompt", most)
     scheduler = scheduler_for(ask, row, notes)
     wanted = ask.override_settings.get("sd_model_checkpoint")
     if wanted and wanted != model: notes.append(unused("sd_model_checkpoint", wanted, f"this engine holds {model}"))
     numbers = {"steps": ask.steps and min(ask.steps, 100), "guidanceScale": ask.cfg_scale, "negativePrompt": negative,
                "seed": ask.seed if ask.seed >= 0 else None, "lora": lora,
                "temperature": 1.0}                            # as in the web UI, only the seed decides
-    wish = Wish(ask.batch_size * ask.n_iter, asked_size(ask), scheduler, notes=tuple(notes))
+    wish = Wish(ask.batch_size * ask.n_iter, settings.max_pictures, asked_size(ask), scheduler, notes=tuple(notes))
     return Understood(prompt, numbers, wish)
 
 # %% ../nbs/10c_a1111.ipynb #0bf5b2d2
@@ -299,7 +301,7 @@ async def post_txt2img(request: Request, body: Txt2Img) -> Response:
     "Pictures from a prompt."
     api: Api = request.app.state.api
     try:
-        it = understood_ask(body, api.row(), api.settings.model_id)
+        it = understood_ask(body, api.row(), api.settings)
         shape = own_shape(it.wish.size, api.row().native)
         own = translated(GenerateRequest, prompt=it.prompt, **shape, **it.numbers)
         return await drawn(request, body, own, it.wish)
@@ -310,7 +312,7 @@ async def post_img2img(request: Request, body: Img2Img) -> Response:
     "Pictures from pictures."
     api: Api = request.app.state.api
     try:
-        it = understood_ask(body, api.row(), api.settings.model_id)
+        it = understood_ask(body, api.row(), api.settings)
         wish = replace(it.wish, stretch=body.resize_mode == 0)
         return await drawn(request, body, await img2img_ask(request, body, it), wish)
     except Invalid as error: raise renamed(error, A1111_NAMES) from None
@@ -344,7 +346,7 @@ def progress_of(task: A1111Task) -> A1111Progress:
     (step, steps), count = task.step(), len(task.job.plan.pictures)
     share, seconds = step / max(steps, 1), time.time() - task.began
     state = A1111State(
-        interrupted=task.job.cancelled, job=task.name, job_count=count, job_no=task.finished(), sampling_step=step,
+        interrupted=task.job.hurried, job=task.name, job_count=count, job_no=task.finished(), sampling_step=step,
         sampling_steps=steps, job_timestamp=time.strftime("%Y%m%d%H%M%S", time.localtime(task.began)))
     # the time so far, scaled up: waiting in line counts as work, so this is late rather than early
     eta = seconds / share - seconds if share else 0.0
@@ -394,9 +396,9 @@ async def post_live_progress(request: Request, body: TaskName) -> Response:
 
 # %% ../nbs/10c_a1111.ipynb #40ff43e4
 async def post_interrupt(request: Request) -> Response:
-    "End the caller's newest task at its next step. Whoever waits for it gets an error that says so."
+    "End the caller's newest task at its next step, with the pictures as they are."
     task = tasks_of(request).of(client_behind(request))
-    if task: task.job.cancel()
+    if task: task.job.hurry()
     return JSONResponse({})
 
 # %% ../nbs/10c_a1111.ipynb #df3b0035

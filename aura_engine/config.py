@@ -192,6 +192,10 @@ class Settings(ModelSettings):
         description="seconds to finish work when asked to stop")
     max_batch: int = Field(16, alias="AURA_MAX_BATCH", ge=1, le=64,
                            description="most UNet rows in one step")
+    max_pictures: int = Field(10, alias="AURA_MAX_PICTURES", ge=1, le=10,
+        description="most pictures that one request of another API (/v1, /sdapi) may ask for")
+    max_prompt: int = Field(2000, alias="AURA_MAX_PROMPT", ge=100, le=2000,
+        description="characters of a prompt that are read at the doors of other APIs; the rest is cut with a warning")
     replica: str | None = Field(None, alias="AURA_REPLICA", pattern=r"^[a-z0-9]{1,16}$",
         description="name of this engine among many, a-z and 0-9: ids of jobs begin with it; made up when unset")
     redis_url: SecretStr | None = Field(None, alias="AURA_REDIS_URL",

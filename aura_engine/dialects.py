@@ -129,13 +129,13 @@ def unused(field: str, given: Any, why: str) -> Note:
     return Note(field, shown(given, 40), "ignored", text)
 
 # %% ../nbs/10_dialects.ipynb #27d33f9a
-def shortened(prompt: str, notes: list[Note], field: str = "prompt") -> str:
-    "The part of a prompt that is read; a note says when it is not all of it."
+def shortened(prompt: str, notes: list[Note], field: str = "prompt", most: int = MAX_PROMPT) -> str:
+    "The part of a prompt that is read, `most` characters; a note says when it is not all of it."
     text = prompt.strip()
-    if len(text) <= MAX_PROMPT: return text
-    said = f"The {field} has {len(text):,} characters. The first {MAX_PROMPT:,} were used."
-    notes.append(Note(field, Words(f"{len(text)} characters"), f"{MAX_PROMPT} characters", said))
-    return text[:MAX_PROMPT]
+    if len(text) <= most: return text
+    said = f"The {field} has {len(text):,} characters. The first {most:,} were used."
+    notes.append(Note(field, Words(f"{len(text)} characters"), f"{most} characters", said))
+    return text[:most]
 
 # %% ../nbs/10_dialects.ipynb #e74054ff
 def warning_header(warnings: Iterable[str]) -> dict[str, str]:
@@ -144,15 +144,17 @@ def warning_header(warnings: Iterable[str]) -> dict[str, str]:
     return {"x-aura-warnings": json.dumps(said)} if said else {}
 
 # %% ../nbs/10_dialects.ipynb #28b4c981
-MOST_PICTURES = 10                               # of one request
+MOST_PICTURES = 10                               # of one request, unless AURA_MAX_PICTURES says less
 MOST_PIXELS = 4 * 2048**2                        # of all of them together, after they were brought to size
 
 @dataclass(frozen=True)
 class Wish:
     """What a request in another dialect wants that our own cannot say.
 
-    `count`: how often each planned picture is made, with other seeds. `scheduler`: a key of `SAMPLERS`."""
+    `count`: how often each planned picture is made, with other seeds; `most` pictures in all. `scheduler`: a key of
+    `SAMPLERS`."""
     count: int = 1
+    most: int = MOST_PICTURES
     size: Size | None = None
     scheduler: str | None = None
     stretch: bool = False
@@ -173,7 +175,7 @@ class Wish:
 
     def _check(self, pictures: tuple[Picture, ...]) -> None:
         width, height = self.size or size_made(pictures[0])
-        most = min(MOST_PICTURES, MOST_PIXELS // (width * height))
+        most = min(self.most, MOST_PIXELS // (width * height))
         if len(pictures) > most:
             raise Invalid.value("n", given=len(pictures), allowed=f"at most {most} pictures of {width}x{height}")
 

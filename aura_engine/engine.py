@@ -19,7 +19,7 @@ from .models import SAMPLERS, Row, check_source, limits_of
 from .optimize import cache_folder
 from .queue import Queue, Task
 from .trajectory import Decoded
-from .runner import Runner, few_kernels, one_heap, prepare_runner, receipt_of_task
+from .runner import Runner, cut_short, few_kernels, left_out, one_heap, prepare_runner, receipt_of_task
 from .types import (COME_BACK, AuraError, Cancelled, DeadlineExceeded, Degenerate, EngineFailed, EngineState,
                                Health, Image,
                                NotReady, OutOfMemory, Plan, Preview, QueueLoad, ShuttingDown, Step)
@@ -27,9 +27,9 @@ from .types import (COME_BACK, AuraError, Cancelled, DeadlineExceeded, Degenerat
 log = logging.getLogger("aura_engine")
 
 # %% auto #0
-__all__ = ['log', 'is_out_of_memory', 'drop_caches', 'Ladder', 'Turns', 'reason_of', 'alone_in_process', 'memory', 'EngineView',
-           'stopping', 'ready_runner', 'Engine', 'optimizations_of', 'warnings_of', 'health_of', 'with_model', 'Lease',
-           'Engines', 'shared_engine', 'close_engines']
+__all__ = ['log', 'is_out_of_memory', 'drop_caches', 'Ladder', 'hurry_up', 'Turns', 'reason_of', 'alone_in_process', 'memory',
+           'EngineView', 'stopping', 'ready_runner', 'Engine', 'optimizations_of', 'warnings_of', 'health_of',
+           'with_model', 'Lease', 'Engines', 'shared_engine', 'close_engines']
 
 # %% ../nbs/08d_engine.ipynb #24881fea
 def is_out_of_memory(error: Exception) -> bool:
@@ -100,6 +100,15 @@ class Ladder:
         if self.short < 5: return
         raise EngineFailed("Five pictures in a row did not fit into the device's memory; the process needs a restart.")
 
+# %% ../nbs/08d_engine.ipynb #be35a152
+def hurry_up(queue: Queue, job: Job) -> None:
+    "Let a job end with what there is of its pictures."
+    begun = [task for task in queue.tasks if task.job is job and cut_short(task)]
+    # a job that has nothing to show takes its first step
+    if not begun and not any(isinstance(event, Image) for event in job.log): return
+    queue.remove(lambda task: task.job is job and task.left > 0)
+    if not begun: queue.end(job)
+
 # %% ../nbs/08d_engine.ipynb #06cd07fe
 class Turns:
     "The engine's work, one call at a time."
@@ -141,7 +150,7 @@ class Turns:
             else: self._hand_out(task, outcome)
 
     def _hand_out(self, task: Task, made: Decoded) -> None:
-        job, repairs = task.job, []
+        job, repairs = task.job, left_out(task)
         image, again = made
         if again:
             self.repairs += 1
@@ -159,6 +168,7 @@ class Turns:
             if job.cancelled: self.queue.end(job, Cancelled("The request was cancelled."))
             elif now > job.deadline:
                 self.queue.end(job, DeadlineExceeded(f"Not finished within {job.seconds:g} seconds."))
+            elif job.hurried: hurry_up(self.queue, job)
 
     def _fail(self, batch: Sequence[Task], error: Exception) -> None:
         if isinstance(error, AuraError): answer: AuraError | None = error

@@ -130,10 +130,11 @@ HF_NAMES = {
     "negativePrompt": "parameters.negative_prompt",
     "seed": "parameters.seed", "lora": "parameters.lora", "strength": "parameters.strength"}
 
-def hf_request(ask: HfAsk, native: int, format: str) -> tuple[GenerateRequest | RefineRequest, Wish]:
-    "A request of theirs as one of ours, and what goes beyond it."
+def hf_request(ask: HfAsk, native: int, format: str, most: int) -> tuple[GenerateRequest | RefineRequest, Wish]:
+    "A request of theirs as one of ours, and what goes beyond it. `most`: characters of a prompt that are read."
     given, size, notes = ask.given, hf_size(ask.given), hf_notes(ask)
-    prompt, negative = shortened(ask.prompt, notes), shortened(given.negative_prompt, notes, "negative_prompt")
+    prompt = shortened(ask.prompt, notes, most=most)
+    negative = shortened(given.negative_prompt, notes, "negative_prompt", most)
     numbers: dict[str, Any] = {
         "steps": given.num_inference_steps, "guidanceScale": given.guidance_scale, "negativePrompt": negative,
         "seed": given.seed, "lora": given.lora, "format": format}
@@ -149,7 +150,7 @@ async def post_inputs(request: Request) -> Response:
     api, ask = request.app.state.api, await read_hf(request)
     kind = answer_kind(request.headers.get("accept", ""))
     try:
-        own, wish = hf_request(ask, api.row().native, kind if kind in MIME else "png")
+        own, wish = hf_request(ask, api.row().native, kind if kind in MIME else "png", api.settings.max_prompt)
         made = await files_of(api, await begin(request, own, revise=wish.revise), request)
     except Invalid as error: raise renamed(error, HF_NAMES) from None
     headers = {"cache-control": "no-store"} | warning_header(made.warnings)

@@ -149,6 +149,7 @@ class Job(PixelLog):
         self.seconds = seconds                              # given up after so long
         self.deadline = (time.monotonic() if arrived is None else arrived) + seconds
         self.cancelled = False
+        self.hurried = False                                # its pictures are wanted as they are
         self.status = JobStatus.queued
         self.cuts: list[str] = []                           # what did not fit into the prompt's chunks
         self.warnings: tuple[str, ...] = ()
@@ -157,6 +158,10 @@ class Job(PixelLog):
     def cancel(self) -> None:
         "Ask for an end; the work stops at the next step."
         self.cancelled = True
+
+    def hurry(self) -> None:
+        "Ask for the pictures as they are at the next step; what has not been begun is left out."
+        self.hurried = True
 
     def emit(self, event: Event) -> None:
         "Append an event (the engine's side). After Done nothing is."

@@ -28,6 +28,7 @@ __all__ = ['QUALITY', 'THEIR_NAMES', 'NO_USAGE', 'NOT_COMPOSED', 'EDIT_FORM', 'O
 from .answers import Api, Files, OrderedJob, begin, event_stream, file_of, files_of, follow, sse_frame
 from .app import FILE, MAKING, Route, parsed_body
 from .bodies import ReceiptBody
+from .config import Settings
 from .dialects import (
     LONG_PROMPT, MOST_PICTURES, SIDE, Dialect, Size, Wish, own_shape, remade_mask, renamed, shortened, size_asked,
     size_made, to_size, translated, unused)
@@ -115,13 +116,14 @@ class Common:
     numbers: dict[str, Any]
     wish: Wish
 
-def common(ask: ImagesRequest, row: Row) -> Common:
+def common(ask: ImagesRequest, row: Row, settings: Settings) -> Common:
     "A request of theirs, translated as far as generating and refining go together."
-    notes = notes_on(ask)
-    prompt, negative = shortened(ask.prompt, notes), shortened(ask.negative_prompt, notes, "negative_prompt")
+    notes, most = notes_on(ask), settings.max_prompt
+    prompt = shortened(ask.prompt, notes, most=most)
+    negative = shortened(ask.negative_prompt, notes, "negative_prompt", most)
     numbers = {"steps": steps_for(ask, row, notes), "guidanceScale": ask.guidance_scale, "negativePrompt": negative,
                "temperature": ask.temperature, "seed": ask.seed, "lora": ask.lora, "format": ask.output_format}
-    wish = Wish(count=ask.n, size=size_asked(ask.size), quality=ask.output_compression, notes=tuple(notes))
+    wish = Wish(ask.n, settings.max_pictures, size_asked(ask.size), quality=ask.output_compression, notes=tuple(notes))
     return Common(prompt, numbers, wish)
 
 # %% ../nbs/10a_openai.ipynb #d43f4c02
@@ -352,9 +354,10 @@ async def openai_answer(request: Request, ask: ImagesRequest, own: GenerateReque
 # %% ../nbs/10a_openai.ipynb #630c0a11
 async def post_generations(request: Request, body: ImagesRequest) -> Response:
     "OpenAI's images.generate."
-    row = request.app.state.api.row()
+    api: Api = request.app.state.api
+    row = api.row()
     try:
-        both = common(body, row)
+        both = common(body, row, api.settings)
         shape = own_shape(both.wish.size, row.native)
         own = translated(GenerateRequest, prompt=both.prompt, **shape, **both.numbers)
         return await openai_answer(request, body, own, both.wish, "image_generation")
@@ -439,9 +442,10 @@ def mask_of_hole(picture: Pillow.Image) -> Pillow.Image:
 async def post_edits(request: Request) -> Response:
     "OpenAI's images.edit: a form with `image` (or several `image[]`), or JSON, with the fields of a generation."
     edit = await read_edit(request)
-    row = request.app.state.api.row()
+    api: Api = request.app.state.api
+    row = api.row()
     try:
-        both = common(edit.ask, row)
+        both = common(edit.ask, row, api.settings)
         config = translated(RefineConfig, **both.numbers, strength=edit.ask.strength)
         mask = await remade_mask(request, edit.mask, mask_of_hole)
         own = translated(RefineRequest, refinePrompt=both.prompt, images=edit.pictures, mask=mask, config=config)

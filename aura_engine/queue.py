@@ -305,7 +305,7 @@ class Queue(TaskLine):
     def end(self, job: Job, error: AuraError | None = None) -> None:
         "Take a job out, free what it starts from, and close its log."
         self.remove(lambda task: task.job is job)
-        self.admission.learn(job, self.clock(), finished=error is None)
+        self.admission.learn(job, self.clock(), finished=error is None and not job.hurried)
         if error is not None: job.emit(Failed(error))
         job.free_inputs()
         job.emit(Done((*map(str, job.plan.notes), *dict.fromkeys(job.cuts))))

@@ -26,8 +26,8 @@ from .unet_input import NetInput
 # %% auto #0
 __all__ = ['M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'M_ARENA_MAX', 'mallopt', 'keep_memory', 'one_heap', 'few_kernels', 'by_place',
            'preview_matrix', 'preview_image', 'clocked', 'Trial', 'try_out', 'key_of', 'curve_name', 'measured_curves',
-           'costs_of', 'versions_of', 'receipt_of_task', 'spend', 'take_digests', 'begin_task', 'finished', 'Runner',
-           'prepare_runner']
+           'costs_of', 'versions_of', 'receipt_of_task', 'spend', 'cut_short', 'left_out', 'take_digests', 'begin_task',
+           'finished', 'Runner', 'prepare_runner']
 
 # %% ../nbs/08c_runner.ipynb #bda0bf3f
 M_TRIM_THRESHOLD = -1               # the names and numbers of glibc's malloc.h
@@ -146,6 +146,9 @@ def measured_curves(parts: Components, settings: Settings, trial: Trial,
         for rows in steps:
             step(rows)
             step(rows)
+    if parts.backend == "openvino":
+        if steps.best(most) > 1: step(steps.best(most))
+        if decodes.best(8) > 1: decode(decodes.best(8))
     seal(parts)
     return steps, decodes
 
@@ -187,6 +190,22 @@ def spend(task: Task, stage: str, seconds: float, share: float) -> None:
     "A task was in a call of `stage` for `seconds`, of which `share` is its own."
     task.times[stage] = task.times.get(stage, 0.0) + seconds
     task.used += share
+
+# %% ../nbs/08c_runner.ipynb #d88e0627
+def cut_short(task: Task) -> bool:
+    "Take the predicted picture for the finished one. False when no step has been taken."
+    t = task.trajectory
+    if t is None or t.estimate is None: return False
+    t.latents, task.left = t.estimate, 0
+    return True
+
+def left_out(task: Task) -> list[str]:
+    "What the receipt of a picture says that was cut short; the job's warnings say it too."
+    t = task.trajectory
+    if t is None or t.done: return []
+    said = f"interrupted after step {t.k} of {t.steps}"
+    task.job.cuts.append(f"a picture was {said}")
+    return [said]
 
 # %% ../nbs/08c_runner.ipynb #aee425e8
 def take_digests(task: Task) -> None:

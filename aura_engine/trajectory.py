@@ -367,7 +367,8 @@ def beginning(parts: Components, p: Picture, mix: Mixture, noise: Noise) -> Begi
 class TrajectoryState:
     "One picture: `k` of `steps` UNet steps are done. `latents` [1, C, h, w] fp32, `estimate` the picture-to-be."
     def __init__(self, parts: Components, picture: Picture, texts: TextCache):
-        self.parts, self.picture, self.k = parts, picture, 0
+        self.parts, self.picture = parts, picture
+        self.k = 0
         self.family = texts.family
         self.noise = Noise(picture)
         self.estimate: torch.Tensor | None = None
@@ -458,7 +459,8 @@ def advance(batch: list[Trajectory], net: Any, bucket: int = 0) -> None:
     batch[0].parts.loras.use(batch[0].picture.lora)
     inputs = [t.net_input() for t in batch]
     out = type(inputs[0]).cat(inputs).pad(bucket).call(net).float()
-    tabled, answers, at = [], [], 0
+    tabled, answers = [], []
+    at = 0                                          # rows of the answer that are given out
     for t in batch:
         answer = t.guided(out[at:at + t.rows])
         at += t.rows

@@ -108,7 +108,8 @@ def encode_rows(parts: Components, encoder: Any, rows: list[list[Token]]) -> tup
 def encode_texts(parts: Components, texts: list[str], chunks: int) -> list[Text]:
     "Encode prompts into exactly `chunks` chunks each. Shorter ones are filled up with empty chunks."
     n = len(texts)
-    per_encoder, pooled, cut = [], None, [""] * n
+    per_encoder, pooled = [], None
+    cut = [""] * n
     for tokenizer, encoder in zip(parts.tokenizers, parts.text_encoders):
         split = [chunk_tokens(tokenizer, pieces_of(text, parts.row.weights)) for text in texts]
         cut = [max(before, rest, key=len) for before, (_, rest) in zip(cut, split)]
@@ -131,7 +132,8 @@ class UNetConditions(Conditions):
 def unet_conditions(parts: Components, p: Picture, texts: list[Text]) -> UNetConditions:
     "Conditions from the encoded texts of a picture, the negative one first."
     embeds = torch.cat([text.embeds for text in texts])
-    rows, pooled, time_ids = len(texts), None, None
+    rows = len(texts)
+    pooled = time_ids = None                        # SDXL alone has them
     if parts.xl:
         pooled = torch.cat([text.pooled for text in texts if text.pooled is not None])
         sizes = [p.height, p.width, 0, 0, p.height, p.width]          # original size, crop, target size

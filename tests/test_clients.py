@@ -1,8 +1,9 @@
 """Client by operation: programs that people have, in the versions below, installed in throwaway environments and asked to draw.
 
-Versions are pinned: a client that changes its ways is a matter for the day on which its number is raised here.
+Versions are pinned: a client that changes its ways is a matter for the day on which its number is raised here. What is seen is
+held against nbs/bench/clients.json, which 10d shows as a table; `AURA_CLIENTS=1` writes it again.
 """
-import functools, http.server, json, os, shutil, subprocess, sys, threading, time
+import functools, http.server, json, os, re, shutil, subprocess, sys, threading, time
 
 import httpx
 import pytest
@@ -12,7 +13,7 @@ from edge import Edge
 
 pytestmark = pytest.mark.slow
 HERE = ROOT / "tests/clients"
-PYTHON = ("webuiapi==0.9.17", "litellm==1.110.2", "langchain-community==0.4.2", "openai==3.57.0", "openapi-python-client==0.29.1")
+PYTHON = ("webuiapi==0.9.17", "litellm==1.110.2", "langchain-community==0.4.2", "openai==3.57.0", "huggingface_hub==2.4.0", "openapi-python-client==0.29.1")
 NODE = ("openai@6.49.0", "@huggingface/inference@4.13.30", "ai@6.0.326", "@ai-sdk/openai@3.0.141", "@langchain/openai@1.5.8", "@langchain/core@1.4.0",
         "openapi-typescript@7.13.0", "openapi-fetch@0.17.0", "eventsource@4.1.1", "typescript@5.9.3", "esbuild@0.28.2")
 
@@ -24,6 +25,21 @@ def run(*argv, cwd=None, **env):
     return done.stdout.strip().rpartition("\n")[2]
 
 
+TABLE = ROOT / "nbs/bench/clients.json"
+
+
+def version_of(name, among=PYTHON + NODE):
+    """The pinned version of a client."""
+    return next(re.split("==|@(?=[0-9])", pin)[1] for pin in among if re.match(re.escape(name) + "(==|@[0-9])", pin))
+
+
+def noted(client, seen):
+    """Hold {operation: "works" or what was said} of a client against the table."""
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    if os.environ.get("AURA_CLIENTS"): TABLE.write_text(json.dumps(table | {client: seen}, indent=1, sort_keys=True) + "\n")
+    else: assert table.get(client) == seen
+
+
 def test_python_clients(server, tmp_path):
     uv = shutil.which("uv") or shutil.which("uv", path=os.path.dirname(sys.executable))
     if not uv: pytest.skip("uv is not installed")
@@ -32,14 +48,17 @@ def test_python_clients(server, tmp_path):
     run(uv, "pip", "install", "-q", "--python", python, *PYTHON)
     run(python.with_name("openapi-python-client"), "generate", "--path", ROOT / "openapi.json", "--output-path", tmp_path / "generated", "--meta", "none",
         PATH=f"{python.parent}:{os.environ['PATH']}")
-    said = json.loads(run(python, HERE / "speak.py", server.url, tmp_path, PYTHONPATH="", LITELLM_LOCAL_MODEL_COST_MAP="True"))
+    said = json.loads(run(python, HERE / "speak.py", server.url, tmp_path, PYTHONPATH="", HF_HUB_OFFLINE="0", LITELLM_LOCAL_MODEL_COST_MAP="True"))
     print(json.dumps(said, indent=1))
     assert said.pop("versions")["litellm"] == "1.110.2"
+    table = said.pop("table")
     assert said == {
         "webuiapi txt2img": [[96, 64], [96, 64]], "webuiapi info": [3, 4], "webuiapi img2img": [96, 64], "webuiapi mask": [96, 64],
         "webuiapi png-info": "a fox", "webuiapi models": ["embedded"], "webuiapi samplers": ["LCM"], "webuiapi options": "embedded",
         "webuiapi interrupt": {}, "webuiapi progress": 0.0, "litellm image_generation": True, "LangChain DallEAPIWrapper": True,
         "generated Python client": [True, 128, 1, "a fox"]}
+    for client in ("webuiapi", "litellm", "langchain-community", "openai", "huggingface_hub", "openapi-python-client"):
+        noted(f"{client} {version_of(client, PYTHON)} (Python)", table[client])
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +77,14 @@ def test_node_clients(server, node):
     run(node / "node_modules/.bin/tsc", "--module", "nodenext", "--target", "es2022", "--strict", "--skipLibCheck", "speak.mts", cwd=node)
     said = json.loads(run("node", "speak.mjs", server.url, cwd=node))
     print(json.dumps(said, indent=1))
+    table = said.pop("table")
     assert said == {
         "OpenAI generate": "image/png", "OpenAI edit": True, "OpenAI stream": ["image_generation.partial_image", "image_generation.completed"],
         "OpenAI errors": [400, "n"], "Hugging Face textToImage": "image/png", "Hugging Face imageToImage": "image/png",
         "AI SDK generateImage": "image/png", "LangChain DallEAPIWrapper": True, "generated TypeScript client": [True, False, 1, "a fox"],
         "EventSource": ["queued", "image", "done"]}
+    for client in ("openai", "@huggingface/inference", "ai", "@langchain/openai", "openapi-typescript", "eventsource"):
+        noted(f"{client} {version_of(client, NODE)} (Node)", table[client])
 
 
 # in a browser
@@ -103,6 +125,8 @@ def test_openai_and_hugging_face_in_a_browser(allowed, page):
     assert tried(page, "openai", allowed[0].url) == [
         "image/png", True, ["image_generation.partial_image", "image_generation.completed"], [400, "n"], ["embedded"]]
     assert tried(page, "huggingface", allowed[0].url) == "image/png"
+    noted(f"openai {version_of('openai', NODE)} (Chromium, another origin)", dict.fromkeys(("generate", "edit", "stream", "errors", "models"), "works"))
+    noted(f"@huggingface/inference {version_of('@huggingface/inference', NODE)} (Chromium, another origin)", {"textToImage": "works"})
 
 
 def test_event_source_in_a_browser_goes_on_after_a_cut(allowed, page):
@@ -112,6 +136,7 @@ def test_event_source_in_a_browser_goes_on_after_a_cut(allowed, page):
         last = [headers.get("last-event-id") for _, headers, _ in edge.requests]
     assert ids == list(range(1, len(ids) + 1)) and len(ids) == 2 * 30 + 4 and opened == 2
     assert last[0] is None and 0 < int(last[1]) < 64
+    noted("EventSource (Chromium, another origin)", {"follow a job": "works", "go on after a cut": "works"})
 
 
 def test_origins_in_a_browser(allowed, page):
@@ -178,3 +203,20 @@ def test_prometheus(server, prometheus, tmp_path):
             assert value('up{job="aura"}') == value("aura_model_ready") == 1
             assert value("sum(aura_generation_seconds_count)") >= 1
         finally: process.terminate()
+    noted("Prometheus 2 (Debian)", {"promtool check metrics": "works", "scrape": "works"})
+
+
+# programs that are not installed here: their request shapes, as of November 2026
+
+def test_request_shapes(server):
+    from test_http_compat import LIBRECHAT, OPEN_WEBUI, SILLYTAVERN
+    draw = lambda body: httpx.post(server.url + "/sdapi/v1/txt2img", json=body, timeout=60).json()
+    for name, body in (("LibreChat", LIBRECHAT), ("Open WebUI", OPEN_WEBUI), ("SillyTavern", SILLYTAVERN)):
+        info = json.loads(draw(body)["info"])
+        told = next((said for said in info["warnings"] if said.startswith("sampler_name")), "works")
+        seen = {"AUTOMATIC1111: txt2img": "works", "AUTOMATIC1111: another sampler": told} if "sampler_name" in body else {"AUTOMATIC1111: txt2img": "works"}
+        if name != "SillyTavern":
+            ask = {"model": "dall-e-3", "prompt": "a fox", "n": 1, "size": "1024x1024", "response_format": "b64_json"}
+            answer = httpx.post(server.url + "/v1/images/generations", json=ask, headers={"Authorization": "Bearer x"}, timeout=60).json()
+            seen["OpenAI: generate"] = "works" if answer["data"][0]["b64_json"] else "no picture"
+        noted(f"{name} (request shape)", seen)

@@ -244,4 +244,18 @@ def test_progress_and_interrupt_are_the_callers_own(sd, server):
         other.post("/interrupt")
         assert not drawing.done() and sd.get("/progress", params={"id_task": "mine", "skip_current_image": "true"}).json()["current_image"] is None
         sd.post("/interrupt")
-        assert drawing.result(30).status_code == 499
+        ended = drawing.result(30).json()
+    info = json.loads(ended["info"])
+    assert 1 <= len(ended["images"]) <= 10 and len(info["all_seeds"]) == len(ended["images"])
+    assert any("interrupted after step" in said for said in info["warnings"]) and "interrupted" in " ".join(info["receipts"][-1]["corrections"])
+
+
+def test_the_operators_limits(make_server):
+    """AURA_MAX_PICTURES refuses, AURA_MAX_PROMPT cuts, at the doors of other APIs."""
+    server = make_server(AURA_MAX_PICTURES=2, AURA_MAX_PROMPT=100)
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="unused", max_retries=0) as client:
+        with pytest.raises(openai.BadRequestError, match="at most 2 pictures"): client.images.generate(prompt="a fox", n=3)
+        made = client.images.generate(prompt="a fox " * 40, n=2, extra_body={"num_inference_steps": 1})
+    assert len(made.data) == 2 and len(made.receipts[0]["prompt"]) <= 100 and "first 100 were used" in made.warnings[0]
+    r = httpx.post(server.url + "/sdapi/v1/txt2img", json={"prompt": "a fox", "n_iter": 3})
+    assert r.status_code == 422 and "at most 2" in r.json()["detail"]

@@ -232,7 +232,7 @@ def test_the_routes(served):
         ask = {"refinePrompt": "a fox", "images": [PHOTO_TEXT], "config": {"seed": 2, "steps": 3}}
         refined = [web.post("/refine", json={**ask, "config": {**ask["config"], **more}}).json() for more in ({}, {"lora": "clay"})]
         assert refined[0]["images"] != refined[1]["images"] and refined[1]["receipts"][0]["loraAlias"] == "clay"
-        for route, body, loc in (("/generate", {"prompt": "x", "lora": "oil"}, "lora"), ("/refine", {**ask, "config": {"lora": ""}}, "config.lora")):
+        for route, body, loc in (("/generate", {"prompt": "x", "lora": "oil"}, "lora"), ("/refine", {**ask, "config": {"lora": "INK"}}, "config.lora")):
             r = web.post(route, json=body)
             assert r.status_code == 422 and r.json()["errors"][0]["loc"] == loc and r.json()["errors"][0]["allowed"] == "ink, clay", r.text
         schemas = web.get("/openapi.json").json()["components"]["schemas"]
@@ -241,6 +241,19 @@ def test_the_routes(served):
         assert theirs["receipts"][0]["loraAlias"] == "ink"
         refused = web.post("/v1/images/generations", json={"prompt": "a fox", "lora": "oil"})
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "lora"
+
+
+def test_a_tag_in_the_prompt(served):
+    """AUTOMATIC1111's clients ask by a tag: the picture is that of `lora`, and a weight that cannot be had is told."""
+    with httpx.Client(base_url=served[0].url + "/sdapi/v1", timeout=120) as sd:
+        assert [x["alias"] for x in sd.get("/loras").json()] == ["ink", "clay"]
+        ask = {"seed": 5, "steps": 2, "width": 64, "height": 64}
+        said = [sd.post("/txt2img", json={**ask, "prompt": f"a fox{tag}"}).json() for tag in ("", " <lora:ink:1>", " <lora:ink:0.4>", " <lora:oil:1>")]
+    infos = [json.loads(x["info"]) for x in said]
+    assert [x["receipts"][0].get("loraAlias") for x in infos] == [None, "ink", "ink", None] and all(x["prompt"] == "a fox" for x in infos)
+    plain, ink, less, oil = ([Image.open(io.BytesIO(base64.b64decode(x["images"][0]))).tobytes()] for x in said)
+    assert plain == oil != ink == less and "Lora: ink" in infos[1]["infotexts"][0]
+    assert not infos[1]["warnings"] and "0.4" in " ".join(infos[2]["warnings"]) and "known are ink, clay" in " ".join(infos[3]["warnings"])
 
 
 def test_replay(served):

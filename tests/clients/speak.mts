@@ -52,5 +52,15 @@ await new Promise<void>((resolve) => {
 });
 source.close();
 said["EventSource"] = order;
+const works = (...names: string[]) => Object.fromEntries(names.map((name) => [name, "works"]));
+const variations = await ai.images.createVariation({ image: await toFile(png, "a.png") }).then(() => "works", (e) => e.error.message);
+said["table"] = {
+  openai: { ...works("generate, address (dall-e-3)", "edit", "stream", "errors"), variations },
+  "@huggingface/inference": works("textToImage", "imageToImage"),
+  ai: works("generateImage"),
+  "@langchain/openai": works("DallEAPIWrapper"),
+  "openapi-typescript": works("health", "generate", "jobs"),
+  eventsource: works("follow a job"),
+};
 console.log(JSON.stringify(said));
 process.exit(0);
