@@ -65,7 +65,7 @@ def lay_out() -> None:
 # The parts of the site's menu: a title, and how the names of their notebooks begin.
 PARTS = {
     "Words and settings": ("00_config", "01", "02b", "02c"), "Models": ("02_", "04"), "Planning and pictures": ("03",),
-    "Networks and speed": ("05",), "The engine": ("06", "07", "08"), "The server": ("09", "10", "11"),
+    "Networks and speed": ("05",), "The engine": ("06", "07", "08"), "The server": ("09", "10", "11", "19"),
     "Clients, Studio, command": ("12", "13", "17"), "Measured": ("14", "16", "18"), "On a Space": ("15",),
     "The embedded model": ("9",)}
 
