@@ -160,15 +160,17 @@ class Trials:
         self.rows: list[Weighed] = []
         self.best: Components | None = None
         self.reference: np.ndarray | None = None
+        self.complete = False                                  # all were tried
 
     def run(self, candidates: Sequence[Candidate], patience: float = PATIENCE) -> None:
         "Try them all, or as many as there is time for."
         end = time.monotonic() + patience
         for candidate in candidates:
-            if self.rows and time.monotonic() > end: break
+            if self.rows and time.monotonic() > end: return
             try: self.attempt(candidate)
             except Exception: log.exception("%s could not be tried", candidate)
             if not self.rows: return                           # without a reference there is nothing to choose
+        self.complete = True
 
     def attempt(self, candidate: Candidate) -> None:
         "Try one, and keep its parts if it is the best so far."
@@ -238,7 +240,7 @@ def choose_precision(parts: Components, settings: Settings, file: TrialsFile) ->
         trials.run(candidates)
         rows, best = trials.rows, trials.best
         if not rows: return optimize(parts, settings)
-        file.write(name, rows)
+        if trials.complete: file.write(name, rows)
     chosen = fastest(rows, settings.precision_psnr)
     made = best or chosen.candidate.applied(parts, settings)
     made.notes[:0] = parts.notes if made is not parts else []

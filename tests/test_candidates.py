@@ -107,11 +107,16 @@ def test_a_model_that_draws_nothing_is_not_chosen_for(parts, file, monkeypatch):
     assert parts.precision == "fp32" and parts.precision_reason is None and not file.path.exists()
 
 
-def test_time_that_is_up_ends_the_measurement(parts, monkeypatch):
+def test_time_that_is_up_ends_the_measurement(parts, file, monkeypatch):
+    """A start on a busy machine does not decide for the next ones."""
     monkeypatch.setattr(candidates, "has_bf16", lambda: True)
     trials = Trials(parts, settings())
     trials.run([REFERENCE, Candidate("torch", "bf16")], patience=0)
     assert [row.candidate for row in trials.rows] == [REFERENCE] and trials.best is not None
+    run = Trials.run
+    monkeypatch.setattr(Trials, "run", lambda self, tried: run(self, tried, patience=0))
+    made = candidates.choose_precision(parts, settings(), file)
+    assert made.precision == "fp32" and "only candidate" in made.precision_reason and not file.path.exists()
 
 
 def test_small_families_choose_too(file, tmp_path, monkeypatch):
