@@ -746,12 +746,19 @@ def test_a_newcomers_tasks(page, browser, server):
     press(page, "Generate")
     finished(page, 2)
     counted["change the background"] = clicks(page)
+    press(page, "Start from it")
+    press(page, "Paint what may change")
+    stroke(page, (0.3, 0.5), (0.7, 0.5))
+    press(page, "Invert")
+    press(page, "Generate")
+    finished(page, 3)
+    counted["by brush"] = clicks(page) - 1                  # painting is not counted
     press(page, "Compare")
     page.get_by_role("button", name=re.compile("^Make ")).click()
     expect(page.locator("caption")).to_contain_text(re.compile(r"(\d+) of \1"), timeout=60_000)
     page.get_by_role("button", name="steps 8").first.click()
     counted["find the best step count"] = clicks(page)
-    assert counted == {"make a picture": 1, "make it again on another machine": 2, "change the background": 2, "find the best step count": 3}
+    assert counted == {"make a picture": 1, "make it again on another machine": 2, "change the background": 2, "by brush": 4, "find the best step count": 3}
 
 
 def test_without_storage(browser, server):
@@ -822,6 +829,7 @@ def test_widths_and_themes(gallery, width, scheme, tmp_path):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed").Axe()
     gallery.emulate_media(color_scheme=scheme, reduced_motion="reduce")
     gallery.set_viewport_size({"width": width, "height": 940})
+    gallery.wait_for_function("dark => document.getElementById('studio').hasAttribute('data-dark') === dark", arg=scheme == "dark")
     gallery.wait_for_timeout(300)
     assert gallery.evaluate("document.documentElement.scrollWidth") <= width
     wide = gallery.evaluate("""w => [...document.getElementById('studio').shadowRoot.querySelectorAll('.card, .head, .row, .actions, .options, .box')]
@@ -940,7 +948,7 @@ def test_form_request_receipt_round_trip(module):
     for row in ROWS.values():
         for aspect in ("1:1", "4:3", "3:2", "16:9", "3:4", "2:3", "9:16"):
             limits = {"steps": row.steps, "guidance": row.guidance, "native": row.native, "loras": [], "gpu": False}
-            form = {"prompt": "a fox", "negative": "", "aspect": aspect, "n": 1, "seed": 7, "steps": row.steps[2], "guidance": row.guidance[2], "temperature": 1.25, "strength": 0.5, "lora": None, "high": False}
+            form = {"prompt": "a fox", "negative": "", "aspect": aspect, "n": 1, "seed": 7, "steps": row.steps[2], "guidance": row.guidance[2], "temperature": 1.25, "strength": None, "lora": None, "high": False}
             body = module("m.requestOf(a[0], a[1]).body", form, limits)
             picture = plan(GenerateRequest.model_validate(body), row).pictures[0]
             receipt = {"prompt": picture.prompt, "negativePrompt": picture.negative_prompt, "width": picture.width, "height": picture.height, "steps": picture.steps, "guidanceScale": picture.guidance_scale,

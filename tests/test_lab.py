@@ -198,6 +198,27 @@ def test_a_large_photo(page, studio):
     studio.get_by_role("button", name="Take the picture off").click()
 
 
+def test_the_brush(page, studio):
+    """Paint over the chosen picture by mouse: the mask reaches the kernel, the receipt has it, the rest stays."""
+    before = tiles(studio).count()
+    studio.get_by_role("button", name="Start from it", exact=True).click()
+    studio.get_by_role("button", name="Paint what may change").click()
+    canvas = studio.get_by_role("application", name="Mask")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + 0.2 * box["width"], box["y"] + 0.2 * box["height"])
+    page.mouse.down()
+    page.mouse.move(box["x"] + 0.6 * box["width"], box["y"] + 0.2 * box["height"], steps=4)
+    page.mouse.up()
+    studio.locator(".start", has_text="% may change").wait_for()
+    studio.get_by_role("button", name="Generate", exact=True).click()
+    finished(studio, before + 1)
+    assert studio.locator(".receipt .fact-mask dd").count() == 1
+    in_kernel(page, "made = studio.pictures[0].receipt; print(len(made.mask_sha256), made.strength)")
+    assert page.evaluate("cell").startswith("ok 64 1")
+    studio.get_by_role("button", name="Take the picture off").click()
+
+
 def test_a_picture_made_by_hand_is_the_next_cells_input(page, studio):
     tiles(studio).nth(1).click()
     seed = studio.locator(".receipt .fact-seed dd").inner_text()
