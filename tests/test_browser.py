@@ -347,7 +347,7 @@ def test_pictures_in(page, how):
     big_one = noise(3300, 2200) if how == "file" else noise(1800, 1200, "JPEG")
     if how == "file": page.locator("input[type=file]").set_input_files({"name": "photo.jpg", "mimeType": "image/jpeg", "buffer": big_one})
     else: give(page, how, big_one, "photo.jpg", "image/jpeg")
-    expect(page.locator(".start")).to_contain_text("photo.jpg")
+    expect(page.get_by_role("img", name="photo.jpg")).to_be_visible()
     sent = []
     page.on("request", lambda r: sent.append(r.post_data_json) if r.url.endswith("/jobs") else None)
     ask(page, "an owl", steps=2)

@@ -190,7 +190,7 @@ def test_a_large_photo(page, studio):
     assert len(out.getvalue()) > 20e6
     before = tiles(studio).count()
     studio.locator("input[type=file]").set_input_files({"name": "photo.png", "mimeType": "image/png", "buffer": out.getvalue()})
-    studio.locator(".start", has_text="photo.png").wait_for()
+    studio.get_by_role("img", name="photo.png").wait_for()
     studio.locator("input[name=steps]").evaluate("e => { e.value = 2; e.dispatchEvent(new Event('input', {bubbles: true})) }")
     studio.get_by_role("button", name="Generate", exact=True).click()
     finished(studio, before + 1)
