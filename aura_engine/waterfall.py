@@ -249,8 +249,8 @@ REAL: dict[str, Entrant] = {
 }
 TINY: dict[str, Entrant] = {
     "embedded: diffusers, fp32": diffusers_fp32,
-    "embedded: engine, torch fp32": engine_with(SD_BACKEND="torch"),
-    "embedded: engine, OpenVINO fp32": engine_with(SD_BACKEND="openvino"),
+    "embedded: engine, torch fp32": engine_with(SD_BACKEND="torch", SD_PRECISION="fp32"),
+    "embedded: engine, OpenVINO fp32": engine_with(SD_BACKEND="openvino", SD_PRECISION="fp32"),
     "embedded: engine, OpenVINO bf16": engine_with(SD_BACKEND="openvino", SD_PRECISION="bf16"),
 }
 PAIR = ("engine, OpenVINO bf16", "openvino-genai, bf16")         # the two that are also compared in turn
