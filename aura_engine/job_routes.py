@@ -5,6 +5,7 @@
 # %% ../nbs/09e_job_routes.ipynb #d5a677b1
 from __future__ import annotations
 import asyncio, re, time, uuid
+from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any, Literal
@@ -19,10 +20,10 @@ from .types import (
 from .walls import client_behind
 
 # %% auto #0
-__all__ = ['GROWING', 'AROUND', 'AnyJob', 'SMALL_ASK', 'SentLog', 'status_told', 'KeptJob', 'held_by', 'job_address',
-           'job_progress', 'job_result', 'job_state', 'JobsFull', 'first_of_greediest', 'unknown_job', 'JobStore',
-           'GenerateJob', 'RefineJob', 'ReplayJob', 'watch_job', 'kept_ask', 'post_job', 'get_job', 'get_job_events',
-           'delete_job']
+__all__ = ['GROWING', 'AROUND', 'AnyJob', 'SMALL_ASK', 'MOST_READERS', 'SentLog', 'status_told', 'KeptJob', 'held_by',
+           'job_address', 'job_progress', 'job_result', 'job_state', 'JobsFull', 'ReadersFull', 'first_of_greediest',
+           'unknown_job', 'JobStore', 'GenerateJob', 'RefineJob', 'ReplayJob', 'watch_job', 'kept_ask', 'post_job',
+           'get_job', 'counted', 'get_job_events', 'delete_job']
 
 # %% ../nbs/09e_job_routes.ipynb #4c32c21b
 class SentLog:
@@ -169,6 +170,10 @@ class JobsFull(QueueFull):
     "There is no room for another kept job."
     title = "Too many jobs are running"
 
+class ReadersFull(QueueFull):
+    "So many clients follow a job already."
+    title = "Too many clients follow this job"
+
 # %% ../nbs/09e_job_routes.ipynb #f8af1708
 def first_of_greediest(ended: list[KeptJob]) -> KeptJob:
     "Of ended jobs, oldest first: the first one of the client that holds most."
@@ -191,6 +196,7 @@ class JobStore:
         self.seconds = seconds
         self.most, self.bytes = most, bytes
         self.kept: dict[str, KeptJob] = {}
+        self.readers: Counter[str] = Counter()                # of streams that are open now, by job
 
     def sweep(self, room: int = 0) -> None:
         "Forget what is too old, then what does not fit; leave `room` for new jobs."
@@ -297,16 +303,31 @@ async def get_job(request: Request, id: str) -> Response:
     return JSONResponse(job_state(kept, request_id(request)), status, {"cache-control": "no-store"})
 
 # %% ../nbs/09e_job_routes.ipynb #6871dfb4
+MOST_READERS = 32                                             # of one job at a time
+
+async def counted(store: JobStore, kept: KeptJob, after: int) -> AsyncGenerator[bytes]:
+    "The events of a job above `after`; the reader counts while it reads."
+    store.readers[kept.id] += 1
+    try:
+        async with aclosing(store.follow(kept, after)) as events:
+            async for frame in events: yield frame
+    finally:
+        store.readers[kept.id] -= 1
+        store.readers += Counter()                            # keeps those above zero
+
+# %% ../nbs/09e_job_routes.ipynb #2540ac3b
 async def get_job_events(request: Request, id: str) -> Response:
     "A job's events from the first, or after `Last-Event-ID`. 204 when no more will come, 410 once it is gone."
-    kept = await request.app.state.jobs.find(id)
+    store: JobStore = request.app.state.jobs
+    kept = await store.find(id)
     if kept.gone: return JSONResponse(job_state(kept, request_id(request)), 410)
+    if store.readers[kept.id] >= MOST_READERS:
+        raise ReadersFull(f"{MOST_READERS} clients follow this job already; ask how far it is instead.", retry_after=5)
     last = request.headers.get("last-event-id", "")
     after = int(last) if re.fullmatch(r"\d{1,9}", last) else 0
     if kept.log.closed and after >= len(kept.log.events):
         return Response(status_code=204)                      # EventSource asks no more
-    events = request.app.state.jobs.follow(kept, after)
-    return EventSourceResponse(heartbeat(events), headers=UNBUFFERED)
+    return EventSourceResponse(heartbeat(counted(store, kept, after)), headers=UNBUFFERED)
 
 # %% ../nbs/09e_job_routes.ipynb #4febf881
 async def delete_job(request: Request, id: str) -> Response:

@@ -1,5 +1,6 @@
 """Events, jobs, cancelling and replays over a real socket."""
 import base64, io, json, re, time
+from contextlib import ExitStack
 
 import httpx
 import numpy as np
@@ -244,3 +245,20 @@ def test_a_replay_says_what_differs(web):
         Image.new("RGB", (64, 64)).save(out, "PNG", pnginfo=info)
         assert web.post("/replay", json={"image": base64.b64encode(out.getvalue()).decode()}).status_code == 422
     assert web.post("/replay", json={}).status_code == web.post("/replay", json={"receipt": {"a": 1}}).status_code == 422
+
+
+def test_a_job_has_so_many_readers_at_a_time(web):
+    from aura_engine.job_routes import MOST_READERS
+    where = web.post("/jobs", json={"route": "generate", "request": LONG}).json()["statusUrl"]
+    with ExitStack() as open_ones:
+        for _ in range(MOST_READERS): assert open_ones.enter_context(web.stream("GET", where + "/events")).status_code == 200
+        refused = web.get(where + "/events")
+        assert refused.status_code == 429 and refused.json()["title"] == "Too many clients follow this job" and "retry-after" in refused.headers
+        assert web.get(where).json()["status"] in ("queued", "running")
+    end = time.monotonic() + 20
+    while True:                                               # those who left count no more
+        with web.stream("GET", where + "/events") as again:
+            if again.status_code == 200: break
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert web.delete(where).json()["status"] == "cancelled"
