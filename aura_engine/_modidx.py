@@ -1924,6 +1924,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'aura_engine.queue.Lateness.__init__': ('queue.html#lateness.__init__', 'aura_engine/queue.py'),
                                    'aura_engine.queue.Lateness.factor': ('queue.html#lateness.factor', 'aura_engine/queue.py'),
                                    'aura_engine.queue.Lateness.observe': ('queue.html#lateness.observe', 'aura_engine/queue.py'),
+                                   'aura_engine.queue.OwnLineFull': ('queue.html#ownlinefull', 'aura_engine/queue.py'),
                                    'aura_engine.queue.Paces': ('queue.html#paces', 'aura_engine/queue.py'),
                                    'aura_engine.queue.Paces.__init__': ('queue.html#paces.__init__', 'aura_engine/queue.py'),
                                    'aura_engine.queue.Paces.begin': ('queue.html#paces.begin', 'aura_engine/queue.py'),

@@ -36,9 +36,7 @@ def too_large(most: int) -> TooLarge:
     return TooLarge(f"The body is larger than {size_named(most)}, which is the limit of this address.")
 
 # %% ../nbs/09c_intake.ipynb #78f40f6f
-class BodiesFull(QueueFull):
-    "Too many large bodies at once; a body may also be ended with this while it is still coming."
-    title = "Too many large bodies are arriving"
+class BodiesFull(QueueFull): "Too many large bodies are arriving"          # one may be ended while it still comes
 
 # %% ../nbs/09c_intake.ipynb #94be2854
 class Arriving:
@@ -232,9 +230,7 @@ async def read_form(request: Request, most: int, arrivals: Arrivals, body: Arriv
     async with Request(request.scope, receive).form(max_files=files, max_fields=60) as form: yield form
 
 # %% ../nbs/09c_intake.ipynb #b165cf12
-class PicturesFull(QueueFull):
-    "Too many pictures wait to be decoded."
-    title = "Too many pictures are waiting to be read"
+class PicturesFull(QueueFull): "Too many pictures are waiting to be read"
 
 # %% ../nbs/09c_intake.ipynb #cfd2fa1a
 @dataclass(frozen=True)

@@ -166,13 +166,8 @@ def job_state(kept: KeptJob, request_id: str = "") -> dict[str, Any]:
     return said
 
 # %% ../nbs/09e_job_routes.ipynb #cac2a02e
-class JobsFull(QueueFull):
-    "There is no room for another kept job."
-    title = "Too many jobs are running"
-
-class ReadersFull(QueueFull):
-    "So many clients follow a job already."
-    title = "Too many clients follow this job"
+class JobsFull(QueueFull): "Too many jobs are running"
+class ReadersFull(QueueFull): "Too many clients follow this job"
 
 # %% ../nbs/09e_job_routes.ipynb #f8af1708
 def first_of_greediest(ended: list[KeptJob]) -> KeptJob:
@@ -196,7 +191,7 @@ class JobStore:
         self.seconds = seconds
         self.most, self.bytes = most, bytes
         self.kept: dict[str, KeptJob] = {}
-        self.readers: Counter[str] = Counter()                # of streams that are open now, by job
+        self.readers = Counter()                              # of streams that are open now, by job
 
     def sweep(self, room: int = 0) -> None:
         "Forget what is too old, then what does not fit; leave `room` for new jobs."

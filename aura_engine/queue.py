@@ -14,7 +14,8 @@ from .types import AuraError, Done, Failed, Invalid, Picture, Queued, QueueFull,
 
 # %% auto #0
 __all__ = ['LEAST_SHARERS', 'MOST_TASKS', 'Task', 'Shares', 'Paces', 'ClientLine', 'lines_of', 'fair_order', 'Lateness',
-           'line_full', 'Turn', 'too_late', 'check_deadline', 'TaskLine', 'Promise', 'Admission', 'Queue']
+           'OwnLineFull', 'line_full', 'Turn', 'too_late', 'check_deadline', 'TaskLine', 'Promise', 'Admission',
+           'Queue']
 
 # %% ../nbs/08b_queue.ipynb #51706455
 @dataclass(eq=False, kw_only=True)
@@ -152,6 +153,8 @@ class Lateness:
         self._logs[owing] = min(max(moved, -1.0), 1.0)
 
 # %% ../nbs/08b_queue.ipynb #66c6ce8e
+class OwnLineFull(QueueFull): "You have as much work waiting as one client may"
+
 def line_full(there: Sequence[Entry], mine: Sequence[Entry], cost: StepCost,
               limit: float, pace: float) -> QueueFull | None:
     "Why a client with its entries among those that are `there` may not add `mine`; None: it may."
@@ -163,7 +166,7 @@ def line_full(there: Sequence[Entry], mine: Sequence[Entry], cost: StepCost,
     # room for one more like it, so that somebody who comes back is not told the same again
     room = seconds - limit + work(mine, cost)
     said = f"{len(own)} pictures of yours are waiting, about {seconds:.0f} seconds of work"
-    return QueueFull(f"{said}; this engine promises at most {limit:g}.", retry_after=max(1.0, others + room * pace))
+    return OwnLineFull(f"{said}; this engine promises at most {limit:g}.", retry_after=max(1.0, others + room * pace))
 
 # %% ../nbs/08b_queue.ipynb #aee625b8
 @dataclass(frozen=True)
