@@ -880,6 +880,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                          'aura_engine.deploy_plan.right_wheels': ( 'deploy_plan.html#right_wheels',
                                                                                    'aura_engine/deploy_plan.py'),
                                          'aura_engine.deploy_plan.sleep_for': ('deploy_plan.html#sleep_for', 'aura_engine/deploy_plan.py'),
+                                         'aura_engine.deploy_plan.slips': ('deploy_plan.html#slips', 'aura_engine/deploy_plan.py'),
                                          'aura_engine.deploy_plan.slow_start': ( 'deploy_plan.html#slow_start',
                                                                                  'aura_engine/deploy_plan.py'),
                                          'aura_engine.deploy_plan.space_readme': ( 'deploy_plan.html#space_readme',

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 # %% auto #0
-__all__ = ['KEPT', 'OPENVINO', 'CUDA_WHEELS', 'PRESETS', 'DEPLOY_FLAGS', 'DEPLOY_EPILOG', 'SLEEP', 'SHELF', 'TAG', 'SUGGESTED',
-           'BUILT_IN', 'CONVERTS', 'DOWNLOADS', 'HIDDEN', 'Preset', 'preset_table', 'DeployOptions', 'wrong_settings',
-           'check_known', 'check_options', 'DeployParser', 'project_folder', 'parse_deploy', 'hardware_for',
-           'sleep_for', 'has_gpu', 'right_wheels', 'model_repos', 'model_volumes', 'volumes_for', 'SpaceTarget',
-           'stale_names', 'target_for', 'slow_start', 'needed_settings', 'front_matter', 'written_readme',
-           'space_readme', 'is_ours', 'objections', 'SpaceChange', 'DeployPlan', 'plan_rows', 'file_rows', 'aligned',
-           'volumes_text', 'all_changes', 'price_text', 'plan_deployment']
+__all__ = ['KEPT', 'OPENVINO', 'CUDA_WHEELS', 'PRESETS', 'BUILT_IN', 'DEPLOY_FLAGS', 'DEPLOY_EPILOG', 'SLEEP', 'SHELF', 'TAG',
+           'SUGGESTED', 'CONVERTS', 'DOWNLOADS', 'HIDDEN', 'Preset', 'preset_table', 'DeployOptions', 'slips',
+           'wrong_settings', 'check_known', 'check_options', 'DeployParser', 'project_folder', 'parse_deploy',
+           'hardware_for', 'sleep_for', 'has_gpu', 'right_wheels', 'model_repos', 'model_volumes', 'volumes_for',
+           'SpaceTarget', 'stale_names', 'target_for', 'slow_start', 'needed_settings', 'front_matter',
+           'written_readme', 'space_readme', 'is_ours', 'objections', 'SpaceChange', 'DeployPlan', 'plan_rows',
+           'file_rows', 'aligned', 'volumes_text', 'all_changes', 'price_text', 'plan_deployment']
 
 # %% ../nbs/15c_deploy_plan.ipynb #d950f918
 import yaml
@@ -111,10 +111,23 @@ class DeployOptions:
         return out
 
 # %% ../nbs/15c_deploy_plan.ipynb #c6774799
+BUILT_IN = {"TORCH_INDEX_URL", "EXTRA_PACKAGES", "BASE_IMAGE"}         # variables that the image's build reads
+
+def slips(variables: Mapping[str, str]) -> list[str]:
+    "A line for each name that is nearly one of the engine's or of the image's. A name of your own passes."
+    known, out = [*setting_names(), *sorted(BUILT_IN)], []
+    for name in variables:
+        # those that begin as ours do are judged by `unknown_settings`
+        if name in known or name.startswith(("SD_", "AURA_")): continue
+        near = difflib.get_close_matches(name, known, 1, cutoff=0.88)
+        if near: out.append(f"{name} is not a variable of this image; did you mean {near[0]}?")
+    return out
+
+# %% ../nbs/15c_deploy_plan.ipynb #f26119f7
 def wrong_settings(variables: Mapping[str, str]) -> list[str]:
     "What the engine would say about these variables; names that are not its own pass."
     known = {name: value for name, value in variables.items() if name in setting_names()}
-    out = unknown_settings(variables)
+    out = [*unknown_settings(variables), *slips(variables)]
     try: load_settings(**known)
     except SettingsError as e:
         # The environment of this machine is read too; only what was given here counts.
@@ -464,10 +477,12 @@ def space_readme(space_id: str, variables: Mapping[str, str], existing: str = ""
     settings = {"title": space_id.split("/")[1], **SUGGESTED, **theirs, **needed, "tags": tags}
     if "models" not in needed: settings.pop("models", None)
     if existing and settings == theirs: return existing.encode()
-    if not text.strip() or _TEMPLATE in text or _SENTENCE in text:
-        model = resolve_id(variables.get("SD_MODEL_ID", "embedded"))[0]
-        text = f"POST /generate with {{\"prompt\": \"a red apple\"}} {_SENTENCE}, /health tells what runs ({model})."
-    return written_readme(settings, text)
+    model = resolve_id(variables.get("SD_MODEL_ID", "embedded"))[0]
+    ours = f"POST /generate with {{\"prompt\": \"a red apple\"}} {_SENTENCE}, /health tells what runs ({model})."
+    if not text.strip() or _TEMPLATE in text: text = ours
+    # what somebody wrote above or below our line is theirs
+    lines = [ours if _SENTENCE in line else line for line in text.splitlines()]
+    return written_readme(settings, "\n".join(lines))
 
 # %% ../nbs/15c_deploy_plan.ipynb #631533f0
 def _can_pay(state: SpaceState, owner: str) -> bool:
@@ -661,9 +676,6 @@ def _final_settings(state: SpaceState, target: SpaceTarget, o: DeployOptions) ->
         if state.variables.get(name) != value: yield SpaceChange("set", "variable", name, "", value)
 
 # %% ../nbs/15c_deploy_plan.ipynb #e7756bc1
-BUILT_IN = {"TORCH_INDEX_URL", "EXTRA_PACKAGES", "BASE_IMAGE"}         # variables that the image's build reads
-
-
 def all_changes(state: SpaceState, target: SpaceTarget, o: DeployOptions,
                 files: Mapping[str, bytes]) -> list[SpaceChange]:
     "Everything to do, in order."

@@ -363,7 +363,7 @@ def test_files_that_must_stay_at_home_do(tree):
 
 
 @pytest.mark.parametrize("args", [["--space-id", "aura"], ["--origins", "my.site"], ["--origins", "*"], ["--var", "A"], ["--model", "model.ckpt"], ["--secret", "NOT_SET"], ["--spaceid", "x"],
-                                  ["--preset", "t9"], ["--var", "SD_DEVCE=cuda"], ["--var", "SD_PRECISION=fp99"], ["--model", "black-forest-labs/FLUX.1-dev"],
+                                  ["--preset", "t9"], ["--var", "SD_DEVCE=cuda"], ["--var", "TORCH_COMPLIE=1"], ["--var", "ALOW_ORIGINS=x"], ["--var", "EXTRA_PACKAGE=x"], ["--var", "SD_PRECISION=fp99"], ["--model", "black-forest-labs/FLUX.1-dev"],
                                   ["--var", "SD_MODEL_ID=someone/else"], ["--origins", "https://*.my.site"], ["--origins", ""], ["--secret", "HOME", "--var", "HOME=1"]], ids=" ".join)
 def test_usage(args, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", open(os.devnull))
@@ -771,7 +771,7 @@ def test_a_readme_that_was_edited_on_the_hub_stays(hub, tree):
     assert "nothing to change" in call(hub, tree, *GUIDE)
     call(hub, tree, "--model", "stabilityai/sd-turbo")
     text = space.tree["README.md"].data.decode()
-    assert "Ada's pictures" in text and "stabilityai/sd-turbo" in text
+    assert "Ada's pictures" in text and "(stabilityai/sd-turbo)" in text and "Drawn by Ada." in text
 
 
 def test_what_the_image_is_built_with_is_built(hub, tree):
