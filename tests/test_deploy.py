@@ -894,7 +894,7 @@ WORKFLOW = ROOT / ".github/workflows/deploy.yml"
 def deploy_step(hub, folder, **env):
     """The step of the workflow that deploys, run by bash as GitHub runs it."""
     step = next(s for s in yaml.safe_load(WORKFLOW.read_text())["jobs"]["deploy"]["steps"] if s.get("name") == "Deploy")
-    given = {"HF_TOKEN": "", "SPACE_ID": SPACE, "ORIGINS": GUIDE[1], "PRESET": "", "DRY_RUN": "", "GITHUB_STEP_SUMMARY": folder / "summary.md", **env}
+    given = {"HF_TOKEN": "", "SPACE_ID": SPACE, "ORIGINS": GUIDE[1], "PRESET": "", "PAID": "", "DRY_RUN": "", "GITHUB_STEP_SUMMARY": folder / "summary.md", **env}
     assert set(step["env"]) <= set(given)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(["bash", "-eo", "pipefail", "-c", step["run"]], cwd=folder, env={**environment(hub, folder, given), "PATH": path},
@@ -912,6 +912,9 @@ def test_the_workflow_deploys_and_shows_plan_and_proof(hub, tmp_path):
     assert deploy_step(hub, tmp_path, DRY_RUN="yes", **proof).returncode == 0 and not hub.spaces
     done = deploy_step(hub, tmp_path, **proof)
     assert done.returncode == 0, done.stdout + done.stderr
+    unpaid = deploy_step(hub, tmp_path, PRESET="t4", DRY_RUN="", **proof)
+    assert unpaid.returncode == 3 and "agree with --yes" in unpaid.stdout
+    assert deploy_step(hub, tmp_path, PRESET="t4", PAID="yes", DRY_RUN="yes", **proof).returncode == 0
     summary = (tmp_path / "summary.md").read_text()
     assert "create" in summary and "a picture came" in summary and hub.spaces[SPACE].run and TOKEN not in summary + done.stdout
 
