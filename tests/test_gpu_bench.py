@@ -20,7 +20,9 @@ def test_every_stage_runs_with_tiny_models(tmp_path):
     results = json.loads((tmp_path / "gpu.json").read_text())
     assert {n: s["status"] for n, s in results["stages"].items()} == dict.fromkeys(results["stages"], "done"), done.stdout[-3000:]
     assert {r["contender"] for r in gpu.stage_rows(results, "engine", "contender")} == {"engine", "lock + pipeline", "request batching 50 ms"}
-    assert all(r["max"] <= 1 for s in ("engine", "embedded") for r in gpu.stage_rows(results, s, "max")) or results["machine"].get("gpu")
+    # at one batch size company changes nothing; at another one bf16 rounds otherwise, and the engine as it comes may run in bf16
+    most = {"a mixed crowd against each alone": 16, "strangers in the call, the same 8 rows": 0}
+    assert all(r["max"] <= most[r["what"]] for s in ("engine", "embedded") for r in gpu.stage_rows(results, s, "max")) or results["machine"].get("gpu")
     assert gpu.stage_rows(results, "compiled", "recompiles") == [{"variant": "graphs", "shapes": 2, "graphs": 2, "recompiles": 0}]
     eight = results["stages"]["quantized"]["rows"]                   # torchao may be absent, and fp8 needs a card: then it says why
     assert all(any(r["variant"].startswith(kind) and ("ms" in r or r.get("why")) for r in eight) for kind in gpu.EIGHT_BITS)

@@ -435,7 +435,7 @@ def test_a_start_with_openvino_leaves_the_weights_in_their_file(openvino, small,
     """bf16 by measurement: text encoder and VAE are rounded, the UNet is not even copied, its graph rounds it; the picture is bf16's."""
     monkeypatch.setattr(opt, "SMALL", 1000)
     monkeypatch.setattr(opt, "bf16_gain", lambda: 2.0)
-    settings = load_settings(SD_MODEL_ID=small, SD_DEVICE="cpu", SD_BACKEND="openvino")
+    settings = load_settings(SD_MODEL_ID=small, SD_DEVICE="cpu", SD_BACKEND="openvino", SD_PRECISION="auto")
     parts = load(settings)
     unet, where = parts.unet, {k: p.data_ptr() for k, p in parts.unet.named_parameters()}
     fast = opt.optimize(parts, settings)
