@@ -45,7 +45,7 @@ def redactor(*secrets: str) -> Cleaner:
 # %% ../nbs/15b_hub.ipynb #7fb8b377
 HUB_WORDS = {
     401: "the token is not accepted: make one with write access and put it into HF_TOKEN, or run `hf auth login`",
-    402: "this is to be paid: a Docker Space needs a paid plan (PRO, Team, Enterprise) or paid hardware, and that billing",
+    402: "this costs money: a Docker Space needs a paid plan (PRO, Team, Enterprise), paid hardware billing",
     403: "the token may not write there",
     404: "not found, or not visible to this token",
     409: "the name is taken, or another operation is under way",
