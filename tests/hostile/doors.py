@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from .attack import SILENT, Answer, Attack, MiB, Siege, Target, http, row
-from .beyond import get
+from .attack import SILENT, Answer, Attack, MiB, Target, http, row
+from .beyond import Watchers, get
 from .bodies import words
 from .pictures import chunk, photo, plain, png, progressive, saved, text_bomb
 
@@ -74,17 +74,6 @@ class Shelf(Attack):
         return [made, *fetch.run(target, source)]
 
 
-@dataclass(frozen=True)
-class Followers(Attack):
-    """`at_once` readers of one job's events."""
-    def run(self, target: Target, source: str = "127.0.0.1") -> list[Answer]:
-        body = json.dumps({"route": "generate", "request": {"prompt": "an owl", "n": 4, "steps": 8}, "previews": True}).encode()
-        job = target.exchange(http(target.host, "/jobs", body), source)
-        where = f"/jobs/{json.loads(job.body)['id']}/events"
-        readers = Siege(self.name, self.budget, lambda host: [http(host, where, kind="", method="GET")] * self.at_once, self.right, at_once=self.at_once)
-        return [job, *readers.run(target, source)]
-
-
 TEXTS = chunk(b"tEXt", b"parameters\0" + b'A: "' * 16_000)
 
 DOORS = (
@@ -109,5 +98,5 @@ DOORS = (
     row("masks that are bombs", "pictures of a request", lambda host: [m for f in (scans, lambda: png(13_300, 13_300), lambda: png(4000, 100), lambda: b"x" * MiB) for m in masked(plain, f)(host)], REFUSED, cpu=10, rss=300 * MiB),
     row("large pictures under a mask, one after the other", "work around the model", masked(large, white, n=4), (200, *REFUSED), cpu=40, answer=70 * MiB, at_once=2, rss=700 * MiB),
 
-    row("1,000 readers of one job", "readers of a job", lambda host: [], {SILENT, 200, 202, 429}, Followers, at_once=1000, cpu=30, rss=300 * MiB, answer=MiB),
+    row("1,000 readers of one job", "readers of a job", lambda host: [], {SILENT, 200, 202, 429}, Watchers, at_once=1000, cpu=30, rss=300 * MiB, answer=MiB),
 )
