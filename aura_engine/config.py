@@ -16,8 +16,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 # %% auto #0
 __all__ = ['DEFAULT_ORIGINS', 'DEFAULT_PORTS', 'APP_SCHEMES', 'LOOPBACK', 'ALIAS', 'SECRETS', 'normalise_origin', 'parse_origins',
            'listening_address', 'is_network', 'parse_proxies', 'parse_loras', 'lowered', 'EnvironmentSettings',
-           'GuideSettings', 'ModelSettings', 'Settings', 'setting_names', 'settings_table', 'SettingsError',
-           'complaint', 'load_settings', 'unknown_settings']
+           'GuideSettings', 'ModelSettings', 'ServerSettings', 'Settings', 'setting_names', 'settings_table',
+           'SettingsError', 'complaint', 'load_settings', 'unknown_settings']
 
 # %% ../nbs/00_config.ipynb #eb521c57
 # where the guide's frontend runs
@@ -172,8 +172,8 @@ class ModelSettings(GuideSettings):
     def _pairs(cls, v: Any) -> Any: return parse_loras(v) if isinstance(v, str) else v
 
 # %% ../nbs/00_config.ipynb #2409a511
-class Settings(ModelSettings):
-    "All settings of one engine, frozen. Made by `load_settings`."
+class ServerSettings(ModelSettings):
+    "Where an engine listens, and whom it answers."
     allow_origins: Annotated[tuple[str, ...], NoDecode] = Field(DEFAULT_ORIGINS, alias="ALLOW_ORIGINS",
         description="web origins that may call the engine, comma-separated")
     host: str = Field(LOOPBACK, alias="HOST",
@@ -184,6 +184,22 @@ class Settings(ModelSettings):
     proxies: Annotated[tuple[str, ...], NoDecode] = Field((), alias="AURA_PROXIES",
         description="proxies whose X-Forwarded-For is believed: addresses or networks, comma-separated; "
                     "private: every private network")
+
+    @field_validator("allow_origins", mode="before")
+    @classmethod
+    def _origins(cls, v: Any) -> Any: return parse_origins(v) if isinstance(v, str) else v
+
+    @field_validator("proxies", mode="before")
+    @classmethod
+    def _proxies(cls, v: Any) -> Any: return parse_proxies(v) if isinstance(v, str) else v
+
+    @field_validator("host", mode="before")
+    @classmethod
+    def _host(cls, v: Any) -> Any: return listening_address(v) if isinstance(v, str) else v
+
+# %% ../nbs/00_config.ipynb #3963e662
+class Settings(ServerSettings):
+    "All settings of one engine, frozen. Made by `load_settings`."
     max_queue_seconds: float = Field(120, alias="AURA_MAX_QUEUE_SECONDS", gt=0, le=86400,
         description="refuse a request that could not be finished within so many seconds")
     deadline_seconds: float = Field(600, alias="AURA_DEADLINE_SECONDS", gt=0, le=86400,
@@ -202,18 +218,6 @@ class Settings(ModelSettings):
         description="Redis in which engines share their jobs, such as redis://127.0.0.1:6379/0")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", alias="AURA_LOG_LEVEL",
         description="log threshold")
-
-    @field_validator("allow_origins", mode="before")
-    @classmethod
-    def _origins(cls, v: Any) -> Any: return parse_origins(v) if isinstance(v, str) else v
-
-    @field_validator("proxies", mode="before")
-    @classmethod
-    def _proxies(cls, v: Any) -> Any: return parse_proxies(v) if isinstance(v, str) else v
-
-    @field_validator("host", mode="before")
-    @classmethod
-    def _host(cls, v: Any) -> Any: return listening_address(v) if isinstance(v, str) else v
 
     @field_validator("log_level", mode="before")
     @classmethod

@@ -101,6 +101,7 @@ class Kind:
     names: tuple[str, ...]
     refused: str = ""
 
+# %% ../nbs/04b_facts.ipynb #17606820
 _UNET, _FIRST = "model.diffusion_model.", "model.diffusion_model.input_blocks.0.0.weight"
 _CHANGES = "it changes a model: name it in SD_LORAS, or in SD_LCM_LORA_ID when it is a method"
 _BASE = "it needs a base: name it in SD_BASE_ID"

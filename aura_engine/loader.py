@@ -323,8 +323,8 @@ def load(settings: Settings, progress: Progress | None = None) -> Components:
     precision, said = pick_precision(settings.precision, device)
     notes += said
     if moved: notes.append(moved)
-    reader = Reader(DTYPES[precision], progress or Progress(), model, settings.revision, settings.prediction, notes,
-                    settings.models)
+    reader = Reader(progress or Progress(), model, settings.revision, notes, settings.models,
+                    dtype=DTYPES[precision], prediction=settings.prediction)
     lora = settings.lcm_lora_id
     row = row_for(model, lora, explicit=settings.sampler is not None)
     with blame("SD_MODEL_ID", settings.model_id): pipe, where = read_pipeline(reader, model, row, settings)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import re, threading, warnings
 from collections.abc import Iterable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,8 +24,9 @@ __all__ = ['PARTS', 'UNUSED', 'SERVED', 'WEIGHTS', 'NO_PICKLES', 'USUAL', 'CLASS
            'check_classes', 'served_index', 'pipeline_files', 'quiet', 'reading', 'diffusers_classes', 'Checkpoint',
            'recognise', 'nothing_else', 'config_and_weights', 'lone_class', 'unwrapped', 'bare', 'tensors_in', 'fill',
            'check_weights', 'said_of_tensors', 'complete', 'complete_parts', 'mounted', 'broken_link', 'check_folder',
-           'check_alone', 'Reader', 'read_scheduler', 'read_unet', 'original_vae', 'read_vae', 'suited', 'check_files',
-           'whole_pipeline', 'read_folder', 'configuration_of', 'said_of_more', 'single_pipeline', 'read_single']
+           'check_alone', 'Finder', 'Reader', 'read_scheduler', 'read_unet', 'original_vae', 'read_vae', 'suited',
+           'check_files', 'whole_pipeline', 'read_folder', 'configuration_of', 'said_of_more', 'single_pipeline',
+           'read_single']
 
 # %% ../nbs/04c_reader.ipynb #1afc7159
 PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
@@ -108,7 +109,7 @@ def pipeline_files(names: list[str], folder: Path, half: bool, skip: tuple[str, 
 # %% ../nbs/04c_reader.ipynb #2d11873b
 @contextmanager
 def quiet():
-    "diffusers, transformers and peft load without progress bars and below-error messages. Restored afterwards."
+    "diffusers, transformers and peft load without progress bars, and say nothing below an error. Restored afterwards."
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
     loud = (of_diffusers, of_transformers)
@@ -135,7 +136,7 @@ def reading():
 
 # %% ../nbs/04c_reader.ipynb #75312852
 def diffusers_classes() -> Any:
-    "The diffusers module. It replaces itself when it is first imported, so that is one thread's business too."
+    "The diffusers module. It replaces itself when it is first imported, so one thread at a time does that too."
     with LOADING: import diffusers
     return diffusers
 
@@ -285,20 +286,13 @@ def check_alone(source: str) -> None:
 
 # %% ../nbs/04c_reader.ipynb #84934043
 @dataclass
-class Reader:
-    "Reads parts of models in `dtype`, telling `progress`. `revision` belongs to the repository `model`."
-    dtype: torch.dtype
+class Finder:
+    "Finds parts of models, telling `progress`. `revision` belongs to the repository `model`."
     progress: Progress
     model: str = ""
     revision: str | None = None
-    prediction: str | None = None                          # what the UNet predicts, where the files do not say
     notes: list[str] = field(default_factory=list)         # what a person should know about what was read
     shelf: Path | None = None                              # a folder with repositories, as owner/name
-
-    @property
-    def half(self) -> bool:
-        "Whether files in half precision will do."
-        return self.dtype != torch.float32
 
     def located(self, source: str, anchor: str, want: Want) -> Path:
         "Folder (with what `want` picks) or .safetensors file of a source."
@@ -321,6 +315,19 @@ class Reader:
         if path.is_dir(): check_folder(path, want)
         elif not path.is_file(): raise Unusable("there is no such file or folder on this machine")
         return path
+
+# %% ../nbs/04c_reader.ipynb #cc38be3a
+@dataclass
+class Reader(Finder):
+    "Reads parts of models in `dtype`."
+    _: KW_ONLY
+    dtype: torch.dtype
+    prediction: str | None = None                          # what the UNet predicts, where the files do not say
+
+    @property
+    def half(self) -> bool:
+        "Whether files in half precision will do."
+        return self.dtype != torch.float32
 
     def model_of(self, source: str) -> Any:
         "A lone diffusers model (UNet or VAE) from a folder or repository with its config.json."

@@ -17,7 +17,7 @@ log = logging.getLogger("aura_engine.shared_jobs")
 # %% auto #0
 __all__ = ['log', 'SHARED_ID', 'EVERY', 'ALIVE_SECONDS', 'HOUR', 'stream_of', 'alive_key', 'cancel_key', 'entry_of', 'told_in',
            'EngineGone', 'StoreUnreachable', 'FarJob', 'far_job', 'number_of', 'with_seed', 'lose', 'Written', 'Writer',
-           'FarJobs', 'SharedJobs', 'shared_jobs']
+           'FarJobs', 'WrittenJobs', 'SharedJobs', 'shared_jobs']
 
 # %% ../nbs/09g_shared_jobs.ipynb #522955db
 def stream_of(id: str) -> str:
@@ -107,7 +107,7 @@ class Written:
 
 # %% ../nbs/09g_shared_jobs.ipynb #273d935d
 class Writer:
-    "Writes the jobs of one process to Redis. `forgotten`: jobs that are no longer kept."
+    "Writes the jobs of one process to Redis, and keeps each stream `seconds` after its job has ended."
     def __init__(self, redis: Any, seconds: float):
         self.redis, self.seconds = redis, seconds
         self.process = uuid.uuid4().hex
@@ -198,12 +198,12 @@ class FarJobs:
             if far is None or far.kept.deleted: return
 
 # %% ../nbs/09g_shared_jobs.ipynb #e0d09526
-class SharedJobs(JobStore):
-    "Jobs of several engines. Our own are answered from memory, the others from Redis."
+class WrittenJobs(JobStore):
+    "The jobs of this process, in memory, with a copy in Redis."
     def __init__(self, redis: Any, replica: str | None = None, **bounds: Any):
         super().__init__(replica, **bounds)
         self.redis = redis
-        self.writer, self.far = Writer(redis, self.seconds), FarJobs(redis)
+        self.writer = Writer(redis, self.seconds)
         self.reached = True
         self._task: asyncio.Task | None = None
 
@@ -233,6 +233,21 @@ class SharedJobs(JobStore):
         self.reached = True
         await asyncio.gather(*(kept.cancel() for kept in asked))
 
+    async def leave(self) -> None:
+        "Write how the last jobs ended."
+        if self._task: self._task.cancel()
+        running = [kept.task for kept in self.kept.values() if kept.task]
+        if running: await asyncio.wait(running)               # the engine drains: each ends within its grace
+        await self.exchange()
+        await self.redis.aclose()
+
+# %% ../nbs/09g_shared_jobs.ipynb #a4826314
+class SharedJobs(WrittenJobs):
+    "Jobs of several engines. Our own are answered from memory, the others from Redis."
+    def __init__(self, redis: Any, replica: str | None = None, **bounds: Any):
+        super().__init__(redis, replica, **bounds)
+        self.far = FarJobs(redis)
+
     async def find(self, id: str) -> KeptJob:
         "The job of an id, wherever it runs. NotFound; StoreUnreachable when it may be another engine's."
         far = await self.far.job(id) if id not in self.kept and SHARED_ID.fullmatch(id) else None
@@ -246,14 +261,6 @@ class SharedJobs(JobStore):
         "Stop a job and free its pictures, wherever it runs."
         if kept.id not in self.kept: await self.far.cancel(kept.id)
         await super().cancel(kept)
-
-    async def leave(self) -> None:
-        "Write how the last jobs ended."
-        if self._task: self._task.cancel()
-        running = [kept.task for kept in self.kept.values() if kept.task]
-        if running: await asyncio.wait(running)               # the engine drains: each ends within its grace
-        await self.exchange()
-        await self.redis.aclose()
 
 # %% ../nbs/09g_shared_jobs.ipynb #356bf78f
 def shared_jobs(url: str, replica: str | None = None) -> SharedJobs:

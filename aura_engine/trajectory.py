@@ -21,7 +21,7 @@ from .types import Degenerate, Picture
 from .unet_input import NetInput
 
 # %% auto #0
-__all__ = ['MOST_TEXT', 'Weights', 'FIRST_ORDER', 'FLAT', 'OVERFLOWED', 'EMPTY', 'Decoded', 'TextKey', 'TextCache',
+__all__ = ['MOST_TEXT', 'Weights', 'FIRST_ORDER', 'FLAT', 'OVERFLOWED', 'EMPTY', 'Decoded', 'TextKey', 'KeptTexts', 'TextCache',
            'Coefficients', 'Mixture', 'Table', 'probe', 'scale_at', 'estimate_of', 'TimetableKey', 'weights_at',
            'mix_of', 'make_table', 'Noise', 'dtype_of', 'overflows', 'moved', 'pixels_of', 'encode_pixels',
            'encode_picture', 'sampled', 'decode_as', 'decode_batch', 'decode_latents', 'KeptLatents', 'latent_mask',
@@ -39,25 +39,12 @@ class TextKey(NamedTuple):
 # %% ../nbs/06_trajectory.ipynb #e00c56ef
 MOST_TEXT = 256 << 20                        # bytes of encoded prompts that are kept
 
-class TextCache:
-    "What pictures begin with: encoded prompts by text key, at most `size` of them. Their sizes and timetables too."
+class KeptTexts:
+    "Encoded prompts by text key, at most `size` of them."
     def __init__(self, parts: Components, size: int = 256):
         self.parts, self.size = parts, size
         self.family = denoiser_of(parts)
         self.kept: OrderedDict[TextKey, Text] = OrderedDict()
-        self.measure = lru_cache(4 * size)(self.family.measure)
-        self.table = lru_cache(size)(self._make_table)
-
-    def _make_table(self, key: TimetableKey) -> Table:
-        return make_table(denoiser_of(self.parts), self.parts.scheduler(key.sampler), key)
-
-    def keys(self, p: Picture) -> list[TextKey]:
-        "The text keys of a picture, the negative prompt first when there is guidance. Any thread may ask."
-        texts = [p.negative_prompt, p.prompt] if self.family.guided(p) else [p.prompt]
-        size = max(self.measure(text) for text in texts)
-        lora = p.lora if p.lora in self.parts.loras.texts else None
-        last = len(texts) - 1
-        return [TextKey(text, size, i < last, lora) for i, text in enumerate(texts)]
 
     def fill(self, keys: Sequence[TextKey]) -> None:
         "Encode what is missing, together for each size and LoRA."
@@ -80,6 +67,25 @@ class TextCache:
         if key not in self.kept: self.fill([key])
         self.kept.move_to_end(key)
         return self.kept[key]
+
+# %% ../nbs/06_trajectory.ipynb #8176b27d
+class TextCache(KeptTexts):
+    "What pictures begin with: their text keys, their encoded prompts, their timetables."
+    def __init__(self, parts: Components, size: int = 256):
+        super().__init__(parts, size)
+        self.measure = lru_cache(4 * size)(self.family.measure)
+        self.table = lru_cache(size)(self._make_table)
+
+    def _make_table(self, key: TimetableKey) -> Table:
+        return make_table(self.family, self.parts.scheduler(key.sampler), key)
+
+    def keys(self, p: Picture) -> list[TextKey]:
+        "The text keys of a picture, the negative prompt first when there is guidance. Any thread may ask."
+        texts = [p.negative_prompt, p.prompt] if self.family.guided(p) else [p.prompt]
+        size = max(self.measure(text) for text in texts)
+        lora = p.lora if p.lora in self.parts.loras.texts else None
+        last = len(texts) - 1
+        return [TextKey(text, size, i < last, lora) for i, text in enumerate(texts)]
 
 # %% ../nbs/06_trajectory.ipynb #df86d402
 class Coefficients(NamedTuple):

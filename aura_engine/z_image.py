@@ -16,7 +16,7 @@ from .unet_input import NetInput
 
 # %% auto #0
 __all__ = ['BUCKET', 'PATCHES', 'rounded_up', 'encode_z', 'picture_ids', 'words_ids', 'cut_patches', 'join_patches',
-           'refined_picture', 'refined_text', 'z_answer', 'ZInput', 'ZConditions', 'ZImage']
+           'refined_picture', 'refined_text', 'z_answer', 'ZInput', 'ZConditions', 'ZLatents', 'ZImage']
 
 # %% ../nbs/05k_z_image.ipynb #57e60e8b
 BUCKET = 32
@@ -109,7 +109,7 @@ class ZInput(NetInput):
     def call(self, net: Any) -> torch.Tensor:
         "Run the transformer -> noise minus picture [R, C, h, w]."
         assert self.real is not None
-        # the network answers the way to the picture, the scheduler wants the way to the noise
+        # the network predicts picture minus noise, the scheduler wants noise minus picture
         return -z_answer(net, self.sample, self.timestep, self.text, self.real)
 
 
@@ -119,8 +119,35 @@ class ZConditions(Conditions):
     real: torch.Tensor | None = None
 
 # %% ../nbs/05k_z_image.ipynb #4c6b90cf
-class ZImage(FlowMatch):
-    "Z-Image-Turbo."
+class ZLatents(FlowMatch):
+    "How Z-Image's steps are timed, and how its latents are scaled."
+    def shift(self, p: Picture, steps: int) -> float:
+        "By size, for schedules that ask. That of Turbo is fixed."
+        schedule = self.parts.schedule
+        patches = p.height // (2 * self.side) * (p.width // (2 * self.side))
+        least, most = schedule.get("base_image_seq_len", 256), schedule.get("max_image_seq_len", 4096)
+        low, high = schedule.get("base_shift", 0.5), schedule.get("max_shift", 1.15)
+        # a straight line through two sizes; a schedule that is fixed does not look at it
+        slope = (high - low) / (most - least)
+        return patches * slope + low - slope * least
+
+    def clock(self, timesteps: torch.Tensor) -> torch.Tensor:
+        "Time from 0 (noise) to 1."
+        return (1000 - timesteps) / 1000
+
+    def from_vae(self, z: torch.Tensor) -> torch.Tensor:
+        "Shifted and scaled."
+        config = self.parts.vae.config
+        return (z - config.shift_factor) * config.scaling_factor
+
+    def to_vae(self, latents: torch.Tensor) -> torch.Tensor:
+        "Scaled and shifted back."
+        config = self.parts.vae.config
+        return latents / config.scaling_factor + config.shift_factor
+
+# %% ../nbs/05k_z_image.ipynb #d3a728a4
+class ZImage(ZLatents):
+    "Z-Image-Turbo: what its network is given."
     def measure(self, text: str) -> int:
         "Steps of 32 tokens."
         return rounded_up(len(prompt_ids(self.parts.tokenizers[0], text, thinking=True)[0])) // BUCKET
@@ -139,30 +166,7 @@ class ZImage(FlowMatch):
         real = torch.tensor([text.real for text in texts], device=self.parts.device)
         return ZConditions(torch.cat([text.embeds for text in texts]), texts[-1].cut, real=real)
 
-    def shift(self, p: Picture, steps: int) -> float:
-        "By size, for schedules that ask. That of Turbo is fixed."
-        schedule, patches = self.parts.schedule, p.height // (2 * self.side) * (p.width // (2 * self.side))
-        least, most = schedule.get("base_image_seq_len", 256), schedule.get("max_image_seq_len", 4096)
-        low, high = schedule.get("base_shift", 0.5), schedule.get("max_shift", 1.15)
-        # a straight line through two sizes; a schedule that is fixed does not look at it
-        slope = (high - low) / (most - least)
-        return patches * slope + low - slope * least
-
-    def clock(self, timesteps: torch.Tensor) -> torch.Tensor:
-        "Time from 0 (noise) to 1."
-        return (1000 - timesteps) / 1000
-
     def inputs(self, sample: torch.Tensor, time: torch.Tensor, given: Conditions) -> ZInput:
         "The next call for one picture."
         assert isinstance(given, ZConditions)
         return ZInput(sample, time, given.text, given.real)
-
-    def from_vae(self, z: torch.Tensor) -> torch.Tensor:
-        "Shifted and scaled."
-        config = self.parts.vae.config
-        return (z - config.shift_factor) * config.scaling_factor
-
-    def to_vae(self, latents: torch.Tensor) -> torch.Tensor:
-        "Scaled and shifted back."
-        config = self.parts.vae.config
-        return latents / config.scaling_factor + config.shift_factor
