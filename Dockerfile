@@ -37,10 +37,17 @@ RUN if python -c "import sys, torch; sys.exit(torch.version.cuda is None)"; then
       apt-get update && apt-get install -y --no-install-recommends gcc g++ libc6-dev && rm -rf /var/lib/apt/lists/*; \
     fi
 
-# More packages, such as openvino for SD_BACKEND=openvino; not in the lock.
+# More packages, separated by spaces. openvino, for SD_BACKEND=openvino, has a lock and is installed by hash, others are not.
 ARG EXTRA_PACKAGES=
 # hadolint ignore=DL3013,SC2086
-RUN if [ -n "$EXTRA_PACKAGES" ]; then pip install --no-cache-dir $EXTRA_PACKAGES; fi
+RUN set -e; rest=; \
+    for name in $EXTRA_PACKAGES; do \
+      if [ -f "locks/$name.lock" ]; \
+        then pip install --no-cache-dir --no-deps --require-hashes -r "locks/$name.lock"; \
+        else rest="$rest $name"; \
+      fi; \
+    done; \
+    if [ -n "$rest" ]; then pip install --no-cache-dir $rest; fi
 
 # The app runs as uid 1000 and may write only under its home. HOST: a container's port is what decides who may call.
 # AURA_MODELS: models may be mounted there, as owner/name.

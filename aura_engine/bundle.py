@@ -188,7 +188,7 @@ def _torch_lock_faults(files: Mapping[str, bytes]) -> Iterator[str]:
     if pin is None: return
     wish = Requirement(pin[0].decode())
     for path in files:
-        if not path.startswith("locks/"): continue
+        if not path.startswith("locks/torch-"): continue
         locked = re.search(rb"(?m)^torch==([^\s;\\]+)", files[path])
         # `==2.13.0` takes 2.13.0+cpu too.
         if locked is None or not wish.specifier.contains(locked[1].decode()):

@@ -14,12 +14,12 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['DECLINED', 'ADDRESS', 'BackStep', 'PICTURE', 'set_one', 'commit_files', 'without_volumes', 'create_space',
-           'apply_plan', 'set_line', 'swap_file', 'write_env', 'DeployJournal', 'journal_of', 'DeployReceipt',
-           'DeployRecord', 'cut_off', 'restore_settings', 'restore_files', 'roll_back', 'gone_secrets',
-           'may_be_rebuilt', 'take_back', 'print_step', 'deploy_cleaner', 'checked_files', 'bill', 'smoke_questions',
-           'DeployPlanning', 'DeployApplying', 'DeployProving', 'DeployReturning', 'Deployment', 'deploy_space',
-           'DeployWatch', 'SpacePanel', 'live_health', 'hour_text', 'space_status', 'hardware_panel', 'drift',
-           'settings_panel', 'diagnose', 'json_steps', 'run_deploy', 'main', 'per_thousand']
+           'apply_plan', 'set_line', 'swap_file', 'write_env', 'without_line', 'forget_env', 'DeployJournal',
+           'journal_of', 'DeployReceipt', 'DeployRecord', 'cut_off', 'restore_settings', 'restore_files', 'roll_back',
+           'gone_secrets', 'may_be_rebuilt', 'take_back', 'print_step', 'deploy_cleaner', 'checked_files', 'bill',
+           'smoke_questions', 'DeployPlanning', 'DeployApplying', 'superseded', 'DeployProving', 'DeployReturning',
+           'Deployment', 'deploy_space', 'DeployWatch', 'SpacePanel', 'live_health', 'hour_text', 'space_status',
+           'hardware_panel', 'drift', 'settings_panel', 'diagnose', 'json_steps', 'run_deploy', 'main', 'per_thousand']
 
 # %% ../nbs/15e_deploy.ipynb #d2d92913
 import httpx
@@ -30,9 +30,10 @@ from .bundle import (EXITS, LOCK_AGAIN, LOCK_DAYS, ROLLED_BACK, DeployError, bui
 from .hub import (Cleaner, SpaceHub, SpaceState, SpaceVolume, creation_settings, find_token, git_oid,
                              log_causes, log_lines, look_at, redactor, stored_token)
 from .deploy_plan import (BUILT_IN, DOWNLOADS, HIDDEN, SHELF, DeployOptions, DeployPlan,
-                                     SpaceChange, has_gpu, is_ours, model_repos, objections, parse_deploy,
-                                     plan_deployment, plan_rows, price_text, right_wheels, slow_start,
-                                     volumes_text, wrong_settings)
+                                     OPEN, SpaceChange, check_restart, every_origin, has_gpu, is_ours, model_repos,
+                                     moved_since, objections, other_settings, other_variables, parse_deploy,
+                                     plan_deployment, plan_rows, price_text, right_wheels, slow_start, volumes_text,
+                                     wrong_settings)
 from .proof import DEAD, Say, SmokeResult, SmokeTest, check_newest, smoke_test, wait_for_commit
 
 # %% ../nbs/15e_deploy.ipynb #583accf3
@@ -137,6 +138,22 @@ def write_env(path: str | Path, name: str, value: str) -> bool:
     old = path.read_bytes() if path.exists() else b""
     # Bytes that are not UTF-8 come back as they were.
     new = set_line(old.decode("utf-8", "surrogateescape"), name, value).encode("utf-8", "surrogateescape")
+    if new != old: swap_file(path, new)
+    return new != old
+
+# %% ../nbs/15e_deploy.ipynb #c2c97f75
+def without_line(text: str, name: str, value: str) -> str:
+    "`text` of an env file without `name=value`. Other values of that name stay."
+    assignment = rf"(?:export[ \t]+)?{re.escape(name)}[ \t]*=[ \t]*([\"']?){re.escape(value)}\1"
+    return re.sub(rf"(?m)^[ \t]*{assignment}[ \t]*(?:\r?\n|\Z)", "", text)
+
+
+def forget_env(path: str | Path, name: str, value: str) -> bool:
+    "Take `name=value` out of the file, atomically; False when it was not there."
+    path = Path(path).resolve()
+    if not path.exists(): return False
+    old = path.read_bytes()
+    new = without_line(old.decode("utf-8", "surrogateescape"), name, value).encode("utf-8", "surrogateescape")
     if new != old: swap_file(path, new)
     return new != old
 
@@ -396,12 +413,16 @@ def bill(hub: SpaceHub) -> list[str]:
 
 # %% ../nbs/15e_deploy.ipynb #6c087979
 def smoke_questions(hub: SpaceHub, o: DeployOptions, plan: DeployPlan, oid: str,
-                    age: Callable[[], float] | None) -> SmokeTest:
-    "The smoke test for commit `oid`. `age`: seconds since its settings changed; None: no matter."
+                    age: Callable[[], float] | None, meanwhile: Callable[[], None]) -> SmokeTest:
+    """The smoke test for commit `oid`. `age`: seconds since its settings changed; None: no matter.
+
+    `meanwhile` is called while it waits, and may raise."""
     info = hub.info()
     origins = o.origins or ()
     with contextlib.suppress(ValueError): origins = parse_origins(plan.target.variables.get("ALLOW_ORIGINS"))
-    def newest() -> None: check_newest(hub.info().sha, oid, plan.state.head)
+    def newest() -> None:
+        check_newest(hub.info().sha, oid, plan.state.head)
+        meanwhile()
 
     return SmokeTest(
         gpu=plan.target.hardware if has_gpu(plan.target.hardware) else None, newest=newest,
@@ -457,12 +478,13 @@ class DeployApplying(DeployPlanning):
     "The second chapter: the Hub gets what the Space is to run."
     gone: tuple[str, ...] = ()                  # secrets whose old values are gone
     made: str | None = None                     # the first commit of the Space, if this run made it
+    begun: bool = False                         # may it have changed something?
 
     def apply(self) -> None:
         known = self.record.read()
         try: self.apply_once()
         except DeployError as e:
-            self.gone = tuple(gone_secrets(self.hub, self.plan))
+            self.gone = tuple(gone_secrets(self.hub, self.plan)) if self.begun else ()
             if e.kind != "conflict" and not self.gone:
                 self.give_up(e, known)
                 raise
@@ -477,7 +499,13 @@ class DeployApplying(DeployPlanning):
             self.give_up(e, known)
             raise
 
+    def check_unmoved(self) -> None:
+        moved = moved_since(self.plan.state, look_at(self.hub)) if self.plan.changes else []
+        if moved: raise DeployError("conflict", f"changed by somebody else since this was planned: {', '.join(moved)}")
+
     def apply_once(self) -> None:
+        self.check_unmoved()
+        self.begun = True
         if self.plan.changes and self.journal: self.record.begin(self.journal)
         head = self.plan.state.head
         if head is None: head = self.made = create_space(self.hub, self.plan, self.o, self.say)
@@ -485,7 +513,7 @@ class DeployApplying(DeployPlanning):
 
     def give_up(self, e: DeployError, known: Mapping[str, Any]) -> None:
         "Undo what was done before error `e`, and forget it; `known` is what was recorded before."
-        if self.journal is None or not self.o.rollback: return
+        if not self.begun or self.journal is None or not self.o.rollback: return
         if self.gone:
             names = ", ".join(self.gone)
             return e.add(f"the old value of {names} is gone, so nothing was undone; the same command carries on")
@@ -497,6 +525,12 @@ class DeployApplying(DeployPlanning):
             e.code += ROLLED_BACK
 
 # %% ../nbs/15e_deploy.ipynb #43dedb4a
+def superseded(others: Sequence[str]) -> DeployError:
+    "The error of a deployment whose settings somebody else has changed."
+    text = f"superseded: {', '.join(others)} was set otherwise since; that deployment decides now"
+    return DeployError("conflict", text)
+
+# %% ../nbs/15e_deploy.ipynb #042ffde5
 class DeployProving(DeployApplying):
     "The third chapter: the Space runs it, and does its work."
     @property
@@ -509,22 +543,36 @@ class DeployProving(DeployApplying):
     @property
     def seconds(self) -> float: return self.o.timeout or slow_start(self.plan.target.variables)
 
+    def check_variables(self) -> None:
+        "DeployError 'conflict' when somebody else has set our variables otherwise."
+        others = other_variables(self.hub.variables(), self.plan.target)
+        if others: raise superseded(others)
+
+    def check_ours(self) -> None:
+        "DeployError 'conflict' when a newer deployment has the Space now, by a commit or by its settings."
+        now = look_at(self.hub)
+        check_newest(now.head, self.receipt.oid or "", self.plan.state.head)
+        others = other_settings(now, self.plan.target, self.o)
+        if others: raise superseded(others)
+
     def wait(self) -> None:
         ago = 0.0
         if self.journal and not self.plan.changes: ago = time.time() - self.journal.time
         oid = self.receipt.oid or ""
-        wait_for_commit(self.hub, oid, self.written, self.seconds, self.say, ago, self.plan.state.head)
+        wait_for_commit(self.hub, oid, self.written, self.seconds, self.say, ago, self.plan.state.head,
+                        self.check_variables)
 
     def prove(self) -> None:
         settings_alone = self.written == "settings" and self.plan.changes
         age = (lambda: time.monotonic() - self.planned) if settings_alone else None
-        asked = smoke_questions(self.hub, self.o, self.plan, self.receipt.oid or "", age)
+        asked = smoke_questions(self.hub, self.o, self.plan, self.receipt.oid or "", age, self.check_variables)
         result = SmokeResult({})
         try:
             if self.o.smoke != "none": result = smoke_test(asked, self.say, self.seconds)
         except DeployError as e:
             if e.kind == "smoke": e.add(*log_causes(self.hub))
             raise
+        self.check_ours()
         self.receipt = replace(self.receipt, host=asked.host, health=result.health, image=result.image)
 
 # %% ../nbs/15e_deploy.ipynb #9a448c9c
@@ -573,7 +621,9 @@ class Deployment(DeployReturning):
             self.wait()
             self.prove()
         except DeployError as e:
-            if self.goes_back(e): self.undo(e)
+            if self.goes_back(e):
+                self.check_ours()
+                self.undo(e)
             raise
 
     def remember(self) -> None:
@@ -586,7 +636,9 @@ class Deployment(DeployReturning):
     def write_address(self, host: str) -> None:
         if not self.o.env_file: return
         name = Path(self.o.env_file).name
-        if self.plan.target.visibility == "private": self.say("record", f"{name} stays as it is: {HIDDEN}")
+        if self.plan.target.visibility == "private":
+            gone = forget_env(self.o.env_file, ADDRESS, host)
+            self.say("record", f"{name}: {f'{ADDRESS} is taken out' if gone else 'stays as it is'}: {HIDDEN}")
         elif write_env(self.o.env_file, ADDRESS, host): self.say("record", f"{name}: {ADDRESS}={host}")
 
 # %% ../nbs/15e_deploy.ipynb #4270f255
@@ -690,6 +742,7 @@ def _settings_advice(state: SpaceState) -> Iterator[str]:
 def _running_advice(state: SpaceState, health: Mapping[str, Any]) -> Iterator[str]:
     if not is_ours(state): yield "this is another app; --take-over would replace it"
     if state.visibility == "private": yield HIDDEN
+    if every_origin(state.variables.get("ALLOW_ORIGINS")): yield OPEN
     if state.stage.startswith("RUNNING") and state.running != state.head:
         runs, newest = str(state.running)[:12], str(state.head)[:12]
         yield f"it runs {runs}, and the newest commit is {newest}: look at --logs build"
@@ -723,9 +776,11 @@ def settings_panel(state: SpaceState) -> SpacePanel:
 
 # %% ../nbs/15e_deploy.ipynb #496f607e
 def diagnose(hub: SpaceHub, o: DeployOptions) -> SpacePanel:
-    "Everything about the Space that explains how it behaves, and what to do. Writes nothing."
+    """Everything about the Space that explains how it behaves, and what to do. Writes nothing.
+
+    DeployError 'preflight' when there is no such Space."""
     state = look_at(hub)
-    if state.head is None: return SpacePanel({"space": hub.id, "advice": "there is no such Space for this token"})
+    if state.head is None: raise DeployError("preflight", f"there is no Space {hub.id} for this token")
     info = hub.info()
     health = live_health(info.host, hub.token if info.private else None)
     advice = [*_settings_advice(state), *_running_advice(state, health)]
@@ -754,14 +809,23 @@ def json_steps(clean: Cleaner) -> Say:
     return say
 
 # %% ../nbs/15e_deploy.ipynb #fdc996fc
+def _change_instead(hub: SpaceHub, o: DeployOptions, a: argparse.Namespace, say: Say) -> None:
+    state = look_at(hub)
+    check_restart(state, o)
+    then = f"go back to {a.rollback_to[:12]}" if a.rollback_to else "be restarted"
+    if o.dry_run: return say("done", f"nothing was changed; without --dry-run {o.space_id} would {then}")
+    if a.rollback_to: roll_back(hub, a.rollback_to, None, o, say)
+    else: say("restart", hub.restart())
+    for line in bill(hub): say("done", line)
+
+# %% ../nbs/15e_deploy.ipynb #53fbf93d
 def _instead(o: DeployOptions, a: argparse.Namespace, say: Say) -> None:
     clean = deploy_cleaner(o)
     hub = SpaceHub(o.space_id, find_token(), o.poll, clean)
     if a.action == "doctor": say("doctor", clean(str(diagnose(hub, o))))
     if a.status: say("status", clean(str(space_status(hub))))
     if a.logs: say(a.logs, clean("\n".join(log_lines(hub, a.logs))))
-    if a.restart: say("restart", hub.restart())
-    if a.rollback_to: roll_back(hub, a.rollback_to, None, o, lambda step, text, **_: say(step, clean(text)))
+    if a.restart or a.rollback_to: _change_instead(hub, o, a, lambda step, text, **_: say(step, clean(text)))
 
 # %% ../nbs/15e_deploy.ipynb #a8707ecf
 def _act(o: DeployOptions, a: argparse.Namespace, say: Say) -> int:

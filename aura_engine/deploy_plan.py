@@ -4,23 +4,27 @@
 
 # %% ../nbs/15c_deploy_plan.ipynb #0a0b31db
 from __future__ import annotations
-import argparse, difflib, getpass, json, os, re, sys
+import argparse, difflib, getpass, json, os, re, sys, textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 # %% auto #0
-__all__ = ['KEPT', 'OPENVINO', 'CUDA_WHEELS', 'PRESETS', 'BUILT_IN', 'DEPLOY_FLAGS', 'DEPLOY_EPILOG', 'SLEEP', 'SHELF', 'TAG',
-           'SUGGESTED', 'CONVERTS', 'DOWNLOADS', 'HIDDEN', 'Preset', 'preset_table', 'DeployOptions', 'slips',
-           'wrong_settings', 'check_known', 'check_options', 'DeployParser', 'project_folder', 'parse_deploy',
-           'hardware_for', 'sleep_for', 'has_gpu', 'right_wheels', 'model_repos', 'model_volumes', 'volumes_for',
-           'SpaceTarget', 'stale_names', 'target_for', 'slow_start', 'needed_settings', 'front_matter',
-           'written_readme', 'space_readme', 'is_ours', 'objections', 'SpaceChange', 'DeployPlan', 'plan_rows',
-           'file_rows', 'aligned', 'volumes_text', 'all_changes', 'price_text', 'plan_deployment']
+__all__ = ['KEPT', 'OPENVINO', 'CUDA_WHEELS', 'PRESETS', 'BUILT_IN', 'WHEELS', 'DEPLOY_FLAGS', 'DEPLOY_EPILOG', 'SLEEP', 'SHELF',
+           'TAG', 'SUGGESTED', 'SHOWN', 'CONVERTS', 'DOWNLOADS', 'HIDDEN', 'OPEN', 'Preset', 'preset_table',
+           'DeployOptions', 'slips', 'wrong_builds', 'wrong_settings', 'check_known', 'every_origin', 'check_origins',
+           'check_options', 'DeployParser', 'project_folder', 'parse_deploy', 'hardware_for', 'sleep_for', 'has_gpu',
+           'right_wheels', 'model_repos', 'model_volumes', 'volumes_for', 'SpaceTarget', 'stale_names', 'target_for',
+           'other_variables', 'other_settings', 'moved_since', 'slow_start', 'needed_settings', 'front_matter',
+           'merged_models', 'merged_settings', 'changed_head', 'written_readme', 'space_readme', 'is_ours',
+           'check_restart', 'objections', 'SpaceChange', 'DeployPlan', 'plan_rows', 'file_groups', 'file_rows',
+           'file_lists', 'aligned', 'volumes_text', 'all_changes', 'price_text', 'plan_deployment']
 
 # %% ../nbs/15c_deploy_plan.ipynb #d950f918
 import yaml
+from packaging.requirements import InvalidRequirement, Requirement
 from .config import (SettingsError, load_settings, parse_origins, setting_names,
                                 unknown_settings)
 from .models import ROWS, check_source, is_local, resolve_id, row_for
@@ -38,7 +42,7 @@ class Preset:
 
 
 KEPT = "/data"                          # where a bucket is mounted: what XDG_CACHE_HOME then names
-OPENVINO = "openvino>=2026.2"           # the extra of that name in settings.ini; an image has it only when asked
+OPENVINO = "openvino"                   # in EXTRA_PACKAGES: locks/openvino.lock; an image has it only when asked
 _SD15 = {
     "SD_MODEL_ID": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "SD_LCM_LORA_ID": "latent-consistency/lcm-lora-sdv1-5",
@@ -97,6 +101,7 @@ class DeployOptions:
     any_model: bool = False                                     # a model that the engine's table does not know
     volumes: bool = True                                        # mount the model, where there is one on the Hub
     bucket: str | None = None                                   # owner/name, for what is kept; '': none; None: as it is
+    any_origin: bool = False                                    # every web page may use the engine
 
     def __post_init__(self) -> None: check_options(self)
 
@@ -113,6 +118,7 @@ class DeployOptions:
 # %% ../nbs/15c_deploy_plan.ipynb #c6774799
 BUILT_IN = {"TORCH_INDEX_URL", "EXTRA_PACKAGES", "BASE_IMAGE"}         # variables that the image's build reads
 
+
 def slips(variables: Mapping[str, str]) -> list[str]:
     "A line for each name that is nearly one of the engine's or of the image's. A name of your own passes."
     known, out = [*setting_names(), *sorted(BUILT_IN)], []
@@ -124,10 +130,37 @@ def slips(variables: Mapping[str, str]) -> list[str]:
     return out
 
 # %% ../nbs/15c_deploy_plan.ipynb #f26119f7
+WHEELS = ("cpu", "cu126", "cu130", "pypi")      # for torch's version in the Dockerfile; pypi: pip's usual index
+_IMAGE = re.compile(r"[a-z0-9][\w.:/-]*(@sha256:[0-9a-f]{64})?")
+
+
+def _is_package(word: str) -> bool:
+    try: return bool(Requirement(word))
+    except InvalidRequirement: return False
+
+
+def _is_index(name: str) -> bool:
+    address = urlsplit(name)
+    return name in ("", *WHEELS) or address.scheme == "https" and bool(address.hostname)
+
+# %% ../nbs/15c_deploy_plan.ipynb #1b8a7f7b
+def wrong_builds(variables: Mapping[str, str]) -> list[str]:
+    "A line for each variable of the build that the build could not use."
+    index = variables.get("TORCH_INDEX_URL", "")
+    base = variables.get("BASE_IMAGE", "python")
+    out = []
+    if not _is_index(index):
+        out.append(f"TORCH_INDEX_URL: given {index!r}; allowed: {', '.join(WHEELS)}, or an index's https address")
+    for word in variables.get("EXTRA_PACKAGES", "").split():
+        if not _is_package(word): out.append(f"EXTRA_PACKAGES: given {word!r}; allowed: packages, separated by spaces")
+    if not _IMAGE.fullmatch(base): out.append(f"BASE_IMAGE: given {base!r}; allowed: an image's name, with its digest")
+    return out
+
+# %% ../nbs/15c_deploy_plan.ipynb #bb65eb0c
 def wrong_settings(variables: Mapping[str, str]) -> list[str]:
-    "What the engine would say about these variables; names that are not its own pass."
+    "What the engine or the build would say about these variables; other names pass."
     known = {name: value for name, value in variables.items() if name in setting_names()}
-    out = [*unknown_settings(variables), *slips(variables)]
+    out = [*unknown_settings(variables), *slips(variables), *wrong_builds(variables)]
     try: load_settings(**known)
     except SettingsError as e:
         # The environment of this machine is read too; only what was given here counts.
@@ -144,6 +177,20 @@ def check_known(model: str) -> None:
             "Another Stable Diffusion 1.5, 2.1 or XL model may do: say --any-model if it is one")
     raise DeployError("usage", text)
 
+# %% ../nbs/15c_deploy_plan.ipynb #6a00e59f
+def every_origin(value: str | None) -> bool:
+    "Does this value of ALLOW_ORIGINS allow every origin?"
+    try: return "*" in parse_origins(value)
+    except ValueError: return False     # said elsewhere
+
+
+def check_origins(o: DeployOptions) -> None:
+    "DeployError 'usage' for every origin, unless that is meant."
+    values = [o.variables().get("ALLOW_ORIGINS"), o.secret.get("ALLOW_ORIGINS")]
+    if o.any_origin or not any(map(every_origin, values)): return
+    text = "the origin '*' lets every web page use your engine; say --any-origin if that is meant"
+    raise DeployError("usage", text)
+
 # %% ../nbs/15c_deploy_plan.ipynb #1845a7b2
 def check_options(o: DeployOptions) -> None:
     "DeployError 'usage' for options that cannot be meant."
@@ -156,8 +203,11 @@ def check_options(o: DeployOptions) -> None:
     if both:
         text = f"{both} is given as a variable and as a secret; a Space refuses to start with that"
         raise DeployError("usage", text)
+    unseen = ", ".join(sorted(BUILT_IN & set(o.secret)))
+    if unseen: raise DeployError("usage", f"--secret {unseen}: a build does not see secrets; use --var")
     wrong = wrong_settings(variables | dict.fromkeys(o.secret, ""))
     if wrong: raise DeployError("usage", "\n".join(f"--var {line}" for line in wrong))
+    check_origins(o)
     if not o.any_model: check_known(variables.get("SD_MODEL_ID", "embedded"))
 
 # %% ../nbs/15c_deploy_plan.ipynb #fcd1a7b9
@@ -167,7 +217,7 @@ _WHAT = [
     ("--space-id", "the Space; it is made if there is none", {"required": True, "metavar": "OWNER/NAME"}),
     ("--origins", "web origins that may call the engine, comma-separated (default: the Space's own)",
      {"metavar": "URLS"}),
-    ("--any-origin", "allow --origins '*'", _flag),
+    ("--any-origin", "allow the origin '*': every web page may use the engine", _flag),
     ("--preset", "variables and hardware that belong together: " + ", ".join(PRESETS),
      {"choices": list(PRESETS), "metavar": "NAME"}),
     ("--model", "SD_MODEL_ID: a Hub id", {"metavar": "ID"}),
@@ -189,8 +239,8 @@ _WHAT = [
 _HOW = [
     ("--dry-run", "show the plan, change nothing", _flag),
     ("--detailed-exitcode", "with --dry-run: exit status 10 when something would change", _flag),
-    ("--yes", "agree to hardware that costs money", _flag),
-    ("--take-over", "replace another app that is on this Space", _flag),
+    ("--yes", "agree to what costs money", _flag),
+    ("--take-over", "replace, or restart, another app that is on this Space", _flag),
     ("--rebuild", "build the image without its cache", _flag),
     ("--no-wait", "end after the commit", _flag),
     ("--timeout", "for build and start together (default: 1800, a large model 3600)",
@@ -245,9 +295,6 @@ def _origins(a: argparse.Namespace) -> tuple[str, ...] | None:
     try: origins = parse_origins(a.origins)
     except ValueError as e: raise DeployError("usage", f"--origins: {e}") from None
     if not origins: raise DeployError("usage", "--origins is empty; leave it out to keep the Space's own")
-    if "*" in origins and not a.any_origin:
-        text = "--origins '*' lets every web page use your engine; say --any-origin if that is meant"
-        raise DeployError("usage", text)
     return origins
 
 # %% ../nbs/15c_deploy_plan.ipynb #beee0ecb
@@ -295,7 +342,8 @@ def parse_deploy(argv: Sequence[str] | None = None,
         secret=_secrets(a, os.environ if env is None else env), hardware=a.hardware, sleep_time=a.sleep_time,
         visibility=a.visibility, source=a.source or project_folder(), env_file=a.env_file, dry_run=a.dry_run,
         wait=not a.no_wait, timeout=a.timeout, smoke=a.smoke, rollback=not a.no_rollback, yes=a.yes, poll=a.poll,
-        take_over=a.take_over, rebuild=a.rebuild, any_model=a.any_model, volumes=not a.no_volumes, bucket=a.bucket)
+        take_over=a.take_over, rebuild=a.rebuild, any_model=a.any_model, volumes=not a.no_volumes, bucket=a.bucket,
+        any_origin=a.any_origin)
     return options, a
 
 # %% ../nbs/15c_deploy_plan.ipynb #3770631f
@@ -408,6 +456,36 @@ def target_for(state: SpaceState, o: DeployOptions) -> SpaceTarget:
         visibility=visibility, wanted=wanted, variables=after, stale=stale - set(wanted),
         volumes=volumes_for(state, o, after))
 
+# %% ../nbs/15c_deploy_plan.ipynb #557dd27f
+def other_variables(variables: Mapping[str, str], target: SpaceTarget) -> list[str]:
+    "Variables that are not as the target wants them."
+    missing = [f"variable {name}" for name, value in target.wanted.items() if variables.get(name) != value]
+    return missing + [f"variable {name}" for name in sorted(target.stale) if name in variables]
+
+
+def other_settings(now: SpaceState, target: SpaceTarget, o: DeployOptions) -> list[str]:
+    "Settings that are not as this deployment made them."
+    out = other_variables(now.variables, target)
+    for name, value in o.secret.items():
+        if now.secrets.get(name) != secret_mark(o.space_id, name, value): out.append(f"secret {name}")
+    if target.ask and now.machine != target.ask: out.append(f"hardware {now.machine}")
+    # An older Hub does not tell a protected Space from a public one.
+    known = {now.visibility, target.visibility} <= {"public", "private"}
+    if known and now.visibility != target.visibility: out.append(f"visibility {now.visibility}")
+    return out
+
+# %% ../nbs/15c_deploy_plan.ipynb #3e477d8b
+def moved_since(then: SpaceState, now: SpaceState) -> list[str]:
+    "What a plan was made from, and is not so any more."
+    out = []
+    for kind in ("variables", "secrets"):
+        old = getattr(then, kind)
+        new = getattr(now, kind)
+        out += [f"{kind[:-1]} {name}" for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    words = {"head": "the newest commit", "hardware": "hardware", "sleep_time": "sleep time",
+             "visibility": "visibility", "volumes": "volumes"}
+    return out + [said for name, said in words.items() if getattr(then, name) != getattr(now, name)]
+
 # %% ../nbs/15c_deploy_plan.ipynb #a6556016
 def slow_start(variables: Mapping[str, str]) -> int:
     "Seconds that build and start may take with these variables."
@@ -449,40 +527,95 @@ SUGGESTED = {
 }
 
 # %% ../nbs/15c_deploy_plan.ipynb #4f49b9d7
+_HEAD = re.compile(r"---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)(.*)", re.S)
+
+
+def _settings_in(head: str) -> dict[str, Any]:
+    try: settings = yaml.safe_load(head)
+    except yaml.YAMLError: return {}
+    return settings if isinstance(settings, dict) else {}
+
+
 def front_matter(readme: str) -> tuple[dict[str, Any], str]:
     "(settings, text) of a README; no settings when it has none, or none that can be read."
-    found = re.match(r"---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)(.*)", readme, re.S)
-    if not found: return {}, readme
-    try: settings = yaml.safe_load(found[1])
-    except yaml.YAMLError: return {}, readme
-    return (settings if isinstance(settings, dict) else {}), found[2]
+    found = _HEAD.match(readme)
+    settings = _settings_in(found[1]) if found else {}
+    return (settings, found[2]) if found and settings else ({}, readme)
 
 # %% ../nbs/15c_deploy_plan.ipynb #c8fb059e
-def written_readme(settings: Mapping[str, Any], text: str) -> bytes:
-    "A README of these settings and this text."
-    # JSON is YAML, so this needs no YAML writer, and a test can compare lines.
-    lines = [f"{name}: {json.dumps(value, ensure_ascii=False, default=str)}" for name, value in settings.items()]
-    return ("---\n" + "\n".join(lines) + f"\n---\n\n{text.strip()}\n").encode()
+_WRITTEN = {
+    "suggested_hardware": {"cpu-basic", *(preset.hardware for preset in PRESETS.values())},
+    "startup_duration_timeout": {"30m", "1h"},
+}       # all the values that this command gives these settings
+
+
+def _listed(value: Any) -> list[Any]:
+    if isinstance(value, list): return value
+    return [] if value is None else [value]
+
+# %% ../nbs/15c_deploy_plan.ipynb #ff8e3a5d
+def merged_models(theirs: Sequence[str], new: Sequence[str], old: Sequence[str]) -> list[str]:
+    "A README's models: `theirs` without our `old` ones, and our `new` ones."
+    kept = [name for name in theirs if name in new or name not in old]
+    return kept + [name for name in new if name not in kept]
+
+
+def merged_settings(theirs: Mapping[str, Any], needed: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    "Front matter: `theirs`, with what is `needed` now and without what was needed `before`."
+    out = {**theirs, **needed}
+    for name, ours in _WRITTEN.items():
+        if name in theirs and theirs[name] not in ours: out[name] = theirs[name]
+    models = merged_models(_listed(theirs.get("models")), needed.get("models", []), before.get("models", []))
+    out.pop("models", None)
+    if models: out["models"] = models
+    tags = _listed(theirs.get("tags"))
+    out["tags"] = tags if TAG in tags else [*tags, TAG]
+    return out
 
 # %% ../nbs/15c_deploy_plan.ipynb #3d05ed10
+def _setting_line(name: str, value: Any) -> str:
+    # JSON is YAML, so this needs no YAML writer, and a test can compare lines.
+    return f"{name}: {json.dumps(value, ensure_ascii=False, default=str)}"
+
+
+def changed_head(head: str, theirs: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    "The YAML text `head`, which says `theirs`, saying `settings`."
+    for name in [*theirs, *settings]:
+        if name in theirs and theirs[name] == settings.get(name): continue
+        line = _setting_line(name, settings[name]) if name in settings else ""
+        # A key at the left edge, and what is indented or listed under it.
+        block = re.compile(rf"(?m)^{re.escape(str(name))}[ \t]*:.*(?:\n(?:[ \t]+\S|- ).*)*")
+        if block.search(head): head = block.sub(lambda _, line=line: line, head, count=1)
+        elif f"\n{line}\n" not in f"\n{head}\n": head += f"\n{line}"
+    return "\n".join(line for line in head.splitlines() if line.strip())
+
+# %% ../nbs/15c_deploy_plan.ipynb #7e1b1120
+def written_readme(settings: Mapping[str, Any], text: str, existing: str = "") -> bytes:
+    "A README of these settings and this text, with as many lines as possible of the `existing` one."
+    found = _HEAD.match(existing.replace("\r\n", "\n"))
+    head = changed_head(found[1], front_matter(existing)[0], settings) if found else ""
+    if _settings_in(head) != settings: head = "\n".join(_setting_line(*item) for item in settings.items())
+    return f"---\n{head}\n---\n\n{text.strip()}\n".encode()
+
+# %% ../nbs/15c_deploy_plan.ipynb #5568950d
 _TEMPLATE = "Check out the configuration reference"     # the text that the Hub gives a new Space
 
 
-def space_readme(space_id: str, variables: Mapping[str, str], existing: str = "") -> bytes:
-    "README.md of the Space: its front matter, merged into the `existing` one, and a text."
+def space_readme(space_id: str, variables: Mapping[str, str], existing: str = "",
+                 before: Mapping[str, str] | None = None) -> bytes:
+    """README.md of the Space: its front matter, merged into the `existing` one, and a text.
+
+    `before`: the variables that the Space has had until now."""
     theirs, text = front_matter(existing)
-    needed = needed_settings(variables)
-    tags = [*(theirs.get("tags") or [])]
-    if TAG not in tags: tags.append(TAG)
-    settings = {"title": space_id.split("/")[1], **SUGGESTED, **theirs, **needed, "tags": tags}
-    if "models" not in needed: settings.pop("models", None)
+    suggested = {"title": space_id.split("/")[1], **SUGGESTED, **theirs}
+    settings = merged_settings(suggested, needed_settings(variables), needed_settings(before or {}))
     if existing and settings == theirs: return existing.encode()
     model = resolve_id(variables.get("SD_MODEL_ID", "embedded"))[0]
     ours = f"POST /generate with {{\"prompt\": \"a red apple\"}} {_SENTENCE}, /health tells what runs ({model})."
     if not text.strip() or _TEMPLATE in text: text = ours
     # what somebody wrote above or below our line is theirs
     lines = [ours if _SENTENCE in line else line for line in text.splitlines()]
-    return written_readme(settings, "\n".join(lines))
+    return written_readme(settings, "\n".join(lines), existing)
 
 # %% ../nbs/15c_deploy_plan.ipynb #631533f0
 def _can_pay(state: SpaceState, owner: str) -> bool:
@@ -492,14 +625,17 @@ def _can_pay(state: SpaceState, owner: str) -> bool:
 
 # %% ../nbs/15c_deploy_plan.ipynb #b36e4c9f
 def _about_money(state: SpaceState, o: DeployOptions, target: SpaceTarget) -> Iterator[str]:
-    if target.ask is None or target.ask == state.hardware: return
-    if target.ask not in state.prices:
+    moves = target.ask is not None and target.ask != state.hardware
+    if target.hardware not in state.prices and moves:
         yield f"hardware {target.ask} is not on the Hub's list: {', '.join(state.prices)}"
         return
-    if not target.price: return
+    wakes = target.sleep_time is not None and target.sleep_time < 0
+    if not target.price or not (moves or wakes): return
     owner = o.space_id.split("/")[0]
-    costs = f"{target.ask} costs ${target.price:.2f} an hour while it is awake"
-    if not _can_pay(state, owner): yield f"{costs}, and {owner} has no payment method on the Hub: add one first"
+    costs = f"{target.hardware} costs ${target.price:.2f} an hour while it is awake"
+    if moves and not _can_pay(state, owner):
+        yield f"{costs}, and {owner} has no payment method on the Hub: add one first"
+    if wakes: costs += ", and it would never sleep"
     if not (o.yes or o.dry_run): yield f"{costs}; agree with --yes"
 
 # %% ../nbs/15c_deploy_plan.ipynb #7134106a
@@ -517,6 +653,18 @@ def is_ours(state: SpaceState) -> bool:
     files = set(state.tree) - {".gitattributes", "README.md"}
     tags = front_matter(state.readme)[0].get("tags") or []
     return not files or TAG in tags or _SENTENCE in state.readme
+
+# %% ../nbs/15c_deploy_plan.ipynb #d2801371
+def check_restart(state: SpaceState, o: DeployOptions) -> None:
+    "DeployError 'preflight' when the Space is not ours to restart, or when that costs money to which nobody agreed."
+    if state.head is None: raise DeployError("preflight", f"there is no Space {o.space_id} for this token")
+    if not is_ours(state) and not o.take_over:
+        text = f"{o.space_id} holds another app, so nothing was done; say --take-over if it is meant"
+        raise DeployError("preflight", text)
+    price = state.prices.get(state.machine, 0)
+    if price and state.stage in ("PAUSED", "STOPPED") and not o.yes:
+        text = f"the Space is {state.stage}, and {state.machine} costs ${price:.2f} an hour while it is awake"
+        raise DeployError("preflight", f"{text}; agree with --yes")
 
 # %% ../nbs/15c_deploy_plan.ipynb #46ce13cb
 def _about_space(state: SpaceState, o: DeployOptions, files: Sequence[str]) -> Iterator[str]:
@@ -585,12 +733,12 @@ class DeployPlan:
         head = [("do", "what", "name", "now", "then"), ("---",) * 5]
         rows = ["| " + " | ".join(row) + " |" for row in [*head, *plan_rows(self)]]
         table = "\n".join(rows) if self.changes else "Up to date: nothing to change."
-        return "\n\n".join([table, *self.notes])
+        return "\n\n".join([table, *file_lists(self), *self.notes])
 
     def __str__(self) -> str:
         lines = aligned([("do", "what", "name", "now", "then"), *plan_rows(self)])
         if not self.changes: lines = ["nothing to change"]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return "\n".join([*lines, *file_lists(self), *(f"note: {note}" for note in self.notes)])
 
 # %% ../nbs/15c_deploy_plan.ipynb #c2eb47a3
 def plan_rows(plan: DeployPlan) -> list[tuple[str, ...]]:
@@ -605,18 +753,34 @@ def plan_rows(plan: DeployPlan) -> list[tuple[str, ...]]:
     return out
 
 # %% ../nbs/15c_deploy_plan.ipynb #b050de1f
-def file_rows(plan: DeployPlan) -> list[tuple[str, ...]]:
-    "The files of a plan: how many are new, replaced and deleted."
+SHOWN = 4               # names of files in a row of the table
+
+
+def file_groups(plan: DeployPlan) -> dict[str, list[str]]:
+    "The files of a plan: which are new, replaced and deleted."
     uploads = plan.file_names("upload")
-    groups = {
+    return {
         "upload": [name for name in uploads if name not in plan.state.tree],
         "replace": [name for name in uploads if name in plan.state.tree],
         "delete": plan.file_names("delete"),
     }
+
+
+def file_rows(plan: DeployPlan) -> list[tuple[str, ...]]:
+    "Rows of the table: some names of each group, and how many there are."
     out = []
-    for verb, names in groups.items():
-        some = ", ".join(names[:4]) + (" …" if len(names) > 4 else "")
+    for verb, names in file_groups(plan).items():
+        some = ", ".join(names[:SHOWN]) + (" …" if len(names) > SHOWN else "")
         if names: out.append((verb, "files", some, "", f"{len(names)} in one commit"))
+    return out
+
+# %% ../nbs/15c_deploy_plan.ipynb #a27fde38
+def file_lists(plan: DeployPlan) -> list[str]:
+    "All names of the groups that the table shortens, wrapped."
+    out = []
+    for verb, names in file_groups(plan).items():
+        text = f"{verb}, all {len(names)}: " + ", ".join(names)
+        if len(names) > SHOWN: out.append(textwrap.fill(text, 110, subsequent_indent="  ", break_on_hyphens=False))
     return out
 
 # %% ../nbs/15c_deploy_plan.ipynb #3ef0413a
@@ -695,6 +859,7 @@ CONVERTS = ("OpenVINO's graphs are made by the engine's start, and a Space's dis
 DOWNLOADS = "the model is not mounted: every start downloads gigabytes"
 HIDDEN = ("a private Space answers 404 to everybody without your Hub token, a browser's frontend included; "
           "its address is not written into the env file")
+OPEN = "ALLOW_ORIGINS=*: every web page may use the engine"
 
 
 def price_text(hardware: str, price: float, sleep_time: int | None) -> str:
@@ -725,13 +890,14 @@ def _notes(state: SpaceState, o: DeployOptions, target: SpaceTarget) -> Iterator
     kept = any(volume.folder == KEPT for volume in target.volumes)
     if target.variables.get("SD_BACKEND") == "openvino" and not kept: yield CONVERTS
     if target.visibility == "private": yield HIDDEN
+    if every_origin(target.variables.get("ALLOW_ORIGINS")): yield OPEN
     yield from _money_notes(state, o, target)
 
 # %% ../nbs/15c_deploy_plan.ipynb #5db47270
 def plan_deployment(state: SpaceState, files: Mapping[str, bytes], o: DeployOptions) -> DeployPlan:
     "What has to change on the Hub so that the Space has these files and what `o` asks for."
     target = target_for(state, o)
-    readme = space_readme(o.space_id, target.variables, state.readme)
+    readme = space_readme(o.space_id, target.variables, state.readme, state.variables)
     files = {**stamp(files), "README.md": readme}
     changes = all_changes(state, target, o, files)
     if not state.head:

@@ -89,6 +89,7 @@ class PatientHub:
         self.token = token
         self.poll = poll                # seconds between two looks at the Space
         self.clean = clean or redactor(token)
+        self.changed = False            # was any change asked for?
         self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
         self.api = HfApi(endpoint=self.endpoint, token=token, library_name="aura_engine")
         limit = httpx2.Timeout(60, connect=15)
@@ -107,8 +108,14 @@ class PatientHub:
             except (httpx2.HTTPError, OSError) as e: text = f"no answer from {self.endpoint} ({type(e).__name__})"
             except ValueError as e: raise DeployError("preflight", self.clean(str(e))[:300]) from None
             if pause: time.sleep(min(float(after), 60) if after.isdigit() else pause * self.poll)
-        text += "; what was done so far stays, and the same command carries on from there"
-        raise DeployError("network", text)
+        done = "nothing was changed"
+        if self.changed: done = "what was done so far stays, and the same command carries on from there"
+        raise DeployError("network", f"{text}; {done}")
+
+    def change(self, call: Callable[[HfApi], _Answer]) -> _Answer:
+        "As `ask`, for a call that changes the Space."
+        self.changed = True     # before it is made: its effect may come without an answer
+        return self.ask(call)
 
 # %% ../nbs/15b_hub.ipynb #a9dbe4b9
 class SpaceFiles(PatientHub):
@@ -219,48 +226,48 @@ def creation_settings(space_id: str, variables: Mapping[str, str], secrets: Mapp
 class SpaceSettings(SpaceReads):
     "What can be set. Each call makes one setting what it says, however often it is made."
     def set_variable(self, name: str, value: str) -> None:
-        self.ask(lambda api: api.add_space_variable(self.id, name, value))
+        self.change(lambda api: api.add_space_variable(self.id, name, value))
 
-    def delete_variable(self, name: str) -> None: self.ask(lambda api: api.delete_space_variable(self.id, name))
+    def delete_variable(self, name: str) -> None: self.change(lambda api: api.delete_space_variable(self.id, name))
 
     def set_secret(self, name: str, value: str) -> None:
         mark = secret_mark(self.id, name, value)
-        self.ask(lambda api: api.add_space_secret(self.id, name, value, description=mark))
+        self.change(lambda api: api.add_space_secret(self.id, name, value, description=mark))
 
-    def delete_secret(self, name: str) -> None: self.ask(lambda api: api.delete_space_secret(self.id, name))
+    def delete_secret(self, name: str) -> None: self.change(lambda api: api.delete_space_secret(self.id, name))
 
     def set_hardware(self, name: str, sleep_time: int | None = None) -> None:
         "Ask for hardware, and in the same request for the seconds after which it sleeps: it is never without."
         # The client's type lists the hardware of its release; the Hub's own list counts.
         hardware = cast(SpaceHardware, name)
-        self.ask(lambda api: api.request_space_hardware(self.id, hardware, sleep_time=sleep_time))
+        self.change(lambda api: api.request_space_hardware(self.id, hardware, sleep_time=sleep_time))
 
-    def set_sleep_time(self, seconds: int) -> None: self.ask(lambda api: api.set_space_sleep_time(self.id, seconds))
+    def set_sleep_time(self, seconds: int) -> None: self.change(lambda api: api.set_space_sleep_time(self.id, seconds))
 
     def set_volumes(self, volumes: Sequence[SpaceVolume]) -> None:
         "Mount these and no others."
         asked = [volume.as_asked() for volume in volumes]
-        if asked: self.ask(lambda api: api.set_space_volumes(self.id, asked))
-        else: self.ask(lambda api: api.delete_space_volumes(self.id))
+        if asked: self.change(lambda api: api.set_space_volumes(self.id, asked))
+        else: self.change(lambda api: api.delete_space_volumes(self.id))
 
     def set_visibility(self, who: str) -> None:
         visibility = cast(Literal["public", "private", "protected"], who)
-        self.ask(lambda api: api.update_repo_settings(self.id, repo_type="space", visibility=visibility))
+        self.change(lambda api: api.update_repo_settings(self.id, repo_type="space", visibility=visibility))
 
 # %% ../nbs/15b_hub.ipynb #1cea44e3
 class SpaceHub(SpaceSettings):
     "The Hub, for one Space and one token: what can be asked, and what can be changed."
     def create(self, **settings: Any) -> None:
         "Make the Space with all its `creation_settings` in one call, so that it restarts for none of them."
-        self.ask(lambda api: api.create_repo(self.id, repo_type="space", space_sdk="docker", **settings))
+        self.change(lambda api: api.create_repo(self.id, repo_type="space", space_sdk="docker", **settings))
 
     def delete(self) -> None:
         "Delete the Space. Only `take_back` (15e) does, with one that it has just made and that is still empty."
-        self.ask(lambda api: api.delete_repo(self.id, repo_type="space"))
+        self.change(lambda api: api.delete_repo(self.id, repo_type="space"))
 
     def restart(self, rebuild: bool = False) -> str:
         "Restart the Space, or build it anew first; the stage it then has."
-        return self.ask(lambda api: api.restart_space(self.id, factory_reboot=rebuild)).raw["stage"]
+        return self.change(lambda api: api.restart_space(self.id, factory_reboot=rebuild)).raw["stage"]
 
     def commit(self, operations: Callable[[], list], message: str, parent: str) -> str:
         """One commit on top of `parent`; its oid. DeployError 'conflict' when the newest commit is another one.
@@ -269,7 +276,7 @@ class SpaceHub(SpaceSettings):
         def committed(api: HfApi) -> Any:
             more: dict[str, Any] = {"repo_type": "space", "commit_message": message, "parent_commit": parent}
             return api.create_commit(self.id, operations(), **more)
-        return self.ask(committed).oid
+        return self.change(committed).oid
 
 # %% ../nbs/15b_hub.ipynb #a101ead7
 @dataclass(frozen=True)

@@ -138,10 +138,11 @@ def check_newest(head: str | None, oid: str, before: str | None) -> None:
 
 # %% ../nbs/15d_proof.ipynb #86ebd87c
 def wait_for_commit(hub: SpaceHub, oid: str, written: str, seconds: float, say: Say, ago: float = 0.0,
-                    before: str | None = None) -> None:
+                    before: str | None = None, meanwhile: Callable[[], None] = lambda: None) -> None:
     """Return when the Space runs commit `oid`.
 
     `written`, so many seconds `ago`: 'commit', 'settings' or ''. `before`: the newest commit until then.
+    `meanwhile` is called at each look, and may raise.
     DeployError 'build' or 'runtime' when it will not run, 'conflict' when a newer commit came,
     'timeout' after `seconds`."""
     watch = StageWatch(hub, bool(written), say, ago)
@@ -151,6 +152,7 @@ def wait_for_commit(hub: SpaceHub, oid: str, written: str, seconds: float, say: 
     try:
         while not (seen := watch.look()).arrived(oid, by_commit):
             check_newest(seen.head, oid, before)
+            meanwhile()
             logs.follow(seen)
             if seen.dead(oid, by_commit): raise DeployError(DEAD[seen.stage], logs.obituary(seen))
             left = end - time.monotonic()

@@ -219,6 +219,44 @@ def test_the_guides_docker_run_gives_a_picture(image, tmp_path):
         subprocess.run([*PODMAN, "volume", "rm", "-f", "aura"], capture_output=True)
 
 
+CUDA_LOOK = """
+import shutil, torch
+assert torch.version.cuda and not torch.cuda.is_available() and shutil.which("gcc") and shutil.which("g++"), (torch.version.cuda, shutil.which("gcc"))
+from aura_engine import loader
+from aura_engine.types import ModelError
+print(loader.pick_device("auto")[0].type)
+try: loader.pick_device("cuda")
+except ModelError as e: print(e)
+"""
+
+
+def index_of(wheels):
+    """The address that the Dockerfile makes of a name of wheels; None for pip's usual one."""
+    return None if wheels == "pypi" else re.search(r'index="(https.*?)\$TORCH_INDEX_URL"', (ROOT / "Dockerfile").read_text())[1] + wheels
+
+
+@pytest.mark.parametrize("wheels", ["cu126", "pypi"])
+def test_a_cuda_image_as_far_as_it_goes_without_a_gpu(wheels, image, tmp_path):
+    """It is built, imports torch for CUDA, has a compiler, takes the CPU by itself, and refuses SD_DEVICE=cuda with wheel and driver. That is 6 GB and
+    ten minutes, so only when it is asked for. What needs a GPU is not seen here."""
+    if not os.environ.get("AURA_TEST_CUDA"): pytest.skip("builds an image of 6 GB: AURA_TEST_CUDA=1 asks for it")
+    if address := index_of(wheels):
+        try: urllib.request.urlopen(address + "/torch/", timeout=10).close()
+        except OSError as e: pytest.skip(f"the wheels' index {address} does not answer: {e}")
+    folder, lines, tag = unpack(bundle.stamp(bundle.upload_set(ROOT)), tmp_path / "source"), [], f"localhost/aura-{wheels}"
+    begin = time.monotonic()
+    try: build(folder, tag, image["mounts"], lines.append, TORCH_INDEX_URL=wheels)
+    except RuntimeError: pytest.fail("".join(lines)[-4000:], pytrace=False)
+    built = time.monotonic() - begin
+    try:
+        process = container(tag, "aura-cuda", command=("python", "-c", CUDA_LOOK))
+        out = process.communicate(timeout=180)[0]
+        assert process.returncode == 0 and re.search(r"^cpu$", out, re.M), out[-2000:]
+        assert re.search(r"SD_DEVICE=cuda: this machine has cpu \(torch \S+, CUDA [\d.]+; NVIDIA driver not found\)", out), out[-2000:]
+        print(f"{int(sh(*PODMAN, 'image', 'inspect', '--format', '{{.Size}}', tag)) / 1e9:.2f} GB, built in {built:.0f} s")
+    finally: sh(*PODMAN, "rmi", "-f", tag)
+
+
 def test_the_memory_limit_holds(image):
     process = container(image["name"], "aura-small", "--memory-swap", "150m", memory="150m")
     out = process.communicate(timeout=120)[0]

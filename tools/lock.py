@@ -2,17 +2,20 @@
 
 `python tools/lock.py` writes requirements.lock anew from requirements.txt, with uv, for Python 3.11 on Linux. torch and what
 only torch needs depend on the hardware. They are in locks/, a file for each index of torch's wheels that could be asked; the
-others stay as they are, and the Dockerfile installs wheels without a lock by version. Where skopeo or docker is installed, the
-Dockerfile's base image gets its digest of today. `python tools/lock.py sbom` writes all packages of the CPU image as
-CycloneDX JSON into build/sbom.json.
+others stay as they are, and the Dockerfile installs wheels without a lock by version. So are the extras that an image may have
+(OpenVINO), with what they need beside requirements.lock. Where skopeo or docker is installed, the Dockerfile's base image gets
+its digest of today. `python tools/lock.py sbom` writes all packages of the CPU image as CycloneDX JSON into build/sbom.json.
 """
-import datetime, re, shutil, subprocess, sys
+import configparser, datetime, re, shutil, subprocess, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PLATFORM = ["--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_28"]
 OF_TORCH = re.compile(r"(torch|triton|nvidia-[\w-]+|cuda-[\w-]+)==")         # they come with torch's own wheels
 WHEELS = ("cpu", "cu126", "pypi")           # names that TORCH_INDEX_URL may have in the Dockerfile; pypi is pip's usual index
+
+
+EXTRAS = ("openvino",)                      # words that EXTRA_PACKAGES may have; the extras of these names in settings.ini
 
 
 def torch_pin(dockerfile):
@@ -27,11 +30,14 @@ def torch_index(dockerfile, name):
     return address + name
 
 
-def compiled(requirements, index=None):
-    """uv's answer: a block of lines for each package, its hashes under its name. `index` comes before the usual one."""
+def compiled(requirements, index=None, within=None):
+    """uv's answer: a block of lines for each package, its hashes under its name. `index` comes before the usual one.
+
+    `within`: a lock whose versions must do for what it has."""
     uv = shutil.which("uv") or sys.exit("uv is not installed: pip install uv")
     argv = [uv, "pip", "compile", "-", *PLATFORM, "--generate-hashes", "--no-header", "--no-annotate", "--no-emit-index-url", "--quiet"]
     if index: argv += ["--index", index]
+    if within: argv += ["--constraint", str(within)]
     done = subprocess.run(argv, input=f"{requirements}\n", capture_output=True, text=True)
     if done.returncode: raise RuntimeError(done.stderr)
     return re.findall(r"(?m)^\S.*(?:\n[ \t]+.*)*", done.stdout)
@@ -53,6 +59,28 @@ def write_torch_locks(dockerfile, today):
             continue
         path.write_text(lock_text(filter(OF_TORCH.match, blocks), today, f"torch's wheels called {name}."))
         print(f"{path.name} is written")
+
+
+def named(block):
+    """The name of a block's package."""
+    return block.partition("==")[0]
+
+
+def extra_blocks(name, lock):
+    """The packages that the extra `name` of settings.ini brings beside those of `lock` and torch's."""
+    settings = configparser.ConfigParser(delimiters=["="])
+    settings.read(ROOT / "settings.ini", encoding="utf-8")
+    have = set(re.findall(r"(?m)^([\w.-]+)==", lock.read_text()))
+    blocks = compiled(settings["DEFAULT"][f"{name}_requirements"], within=lock)
+    return [block for block in blocks if named(block) not in have and not OF_TORCH.match(block)]
+
+
+def write_extra_locks(lock, today):
+    """locks/NAME.lock for each extra that an image may have."""
+    for name in EXTRAS:
+        text = lock_text(extra_blocks(name, lock), today, f"{name}, and what it needs beside requirements.lock.")
+        (ROOT / f"locks/{name}.lock").write_text(text)
+        print(f"{name}.lock is written")
 
 
 BASE = re.compile(r"(?m)^ARG BASE_IMAGE=([\w.:/-]+)@(sha256:[0-9a-f]{64})$")
@@ -88,6 +116,7 @@ def main(words):
     except RuntimeError as e: sys.exit(str(e))
     lock.write_text(lock_text([b for b in blocks if not OF_TORCH.match(b)], today, "torch is in locks/."))
     write_torch_locks(text, today)
+    write_extra_locks(lock, today)
     found = BASE.search(text)
     assert found, f"{dockerfile} names no base image by digest"
     name, old = found.groups()
