@@ -559,7 +559,7 @@ def merged_models(theirs: Sequence[str], new: Sequence[str], old: Sequence[str])
     kept = [name for name in theirs if name in new or name not in old]
     return kept + [name for name in new if name not in kept]
 
-
+# %% ../nbs/15c_deploy_plan.ipynb #f8a94c45
 def merged_settings(theirs: Mapping[str, Any], needed: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
     "Front matter: `theirs`, with what is `needed` now and without what was needed `before`."
     out = {**theirs, **needed}

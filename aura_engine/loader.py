@@ -21,10 +21,11 @@ from .reader import Reader, diffusers_classes, read_folder, read_single, read_va
 from .types import Invalid, ModelError
 
 # %% auto #0
-__all__ = ['PRECISIONS', 'DTYPES', 'OURS_TO_SAY', 'devices', 'torch_wheel', 'nvidia_driver', 'gpu_fault', 'best_device',
-           'pick_device', 'pick_precision', 'has_bf16', 'scheduler_of', 'Components', 'with_base', 'check_whole',
-           'read_pipeline', 'other_vae', 'encoders_of', 'net_of', 'recognised', 'default_within', 'check_sampler',
-           'row_by_settings', 'commit_of', 'cut_encoder', 'components_of', 'check_flow', 'bf16_on', 'load', 'placed']
+__all__ = ['PRECISIONS', 'DTYPES', 'OURS_TO_SAY', 'devices', 'torch_wheel', 'nvidia_driver', 'wheel_and_driver', 'gpu_fault',
+           'best_device', 'pick_device', 'pick_precision', 'has_bf16', 'scheduler_of', 'Components', 'with_base',
+           'check_whole', 'read_pipeline', 'other_vae', 'encoders_of', 'net_of', 'recognised', 'default_within',
+           'check_sampler', 'row_by_settings', 'commit_of', 'cut_encoder', 'components_of', 'check_flow', 'bf16_on',
+           'load', 'placed']
 
 # %% ../nbs/04e_loader.ipynb #0d7e3511
 PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -49,6 +50,11 @@ def nvidia_driver(file: Path = Path("/proc/driver/nvidia/version")) -> str | Non
     found = re.search(r"\b\d{3,}\.\d[\d.]*", text)
     return found[0] if found else "of unknown version"
 
+
+def wheel_and_driver() -> str:
+    "Both sides that have to fit each other, for a message about a GPU."
+    return f"{torch_wheel()}; NVIDIA driver {nvidia_driver() or 'not found'}"
+
 # %% ../nbs/04e_loader.ipynb #a6293dea
 def gpu_fault(device: torch.device) -> str | None:
     "What is wrong with a GPU, as a trial kernel finds it; None when it works."
@@ -58,8 +64,7 @@ def gpu_fault(device: torch.device) -> str | None:
         if float((ones @ ones).sum()) == side ** 3: return None
         why = "it computes a wrong product"
     except Exception as e: why = str(e).strip().split("\n")[0][:200]
-    versions = f"{torch_wheel()}; NVIDIA driver {nvidia_driver() or 'not found'}"
-    return f"{device} does not work: {why} ({versions})"
+    return f"{device} does not work: {why} ({wheel_and_driver()})"
 
 # %% ../nbs/04e_loader.ipynb #98bf693b
 def best_device(there: list[str]) -> tuple[torch.device, list[str]]:
@@ -83,7 +88,7 @@ def pick_device(wanted: str) -> tuple[torch.device, list[str]]:
     if wanted == "auto": return best_device(there)
     exact = "cuda:0" if wanted == "cuda" else wanted
     if exact not in there:
-        raise ModelError(f"SD_DEVICE={wanted}: this machine has {', '.join(there)} ({torch_wheel()}).")
+        raise ModelError(f"SD_DEVICE={wanted}: this machine has {', '.join(there)} ({wheel_and_driver()}).")
     device = torch.device(exact)
     fault = gpu_fault(device) if device.type == "cuda" else None
     if fault: raise ModelError(f"SD_DEVICE={wanted}: {fault}.")

@@ -979,7 +979,7 @@ def test_other_settings_end_it_too(hub, tree, change):
     """What is proven is then not what was asked for: it is seen before the address is recorded."""
     space = running(hub, tree)
     hub.watch = lambda n, method, path, phase: change(space) if path == "host:/generate" else None
-    assert "superseded: " in call(hub, tree, *GPU, "--secret", "AURA_API_KEY", AURA_API_KEY="a key of ours, for it", code=4) and not (tree / ".env.local").exists()
+    assert "superseded: " in call(hub, tree, *GPU, "--secret", "AURA_API_KEY", "--timeout", "2", AURA_API_KEY="a key of ours, for it", code=4) and not (tree / ".env.local").exists()
 
 
 def test_every_origin_only_when_it_is_meant(hub, tree):
