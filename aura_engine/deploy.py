@@ -17,9 +17,10 @@ __all__ = ['DECLINED', 'ADDRESS', 'BackStep', 'PICTURE', 'set_one', 'commit_file
            'apply_plan', 'set_line', 'swap_file', 'write_env', 'without_line', 'forget_env', 'DeployJournal',
            'journal_of', 'DeployReceipt', 'DeployRecord', 'cut_off', 'restore_settings', 'restore_files', 'roll_back',
            'gone_secrets', 'may_be_rebuilt', 'take_back', 'print_step', 'deploy_cleaner', 'checked_files', 'bill',
-           'smoke_questions', 'DeployPlanning', 'DeployApplying', 'superseded', 'DeployProving', 'DeployReturning',
-           'Deployment', 'deploy_space', 'DeployWatch', 'SpacePanel', 'live_health', 'hour_text', 'space_status',
-           'hardware_panel', 'drift', 'settings_panel', 'diagnose', 'json_steps', 'run_deploy', 'main', 'per_thousand']
+           'smoke_questions', 'DeployPlanning', 'DeployChanging', 'DeployApplying', 'superseded', 'DeployProving',
+           'DeployReturning', 'Deployment', 'deploy_space', 'DeployWatch', 'SpacePanel', 'live_health', 'hour_text',
+           'space_status', 'hardware_panel', 'drift', 'settings_panel', 'diagnose', 'json_steps', 'run_deploy', 'main',
+           'per_thousand']
 
 # %% ../nbs/15e_deploy.ipynb #d2d92913
 import httpx
@@ -474,30 +475,11 @@ class DeployPlanning:
         self.journal = journal_of(self.plan, good, cut) if self.plan.changes else cut
 
 # %% ../nbs/15e_deploy.ipynb #104a2df0
-class DeployApplying(DeployPlanning):
-    "The second chapter: the Hub gets what the Space is to run."
+class DeployChanging(DeployPlanning):
+    "The second chapter begins: the plan is carried out once, or undone."
     gone: tuple[str, ...] = ()                  # secrets whose old values are gone
     made: str | None = None                     # the first commit of the Space, if this run made it
     begun: bool = False                         # may it have changed something?
-
-    def apply(self) -> None:
-        known = self.record.read()
-        try: self.apply_once()
-        except DeployError as e:
-            self.gone = tuple(gone_secrets(self.hub, self.plan)) if self.begun else ()
-            if e.kind != "conflict" and not self.gone:
-                self.give_up(e, known)
-                raise
-            self.say("plan", f"{e}; planning once more")
-            self.apply_again(known)
-
-    def apply_again(self, known: Mapping[str, Any]) -> None:
-        try:
-            self.make_plan()
-            self.apply_once()
-        except DeployError as e:
-            self.give_up(e, known)
-            raise
 
     def check_unmoved(self) -> None:
         moved = moved_since(self.plan.state, look_at(self.hub)) if self.plan.changes else []
@@ -523,6 +505,28 @@ class DeployApplying(DeployPlanning):
         if back:
             e.add(f"put back as it was: {', '.join(back)}")
             e.code += ROLLED_BACK
+
+# %% ../nbs/15e_deploy.ipynb #4e7f2f75
+class DeployApplying(DeployChanging):
+    "The second chapter: the Hub gets what the Space is to run."
+    def apply(self) -> None:
+        known = self.record.read()
+        try: self.apply_once()
+        except DeployError as e:
+            self.gone = tuple(gone_secrets(self.hub, self.plan)) if self.begun else ()
+            if e.kind != "conflict" and not self.gone:
+                self.give_up(e, known)
+                raise
+            self.say("plan", f"{e}; planning once more")
+            self.apply_again(known)
+
+    def apply_again(self, known: Mapping[str, Any]) -> None:
+        try:
+            self.make_plan()
+            self.apply_once()
+        except DeployError as e:
+            self.give_up(e, known)
+            raise
 
 # %% ../nbs/15e_deploy.ipynb #43dedb4a
 def superseded(others: Sequence[str]) -> DeployError:
