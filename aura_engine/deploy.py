@@ -17,10 +17,10 @@ __all__ = ['DECLINED', 'ADDRESS', 'BackStep', 'PICTURE', 'set_one', 'commit_file
            'apply_plan', 'set_line', 'swap_file', 'write_env', 'without_line', 'forget_env', 'DeployJournal',
            'journal_of', 'DeployReceipt', 'DeployRecord', 'cut_off', 'restore_settings', 'restore_files', 'roll_back',
            'gone_secrets', 'may_be_rebuilt', 'take_back', 'print_step', 'deploy_cleaner', 'checked_files', 'bill',
-           'smoke_questions', 'DeployPlanning', 'DeployChanging', 'DeployApplying', 'superseded', 'DeployProving',
-           'DeployReturning', 'Deployment', 'deploy_space', 'DeployWatch', 'SpacePanel', 'live_health', 'hour_text',
-           'space_status', 'hardware_panel', 'drift', 'settings_panel', 'diagnose', 'json_steps', 'run_deploy', 'main',
-           'per_thousand']
+           'smoke_questions', 'DeployPlanning', 'DeployChanging', 'DeployApplying', 'superseded', 'DeployGuarding',
+           'DeployProving', 'DeployReturning', 'record_address', 'Deployment', 'deploy_space', 'DeployWatch',
+           'SpacePanel', 'live_health', 'hour_text', 'space_status', 'hardware_panel', 'drift', 'settings_panel',
+           'diagnose', 'json_steps', 'run_deploy', 'main', 'per_thousand']
 
 # %% ../nbs/15e_deploy.ipynb #d2d92913
 import httpx
@@ -535,18 +535,8 @@ def superseded(others: Sequence[str]) -> DeployError:
     return DeployError("conflict", text)
 
 # %% ../nbs/15e_deploy.ipynb #042ffde5
-class DeployProving(DeployApplying):
-    "The third chapter: the Space runs it, and does its work."
-    @property
-    def written(self) -> str:
-        "What the Space restarts for: a 'commit', 'settings' alone, or ''."
-        if self.receipt.oid != self.plan.state.head: return "commit"
-        rebuilt = any(change.verb == "rebuild" for change in self.plan.changes)
-        return "settings" if rebuilt or (self.journal and self.journal.settings) else ""
-
-    @property
-    def seconds(self) -> float: return self.o.timeout or slow_start(self.plan.target.variables)
-
+class DeployGuarding(DeployApplying):
+    "Is the Space still the one that this deployment made?"
     def check_variables(self) -> None:
         "DeployError 'conflict' when somebody else has set our variables otherwise."
         others = other_variables(self.hub.variables(), self.plan.target)
@@ -558,6 +548,19 @@ class DeployProving(DeployApplying):
         check_newest(now.head, self.receipt.oid or "", self.plan.state.head)
         others = other_settings(now, self.plan.target, self.o)
         if others: raise superseded(others)
+
+# %% ../nbs/15e_deploy.ipynb #3d75fd80
+class DeployProving(DeployGuarding):
+    "The third chapter: the Space runs it, and does its work."
+    @property
+    def written(self) -> str:
+        "What the Space restarts for: a 'commit', 'settings' alone, or ''."
+        if self.receipt.oid != self.plan.state.head: return "commit"
+        rebuilt = any(change.verb == "rebuild" for change in self.plan.changes)
+        return "settings" if rebuilt or (self.journal and self.journal.settings) else ""
+
+    @property
+    def seconds(self) -> float: return self.o.timeout or slow_start(self.plan.target.variables)
 
     def wait(self) -> None:
         ago = 0.0
@@ -599,6 +602,17 @@ class DeployReturning(DeployProving):
         e.add(f"the version before it, {self.journal.previous[:12]}, is back and answers")
         e.code += ROLLED_BACK
 
+# %% ../nbs/15e_deploy.ipynb #6cab7432
+def record_address(env_file: str, visibility: str, host: str, say: Say) -> None:
+    "Write the Space's address into the env file, or take a private one's out; `env_file` '': nothing."
+    if not env_file: return
+    name = Path(env_file).name
+    if visibility != "private":
+        if write_env(env_file, ADDRESS, host): say("record", f"{name}: {ADDRESS}={host}")
+        return
+    done = f"{ADDRESS} is taken out" if forget_env(env_file, ADDRESS, host) else "stays as it is"
+    say("record", f"{name}: {done}: {HIDDEN}")
+
 # %% ../nbs/15e_deploy.ipynb #2a86eae8
 class Deployment(DeployReturning):
     "One deployment: `run` it, or take its steps one by one. Each step raises DeployError."
@@ -632,18 +646,10 @@ class Deployment(DeployReturning):
 
     def remember(self) -> None:
         self.record.write(self.receipt.to_json())
-        self.write_address(self.receipt.host)
+        record_address(self.o.env_file, self.plan.target.visibility, self.receipt.host, self.say)
         text = f"{self.receipt.host} runs {(self.receipt.oid or '')[:12]}"
         if not self.receipt.changes: text += ", up to date"
         self.say("done", "\n".join([text, *bill(self.hub)]))
-
-    def write_address(self, host: str) -> None:
-        if not self.o.env_file: return
-        name = Path(self.o.env_file).name
-        if self.plan.target.visibility == "private":
-            gone = forget_env(self.o.env_file, ADDRESS, host)
-            self.say("record", f"{name}: {f'{ADDRESS} is taken out' if gone else 'stays as it is'}: {HIDDEN}")
-        elif write_env(self.o.env_file, ADDRESS, host): self.say("record", f"{name}: {ADDRESS}={host}")
 
 # %% ../nbs/15e_deploy.ipynb #4270f255
 def deploy_space(o: DeployOptions, say: Say = print_step) -> DeployReceipt:
