@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['DECLINED', 'ADDRESS', 'BackStep', 'PICTURE', 'set_one', 'commit_files', 'without_volumes', 'create_space',
+__all__ = ['DECLINED', 'ADDRESS', 'BackStep', 'HOW_ON', 'PICTURE', 'set_one', 'commit_files', 'without_volumes', 'create_space',
            'apply_plan', 'set_line', 'swap_file', 'write_env', 'without_line', 'forget_env', 'DeployJournal',
            'journal_of', 'DeployReceipt', 'DeployRecord', 'cut_off', 'restore_settings', 'restore_files', 'roll_back',
            'gone_secrets', 'may_be_rebuilt', 'take_back', 'print_step', 'deploy_cleaner', 'checked_files', 'bill',
-           'smoke_questions', 'DeployPlanning', 'DeployChanging', 'DeployApplying', 'superseded', 'DeployGuarding',
-           'DeployProving', 'DeployReturning', 'record_address', 'Deployment', 'deploy_space', 'DeployWatch',
-           'SpacePanel', 'live_health', 'hour_text', 'space_status', 'hardware_panel', 'drift', 'settings_panel',
-           'diagnose', 'json_steps', 'run_deploy', 'main', 'per_thousand']
+           'smoke_questions', 'check_number', 'DeployPlanning', 'DeployChanging', 'DeployApplying', 'superseded',
+           'DeployGuarding', 'DeployProving', 'DeployReturning', 'record_address', 'Deployment', 'deploy_space',
+           'DeployWatch', 'SpacePanel', 'live_health', 'hour_text', 'space_status', 'hardware_panel', 'drift',
+           'settings_panel', 'diagnose', 'json_steps', 'run_deploy', 'main', 'per_thousand']
 
 # %% ../nbs/15e_deploy.ipynb #d2d92913
 import httpx
@@ -431,6 +431,17 @@ def smoke_questions(hub: SpaceHub, o: DeployOptions, plan: DeployPlan, oid: str,
         key=o.secret.get("AURA_API_KEY"), token=hub.token if info.private else None)
 
 # %% ../nbs/15e_deploy.ipynb #24983167
+HOW_ON = ("nothing was changed; the same command without --dry-run does it, "
+          "and with --plan {} it does exactly this or nothing")
+
+
+def check_number(plan: DeployPlan, o: DeployOptions) -> None:
+    "DeployError 'conflict' when this is not the plan that was agreed to."
+    if o.plan is None or o.plan == plan.number or not plan.changes: return
+    text = f"this is plan {plan.number}, not {o.plan}: the Space or this folder has changed since; nothing was done"
+    raise DeployError("conflict", text)
+
+# %% ../nbs/15e_deploy.ipynb #56e080c6
 class DeployPlanning:
     "The first chapter: what is here, what is there, what to do."
     hub: SpaceHub
@@ -456,6 +467,7 @@ class DeployPlanning:
         self.plan = plan_deployment(state, self.files, self.options_now(state))
         self.planned = time.monotonic()
         self.say("plan", str(self.plan), plan=self.plan)
+        check_number(self.plan, self.o)
         self.know_the_way_back(state)
         self.receipt = DeployReceipt(
             space=self.o.space_id, build=self.plan.build, changes=len(self.plan.changes), oid=state.head,
@@ -621,7 +633,7 @@ class Deployment(DeployReturning):
         self.check()
         self.make_plan()
         if self.o.dry_run:
-            if self.plan.changes: self.say("done", "nothing was changed; the same command without --dry-run does it")
+            if self.plan.changes: self.say("done", HOW_ON.format(self.plan.number))
             return self.receipt
         try:
             self.apply()

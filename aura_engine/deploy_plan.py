@@ -4,9 +4,9 @@
 
 # %% ../nbs/15c_deploy_plan.ipynb #0a0b31db
 from __future__ import annotations
-import argparse, difflib, getpass, json, os, re, sys, textwrap
+import argparse, difflib, getpass, hashlib, json, os, re, sys, textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -29,7 +29,7 @@ from .config import (SettingsError, load_settings, parse_origins, setting_names,
                                 unknown_settings)
 from .models import ROWS, check_source, is_local, resolve_id, row_for
 from .types import AuraError
-from .bundle import EXITS, ROLLED_BACK, DeployError, stamp
+from .bundle import EXITS, ROLLED_BACK, DeployError, build_id, stamp
 from .hub import SpaceState, SpaceVolume, same_file, secret_mark
 
 # %% ../nbs/15c_deploy_plan.ipynb #5e151b33
@@ -102,6 +102,7 @@ class DeployOptions:
     volumes: bool = True                                        # mount the model, where there is one on the Hub
     bucket: str | None = None                                   # owner/name, for what is kept; '': none; None: as it is
     any_origin: bool = False                                    # every web page may use the engine
+    plan: str | None = None                                     # the number of the only plan to carry out
 
     def __post_init__(self) -> None: check_options(self)
 
@@ -238,6 +239,7 @@ _WHAT = [
 # %% ../nbs/15c_deploy_plan.ipynb #59f9b378
 _HOW = [
     ("--dry-run", "show the plan, change nothing", _flag),
+    ("--plan", "carry out only the plan that a dry run showed under this number", {"metavar": "NUMBER"}),
     ("--detailed-exitcode", "with --dry-run: exit status 10 when something would change", _flag),
     ("--yes", "agree to what costs money", _flag),
     ("--take-over", "replace, or restart, another app that is on this Space", _flag),
@@ -343,7 +345,7 @@ def parse_deploy(argv: Sequence[str] | None = None,
         visibility=a.visibility, source=a.source or project_folder(), env_file=a.env_file, dry_run=a.dry_run,
         wait=not a.no_wait, timeout=a.timeout, smoke=a.smoke, rollback=not a.no_rollback, yes=a.yes, poll=a.poll,
         take_over=a.take_over, rebuild=a.rebuild, any_model=a.any_model, volumes=not a.no_volumes, bucket=a.bucket,
-        any_origin=a.any_origin)
+        any_origin=a.any_origin, plan=a.plan)
     return options, a
 
 # %% ../nbs/15c_deploy_plan.ipynb #3770631f
@@ -725,6 +727,12 @@ class DeployPlan:
         found = re.search(rb"(?m)^ARG AURA_BUILD_ID=(\w*)", self.files["Dockerfile"])
         return found[1].decode() if found else ""
 
+    @property
+    def number(self) -> str:
+        "Names this plan: the same changes with the same files have the same one. Values of secrets do not count."
+        told = json.dumps([asdict(change) for change in self.changes])
+        return hashlib.sha256((told + build_id(self.files)).encode()).hexdigest()[:10]
+
     def file_names(self, verb: str) -> list[str]:
         "The files to 'upload' or to 'delete'."
         return [c.name for c in self.changes if c.what == "file" and c.verb == verb]
@@ -776,11 +784,13 @@ def file_rows(plan: DeployPlan) -> list[tuple[str, ...]]:
 
 # %% ../nbs/15c_deploy_plan.ipynb #a27fde38
 def file_lists(plan: DeployPlan) -> list[str]:
-    "All names of the groups that the table shortens, wrapped."
+    "All names of files that a plan replaces or deletes, wrapped, where the table shortens them."
     out = []
     for verb, names in file_groups(plan).items():
+        if len(names) <= SHOWN: continue
         text = f"{verb}, all {len(names)}: " + ", ".join(names)
-        if len(names) > SHOWN: out.append(textwrap.fill(text, 110, subsequent_indent="  ", break_on_hyphens=False))
+        if verb == "upload": text = f"upload: --json names all {len(names)}"
+        out.append(textwrap.fill(text, 110, subsequent_indent="  ", break_on_hyphens=False))
     return out
 
 # %% ../nbs/15c_deploy_plan.ipynb #3ef0413a

@@ -1005,6 +1005,21 @@ def test_never_to_sleep_is_agreed_to(hub, tree):
     assert "it would never sleep; agree with --yes" in call(hub, tree, "--sleep-time", "-1", code=3) and not hub.writes
 
 
+def test_only_the_plan_that_was_agreed_to(hub, tree):
+    """The number of a dry run carries out that plan; when the Space or the folder is another one by then, nothing."""
+    space = running(hub, tree)
+    args = ("--origins", "https://a.site")
+    number = re.search(r"--plan (\w+)", call(hub, tree, *args, "--dry-run"))[1]
+    space.variables |= rows(ALLOW_ORIGINS="https://b.site")
+    assert f"not {number}" in call(hub, tree, *args, "--plan", number, code=4) and not hub.writes
+    space.variables |= rows(ALLOW_ORIGINS=GUIDE[1])
+    edit(tree)
+    assert f"not {number}" in call(hub, tree, *args, "--plan", number, code=4) and not hub.writes
+    (tree / "app.py").write_text(FILES["app.py"])
+    call(hub, tree, *args, "--plan", number)
+    assert "nothing to change" in call(hub, tree, *args, "--plan", number)
+
+
 def test_a_plan_names_every_file(hub, tree):
     files = {name: b"theirs" for name in bundle.upload_set(tree)} | {"README.md": b"---\ntitle: My shop\nsdk: docker\n---\nMine.\n"}
     hub.space(SPACE, files)
