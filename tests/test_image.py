@@ -258,7 +258,9 @@ def test_a_cuda_image_as_far_as_it_goes_without_a_gpu(wheels, image, tmp_path):
 
 
 def test_the_memory_limit_holds(image):
-    process = container(image["name"], "aura-small", "--memory-swap", "150m", memory="150m")
+    """As the guide's `--memory 4g`: what wants more is killed. (Not the app itself: its libraries are pages of files, which a small limit
+    makes slow for minutes before it kills.)"""
+    process = container(image["name"], "aura-small", "--memory-swap", "150m", memory="150m", command=("python", "-c", "len(b'x' * (400 << 20))"))
     out = process.communicate(timeout=120)[0]
     assert process.returncode == 137, out[-2000:]
 
