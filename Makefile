@@ -39,11 +39,7 @@ test: $(VENV)/dev.stamp ## every test but the slow ones
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests -m "not slow" -ra -n auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(VENV)/dev.stamp $(VENV)/site.stamp ## the slow tests; prints what was skipped and why
-	@# notebooks in kernels share the cores; the others measure, or want the machine for themselves
-	export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1; \
-	$(PY) -m pytest tests -m slow -k in_a_kernel -ra -n auto --maxprocesses 4 || test $$? -eq 5; kernels=$$?; \
-	$(PY) -m pytest tests -m slow -k "not in_a_kernel" -ra || test $$? -eq 5; others=$$?; \
-	test $$kernels = 0 -a $$others = 0
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests -m slow -ra
 
 lab: $(VENV)/dev.stamp ## the notebooks in JupyterLab
 	$(PY) -m jupyterlab nbs/00_start.ipynb
