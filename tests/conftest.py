@@ -1,5 +1,5 @@
 """Shared by all tests: the slow mark, no network, and servers as real processes."""
-import json, os, signal, socket, subprocess, sys, time, urllib.error, urllib.request
+import json, os, random, signal, socket, subprocess, sys, time, urllib.error, urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,9 +37,12 @@ def clean_env(**env):
 
 
 def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+    """A port nobody listens on, below those that the system gives to outgoing connections, which could take it meanwhile."""
+    while True:
+        with socket.socket() as s:
+            try: s.bind(("127.0.0.1", random.randrange(10_000, 32_000)))
+            except OSError: continue
+            return s.getsockname()[1]
 
 
 @dataclass

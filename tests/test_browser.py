@@ -553,6 +553,7 @@ def test_what_is_typed_around_a_reload_stays(page, context, server):
     expect(prompt(page)).to_be_focused()
     page.keyboard.press("End")
     page.keyboard.type(", and more")
+    while not held: page.wait_for_timeout(50)
     held[-1].continue_()                                                    # earlier ones went with the page that asked
     page.unroute("**/health")
     expect(state(page)).to_contain_text("ready")

@@ -614,7 +614,7 @@ def settled(server, seconds=180):
     """/health when loading has ended."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if server.status("/health") == 200 and (h := httpx.get(server.url + "/health").json())["status"] != "loading": return h
+        if server.status("/health") == 200 and (h := httpx.get(server.url + "/health", timeout=60).json())["status"] != "loading": return h
         time.sleep(0.2)
     pytest.fail("still loading:\n" + server.tail())
 
