@@ -186,6 +186,12 @@ def test_the_reason_of_a_failed_engine_reaches_the_widget(monkeypatch):
     close_desks()
 
 
+def test_nobody_there():
+    with AuraClient(f"http://127.0.0.1:{free_port()}", mode="local") as client:
+        with pytest.raises(AuraError, match="aura serve"): Studio(client, prompt="a fox").generate().wait(20)
+    close_desks()
+
+
 def test_updates_do_not_come_from_the_main_thread(studio):
     names = set()
     studio.observe(lambda c: names.add(threading.current_thread().name), "progress")
