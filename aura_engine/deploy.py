@@ -846,7 +846,9 @@ def _instead(o: DeployOptions, a: argparse.Namespace, say: Say) -> None:
     hub = SpaceHub(o.space_id, find_token(), o.poll, clean)
     if a.action == "doctor": say("doctor", clean(str(diagnose(hub, o))))
     if a.status: say("status", clean(str(space_status(hub))))
-    if a.logs: say(a.logs, clean("\n".join(log_lines(hub, a.logs))))
+    if a.logs:
+        hub.info()          # a Space that does not exist has an empty log, too
+        say(a.logs, clean("\n".join(log_lines(hub, a.logs))) or "the log is empty")
     if a.restart or a.rollback_to: _change_instead(hub, o, a, lambda step, text, **_: say(step, clean(text)))
 
 # %% ../nbs/15e_deploy.ipynb #a8707ecf

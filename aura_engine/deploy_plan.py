@@ -437,6 +437,8 @@ def stale_names(state: SpaceState, o: DeployOptions) -> frozenset[str]:
     "Variables of the Space that another preset set and this one does not want, and that of a bucket that goes."
     names = {name for preset in PRESETS.values() for name in preset.variables} if o.preset else set()
     if o.bucket == "": names.add("XDG_CACHE_HOME")
+    # packages of your own are no preset's
+    if not state.variables.get("EXTRA_PACKAGES", "").startswith(OPENVINO): names.discard("EXTRA_PACKAGES")
     return frozenset(names & set(state.variables) - set(o.variables()))
 
 # %% ../nbs/15c_deploy_plan.ipynb #3615526f

@@ -203,8 +203,9 @@ def test_a_preset_clears_the_other_ones_variables_only(hub, tree):
     space = running(hub, tree, variables=mine)
     call(hub, tree, *GUIDE)
     assert "SD_PRECISION" in space.variables
+    space.variables |= rows(EXTRA_PACKAGES="einops")
     call(hub, tree, *GUIDE, "--preset", "cpu")
-    assert set(space.variables) == {"MINE", "ALLOW_ORIGINS"}
+    assert set(space.variables) == {"MINE", "ALLOW_ORIGINS", "EXTRA_PACKAGES"}
 
 
 def test_settings_are_believed_only_when_the_new_process_answers(hub, tree):
@@ -242,6 +243,7 @@ def test_status_logs_restart_and_back(hub, tree):
     call(hub, tree, *GUIDE)
     assert f"head  {space.head}" in call(hub, tree, "--status")
     assert "serving with" in call(hub, tree, "--logs", "run")
+    for look in (("--logs", "run"), ("--status",)): assert "not found" in call(hub, tree, *look, "--space-id", "ada/none", code=3)
     call(hub, tree, "--restart")
     call(hub, tree, "--rollback-to", first)
     assert space.tree == space.commits[first] and space.head != first
