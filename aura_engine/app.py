@@ -90,7 +90,9 @@ async def get_examples(request: Request) -> Response:
 
 # %% ../nbs/09f_app.ipynb #bc4f523f
 STUDIO = Path(__file__).parent / "assets/studio" if "__file__" in globals() else Path("../aura_engine/assets/studio")
-STUDIO_FILES = {"page.js": "text/javascript", "studio.js": "text/javascript", "studio.css": "text/css"}
+STUDIO_FILES = {
+    "page.js": "text/javascript", "studio.js": "text/javascript", "studio.css": "text/css",
+    "texts.json": "application/json"}
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
     "connect-src 'self' http: https:; base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'")
@@ -102,7 +104,7 @@ async def get_page(request: Request) -> Response:
 
 # %% ../nbs/09f_app.ipynb #7ff79e39
 async def get_page_file(request: Request, name: str) -> Response:
-    "A script or style sheet of the page; there are three."
+    "A script, the style sheet or the texts of the page."
     if name not in STUDIO_FILES: raise NotFound(f"The page has no file {shown(name, 40)}.")
     kind = f"{STUDIO_FILES[name]}; charset=utf-8"
     return Response((STUDIO / name).read_bytes(), media_type=kind, headers={"cache-control": "no-cache"})
@@ -182,7 +184,8 @@ routes = (
     Route("HEAD", "/", get_page, media=("text/html",)),
     Route("HEAD", "/health", get_health),
     Route("HEAD", "/ready", get_ready, errors=(500, 503)),
-    Route("GET", "/studio/{name}", get_page_file, media=("text/javascript", "text/css"), errors=(404, 500)),
+    Route("GET", "/studio/{name}", get_page_file, errors=(404, 500),
+          media=("text/javascript", "text/css", "application/json")),
 )
 
 # %% ../nbs/09f_app.ipynb #5c5a787a

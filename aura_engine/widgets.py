@@ -79,9 +79,11 @@ class Still(anywidget.AnyWidget):
 def module_text() -> str:
     "The Studio and its end in the kernel as one module."
     studio, kernel = ((STUDIO_FOLDER / name).read_text(encoding="utf-8") for name in ("studio.js", "kernel.js"))
+    texts = (STUDIO_FOLDER / "texts.json").read_text(encoding="utf-8")
     lines = kernel.splitlines(keepends=True)
     # The names that it imports are in the same file now.
-    return studio + "".join(line for line in lines if not line.startswith("import "))
+    rest = "".join(line for line in lines if not line.startswith("import "))
+    return f"{studio}\nObject.assign(TEXTS, {texts});\n{rest}"
 
 # %% ../nbs/13b_widgets.ipynb #5c3f1b77
 class Pane(Still):

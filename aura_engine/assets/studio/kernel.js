@@ -1,17 +1,7 @@
 // The widget of a notebook: a Studio whose engine is in the kernel. Python joins this to studio.js.
-import { Studio, TEXTS, Trouble, mount, newId, pictureFrom, sleep, t } from "./studio.js";
+import { Studio, Trouble, mount, newId, pictureFrom, sleep, systemDark, t } from "./studio.js";
 
-Object.assign(TEXTS, {
-	waitKernel: "The kernel is busy with a cell; your picture is next.",
-	waitNext: "Asking the other engine.",
-	kernelEnded: "The kernel ended. Run the cell again. Pictures can still be saved.",
-	ended: "kernel ended",
-	which: "Engines",
-	cloud: "Cloud",
-	auto: "Auto",
-});
-
-export class WidgetEngine {
+class WidgetEngine {
 	talks = new Map();
 	ended = false;
 	constructor(model) {
@@ -29,7 +19,7 @@ export class WidgetEngine {
 		return this.ended ? { status: "ended", code: "ended", reason: t("kernelEnded") } : this.model.get("health");
 	}
 
-	/** Send a message and read what comes back under its id. */
+	/** Send a message, read what comes back. */
 	async* talk({ id = newId(), ...message }, { buffers = [], signal } = {}) {
 		const { readable, writable } = new TransformStream();
 		const [reader, writer] = [readable.getReader(), writable.getWriter()];
@@ -97,7 +87,7 @@ class KernelStore {
 	keepForm(form) { this.engine.put("value", { ...form }); }
 }
 
-/** The comparison that Python makes, if there is one. */
+/** The comparison that Python makes. */
 function show(s, { jobs = [], form, xs, ys, ...axes }) {
 	const cell = (job, i) => ({ x: xs[i % xs.length], y: ys[Math.floor(i / xs.length)],
 		run: s.make({ job, aside: true, request: { body: form } }) });
@@ -107,12 +97,13 @@ function show(s, { jobs = [], form, xs, ys, ...axes }) {
 }
 
 function isDark() {
-	const [body, html] = [document.body, document.documentElement];
-	const said = (name) => body.getAttribute(name) ?? html.getAttribute(name);
-	if (said("data-jp-theme-light")) return said("data-jp-theme-light") === "false";
-	const named = /\bdark\b/.exec(`${body.className} ${html.className}`)?.[0];
-	const theme = said("data-vscode-theme-kind") ?? said("data-theme") ?? named;
-	return theme ? /dark|high-contrast$/.test(theme) : matchMedia("(prefers-color-scheme: dark)").matches;
+	const both = [document.body, document.documentElement];
+	const said = (name) => both.map((el) => el.getAttribute(name)).find(Boolean);
+	const light = said("data-jp-theme-light");
+	if (light) return light === "false";
+	const theme = said("data-vscode-theme-kind") ?? said("data-theme")
+		?? both.map(({ className }) => className).find((name) => /\bdark\b/.test(name));
+	return theme ? /dark|high-contrast$/.test(theme) : systemDark();
 }
 
 export default function widget() {

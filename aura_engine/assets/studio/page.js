@@ -1,16 +1,11 @@
 // The page at `/`: a Studio whose engine answers over HTTP.
 import { Studio, TEXTS, Trouble, mount, t } from "./studio.js";
 
-Object.assign(TEXTS, {
-	shared: "Shared with you: “{prompt}”",
-	makeIt: "Make it",
-	keyMissing: "This engine asks for its key.",
-	keyWrong: "That is not this engine's key.",
-	notOurs: "Answered {status}, but not as an engine.",
-});
+async function toBase64(blob) {
+	const bytes = new Uint8Array(await blob.arrayBuffer());
+	return btoa(Array.from(bytes, (byte) => String.fromCharCode(byte)).join(""));
+}
 
-const toBase64 = async (blob) => (
-	btoa(Array.from(new Uint8Array(await blob.arrayBuffer()), (byte) => String.fromCharCode(byte)).join("")));
 const picture = (text, kind) => (
 	new Blob([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))], { type: `image/${kind}` }));
 
@@ -37,8 +32,10 @@ const storage = (where) => ({
 });
 const [remembered, session] = [storage("localStorage"), storage("sessionStorage")];
 
+const away = () => new Trouble("unreachable", t("notReached"));
+
 /** Over HTTP. Work goes through /jobs: it lives on when the page goes. */
-export class HttpEngine {
+class HttpEngine {
 	seen = {};
 	store = new BrowserStore();
 	address = location.href.split(/[?#]/)[0].replace(/\/$/, "");
@@ -49,15 +46,12 @@ export class HttpEngine {
 		session.set("key", key);
 	}
 
-
 	async call(path, { body, method = body ? "POST" : "GET", signal, accept = "application/json" } = {}) {
 		const headers = { Accept: accept };
 		if (body) headers["Content-Type"] = "application/json";
 		if (this.key && path !== "/health") headers.Authorization = `Bearer ${this.key}`;
 		const options = { method, headers, body: body && JSON.stringify(body), signal, cache: "no-store" };
-		const answer = await fetch(this.address + path, options).catch(() => {
-			throw new Trouble("unreachable", t("notReached"));
-		});
+		const answer = await fetch(this.address + path, options).catch(() => { throw away(); });
 		if (answer.ok) return answer;
 		const { status } = answer;
 		const retryAfter = Number(answer.headers.get("retry-after"));
@@ -93,7 +87,7 @@ export class HttpEngine {
 			yield { type, ...data, blob: kind && picture(data.image, kind) };
 			if (type === "done") return;
 		}
-		throw new Trouble("unreachable", t("notReached"));
+		throw away();
 	}
 }
 
@@ -101,7 +95,7 @@ export class HttpEngine {
 class BrowserStore {
 	most = 200e6; // bytes of pictures
 
-	/** What IndexedDB answers, or nothing where there is none. */
+	/** What IndexedDB answers, if there is one. */
 	async ask(table, act) {
 		const answer = (asked) => new Promise((resolve, reject) => {
 			Object.assign(asked, { onsuccess: () => resolve(asked.result), onerror: reject });
@@ -131,10 +125,9 @@ function receiptOfLink(hash) {
 	try { return JSON.parse(decodeURIComponent(/^#r=(.+)/.exec(hash)[1])); } catch { return null; }
 }
 
-
-export async function openPage(host, styles) {
+async function openPage(host, styles) {
 	const s = new Studio(new HttpEngine());
-	mount(host, s, { styles, isDark: () => matchMedia("(prefers-color-scheme: dark)").matches });
+	mount(host, s, { styles });
 	const receipt = receiptOfLink(location.hash);
 	const run = () => {
 		history.replaceState(null, "", location.pathname);
@@ -145,5 +138,10 @@ export async function openPage(host, styles) {
 	s.touch({ focus: "prompt" });
 }
 
+const load = (name) => fetch(new URL(name, import.meta.url));
 const host = document.getElementById("studio");
-if (host) openPage(host, await (await fetch(new URL("studio.css", import.meta.url))).text());
+if (host) {
+	const [styles, texts] = await Promise.all([load("studio.css"), load("texts.json")]);
+	Object.assign(TEXTS, await texts.json());
+	openPage(host, await styles.text());
+}

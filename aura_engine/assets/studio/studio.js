@@ -1,57 +1,22 @@
 // The Studio: one module, for the page at `/` and for notebooks.
 
-// ---- texts, for translations to replace
-export const TEXTS = {
-	prompt: "What should it be?", become: "What should it become?", example: "a fox on a green background",
-	generate: "Generate", stop: "Stop", surprise: "Surprise me", addPicture: "Add a picture",
-	settings: "Settings", shape: "Shape", count: "Pictures", seed: "Seed", dice: "Draw a seed", steps: "Steps",
-	guidance: "Guidance", temperature: "Temperature", strength: "Strength", negative: "Without",
-	negativeOff: "acts with guidance above 1", lora: "Style (LoRA)", size: "Size", high: "large",
-	own: "Back to the model's own", someSteps: "{n} steps", again: "Again", startFrom: "Start from it",
-	compare: "Compare", save: "Save", keep: "Keep", remove: "Delete", history: "Pictures", clear: "Clear all",
-	stage: "Picture", receipt: "Receipt", recall: "Use these settings", useSeed: "Use this seed", copy: "Copy",
-	python: "Python", json: "JSON", copied: "Copied.", copyThis: "Copy this:", seconds: "{n} s",
-	empty: "Describe something and press Generate.",
-	work: "{n} in work", failed: "not working", draining: "stopping", away: "not reachable",
-	on: "{model} on {device}", waitLoading: "The model is loading. Your picture starts by itself.",
-	waitBusy: "The engine is busy. Asking again in {n} s.", waitAway: "No answer. Trying again in {n} s.",
-	waitAsleep: "Waking up. Asking again in {n} s.", asking: "asking …",
-	queued: "{position} ahead of you, about {n} s", soon: "about {n} s", step: "step {step} of {steps}",
-	finishing: "finishing …", stopped: "Stopped.", done: "Done", resumed: "Went on while you were away.",
-	notReached: "The engine cannot be reached. The Studio keeps trying.", broken: "Something went wrong here: {why}",
-	modelFailed: "The model could not be loaded. {why}", lost: "Its start picture is gone.",
-	key: "Key", useKey: "Use key", noPrompt: "Say first what it should be.", close: "Close", undo: "Undo",
-	removed: "Deleted.", noLink: "A link cannot hold its start picture.",
-	paint: "Paint what may change", brush: "Brush size", erase: "Erase", invert: "Invert", wipe: "Clear",
-	closeUp: "Close-up", mayChange: "{share} % may change",
-	maskIs: "Mask. Arrows move the brush, Space paints.",
-	seedWrong: "A seed is a whole number. Empty draws one.",
-	cleared: "All pictures are deleted.", retry: "Try again", notPicture: "That is not a PNG, JPEG or WebP picture.",
-	offer: "This picture carries its receipt.", drop: "Drop it to start from it",
-	full: "The oldest pictures made room. Kept ones stay.", takeOff: "Take the picture off",
-	making: "in work: {prompt}", vary: "Vary", words: "Words", make: "Make {n}", grid: "{prompt} · seed {seed}",
-	axisWrong: "{axis}: up to 8 values within {allowed}, comma between.", made: "{n} of {of}",
-	engine: "Engine", local: "Local",
-	queueIs: "{length} pictures, {seconds} s", advice: "what to do", url: "where", lately: "last pictures",
-	stepCost: "Milliseconds a step, by pictures in it", gib: "{n} GiB",
-	fetching: "fetching {file}", bytes: "{done} of {total} GB",
-	keys: "Ctrl+Enter: Generate · Esc: Stop · /: What should it be? · ← →: Pictures",
-};
+// ---- texts
+/** Hosts fill it from texts.json. A word that it lacks stands for itself. */
+export const TEXTS = {};
 
-let texts = TEXTS;
 const number = (n, maximumFractionDigits = 2) => (
 	n.toLocaleString(undefined, { maximumFractionDigits, useGrouping: false }));
-export const t = (key, slots = {}) => (texts[key] ?? String(key)).replace(/\{(\w+)\}/g, (_, name) => {
+export const t = (key, slots = {}) => (TEXTS[key] ?? String(key)).replace(/\{(\w+)\}/g, (_, name) => {
 	const value = slots[name] ?? "";
 	return typeof value === "number" ? number(value) : value;
 });
 
-// ---- helpers
 const newSeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
 export const newId = () => `${Date.now().toString(36)}-${newSeed().toString(36)}`;
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 const whole = (seconds) => Math.max(1, Math.ceil(seconds));
 const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
+const upTo = (n) => [...Array(n).keys()];
 const last = (path) => String(path).split("/").pop();
 
 export function sleep(seconds, signal) {
@@ -62,7 +27,7 @@ export function sleep(seconds, signal) {
 	});
 }
 
-/** `code` is for the program, the message for people, `fields` [{loc}] for the form. */
+/** `code` is for the program, the message for people, `fields` for the form. */
 export class Trouble extends Error {
 	constructor(code, message, more) { Object.assign(super(message), { code, status: 0, fields: [], ...more }); }
 
@@ -74,12 +39,12 @@ export class Trouble extends Error {
 }
 
 // ---- requests, limits, receipts
-const ASPECTS = ["1:1", "4:3", "3:2", "16:9", "3:4", "2:3", "9:16"];
+const ASPECTS = "1:1 4:3 3:2 16:9 3:4 2:3 9:16".split(" ");
 const FIELDS = { refinePrompt: "prompt", aspectRatio: "aspect", guidanceScale: "guidance", negativePrompt: "negative" };
 export const FORM = { prompt: "", negative: "", aspect: "1:1", n: 1, seed: null, steps: null, guidance: null,
 	temperature: 0.7, strength: null, lora: null, high: false };
 
-/** What the model allows, [least, its own, most]; until /health says so, the bounds of the API. */
+/** What the model allows, [least, its own, most]; at first, what the API allows. */
 export function limitsOf(health) {
 	return { native: 512, loras: health?.loras ?? [], gpu: health?.gpu ?? false,
 		steps: [1, null, 100], guidance: [0, null, 30], seed: [0, null, Number.MAX_SAFE_INTEGER],
@@ -115,7 +80,7 @@ const shapeOf = ({ request, receipt = request.body.receipt, start }) => {
 	return width ? width / height : ratio(request.body.aspectRatio ?? "1:1");
 };
 
-/** The usual shape that is near (sizes are rounded), or else the exact one. */
+/** The usual shape that is near (sizes are rounded), or the exact one. */
 function aspectOf({ width, height }) {
 	const off = (aspect) => Math.abs(Math.log(ratio(aspect) * height / width));
 	const nearest = ASPECTS.toSorted((a, b) => off(a) - off(b))[0];
@@ -138,12 +103,10 @@ export async function receiptIn(blob) {
 	try { return JSON.parse(chunk.slice(chunk.indexOf("{"))); } catch { return null; }
 }
 
-
 const fileName = ({ prompt, seed }) => (
 	`${prompt.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40)}-${seed}.png`);
 
-/** A receipt as link, curl, Python or JSON. */
-export function copyAs(kind, receipt, limits, address) {
+function copyAs(kind, receipt, limits, address) {
 	if (kind === "json") return JSON.stringify(receipt, null, 2);
 	if (kind === "link") return `${address}/#r=${encodeURIComponent(JSON.stringify({ ...receipt, timings: undefined }))}`;
 	const mask = receipt.maskSha256 && (kind === "curl" ? "MASK.PNG AS BASE64" : "mask.png");
@@ -163,7 +126,7 @@ export function copyAs(kind, receipt, limits, address) {
 		+ `client.${route}(${given}).save(${JSON.stringify(file)})\n`;
 }
 
-/** A picture from outside, small enough to travel. */
+/** A picture, small enough to travel. */
 async function shrunk(blob, most) {
 	const bitmap = await createImageBitmap(blob).catch(() => { throw new Trouble("picture", t("notPicture")); });
 	const scale = Math.min(1, most / Math.max(bitmap.width, bitmap.height));
@@ -177,7 +140,7 @@ async function shrunk(blob, most) {
 // ---- the brush
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
 
-/** Draw the strokes of a mask, soft lines as wide as the brush. Sizes are shares of the width. */
+/** Draw the strokes of a mask. Sizes are shares of the width. */
 function drawMask(canvas, { strokes = [] }, colour) {
 	const { width, height } = canvas;
 	const pen = canvas.getContext("2d");
@@ -193,12 +156,11 @@ function drawMask(canvas, { strokes = [] }, colour) {
 	return pen;
 }
 
-// ---- engines
 const COMES_BACK = { not_ready: "waitLoading", queue_full: "waitBusy", unreachable: "waitAway", asleep: "waitAsleep",
 	shutting_down: "waitAway", not_found: "asking" };
 
-/** The events of a run. Waits through what passes by itself, and says so. */
-export async function* patiently(engine, run) {
+/** The events of a run. Waits through what passes by itself. */
+async function* patiently(engine, run) {
 	const { signal } = run.stop;
 	for (let pause = 2;; pause = Math.min(1.5 * pause, 10)) {
 		try {
@@ -211,7 +173,7 @@ export async function* patiently(engine, run) {
 			yield* run.job ? engine.resume(run.job, { signal }) : engine.generate(run.request, { signal });
 			return;
 		} catch (trouble) {
-			// A restarted engine has forgotten the job: asked again with its seed, it makes the same picture.
+			// A restarted engine forgot the job. Asked again with its seed, it makes the same picture.
 			const over = trouble.over || trouble.code === "not_found";
 			const canAsk = !run.made.length && run.request.images;
 			if (signal.aborted || !(trouble.code in COMES_BACK) || (over && !canAsk)) throw trouble;
@@ -223,20 +185,18 @@ export async function* patiently(engine, run) {
 	}
 }
 
-// ---- what is kept
 const working = ({ timings = {} }) => sum(Object.entries(timings).map(([stage, s]) => (stage === "queue" ? 0 : s)));
 export const pictureFrom = ({ picture: id, blob, receipt, at = Date.now(), seconds, star = false }) => (
 	{ id, blob, receipt, at, seconds: seconds ?? working(receipt), star });
 
-// ---- the state
-// What Compare can vary, and what it proposes.
-const AXES = { steps: () => [1, 2, 4, 8], seed: ({ seed }) => [0, 1, 2, 3].map((i) => seed + i),
+// What Compare varies, and what it proposes.
+const AXES = { steps: () => [1, 2, 4, 8], seed: ({ seed }) => upTo(4).map((i) => seed + i),
 	guidance: () => [1, 1.5, 2, 3, 5, 7.5], temperature: () => [0, 0.5, 1, 1.5], strength: () => [0.2, 0.4, 0.6, 0.8],
 	words: ({ prompt }) => [`${prompt} | `] };
 const WHOLE = ["steps", "seed"];
 const free = (url) => url && setTimeout(() => URL.revokeObjectURL(url), 1000);
 
-/** What the views show. Says `change` once a turn, `choice` when another picture is chosen. */
+/** What the views show. Says `change` once a turn, and `choice`. */
 export class Studio extends EventTarget {
 	pictures = []; runs = []; chosen = null; spread = null; comparing = null; form = { ...FORM }; start = null; wrong = [];
 	health = {}; limits = limitsOf(); examples = []; note = null; trouble = null; offer = null;
@@ -245,7 +205,7 @@ export class Studio extends EventTarget {
 	constructor(engine) {
 		super();
 		Object.assign(this, { engine, store: engine.store });
-		// Before it is drawn: nobody shall type into a form that fills itself a moment later.
+		// Before it is drawn: a form must not fill itself under somebody's hands.
 		Object.assign(this.form, this.store.form());
 	}
 
@@ -254,6 +214,8 @@ export class Studio extends EventTarget {
 		Object.assign(this, values);
 		this.due ??= Promise.resolve().then(() => { this.due = null; this.dispatchEvent(new Event("change")); });
 	}
+
+	focusOn(focus) { this.touch({ focus }); }
 
 	async begin() {
 		this.#watch();
@@ -304,7 +266,7 @@ export class Studio extends EventTarget {
 		this.touch();
 	}
 
-	/** The picture to start from: {blob, name, ratio}, or null. */
+	/** The picture to start from, or null. */
 	setStart(start) {
 		free(this.start?.url);
 		if (!start) this.store.remove("start", [0]);
@@ -323,14 +285,13 @@ export class Studio extends EventTarget {
 		this.touch({ painting, focus: painting ? "mask" : "prompt" });
 	}
 
-	/** Begin a stroke where the brush is. */
 	stroke(more) {
 		const { start, brush } = this;
 		const stroke = { ...brush, line: [brush.at, brush.at], ...more };
 		this.touch({ start: { ...start, strokes: [...start.strokes ?? [], stroke] } });
 	}
 
-	/** The mask has changed: it goes with the next request. */
+	/** The mask goes with the next request. */
 	masked(change) {
 		const start = { ...this.start, ...change };
 		const { width, height } = start;
@@ -438,8 +399,9 @@ export class Studio extends EventTarget {
 		if (this.find(picture.id)) return;
 		this.pictures.unshift(picture);
 		this.store.put("pictures", picture);
-		const over = () => sum(this.pictures.map(({ blob }) => blob.size)) > this.store.most;
-		for (let old; over() && (old = this.pictures.findLast((p) => !p.star && p !== picture));) {
+		while (sum(this.pictures.map(({ blob }) => blob.size)) > this.store.most) {
+			const old = this.pictures.findLast((one) => !one.star && one !== picture);
+			if (!old) return;
 			this.#forget([old]);
 			this.say(t("full"));
 		}
@@ -498,7 +460,7 @@ export class Studio extends EventTarget {
 		const before = this.pictures;
 		const at = before.indexOf(gone[0]);
 		const forgotten = this.#forget(gone);
-		if (!this.find(this.chosen)) this.choose((this.pictures[at] ?? this.pictures[at - 1])?.id);
+		if (!this.picture) this.choose((this.pictures[at] ?? this.pictures[at - 1])?.id);
 		await forgotten;
 		this.say(t(gone.length > 1 ? "cleared" : "removed"), () => {
 			this.pictures = [...this.pictures.filter((p) => !before.includes(p)), ...before];
@@ -508,7 +470,6 @@ export class Studio extends EventTarget {
 		});
 	}
 
-	// ---- compare
 	compare(picture = this.picture) {
 		const form = picture ? formOf(picture.receipt, this.limits)
 			: { ...this.form, n: 1, seed: this.form.seed ?? newSeed() };
@@ -531,7 +492,7 @@ export class Studio extends EventTarget {
 		return low === undefined || (value >= low && value <= high && !(WHOLE.includes(axis) && value % 1));
 	}
 
-	/** The values of an axis, or null for a wrong one. */
+	/** The values of an axis, or null. */
 	values(axis) {
 		if (!axis) return [null];
 		const words = axis === "words";
@@ -574,7 +535,7 @@ export class Studio extends EventTarget {
 }
 
 // ---- drawing
-/** What an element should be: h("div.row", {props}, ...kids). */
+/** An element to be: h("div.row", {props}, ...kids). */
 function h(name, ...kids) {
 	const [tag, ...classes] = name.split(".");
 	const props = kids[0]?.constructor === Object && !kids[0].tag ? kids.shift() : {};
@@ -596,7 +557,7 @@ function setProp(el, name, value) {
 	else if (el.getAttribute(name) !== String(value)) el.setAttribute(name, value === true && !aria ? "" : value);
 }
 
-/** Make `parent` look like `kids`. Nodes of one kind and key stay, with focus and scroll. */
+/** Make `parent` look like `kids`. Nodes of one kind and key stay, with their focus. */
 function patch(parent, kids) {
 	const old = [...parent.childNodes];
 	const nodes = kids.map((kid) => {
@@ -630,15 +591,14 @@ const DOT = h("i.dot");
 const dim = (...kids) => h("span.dim", ...kids);
 const icon = (name) => ICONS[name] && (
 	h("svg", { viewBox: "0 0 20 20", class: "icon", "aria-hidden": true }, h("path", { d: ICONS[name] })));
-const button = (name, onclick, props) => h("button", { onclick, ...props }, icon(name), h("span", t(name)));
+const face = (name) => [icon(name), h("span", t(name))];
+const button = (name, onclick, props) => h("button", { onclick, ...props }, face(name));
 const link = (name, onclick, props) => h("button.link", { onclick, ...props }, t(name));
 const small = (name, sign, onclick, { class: more = "", ...props } = {}) => (
-	h("button", { onclick, title: t(name), "aria-label": t(name), ...props, class: `quiet ${more}` }, icon(sign)));
+	h("button", { onclick, title: t(name), ...props, class: `quiet ${more}` }, icon(sign)));
 const card = (name, props, ...kids) => (
 	h("div", { key: name, role: "group", class: `card ${name}`, "aria-label": t(name), ...props }, ...kids));
 const field = (name, control, hidden) => h("label.field", { key: name, hidden }, dim(t(name)), control);
-const input = (s, name, props) => (
-	h("input", { name, value: s.form[name], oninput: (e) => s.set({ [name]: e.target.value }), ...props }));
 const select = (name, value, options, onpick, props) => (
 	h("select", { name, value, onchange: (e) => onpick(e.target.value), ...props },
 		options.map((option) => h("option", { value: option }, t(option || "none")))));
@@ -666,13 +626,12 @@ function slider(s, name, step, hidden) {
 		range(name, clamp(own ?? low, low, high), s.limits[name], step, set));
 }
 
-// ---- the view
 const progressOf = ({ stage, file, bytesDone, bytesTotal }) => (file ? t("fetching", { file: last(file) }) : stage)
 	+ (bytesTotal ? ` · ${t("bytes", { done: bytesDone / 1e9, total: bytesTotal / 1e9 })}` : "");
 const sentence = ({ say, loading, until, ...said }) => t(say, until ? { n: whole((until - Date.now()) / 1000) } : said)
 	+ (loading ? ` ${progressOf(loading)}` : "");
 const shareOf = ({ steps, n, made, said: { loading } }) => (loading?.bytesTotal ? loading.bytesDone / loading.bytesTotal
-	: sum([...Array(n).keys()].map((i) => (made[i] ? 1 : 0.95 * (steps[i] ?? 0)))) / n);
+	: sum(upTo(n).map((i) => (made[i] ? 1 : 0.95 * (steps[i] ?? 0)))) / n);
 const inWork = (queue) => (queue?.length ? ` · ${t("work", { n: queue.length })}` : "");
 const runName = ({ request }) => t("making", { prompt: promptOf(request) });
 
@@ -687,28 +646,29 @@ function headView(s) {
 
 function alertView(s) {
 	const { trouble } = s;
-	const again = () => { s.fail(null); trouble.again(); };
+	const close = () => s.fail(null);
+	const again = () => { close(); trouble.again(); };
 	const useKey = ({ target }) => {
-		s.engine.useKey(target.closest(".row").querySelector("input").value.trim());
+		s.engine.useKey(target.closest(".row").firstChild.value.trim());
 		again();
 	};
-	const enter = (e) => { if (e.key === "Enter") done(() => useKey(e))(e); };
+	const onkeydown = (e) => e.key === "Enter" && done(() => useKey(e))(e);
 	return h("div.alert", { role: "alert", hidden: !trouble }, trouble && [h("p", trouble.message), h("div.row",
 		trouble.status === 401 ? [h("input", { type: "password", "aria-label": t("key"), placeholder: t("key"),
-			onkeydown: enter }), button("useKey", useKey)] : trouble.again && button("retry", again),
-		SPACE, small("close", "x", () => { s.fail(null); s.touch({ focus: "prompt" }); }))]);
+			onkeydown }), button("useKey", useKey)] : trouble.again && button("retry", again),
+		SPACE, small("close", "x", () => { close(); s.focusOn("prompt"); }))]);
 }
 
 function composerView(s) {
 	const { form, limits, start, offer } = s;
 	const steps = limits.steps[1] && t("someSteps", { n: within(limits.steps, form.steps) });
-	const end = (run) => () => { s.offer = null; run?.(); s.touch({ focus: "prompt" }); };
+	const end = (run) => () => { s.offer = null; run?.(); s.focusOn("prompt"); };
 	const file = ({ target }) => { if (target.files[0]) s.take(target.files[0]); target.value = ""; };
-	return h("form", { key: "composer", class: `card composer ${s.open ? "open" : ""}`, novalidate: true,
+	return h("form", { class: `card composer ${s.open ? "open" : ""}`,
 		onsubmit: done(() => s.generate()) },
 	h("label.label", { for: "prompt" }, t(start ? "become" : "prompt")),
 	h("div.box",
-		h("textarea", { id: "prompt", name: "prompt", rows: 2, maxlength: 2000, placeholder: t("example"), value: form.prompt,
+		h("textarea", { id: "prompt", name: "prompt", placeholder: t("example"), value: form.prompt,
 			"aria-invalid": s.wrong.includes("prompt"), oninput: (e) => s.set({ prompt: e.target.value }) }),
 		start && h("div.start", h("img", { alt: "", src: start.url, title: start.name }),
 			limits.mask ? h("button.quiet", { "aria-pressed": s.painting, onclick: () => s.paint() }, icon("paint"),
@@ -717,11 +677,11 @@ function composerView(s) {
 		h("div.row",
 			h("label.button.quiet", { title: t("addPicture") }, icon("picture"), h("input.hidden", { type: "file",
 				accept: "image/png,image/jpeg,image/webp", "aria-label": t("addPicture"), onchange: file })),
-			h("button.quiet.fold", { key: "fold", title: t("settings"), "aria-expanded": Boolean(s.open),
+			h("button.quiet.fold", { title: t("settings"), "aria-expanded": Boolean(s.open),
 				onclick: () => s.touch({ open: !s.open }) },
 			h("span", [!start && form.aspect, steps].filter(Boolean).join(" · ")), icon("down")), SPACE,
-			h("button.main.go", { key: "go", type: "submit", title: "Ctrl+Enter", "aria-keyshortcuts": "Control+Enter",
-				disabled: ["failed", "ended"].includes(s.health.status) }, icon("generate"), h("span", t("generate"))))),
+			h("button.main.go", { type: "submit", title: "Ctrl+Enter", "aria-keyshortcuts": "Control+Enter",
+				disabled: ["failed", "ended"].includes(s.health.status) }, face("generate")))),
 	alertView(s),
 	offer && h("div.offer", { key: "offer" }, h("span.grow", offer.say),
 		button(offer.act, end(offer.run)), small("close", "x", end())),
@@ -731,10 +691,10 @@ function composerView(s) {
 function chipsView(s) {
 	const { examples } = s;
 	const surprise = () => { s.set({ prompt: examples[newSeed() % examples.length] }); s.generate(); };
-	const write = (prompt) => () => { s.set({ prompt }); s.touch({ focus: "prompt" }); };
-	const chip = (prompt) => h("button.chip", { onclick: write(prompt) }, prompt);
-	return h("div.chips", { key: "chips", hidden: !examples.length },
-		h("button.chip.first", { onclick: surprise }, icon("dice"), h("span", t("surprise"))),
+	const write = (prompt) => { s.set({ prompt }); s.focusOn("prompt"); };
+	const chip = (prompt) => h("button.chip", { onclick: () => write(prompt) }, prompt);
+	return h("div.chips", { hidden: !examples.length },
+		h("button.chip.first", { onclick: surprise }, icon("dice"), t("surprise")),
 		examples.slice(0, 4).map(chip));
 }
 
@@ -748,18 +708,19 @@ function settingsView(s) {
 		const text = target.value.trim();
 		s.set({ seed: text ? (/^\d+$/.test(text) ? Number(text) : NaN) : null });
 	};
-	return h("div.settings", { key: "settings" },
+	return h("div.settings",
 		radios("shape", form.aspect, shapes, set("aspect"), Boolean(start)),
 		radios("size", form.high, [[false, t("standard")], [true, t("high")]], set("high"), !limits.gpu || Boolean(start)),
 		h("div.pair", radios("count", form.n, [1, 2, 3, 4].map((n) => [n, n]), set("n")),
 			h("div.seed",
-				field("seed", input(s, "seed", { inputmode: "numeric", autocomplete: "off", placeholder: t("random"),
+				field("seed", h("input", { name: "seed", inputmode: "numeric", autocomplete: "off", placeholder: t("random"),
 					oninput: onSeed, "aria-invalid": s.wrong.includes("seed"),
 					value: Number.isNaN(form.seed) ? undefined : form.seed ?? "" })),
 				small("dice", "dice", () => s.set({ seed: newSeed() })))),
 		slider(s, "strength", 0.05, !start), slider(s, "steps", 1), slider(s, "guidance", 0.1),
 		slider(s, "temperature", 0.05),
-		field("negative", input(s, "negative", { maxlength: 2000, disabled: !acts, placeholder: !acts && t("negativeOff") }),
+		field("negative", h("input", { name: "negative", value: form.negative, disabled: !acts,
+			placeholder: !acts && t("negativeOff"), oninput: (e) => set("negative")(e.target.value) }),
 			limits.guidance[2] <= 1),
 		field("lora", select("lora", form.lora ?? "", ["", ...limits.loras], (name) => s.set({ lora: name || null })),
 			!limits.loras.length));
@@ -769,21 +730,20 @@ function stageView(s) {
 	if (s.painting) return paintView(s);
 	const { picture, running: run } = s;
 	const made = (one) => ({ src: s.url(one), alt: one.receipt.prompt, class: "", id: one.id });
-	const at = (_, i) => (run.made[i] ? made(run.made[i])
-		: { src: run.previews[i], alt: runName(run), class: run.previews[i] ? "preview" : "blank" });
-	const shown = run ? Array.from({ length: run.n }, at) : (s.spread ?? [picture]).filter(Boolean).map(made);
-	const tile = ({ id, ...props }) => (shown.length < 2 ? h("img", props)
-		: h("button", { disabled: !id, "aria-pressed": id === s.chosen, onclick: () => s.choose(id) }, h("img", props)));
+	const at = (i, src = run.previews[i]) => (run.made[i] ? made(run.made[i])
+		: { src, alt: runName(run), class: src ? "preview" : "blank" });
+	const shown = run ? upTo(run.n).map((i) => at(i)) : (s.spread ?? [picture]).filter(Boolean).map(made);
+	const tile = ({ id, ...props }) => (shown[1] ? h("button", { disabled: !id, "aria-pressed": id === s.chosen,
+		onclick: () => s.choose(id) }, h("img", props)) : h("img", props));
 	const light = shown.find(({ src }) => src);
 	return card("stage", { hidden: Boolean(s.comparing) },
-		light && h("img.glow", { key: "glow", alt: "", src: light.src }),
+		light && h("img.glow", { alt: "", src: light.src }),
 		!shown.length && h("div.empty", { key: "empty" }, h("span.mark"), h("p", t("empty"))),
-		h("div", { key: "frame", class: `frame ${shown.length > 1 ? "many" : ""}`, hidden: !shown.length,
+		h("div", { key: "frame", class: shown[1] ? "frame many" : "frame", hidden: !shown.length,
 			"--ratio": run || picture ? shapeOf(run ?? picture) : 1 }, shown.map(tile)),
 		run ? meterView(s, run) : picture && actionsView(s, picture));
 }
 
-/** The start picture under its mask, and the brush. */
 function paintView(s) {
 	const { start: { url, width, height, crop }, brush } = s;
 	const [x, y] = brush.at;
@@ -843,11 +803,12 @@ function compareView(s, edit = true) {
 	const title = (name, value) => (name && isNaN(value) ? value : name && `${t(name).toLowerCase()} ${number(value)}`);
 	const axis = (which, other, names) => {
 		const name = c[which];
-		const text = { name, value: c.text[name], "aria-label": `${t("over")} (${which})`, "aria-invalid": !s.values(name) };
+		const free = names.filter((one) => !one || one !== c[other]);
+		const pick = (to) => { c[which] = to; s.touch(); };
 		const write = ({ target }) => { c.text[name] = target.value; s.touch(); };
-		return [select(which, name, names.filter((one) => !one || one !== c[other]), (to) => { c[which] = to; s.touch(); },
-			{ key: which, "aria-label": `${t("vary")} (${which})` }),
-		name && [dim(t("over")), h("input", { key: name, ...text, oninput: write })]];
+		return [select(which, name, free, pick, { key: which, "aria-label": `${t("vary")} (${which})` }),
+			name && [dim(t("over")), h("input", { key: name, name, value: c.text[name], oninput: write,
+				"aria-label": `${t("over")} (${which})`, "aria-invalid": !s.values(name) })]];
 	};
 	const cell = ({ x, y, run }) => {
 		const [picture] = run.made;
@@ -857,12 +818,12 @@ function compareView(s, edit = true) {
 		src && h("img", { alt: "", src, class: picture ? "" : "preview" }), run.trouble));
 	};
 	const of = c.cells.length;
-	const row = (y, i) => h("tr", h("th", { scope: "row" }, title(c.y, y)),
-		c.cells.slice(i * c.xs.length, (i + 1) * c.xs.length).map(cell));
+	const tiles = (i) => c.cells.slice(i * c.xs.length, (i + 1) * c.xs.length).map(cell);
+	const row = (y, i) => h("tr", h("th", { scope: "row" }, title(c.y, y)), tiles(i));
 	const made = c.cells.filter(({ run }) => run.made.length).length;
 	const n = edit && (s.values(c.x)?.length ?? 0) * (s.values(c.y)?.length ?? 0);
 	return card("compare", {},
-		edit && h("form.row.axes", { novalidate: true, onsubmit: done(() => s.fill()) }, dim(t("vary")),
+		edit && h("form.row.axes", { onsubmit: done(() => s.fill()) }, dim(t("vary")),
 			axis("x", "y", s.axes), dim(t("and")), axis("y", "x", ["", ...s.axes]),
 			h("button.main", { type: "submit" }, t("make", { n })),
 			small("close", "x", () => s.endCompare())),
@@ -876,11 +837,10 @@ function historyView(s) {
 	const { items } = s;
 	const none = !s.running && !s.picture;
 	const option = (item, i) => {
-		const { id, request, previews, star, receipt } = item;
-		const src = request ? Object.values(previews)[0] : s.url(item);
-		const name = request ? runName(item) : receipt.prompt;
-		return h("li", { key: id, role: "option", title: name, "aria-label": name, "aria-selected": id === s.chosen,
-			tabindex: id === s.chosen || (none && !i) ? 0 : -1, onclick: () => { s.choose(id); s.touch({ focus: CHOSEN }); } },
+		const { id, request, star, receipt } = item;
+		const [src, name] = request ? [Object.values(item.previews)[0], runName(item)] : [s.url(item), receipt.prompt];
+		return h("li", { key: id, role: "option", title: name, "aria-selected": id === s.chosen,
+			tabindex: id === s.chosen || (none && !i) ? 0 : -1, onclick: () => { s.choose(id); s.focusOn(CHOSEN); } },
 		src && h("img", { alt: "", src }), star && icon("keep"),
 		request && h("i.ring", { "--at": `${100 * shareOf(item)}%` }));
 	};
@@ -893,8 +853,8 @@ function historyView(s) {
 function factList(facts) {
 	const fact = ([key, value]) => {
 		const said = [value].flat().filter((one) => one || one === 0);
-		return said.length > 0 && h("div", { key, class: `fact-${key} ${value.length > 16 ? "wide" : ""}` },
-			h("dt", t(key).toLowerCase()), h("dd", value.join ? said.join("; ") : value));
+		return said[0] !== undefined && h("div", { key, class: `fact-${key} ${value.length > 16 ? "wide" : ""}` },
+			h("dt", t(key)), h("dd", value.tag ? value : said.map((one) => (one.toFixed ? number(one) : one)).join("; ")));
 	};
 	return h("dl", Object.entries(facts).map(fact));
 }
@@ -905,16 +865,16 @@ function receiptView(s) {
 	const { receipt: r, seconds } = picture;
 	const { address } = s.engine;
 	const copy = async (kind) => {
-		const copied = copyAs(kind, r, s.limits, address);
-		try { await navigator.clipboard.writeText(copied); } catch { return s.touch({ copied, focus: "copied" }); }
+		s.copied = copyAs(kind, r, s.limits, address);
+		try { await navigator.clipboard.writeText(s.copied); } catch { return s.focusOn("copied"); }
 		s.copied = "";
 		return s.say(t("copied"));
 	};
 	const facts = { seed: link(r.seed, () => s.set({ seed: r.seed }), { title: t("useSeed") }),
 		size: `${r.width} × ${r.height}`,
-		steps: r.stepsAsked > r.steps ? `${r.steps} / ${r.stepsAsked}` : r.steps, guidance: number(r.guidanceScale),
-		temperature: number(r.temperature), strength: r.strength && number(r.strength), negative: r.negativePrompt,
-		lora: r.loraAlias, sampler: r.scheduler, model: last(r.model),
+		steps: r.stepsAsked > r.steps ? `${r.steps} / ${r.stepsAsked}` : r.steps, guidance: r.guidanceScale,
+		temperature: r.temperature, strength: r.strength, negative: r.negativePrompt, lora: r.loraAlias,
+		sampler: r.scheduler, model: last(r.model),
 		time: seconds && t("seconds", { n: number(seconds, 1) }),
 		mask: r.maskSha256?.slice(0, 8), closeUp: r.paddingMaskCrop && `${r.paddingMaskCrop} px`,
 		notes: r.corrections };
@@ -923,17 +883,20 @@ function receiptView(s) {
 		h("h2", t("receipt")), h("p", r.prompt), factList(facts),
 		h("div.row", button("recall", () => s.recall(picture), keyed("recall")), dim(t("copy")),
 			kinds.map((kind) => link(kind, () => copy(kind))), address && r.strength && dim(t("noLink"))),
-		s.copied && h("textarea", { name: "copied", key: "copied", readonly: true, rows: 4, "aria-label": t("copyThis"),
+		s.copied && h("textarea", { name: "copied", key: "copied", readonly: true, "aria-label": t("copyThis"),
 			value: s.copied, onfocus: (e) => e.target.select() }));
 }
 
-function engineFacts({ status, reason, advice, url, model, device, gpuName, queue, memory, version, lately, ...more }) {
-	const { loras, scheduler, precision, optimizations, warnings } = more;
+const SHOWN = "status reason advice url model device loras scheduler precision queue version memory optimizations "
+	+ "warnings lately";
+
+function engineFacts(health) {
+	const { status, device, gpuName, queue, memory } = health;
 	const gib = (bytes) => t("gib", { n: number(bytes / 2 ** 30, 1) });
-	return { status: t(status) + inWork(queue), reason, advice, url, model, device: gpuName ?? device, loras, scheduler,
-		precision, queue: queue && t("queueIs", queue), version,
-		memory: memory && [gib(memory.rss), memory.gpu && `GPU ${gib(memory.gpu)}`],
-		 optimizations, warnings, lately };
+	const said = { ...health, status: t(status) + inWork(queue), device: gpuName ?? device,
+		queue: queue && t("queueIs", queue),
+		memory: memory && [gib(memory.rss), memory.gpu && `GPU ${gib(memory.gpu)}`] };
+	return Object.fromEntries(SHOWN.split(" ").map((name) => [name, said[name]]));
 }
 
 function stepChart(costs = {}) {
@@ -974,31 +937,35 @@ const VIEWS = {
 };
 
 // ---- hosts
+export const systemDark = () => matchMedia("(prefers-color-scheme: dark)").matches;
+
 function actionOf(e, s, target) {
 	const { key } = e;
+	const control = e.ctrlKey || e.metaKey;
+	const arrow = ARROWS[key];
 	const inList = target.matches("[role=option]");
-	const way = { Home: -1e6, End: 1e6 }[key] ?? (key in ARROWS && sum(ARROWS[key]));
-	const typing = target.matches("input:not([type=radio], [type=range]), textarea, select");
-	if (target.matches("canvas") && key in ARROWS) {
-		return () => { s.brush.at = s.brush.at.map((at, i) => clamp(at + ARROWS[key][i] / 25, 0, 1)); s.touch(); };
-	}
-	if (target.matches("canvas") && key === " ") return () => { s.stroke(); s.masked(); };
-	if (s.painting && !typing && key === "z" && (e.ctrlKey || e.metaKey)) return () => s.undo();
+	if (key === "Enter" && control) return () => s.generate();
 	if (key === "Escape" && s.painting) return () => s.paint();
-	if (key === "Enter" && (e.ctrlKey || e.metaKey)) return () => s.generate();
-	if (key === "Escape") return s.runs.length ? () => s.stop() : s.comparing && (() => s.endCompare());
-	if (e.ctrlKey || e.metaKey || e.altKey || typing) return null;
-	if (inList && way) return () => { s.move(way); s.touch({ focus: CHOSEN }); };
-	if (key === "/") return () => s.touch({ focus: "prompt" });
+	if (key === "Escape") return s.runs[0] ? () => s.stop() : s.comparing && (() => s.endCompare());
+	if (target.matches("input:not([type=radio], [type=range]), textarea, select")) return null;
+	if (key === "z" && control && s.painting) return () => s.undo();
+	if (control || e.altKey) return null;
+	if (target.matches("canvas")) {
+		if (arrow) return () => { s.brush.at = s.brush.at.map((at, i) => clamp(at + arrow[i] / 25, 0, 1)); s.touch(); };
+		if (key === " ") return () => { s.stroke(); s.masked(); };
+	}
+	const way = { Home: -1e6, End: 1e6 }[key] ?? (arrow && sum(arrow));
+	if (inList && way) return () => { s.move(way); s.focusOn(CHOSEN); };
+	if (key === "/") return () => s.focusOn("prompt");
 	const pressed = key.replace("Backspace", "Delete").toLowerCase();
 	const name = Object.keys(KEYS).find((one) => KEYS[one].toLowerCase() === pressed);
-	if (!name || !(name === "paint" ? s.start && s.limits.mask : s.picture)) return null;
-	return () => { s[name](); if (inList && name === "remove") s.touch({ focus: CHOSEN }); };
+	if (!(name === "paint" ? s.start && s.limits.mask : name && s.picture)) return null;
+	return () => { s[name](); if (inList && name === "remove") s.focusOn(CHOSEN); };
 }
 
-/** Show the part of a Studio that `view` names. Returns what ends it. */
-export function mount(host, s, { styles, isDark, view = "studio", texts: own } = {}) {
-	texts = { ...texts, ...own };
+/** Show one of the VIEWS. Returns what ends it. */
+export function mount(host, s, { styles, isDark = systemDark, view = "studio", texts } = {}) {
+	Object.assign(TEXTS, texts);
 	const root = host.shadowRoot ?? host.attachShadow({ mode: "open" });
 	const sheet = new CSSStyleSheet();
 	sheet.replaceSync(styles);
