@@ -24,8 +24,8 @@ from .transport import Ask, Replay
 from .types import AuraError, Cancelled, Done, Event, Image, Preview, Queued, Receipt, Step
 
 # %% auto #0
-__all__ = ['Listener', 'KEPT', 'Shot', 'Album', 'Message', 'preview_file', 'shot_message', 'message_of', 'count_of', 'Work',
-           'Desk', 'engine_in', 'is_alike', 'is_successor', 'desk_of', 'close_desks']
+__all__ = ['Listener', 'KEPT', 'Shot', 'Album', 'Message', 'preview_file', 'shot_message', 'message_of', 'Record', 'count_of',
+           'Work', 'Desk', 'engine_in', 'is_alike', 'is_successor', 'desk_of', 'close_desks']
 
 # %% ../nbs/13a_album.ipynb #4dfc70c6
 @dataclass(eq=False)
@@ -123,6 +123,38 @@ def message_of(event: Event | Notice) -> Message | None:
 # %% ../nbs/13a_album.ipynb #a37ae912
 Listener = Callable[[Message], None]
 
+class Record:
+    "The messages of one question, for those who listen now and those who come late."
+    def __init__(self) -> None:
+        self.messages: list[Message] = []
+        self._listeners: list[Listener] = []
+        self._lock = threading.RLock()       # a listener may ask for the progress
+
+    def tell(self, message: Message) -> None:
+        "Add a message and pass it on."
+        with self._lock:
+            if message.body["type"] == "preview": self._forget_preview(message.body["index"])
+            self.messages.append(message)
+            listeners = list(self._listeners)
+        for hear in listeners: hear(message)
+
+    def _forget_preview(self, index: int) -> None:
+        old = {"type": "preview", "index": index}
+        self.messages = [m for m in self.messages if not old.items() <= m.body.items()]
+
+    def listen(self, hear: Listener) -> None:
+        "Hear all messages from the first one on."
+        with self._lock:
+            for message in self.messages: hear(message)
+            self._listeners.append(hear)
+
+    def progress(self, pictures: int) -> float:
+        "How far a question for so many pictures is, 0 to 1."
+        with self._lock: steps = {m.body["index"]: m.body for m in self.messages if m.body["type"] == "step"}
+        shares = [s["step"] / s["steps"] for s in steps.values()]
+        return sum(shares) / max(len(shares), pictures) if shares else 0.0
+
+# %% ../nbs/13a_album.ipynb #1ef9fb5f
 def count_of(ask: Ask) -> int:
     "How many pictures a question asks for."
     if isinstance(ask, Replay): return 1
@@ -143,34 +175,16 @@ class Work:
         self.engine = ""                     # which of the client's engines was asked last
         self.over = False
         self._task: asyncio.Task[Any] | None = None
-        self._messages: list[Message] = []
-        self._listeners: list[Listener] = []
-        self._lock = threading.RLock()       # a listener may ask for the progress
+        self._record = Record()
 
     @property
     def progress(self) -> float:
         "How far it is, 0 to 1."
-        with self._lock: steps = {m.body["index"]: m.body for m in self._messages if m.body["type"] == "step"}
-        shares = [s["step"] / s["steps"] for s in steps.values()]
-        return sum(shares) / max(len(shares), count_of(self.ask)) if shares else 0.0
-
-    def tell(self, message: Message) -> None:
-        "Add a message and pass it on."
-        with self._lock:
-            if message.body["type"] == "preview": self._forget_preview(message.body["index"])
-            self._messages.append(message)
-            listeners = list(self._listeners)
-        for hear in listeners: hear(message)
-
-    def _forget_preview(self, index: int) -> None:
-        old = {"type": "preview", "index": index}
-        self._messages = [m for m in self._messages if not old.items() <= m.body.items()]
+        return self._record.progress(count_of(self.ask))
 
     def listen(self, hear: Listener) -> None:
         "Hear all messages from the first one on."
-        with self._lock:
-            for message in self._messages: hear(message)
-            self._listeners.append(hear)
+        self._record.listen(hear)
 
     async def run(self) -> None:
         "Ask, and tell what happens until the end."
@@ -180,7 +194,7 @@ class Work:
                 async for event in events:
                     if isinstance(event, Notice) and event.kind == "asks": self.engine = event.engine
                     if isinstance(event, Image): self._made(event)
-                    elif message := message_of(event): self.tell(message)
+                    elif message := message_of(event): self._record.tell(message)
         except AuraError as error: self._failed(error)
         except asyncio.CancelledError: self._failed(Cancelled("Stopped."))
         finally:
@@ -193,11 +207,11 @@ class Work:
         self.shots.append(shot)
         if self.aside: self.desk.album.set_aside(shot)
         else: self.desk.album.add(shot)
-        self.tell(shot_message(shot, event.index))
+        self._record.tell(shot_message(shot, event.index))
 
     def _failed(self, error: AuraError) -> None:
         self.error = error
-        self.tell(Message({"type": "failed", "problem": error.problem("")}))
+        self._record.tell(Message({"type": "failed", "problem": error.problem("")}))
 
     def cancel(self) -> None:
         "Stop at the next step; what is finished stays."

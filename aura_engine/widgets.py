@@ -24,7 +24,8 @@ STUDIO_FOLDER = _HERE / "assets/studio"
 
 # %% auto #0
 __all__ = ['STUDIO_FOLDER', 'FORM', 'VARIED', 'Axis', 'form_of', 'ask_of', 'asked_by', 'shown_of', 'Still', 'module_text', 'Pane',
-           'account_of', 'examples_from', 'Conversation', 'Studio', 'EngineStatus', 'checked_axis', 'Compare']
+           'account_of', 'examples_from', 'Conversation', 'Exhibit', 'Studio', 'EngineStatus', 'checked_axis', 'Axes',
+           'Compare']
 
 # %% ../nbs/13b_widgets.ipynb #a1cd870a
 FORM: dict[str, Any] = {
@@ -209,7 +210,30 @@ class Conversation(Pane):
         else: work.listen(lambda m: self.tell(id, m))
 
 # %% ../nbs/13b_widgets.ipynb #50671ddb
-class Studio(Conversation):
+class Exhibit(Conversation):
+    "A pane with pictures: all of them, the chosen one, and a still for readers without a kernel."
+    @property
+    def pictures(self) -> list[Shot]:
+        "All pictures, newest first."
+        return list(self.desk.album.shots)
+
+    @property
+    def chosen(self) -> Shot | None:
+        "The picture that is chosen in the browser, else the newest."
+        return self.desk.album.find(self.choice) or next(iter(self.desk.album.shots), None)
+
+    def still(self) -> dict[str, str]:
+        "The newest pictures."
+        return {"text/html": self.snapshot(128)._repr_mimebundle_()["text/html"]} if self.pictures else {}
+
+    def snapshot(self, width: int = 256) -> Grid:
+        "A still of the newest pictures, for a notebook that is read without a kernel."
+        shots = self.pictures[:6]
+        labels = [s.receipt.prompt for s in shots if s.receipt]
+        return grid([s.image for s in shots], width=width, columns=3, labels=labels)
+
+# %% ../nbs/13b_widgets.ipynb #282a2842
+class Studio(Exhibit):
     """Prompt to picture, picture to picture. Further arguments fill the form: `Studio("offline", prompt="an owl")`.
 
     `source`: "offline", an address, a client, an `Engine`, or None for a running engine here and then the cloud.
@@ -237,16 +261,6 @@ class Studio(Conversation):
     @T.validate("value")
     def _whole_form(self, proposal: Any) -> dict[str, Any]: return form_of(proposal["value"])
 
-    @property
-    def pictures(self) -> list[Shot]:
-        "All pictures, newest first."
-        return list(self.desk.album.shots)
-
-    @property
-    def chosen(self) -> Shot | None:
-        "The picture that is chosen in the browser, else the newest."
-        return self.desk.album.find(self.choice) or next(iter(self.desk.album.shots), None)
-
     def generate(self, start: Any = None, mask: Any = None) -> Work:
         """Make what the form asks for, from a picture `start` if there is one; returns at once, see `Work.wait`.
 
@@ -270,16 +284,6 @@ class Studio(Conversation):
         if self._work_changed in self.desk.watchers: self.desk.watchers.remove(self._work_changed)
         self.stop()
         super().close()
-
-    def still(self) -> dict[str, str]:
-        "The newest pictures."
-        return {"text/html": self.snapshot(128)._repr_mimebundle_()["text/html"]} if self.pictures else {}
-
-    def snapshot(self, width: int = 256) -> Grid:
-        "A still of the newest pictures, for a notebook that is read without a kernel."
-        shots = self.pictures[:6]
-        labels = [s.receipt.prompt for s in shots if s.receipt]
-        return grid([s.image for s in shots], width=width, columns=3, labels=labels)
 
 # %% ../nbs/13b_widgets.ipynb #b83bee01
 class EngineStatus(Pane):
@@ -311,6 +315,31 @@ def checked_axis(which: str, axis: Axis) -> Axis:
     if name and name not in VARIED: raise Invalid.value(which, given=name, allowed=", ".join(VARIED))
     return name, list(values) or [None]
 
+# %% ../nbs/13b_widgets.ipynb #aad46c38
+class Axes:
+    "What a comparison varies: one setting or two, and a cell (x value, y value) for each pair of their values."
+    def __init__(self, x: Axis, y: Axis):
+        self.x = checked_axis("x", x)
+        self.y = checked_axis("y", y)
+        self.cells = [(vx, vy) for vy in self.y[1] for vx in self.x[1]]
+
+    def _named(self, cell: tuple[Any, Any]) -> dict[str, Any]:
+        return {name: value for (name, _), value in zip((self.x, self.y), cell) if name}
+
+    def varied(self, receipt: Receipt, cell: tuple[Any, Any]) -> Receipt:
+        "The receipt of a tile."
+        return replace(receipt, **self._named(cell))
+
+    def label(self, cell: tuple[Any, Any]) -> str:
+        "What a tile is called."
+        named = self._named(cell).items()
+        return " · ".join(v if isinstance(v, str) else f"{_WORDS.get(name, name)} {v:g}" for name, v in named)
+
+    def told(self) -> dict[str, Any]:
+        "The axes as the browser draws them."
+        names = [_WORDS.get(name, name) for name in (self.x[0], self.y[0])]
+        return {"x": names[0], "y": names[1], "xs": self.x[1], "ys": self.y[1]}
+
 # %% ../nbs/13b_widgets.ipynb #b55ea7d0
 class Compare(Conversation):
     """One picture over a grid. `x`, `y`: a field and its values, `("steps", [1, 2, 4])`.
@@ -322,10 +351,8 @@ class Compare(Conversation):
 
     def __init__(self, source: Any, what: str | Receipt, x: Axis, y: Axis = ("", ()), seed: int = 1,
                  at_once: int = 4, **options: Any):
-        self.x = checked_axis("x", x)
-        self.y = checked_axis("y", y)
+        self.axes = Axes(x, y)
         self.results: dict[tuple[Any, Any], Shot | AuraError] = {}
-        self.cells = [(vx, vy) for vy in self.y[1] for vx in self.x[1]]
         super().__init__(source, view="compare")
         first = what if isinstance(what, Receipt) else generation(what, seed=seed, **options)
         self.work: Future[None] = self.client.start(self._fill(first, asyncio.Semaphore(at_once)))
@@ -333,29 +360,16 @@ class Compare(Conversation):
     async def _fill(self, first: Receipt | Ask, room: asyncio.Semaphore) -> None:
         receipt = first if isinstance(first, Receipt) else (await self.client.aio.collect(first)).receipts[0]
         if receipt is None: raise Invalid("This engine gives no receipts, so nothing can be compared.")
-        works = [self.desk.lay_out(Replay(self.varied(receipt, cell)), aside=True) for cell in self.cells]
-        self.table = self._told(receipt, works)
-        await asyncio.gather(*(self._one(cell, work, room) for cell, work in zip(self.cells, works)))
+        cells = self.axes.cells
+        works = [self.desk.lay_out(Replay(self.axes.varied(receipt, cell)), aside=True) for cell in cells]
+        # What the browser draws: the axes, and the work behind each tile.
+        form = {"prompt": receipt.prompt, "seed": receipt.seed}
+        self.table = {**self.axes.told(), "jobs": [w.id for w in works], "form": form}
+        await asyncio.gather(*(self._one(cell, work, room) for cell, work in zip(cells, works)))
 
     async def _one(self, cell: tuple[Any, Any], work: Work, room: asyncio.Semaphore) -> None:
         async with room: await work.run()
         self.results[cell] = work.error or work.shots[0]
-
-    def _told(self, receipt: Receipt, works: list[Work]) -> dict[str, Any]:
-        "What the browser draws: the axes, and the work behind each tile."
-        names = [_WORDS.get(name, name) for name in (self.x[0], self.y[0])]
-        return {"x": names[0], "y": names[1], "xs": self.x[1], "ys": self.y[1], "jobs": [w.id for w in works],
-                "form": {"prompt": receipt.prompt, "seed": receipt.seed}}
-
-    def varied(self, receipt: Receipt, cell: tuple[Any, Any]) -> Receipt:
-        "The receipt of a tile."
-        changed = {name: value for (name, _), value in zip((self.x, self.y), cell) if name}
-        return replace(receipt, **changed)
-
-    def label(self, cell: tuple[Any, Any]) -> str:
-        "What a tile is called."
-        named = [(name, value) for (name, _), value in zip((self.x, self.y), cell) if name]
-        return " · ".join(v if isinstance(v, str) else f"{_WORDS.get(name, name)} {v:g}" for name, v in named)
 
     def cancel(self) -> None:
         "Stop; what is there stays."
@@ -372,6 +386,6 @@ class Compare(Conversation):
 
     def grid(self, width: int = 128) -> Grid:
         "The finished tiles as one picture, for a notebook that is read without a kernel."
-        made = {cell: shot for cell in self.cells if isinstance(shot := self.results.get(cell), Shot)}
-        labels = [self.label(c) for c in made]
-        return grid([s.image for s in made.values()], width=width, columns=len(self.x[1]), labels=labels)
+        made = {cell: shot for cell in self.axes.cells if isinstance(shot := self.results.get(cell), Shot)}
+        labels = [self.axes.label(c) for c in made]
+        return grid([s.image for s in made.values()], width=width, columns=len(self.axes.x[1]), labels=labels)

@@ -5,6 +5,7 @@ import httpx
 import pytest
 from PIL import Image
 
+import accessible
 from conftest import ROOT, Server, clean_env, start
 from test_faults import Hub
 
@@ -842,6 +843,16 @@ def test_widths_and_themes(gallery, width, scheme, tmp_path):
         assert out.stat().st_size > 5_000
     found = axe.run(gallery).response["violations"]
     assert not found, [(v["id"], [n["html"][:120] for n in v["nodes"]]) for v in found]
+
+
+def test_the_accessibility_tree(gallery):
+    """Roles and names as Chromium tells them to a screen reader."""
+    gallery.set_viewport_size({"width": 1040, "height": 940})
+    nodes = accessible.tree(gallery, "#studio")
+    accessible.check(nodes, ("heading", "Aura"), ("textbox", "What should it be?"), ("button", "Generate"), ("slider", "Steps"), ("radio", "16:9"),
+                     ("group", "Picture"), ("group", "Receipt"), ("listbox", "Pictures"), ("button", "Keep (F)"))
+    roles = [role for role, _ in nodes]
+    assert roles.count("option") == len(THINGS) and "status" in roles
 
 
 @pytest.mark.parametrize("what", ["settings", "panel", "compare", "alert", "start", "brush", "empty"])

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import accessible
 from conftest import ROOT, clean_env, free_port
 
 pytestmark = pytest.mark.slow
@@ -132,6 +133,12 @@ def test_the_theme_is_followed(page, studio):
     for theme, dark in (("JupyterLab Dark", True), ("JupyterLab Light", False)):
         page.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", theme)
         page.wait_for_function("dark => document.querySelector('[data-lm-suppress-shortcuts]').hasAttribute('data-dark') === dark", arg=dark)
+
+
+def test_the_accessibility_tree(page, studio):
+    """In Lab, too, each control has its role and name."""
+    accessible.check(accessible.tree(page, "[data-lm-suppress-shortcuts]"), ("textbox", "What should it be?"), ("button", "Generate"),
+                     ("slider", "Steps"), ("group", "Receipt"), ("listbox", "Pictures"))
 
 
 def test_compare_and_the_panel_are_there(page):

@@ -247,7 +247,7 @@ def test_compare(source):
     with AuraClient(source, mode="local") as client:
         table = Compare(client, "a fox", x=("steps", [1, 2]), y=("scheduler", ["lcm", "ddim"])).wait(120)
         assert set(table.results) == {(1, "lcm"), (2, "lcm"), (1, "ddim"), (2, "ddim")} and all(isinstance(r, Shot) for r in table.results.values())
-        assert len({r.image.tobytes() for r in table.results.values()}) > 2 and table.label((2, "lcm")) == "steps 2 · lcm"
+        assert len({r.image.tobytes() for r in table.results.values()}) > 2 and table.axes.label((2, "lcm")) == "steps 2 · lcm"
         receipts = [r.receipt for r in table.results.values()]
         assert len({(r.seed, r.temperature, r.prompt) for r in receipts}) == 1
         assert table.grid().image.width > 200 and len(table.table["jobs"]) == 4 and table.desk.album.shots == []
