@@ -130,7 +130,7 @@ def loras_in(prompt: str, row: Row, notes: list[Note]) -> tuple[str, str | None]
             notes.append(unused("lora", alias, f"known are {', '.join(row.loras) or 'none'}"))
     for alias, _ in known[1:]: notes.append(unused("lora", alias, "one LoRA is used at a time"))
     if known and known[0][1] not in ("", "1", "1.0"):
-        notes.append(unused("lora weight", known[0][1], "SD_LORAS sets it for all"))
+        notes.append(unused("lora weight", known[0][1], "a LoRA acts as strongly as its file says"))
     return _TAG.sub("", prompt).strip(), known[0][0] if known else None
 
 # %% ../nbs/10c_a1111.ipynb #982dfa5c
