@@ -4,11 +4,13 @@
 
 # %% ../nbs/11_server.ipynb #071cbe45
 from __future__ import annotations
-import argparse, asyncio, gc, json, logging, os, re, signal, socket, sys, threading, time, traceback
+import argparse, asyncio, errno, gc, json, logging, os, re, signal, socket, sys, threading, time, traceback
 from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 import h11, uvicorn
 from fastapi import FastAPI
+from starlette.types import Scope
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from . import __version__
 from .app import create_app
@@ -17,13 +19,14 @@ from .config import Settings, SettingsError, load_settings, unknown_settings
 from .job_routes import JobStore
 from .shared_jobs import shared_jobs
 from .types import AuraError, HeadersTooLarge, Malformed
+from .walls import HOST_SENT
 
 log = logging.getLogger("aura_engine.server")
 
 # %% auto #0
-__all__ = ['log', 'CHATTY', 'PRIVATE', 'JsonLines', 'log_to', 'Punctual', 'Patient', 'unreadable', 'last_answer', 'Connection',
-           'Server', 'create_server', 'reach', 'proxies_of', 'server_config', 'raise_file_limit', 'refuse_workers',
-           'settle', 'host_named', 'main']
+__all__ = ['log', 'CHATTY', 'PRIVATE', 'HOST', 'JsonLines', 'log_to', 'Punctual', 'Patient', 'unreadable', 'last_answer',
+           'Connection', 'Server', 'create_server', 'reach', 'proxies_of', 'with_host', 'Forwarded', 'server_config',
+           'raise_file_limit', 'refuse_workers', 'refuse_taken', 'not_started', 'settle', 'host_named', 'main']
 
 # %% ../nbs/11_server.ipynb #34c751a1
 _STANDARD = {*logging.makeLogRecord({}).__dict__, "message", "asctime", "color_message", "taskName"}
@@ -206,23 +209,43 @@ def reach(host: str, keyed: bool, proxies: Sequence[str] = ()) -> str:
     if host in ("127.0.0.1", "::1", "localhost"): who = "Only programs of this machine can reach the engine."
     else: who = "Every machine that can reach this one can reach the engine."
     key = "They need the API key." if keyed else "No API key is set (AURA_API_KEY)."
-    believed = f" X-Forwarded-For is believed from {', '.join(proxies)}." if proxies else ""
+    believed = f" X-Forwarded headers are believed from {', '.join(proxies)}." if proxies else ""
     return f"{who} {key}{believed}"
 
 # %% ../nbs/11_server.ipynb #804bc834
 PRIVATE = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "127.0.0.0/8", "fc00::/7", "::1/128")
 
 def proxies_of(settings: Settings, env: Mapping[str, str] = os.environ) -> list[str]:
-    "Addresses and networks whose X-Forwarded-For is believed."
+    "Addresses and networks whose X-Forwarded headers are believed."
     named = settings.proxies or (("private",) if env.get("SPACE_HOST") else ())
     return [network for name in named for network in (PRIVATE if name == "private" else (name,))]
 
 # %% ../nbs/11_server.ipynb #d576b12a
+HOST = re.compile(rb"[\w.-]{1,253}(:\d{1,5})?|\[[0-9a-fA-F:.]{2,45}\](:\d{1,5})?")
+
+def with_host(scope: Scope) -> Scope:
+    "A request as its client addressed it, by the first name in X-Forwarded-Host. The Host that was sent is kept aside."
+    headers = dict(scope["headers"])
+    named = headers.get(b"x-forwarded-host", b"").partition(b",")[0].strip()
+    if not HOST.fullmatch(named): return scope
+    others = [(name, value) for name, value in scope["headers"] if name != b"host"]
+    sent = headers.get(b"host", b"").decode("latin-1")
+    return {**scope, "headers": [(b"host", named), *others], HOST_SENT: sent}
+
+# %% ../nbs/11_server.ipynb #0451678e
+class Forwarded(ProxyHeadersMiddleware):
+    "Outside everything: client, scheme and host as the proxies of AURA_PROXIES report them."
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        peer = (scope.get("client") or ("",))[0]
+        if scope["type"] == "http" and peer in self.trusted_hosts: scope = with_host(scope)
+        await super().__call__(scope, receive, send)
+
+# %% ../nbs/11_server.ipynb #752c1c50
 def server_config(app: Any, settings: Settings, host: str) -> uvicorn.Config:
     "How uvicorn runs the app: one process, our protocol and log."
     return uvicorn.Config(
-        app, host=host, port=settings.port, workers=1, http=Connection, ws="none", lifespan="off", log_config=None,
-        access_log=False, server_header=False, proxy_headers=True, forwarded_allow_ips=proxies_of(settings),
+        Forwarded(app, proxies_of(settings)), host=host, port=settings.port, workers=1, http=Connection, ws="none",
+        lifespan="off", log_config=None, access_log=False, server_header=False, proxy_headers=False,
         timeout_keep_alive=30, timeout_graceful_shutdown=int(settings.grace_seconds))
 
 # %% ../nbs/11_server.ipynb #04907a12
@@ -241,6 +264,21 @@ def refuse_workers(env: Mapping[str, str] = os.environ) -> None:
     if workers in ("", "0", "1"): return
     why = "One process owns one device, and a second one would load the model again. Run more containers instead."
     raise SettingsError(f"WEB_CONCURRENCY: given {workers!r}; allowed: 1. {why}")
+
+# %% ../nbs/11_server.ipynb #df066705
+def refuse_taken(host: str, port: int) -> None:
+    "SettingsError when nothing can listen at this address."
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try: socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        advice = "Another program listens there. Stop it, or choose another port with PORT (`aura serve --port`)."
+        taken = error.errno == errno.EADDRINUSE
+        raise SettingsError(f"{host}:{port}: {error.strerror}." + (f" {advice}" if taken else "")) from None
+
+def not_started(error: Exception) -> NoReturn:
+    "End the process with what was wrong."
+    print(f"The engine did not start.\n{getattr(error, 'detail', error)}", file=sys.stderr)
+    sys.exit(2)
 
 # %% ../nbs/11_server.ipynb #46a4e7c5
 def settle(engine: Any) -> None:
@@ -266,10 +304,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         refuse_workers()
         log_to(sys.stderr, settings.log_level)
         app, engine = create_server(settings)
-    except (SettingsError, AuraError) as error:
-        print(f"The engine did not start.\n{getattr(error, 'detail', error)}", file=sys.stderr)
-        sys.exit(2)
+    except (SettingsError, AuraError) as error: not_started(error)
     host = given or settings.host
+    try: refuse_taken(host, settings.port)
+    except SettingsError as error: not_started(error)
     for warning in unknown_settings(): log.warning(warning)
     log.info(reach(host, settings.api_key is not None, proxies_of(settings)), extra={"host": host})
     raise_file_limit()

@@ -283,6 +283,7 @@ _BOUNDS = {"ge": "at least {}", "gt": "more than {}", "le": "at most {}", "lt": 
 def _allowed(error: Mapping[str, Any]) -> str:
     "What an error of pydantic's would have let through, in words."
     context = error.get("ctx") or {}
+    if error["type"] == "too_long": return f"at most {context['max_length']}"
     if error["type"] in _KINDS: return _KINDS[error["type"]]
     if "expected" in context: return str(context["expected"])
     for key, words in _BOUNDS.items():
@@ -303,6 +304,7 @@ def _field_error(row: Mapping[str, Any], skip: int) -> FieldError:
     loc = ".".join(str(part) for part in row["loc"][skip:]) or "body"
     if len(loc) > 60 or not loc.isprintable(): loc = shown(loc, 60)[1:-1]
     given = None if row["type"] == "missing" else row.get("input")
+    if row["type"] == "too_long": given = Words(f"{len(row['input'])} items")      # a message has no room for them
     return FieldError.value(loc, given=given, allowed=_allowed(row))
 
 # %% ../nbs/01_types.ipynb #25729e3e

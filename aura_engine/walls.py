@@ -21,7 +21,7 @@ from .types import AuraError, FieldError, ForeignOrigin, Unauthorized, Unsupport
 log = logging.getLogger("aura_engine.walls")
 
 # %% auto #0
-__all__ = ['log', 'ID', 'QUIET', 'EXPOSED', 'REST_BYTES', 'REST_SECONDS', 'REST_PAUSE', 'Marked', 'Stamp', 'arrival',
+__all__ = ['log', 'ID', 'QUIET', 'EXPOSED', 'REST_BYTES', 'REST_SECONDS', 'REST_PAUSE', 'HOST_SENT', 'Marked', 'Stamp', 'arrival',
            'note_request', 'Origins', 'name_in', 'is_certain', 'Cors', 'log_foreign', 'Exchange', 'drain', 'Guard',
            'refuse_foreign', 'refuse_compressed', 'key_given', 'check_key', 'client_group', 'client_behind']
 
@@ -85,17 +85,20 @@ class Origins:
     allowed: tuple[str, ...]
     hosts: tuple[str, ...] = ()
 
-    def foreign(self, origin: str, host: str, site: str = "") -> bool:
+    def foreign(self, origin: str, host: str, site: str = "", sent: str | None = None) -> bool:
         """Whether a page of `origin`, calling this server as `host`, is neither allowed nor the server's own.
 
-        `site`: the browser's word for how the two are related, from `Sec-Fetch-Site`."""
+        - `site`: the browser's word for how the two are related, from `Sec-Fetch-Site`.
+        - `sent`: the Host header as it arrived, where `host` is what a proxy says; None: the same.
+        """
         if "*" in self.allowed: return False
         try: origin = normalise_origin(origin)
         except ValueError: return True
         if origin in self.allowed: return False
         place = origin.partition("://")[2]
         if place in self.hosts: return False
-        if site == "same-origin" and name_in(place) != name_in(host.lower()): return False
+        arrived = host if sent is None else sent
+        if site == "same-origin" and name_in(place) != name_in(arrived.lower()): return False
         return place != host.lower() or not is_certain(host)
 
     def line(self, origin: str) -> str:
@@ -196,11 +199,14 @@ class Guard:
             await self.answer(request, exc)(scope, exchange.receive, exchange.send)
 
 # %% ../nbs/09b_walls.ipynb #8a64b793
+HOST_SENT = "aura.host"                                       # in a scope: Host as it arrived, before a proxy's word for it
+
 def refuse_foreign(request: Request, origins: Origins) -> None:
     "Raise ForeignOrigin when a page that is neither allowed nor the server's own asks for work."
     origin, host = request.headers.get("origin", ""), request.headers.get("host", "")
     if not origin or request.method in ("GET", "HEAD", "OPTIONS"): return
-    if not origins.foreign(origin, host, request.headers.get("sec-fetch-site", "")): return
+    site, sent = request.headers.get("sec-fetch-site", ""), request.scope.get(HOST_SENT)
+    if not origins.foreign(origin, host, site, sent): return
     log_foreign(origins, origin)
     advice = "its operator can add the origin to ALLOW_ORIGINS"
     raise ForeignOrigin(f"Pages of {shown(origin)} may not call this engine; {advice}.")

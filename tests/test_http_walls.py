@@ -121,11 +121,24 @@ def client_in_log(server, request_id, seconds=10):
     pytest.fail(f"no line about {request_id}:\n{server.tail()}")
 
 
-def test_a_forwarded_address_is_believed_from_named_proxies_only(server, make_server):
-    for where, seen in ((server, "127.0.0.1"), (make_server(AURA_PROXIES="127.0.0.1"), "203.0.113.9")):
+@pytest.fixture(scope="module")
+def proxied(make_server): return make_server(AURA_PROXIES="127.0.0.1")
+
+
+def test_a_forwarded_address_is_believed_from_named_proxies_only(server, proxied):
+    for where, seen in ((server, "127.0.0.1"), (proxied, "203.0.113.9")):
         headers = {"X-Forwarded-For": "198.51.100.1, 203.0.113.9", "X-Request-ID": "whose-is-it"}
         httpx.post(where.url + "/generate", json={"prompt": ""}, headers=headers)
         assert client_in_log(where, "whose-is-it") == seen
+
+
+def test_a_forwarded_host_is_believed_from_named_proxies_only(server, proxied):
+    """It makes the addresses that an answer holds, and tells an own page (without Sec-Fetch-Site: no TLS) from a foreign one."""
+    ask, forwarded = {"model": "dall-e-3", "prompt": "a fox", "num_inference_steps": 1}, "192.168.1.5:8080"
+    post = lambda where, origin: httpx.post(where.url + "/v1/images/generations", json=ask, timeout=60,
+                                            headers={"Host": "aura:7860", "X-Forwarded-Host": forwarded, "Origin": origin})
+    assert post(proxied, f"http://{forwarded}").json()["data"][0]["url"].startswith(f"http://{forwarded}/pictures/")
+    assert post(server, f"http://{forwarded}").status_code == 403 == post(proxied, "http://evil.example").status_code
 
 
 def test_a_name_that_is_not_ours_is_no_proof(server):
