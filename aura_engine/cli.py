@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,16 +30,16 @@ from .images import Grid, encode, grid
 from .types import AuraError, Image, Invalid, Queued, Receipt, Step
 
 # %% auto #0
-__all__ = ['Local', 'CLOUD_HELP', 'Cloud', 'Mode', 'OFFLINE_HELP', 'Offline', 'ApiKey', 'AsJson', 'Quiet', 'OR_ELSE', 'STDOUT',
-           'ABOUT', 'HELP_NAMES', 'cli', 'VERSION', 'Version', 'OUT_HELP', 'Out', 'Negative', 'Seed', 'Steps',
+__all__ = ['Local', 'CLOUD_HELP', 'Cloud', 'Mode', 'OFFLINE_HELP', 'Offline', 'ApiKey', 'AsJson', 'Quiet', 'OPTIONS', 'OR_ELSE',
+           'STDOUT', 'ABOUT', 'HELP_NAMES', 'cli', 'VERSION', 'Version', 'OUT_HELP', 'Out', 'Negative', 'Seed', 'Steps',
            'Guidance', 'Lora', 'Temperature', 'Words', 'Aspect', 'Resolution', 'HowMany', 'Becoming', 'GIVEN_HELP',
            'Given', 'STRENGTH_HELP', 'Strength', 'MASK_HELP', 'Mask', 'PADDING_HELP', 'Padding', 'AT_ONCE', 'Listed',
            'Folder', 'Own', 'INIT_HELP', 'Init', 'ITS_MASK_HELP', 'ItsMask', 'HEALTH_ROWS', 'Origin', 'Host', 'Port',
-           'AS_IT_IS', 'FAULT', 'columns', 'queue_line', 'Meter', 'Bars', 'in_panel', 'errors_told', 'client_for',
-           'check_writable', 'slug_of', 'Destination', 'save_to', 'line_of', 'report_pictures', 'words_of',
-           'print_version', 'generate_command', 'refine_command', 'prompts_in', 'sheet_of', 'make_all', 'report_batch',
-           'batch_command', 'replay_command', 'health_table', 'health_command', 'serve_command', 'hand_over',
-           'bench_command', 'deploy_command', 'main']
+           'AS_IT_IS', 'FAULT', 'columns', 'queue_line', 'Meter', 'Bars', 'in_panel', 'in_options', 'errors_told',
+           'client_for', 'check_writable', 'slug_of', 'Destination', 'save_to', 'count_of', 'line_of',
+           'report_pictures', 'words_of', 'print_version', 'generate_command', 'refine_command', 'prompts_in',
+           'sheet_of', 'make_all', 'report_batch', 'batch_command', 'replay_command', 'health_table', 'health_command',
+           'serve_command', 'hand_over', 'bench_command', 'deploy_command', 'main']
 
 # %% ../nbs/17_cli.ipynb #ad84d76c
 def columns() -> list[Any]:
@@ -111,15 +111,23 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document; s
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 
 # %% ../nbs/17_cli.ipynb #6db20c6f
+OPTIONS = {"aspect_ratio": "--aspect", "guidance_scale": "--guidance", "negative_prompt": "--negative", "n": "--count",
+           "padding_mask_crop": "--padding-mask-crop", "seed": "--seed", "steps": "--steps", "temperature": "--temperature",
+           "strength": "--strength", "lora": "--lora", "mask": "--mask"}
 OR_ELSE = "Or name a Space with --cloud, or add --offline to make the picture in this process."
 
+def in_options(detail: str, files: Sequence[Path] = ()) -> str:
+    "An error about a request, with the options and files of the command line in place of the request's fields."
+    names = OPTIONS | {f"images.{i}": str(file) for i, file in enumerate(files)}
+    return re.sub(r"(?<!\S)([\w.]+)(?=: )", lambda found: names.get(found[0], found[0]), detail)
+
 @contextmanager
-def errors_told(as_json: bool, offline: bool = False) -> Iterator[None]:
-    "Errors below it are said, to a person or as JSON, and end the command."
+def errors_told(as_json: bool, offline: bool = False, files: Sequence[Path] = ()) -> Iterator[None]:
+    "Errors below it are said, to a person or as JSON, and end the command. `files`: the pictures that were given."
     try: yield
     except AuraError as e:
         hint = f" {OR_ELSE}" if e.code == "unreachable" and not offline else ""
-        said = json.dumps(e.problem()) if as_json else f"{e.title}: {e.detail}{hint}"
+        said = json.dumps(e.problem()) if as_json else f"{e.title}: {in_options(e.detail, files)}{hint}"
         typer.echo(said, err=not as_json)
         raise typer.Exit(1) from None
     except SettingsError as e:
@@ -133,7 +141,7 @@ def client_for(local: str, cloud: str | None, mode: str, offline: bool, api_key:
     return AuraClient(local, cloud, mode, api_key=api_key)
 
 # %% ../nbs/17_cli.ipynb #e58af05a
-STDOUT = Path("-")                           # the name that pipes use
+STDOUT = "-"                                 # the name that pipes use
 
 def check_writable(path: Path) -> None:
     "Invalid unless a file can be written at `path`, whose folders may be missing. Nothing is left behind."
@@ -153,7 +161,7 @@ def slug_of(prompt: str) -> str:
 @dataclass(frozen=True)
 class Destination:
     "Where pictures go: a file, a folder, `-` for stdout, or None for the prompt's name in this folder."
-    out: Path | None
+    out: str | None
     prompt: str
     count: int = 1
 
@@ -161,7 +169,8 @@ class Destination:
     def folder(self) -> Path | None:
         "The folder that gets files named after the prompt; None when a file was named."
         if self.out is None: return Path()
-        return self.out if self.out.is_dir() else None
+        named = self.out.endswith(("/", os.sep)) or Path(self.out).is_dir()
+        return Path(self.out) if named else None
 
     def check(self) -> None:
         "Invalid when the pictures could not be saved."
@@ -169,7 +178,7 @@ class Destination:
         assert self.out is not None
         if self.out != STDOUT:
             format_of(self.out)
-            return check_writable(self.out)
+            return check_writable(Path(self.out))
         if self.count > 1: raise Invalid("-o - can write one picture only. Ask for one, or name a file.")
         if sys.stdout.isatty():
             raise Invalid("-o - would write a picture to your terminal. Send it to a file or a program.")
@@ -179,7 +188,7 @@ def save_to(to: Destination, made: Pictures) -> list[Path]:
     "Write the pictures -> their files."
     if to.out == STDOUT:
         sys.stdout.buffer.write(encode(made.images[0], "png", made.receipts[0]))
-        return [STDOUT]
+        return [Path(STDOUT)]
     if to.folder is None and to.out is not None: return made.save(to.out)
     # The seed in the name: the same prompt asked again does not overwrite the first picture.
     files = []
@@ -189,10 +198,12 @@ def save_to(to: Destination, made: Pictures) -> list[Path]:
     return files
 
 # %% ../nbs/17_cli.ipynb #2e1db9fb
+def count_of(n: int, thing: str) -> str: return f"{n} {thing}" + ("" if n == 1 else "s")
+
 def line_of(file: Path, receipt: Receipt | None, made: Pictures) -> str:
     "One picture in a line."
     r = receipt
-    how = f"{r.width}x{r.height}, seed {r.seed}, {r.steps} steps, " if r else ""
+    how = f"{r.width}x{r.height}, seed {r.seed}, {count_of(r.steps, 'step')}, " if r else ""
     return f"{file}  {how}{made.engine} engine, {made.seconds:.1f} s"
 
 # %% ../nbs/17_cli.ipynb #0277a2ad
@@ -236,7 +247,7 @@ def _top(version: Version = False) -> None: pass
 # %% ../nbs/17_cli.ipynb #adb5b0d7
 OUT_HELP = ("File to write: .png (with its receipt inside), .jpg or .webp; a folder; or - for stdout. "
             "Several become name-1, name-2 …")
-Out = Annotated[Path | None, typer.Option("--out", "-o", help=OUT_HELP)]
+Out = Annotated[str | None, typer.Option("--out", "-o", help=OUT_HELP)]
 Negative = Annotated[str, typer.Option(help="What should not be there.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed makes the same picture. Default: a new one.")]
 Steps = Annotated[int | None, typer.Option(help="Denoising steps. Default: the model's own.")]
@@ -245,7 +256,7 @@ Lora = Annotated[str | None, typer.Option(help="A LoRA of the engine (its SD_LOR
 Temperature = Annotated[float, typer.Option(help="0: always the same picture; 1: a fresh one (0-2).")]
 
 # %% ../nbs/17_cli.ipynb #d50c1803
-Words = Annotated[str, typer.Argument(help="What to draw; - reads it from stdin.")]
+Words = Annotated[list[str], typer.Argument(help="What to draw, with or without quotes; - reads it from stdin.")]
 Aspect = Annotated[str, typer.Option(help="Width:height, 1:3 to 3:1.")]
 Resolution = Annotated[Literal["standard", "high"], typer.Option(help="high needs an engine with a GPU.")]
 HowMany = Annotated[int, typer.Option("--count", "-n", help="How many (1-4).")]
@@ -260,7 +271,7 @@ def generate_command(
         api_key: ApiKey = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
     "Make pictures from a prompt."
     with errors_told(as_json, offline):
-        to = Destination(out, words_of(prompt), n)
+        to = Destination(out, words_of(" ".join(prompt)), n)
         to.check()
         # The bars end before anything is reported, or they would write over it.
         with client_for(local, cloud, mode, offline, api_key) as client, Bars(quiet or as_json) as bars:
@@ -290,7 +301,7 @@ def refine_command(
         mode: Mode = "auto", offline: Offline = False, api_key: ApiKey = None, as_json: AsJson = False,
         quiet: Quiet = False) -> None:
     "Make new pictures from given ones."
-    with errors_told(as_json, offline):
+    with errors_told(as_json, offline, images):
         to = Destination(out, words_of(prompt), len(images))
         to.check()
         with client_for(local, cloud, mode, offline, api_key) as client, Bars(quiet or as_json) as bars:
@@ -432,6 +443,7 @@ AS_IT_IS = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opti
 
 def hand_over(room: str, argv: list[str]) -> None:
     "Run another module's `main` with the rest of the command line."
+    sys.argv[0] = f"aura {room}"             # what its usage line shows
     importlib.import_module(f"aura_engine.{room}").main(argv)
 
 @cli.command("bench", context_settings=AS_IT_IS)

@@ -60,10 +60,12 @@ def test_what_was_done_differently_is_said(aura, server):
 
 @pytest.mark.parametrize("argv, said", [
     (["generate", ""], "prompt"), (["generate", "x", "--seed", "-1"], "seed: given -1"), (["generate", "x", "-o", "x.bmp"], r"\.png"), (["replay", "plain.png"], "made by this engine"),
-    (["generate", "x", "--local", "nowhere"], "nowhere"),
+    (["generate", "x", "--local", "nowhere"], "nowhere"), (["generate", "x", "--aspect", "9"], "--aspect: given '9'"),
+    (["refine", "x", *["plain.png"] * 5], "images: given 5 items, allowed: at most 4"), (["refine", "x", "text.txt"], "text.txt: given"),
 ])
 def test_wrong_values_end_with_status_1_and_a_sentence(aura, server, tmp_path, argv, said):
     Image.new("RGB", (64, 64)).save(tmp_path / "plain.png")
+    (tmp_path / "text.txt").write_text("no picture")
     argv = argv if "--local" in argv else [*argv, "--local", server.url]
     status, out, err = aura(*argv)
     assert status == 1 and out == "" and re.search(said, err) and "Traceback" not in err
@@ -109,6 +111,8 @@ def test_serve_is_an_engine_on_this_machine_only(tmp_path):
         end = time.monotonic() + 60
         while served.status("/health") is None: assert time.monotonic() < end and served.process.poll() is None, served.tail(); time.sleep(0.1)
         assert f"starting at {served.url}" in served.tail()
+        again = subprocess.run([*AURA, "serve", "--port", served.url.rpartition(":")[2]], env=clean_env(PYTHONPATH=ROOT), capture_output=True, text=True, timeout=60)
+        assert again.returncode == 2 and "already in use" in again.stderr and "--port" in again.stderr
     finally: assert served.stop() == 0
 
 
@@ -143,6 +147,8 @@ def test_a_folder_takes_the_prompts_name(aura, server, tmp_path):
     status, out, _ = aura("generate", "A fox!", "-o", "pictures", "--seed", 5, "--steps", 1, "--json", "--local", server.url)
     assert status == 0 and json.loads(out)["files"] == ["pictures/a-fox-5.png"] and (tmp_path / "pictures/a-fox-5.png").exists()
     assert aura("generate", "x", "-o", "new/deep/x.webp", "--steps", 1, "--local", server.url)[0] == 0 and (tmp_path / "new/deep/x.webp").exists()
+    _, out, _ = aura("generate", "a", "red", "fox", "-o", "made/", "--seed", 5, "--steps", 1, "--local", server.url)     # no quotes, a folder to make
+    assert out.startswith("made/a-red-fox-5.png  128x128, seed 5, 1 step, ")
 
 
 def test_a_pipe_carries_one_picture_and_a_prompt(server, tmp_path):
