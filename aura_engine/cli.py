@@ -112,8 +112,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 
 # %% ../nbs/17_cli.ipynb #6db20c6f
 OPTIONS = {"aspect_ratio": "--aspect", "guidance_scale": "--guidance", "negative_prompt": "--negative", "n": "--count",
-           "padding_mask_crop": "--padding-mask-crop", "seed": "--seed", "steps": "--steps", "temperature": "--temperature",
-           "strength": "--strength", "lora": "--lora", "mask": "--mask"}
+           "padding_mask_crop": "--padding-mask-crop", "temperature": "--temperature", "strength": "--strength",
+           "seed": "--seed", "steps": "--steps", "lora": "--lora", "mask": "--mask"}
 OR_ELSE = "Or name a Space with --cloud, or add --offline to make the picture in this process."
 
 def in_options(detail: str, files: Sequence[Path] = ()) -> str:

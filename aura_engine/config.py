@@ -182,7 +182,7 @@ class ServerSettings(ModelSettings):
     api_key: SecretStr | None = Field(None, alias="AURA_API_KEY",
         description="when set, whoever asks for pictures must send it as a Bearer token")
     proxies: Annotated[tuple[str, ...], NoDecode] = Field((), alias="AURA_PROXIES",
-        description="proxies whose X-Forwarded-For is believed: addresses or networks, comma-separated; "
+        description="proxies whose X-Forwarded headers are believed: addresses or networks, comma-separated; "
                     "private: every private network")
 
     @field_validator("allow_origins", mode="before")

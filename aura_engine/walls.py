@@ -199,7 +199,7 @@ class Guard:
             await self.answer(request, exc)(scope, exchange.receive, exchange.send)
 
 # %% ../nbs/09b_walls.ipynb #8a64b793
-HOST_SENT = "aura.host"                                       # in a scope: Host as it arrived, before a proxy's word for it
+HOST_SENT = "aura.host"              # in a scope: Host as it arrived, before a proxy's word for it
 
 def refuse_foreign(request: Request, origins: Origins) -> None:
     "Raise ForeignOrigin when a page that is neither allowed nor the server's own asks for work."

@@ -2,21 +2,51 @@
 import OpenAI from "openai";
 import { InferenceClient } from "@huggingface/inference";
 
-async function openai(url: string): Promise<unknown[]> {
-  const client = new OpenAI({ baseURL: `${url}/v1`, apiKey: "unused", maxRetries: 0, dangerouslyAllowBrowser: true });
-  const drawn = await client.images.generate({ model: "dall-e-3", prompt: "a fox" });
-  const file = await (await fetch(drawn.data![0].url!)).blob();
-  const edited = await client.images.edit({ model: "gpt-image-1", image: new File([file], "a.png", { type: file.type }), prompt: "a red fox" });
-  const types: string[] = [];
-  for await (const event of await client.images.generate({ model: "gpt-image-1", prompt: "an owl", stream: true, partial_images: 1 })) types.push(event.type);
-  const wrong = await client.images.generate({ prompt: "x", n: 99 }).catch((e) => [e.status, e.param]);
-  const models = (await client.models.list()).data.map((m) => m.id);
-  return [file.type, edited.data![0].b64_json!.length > 1000, types, wrong, models];
+type Seen = Record<string, string>;
+
+/** "works", what came instead of it, or what the page's user reads. */
+async function outcome(attempt: () => Promise<unknown>): Promise<string> {
+  return attempt().then(
+    (came) => (came === true ? "works" : `not as asked: ${JSON.stringify(came)}`),
+    (e) => String(e.error?.message ?? e.message).slice(0, 200),
+  );
 }
 
-async function huggingface(url: string): Promise<string> {
+async function openai(url: string): Promise<Seen> {
+  const client = new OpenAI({ baseURL: `${url}/v1`, apiKey: "unused", maxRetries: 0, dangerouslyAllowBrowser: true });
+  let file = new Blob();
+  const seen: Seen = {};
+  seen["generate, address (dall-e-3)"] = await outcome(async () => {
+    const drawn = await client.images.generate({ model: "dall-e-3", prompt: "a fox" });
+    file = await (await fetch(drawn.data![0].url!)).blob();
+    return file.type === "image/png";
+  });
+  seen["edit"] = await outcome(async () => {
+    const edited = await client.images.edit({ image: new File([file], "a.png", { type: file.type }), prompt: "a red fox" });
+    return edited.data![0].b64_json!.length > 1000;
+  });
+  seen["stream"] = await outcome(async () => {
+    const types: string[] = [];
+    for await (const event of await client.images.generate({ prompt: "an owl", stream: true, partial_images: 1 })) types.push(event.type);
+    return types.join() === "image_generation.partial_image,image_generation.completed";
+  });
+  seen["errors"] = await outcome(async () =>
+    client.images.generate({ prompt: "x", n: 99 }).then(() => false, (e) => e.status === 400 && e.param === "n"));
+  seen["models"] = await outcome(async () => (await client.models.list()).data[0].id === "embedded");
+  return seen;
+}
+
+async function huggingface(url: string): Promise<Seen> {
   const client = new InferenceClient(undefined, { endpointUrl: url });
-  return ((await client.textToImage({ inputs: "a fox" }, { outputType: "blob" })) as Blob).type;
+  const seen: Seen = {};
+  let fox = new Blob();
+  seen["textToImage"] = await outcome(async () => {
+    fox = (await client.textToImage({ inputs: "a fox" }, { outputType: "blob" })) as Blob;
+    return fox.type === "image/png";
+  });
+  seen["imageToImage"] = await outcome(async () =>
+    (await client.imageToImage({ inputs: fox, parameters: { prompt: "a red fox" } })).type === "image/png");
+  return seen;
 }
 
 /** The browser's own EventSource: the ids of all events, and how often the connection was opened. */
