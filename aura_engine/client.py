@@ -461,6 +461,9 @@ class Background:
 
     def start(self, work: Coroutine[Any, Any, _T]) -> Future[_T]:
         "Run a coroutine in the background. Cancelling the future cancels it."
+        if self.loop.is_closed():
+            work.close()
+            raise RuntimeError("This client is closed. Make another one.")
         return asyncio.run_coroutine_threadsafe(work, self.loop)
 
     def wait(self, work: Coroutine[Any, Any, _T]) -> _T:

@@ -60,6 +60,9 @@ def as_base64(picture: Pillow.Image | bytes | str | Path) -> str:
     "A picture as people have it (PIL, file bytes, a path, base64) -> base64."
     if isinstance(picture, Pillow.Image): return to_base64(encode(from_pil(picture)))
     if isinstance(picture, (bytes, bytearray)): return to_base64(bytes(picture))
+    if not isinstance(picture, (str, Path)):
+        allowed = "a PIL picture, the bytes of a file, a path or base64"
+        raise Invalid.value("picture", given=type(picture).__name__, allowed=allowed)
     # Base64 has no dot, and a path to a picture has its suffix.
     if isinstance(picture, str) and "." not in picture: return picture
     try: return to_base64(Path(picture).read_bytes())

@@ -284,6 +284,7 @@ def _allowed(error: Mapping[str, Any]) -> str:
     "What an error of pydantic's would have let through, in words."
     context = error.get("ctx") or {}
     if error["type"] == "too_long": return f"at most {context['max_length']}"
+    if error["type"] == "too_short": return f"at least {context['min_length']}"
     if error["type"] in _KINDS: return _KINDS[error["type"]]
     if "expected" in context: return str(context["expected"])
     for key, words in _BOUNDS.items():

@@ -50,8 +50,8 @@ class Stamp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http": return await self.app(scope, receive, send)
-        if scope["path"].startswith("//"):                    # an address with a slash at its end, and a path after it
-            scope = {**scope, "path": "/" + scope["path"].lstrip("/")}
+        # People join an address that ends with a slash and a path, or end a path with one. No address here does.
+        scope = {**scope, "path": "/" + scope["path"].strip("/")}
         given = Headers(scope=scope).get("x-request-id", "")
         rid = given if ID.fullmatch(given) else secrets.token_hex(8)
         start = time.monotonic()

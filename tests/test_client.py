@@ -321,3 +321,11 @@ def test_a_health_that_cannot_be_read_is_a_report(body):
     with Edge(answer(200, body)) as odd, AuraClient(odd.url, mode="local") as c:
         report = c.health()["local"]
         assert not report.ready and report.status == "unreachable" and report.advice and json.dumps(report.to_json())
+
+
+def test_what_is_no_picture_and_a_client_that_is_closed_are_told():
+    client = AuraClient("127.0.0.1:9", mode="local")
+    with pytest.raises(Invalid, match="given 'int', allowed: a PIL picture"): client.refine("a fox", 3)
+    with pytest.raises(Invalid, match="images: given .., allowed: at least 1"): client.refine("a fox", [])
+    client.close()
+    with pytest.raises(RuntimeError, match="closed. Make another"): client.health()

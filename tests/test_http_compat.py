@@ -125,6 +125,7 @@ def test_errors_that_no_handler_sees(server):
 def test_models(ai):
     assert [m.id for m in ai.models.list()] == ["embedded"] and ai.models.retrieve("embedded").object == "model"
     assert httpx.get(f"{ai.base_url}models/").json()["object"] == "list"
+    assert httpx.post(f"{ai.base_url}images/generations/", json={"prompt": " "}).status_code == 400       # not 404
 
 
 def test_a_key(make_server):
