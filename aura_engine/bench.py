@@ -382,7 +382,7 @@ def server_process(**settings: str) -> Iterator[str]:
     argv = [sys.executable, "-c", code]
     process = subprocess.Popen(argv, env=os.environ | given, stderr=subprocess.DEVNULL)
     try:
-        wait_for(url + "/ready")
+        wait_for(url + "/ready", 180)                          # a first start measures the machine
         yield url
     finally:
         process.terminate()
@@ -632,7 +632,7 @@ class Spread:
 class QuickRow:
     """A contender under `clients`: pictures a second, p50 in milliseconds, gain.
 
-    `gain`: its throughput over the lock's of the same run."""
+    `gain`: its throughput over the lock's (or another base's) of the same run."""
     contender: str
     clients: int
     throughput: Spread
@@ -640,12 +640,12 @@ class QuickRow:
     gain: Spread
 
 # %% ../nbs/14_bench.ipynb #589deec9
-def quick_rows(runs: Sequence[dict[tuple[str, int], Summary]]) -> list[QuickRow]:
-    "From what each run saw, by (contender, clients)."
+def quick_rows(runs: Sequence[dict[tuple[str, int], Summary]], base: str = LOCK) -> list[QuickRow]:
+    "From what each run saw, by (contender, clients); gains are over the contender `base`."
     rows = []
     for name, clients in runs[0]:
-        mine, locks = [run[name, clients] for run in runs], [run[LOCK, clients] for run in runs]
-        gains = [m.throughput / lock.throughput for m, lock in zip(mine, locks)]
+        mine, others = [run[name, clients] for run in runs], [run[base, clients] for run in runs]
+        gains = [m.throughput / other.throughput for m, other in zip(mine, others)]
         rates, waits = [m.throughput for m in mine], [m.p50 or 0. for m in mine]
         rows.append(QuickRow(name, clients, Spread.of(rates), Spread.of(waits), Spread.of(gains)))
     return rows
