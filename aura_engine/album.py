@@ -24,8 +24,8 @@ from .transport import Ask, Replay
 from .types import AuraError, Cancelled, Done, Event, Image, Preview, Queued, Receipt, Step
 
 # %% auto #0
-__all__ = ['Listener', 'KEPT', 'Shot', 'Album', 'Message', 'preview_file', 'shot_message', 'message_of', 'Record', 'count_of',
-           'Work', 'Desk', 'engine_in', 'is_alike', 'is_successor', 'desk_of', 'close_desks']
+__all__ = ['Listener', 'KEPT', 'Shot', 'Album', 'Message', 'preview_file', 'shot_message', 'message_of', 'WorkRecord',
+           'pictures_in', 'Work', 'Desk', 'engine_in', 'is_alike', 'is_successor', 'desk_of', 'close_desks']
 
 # %% ../nbs/13a_album.ipynb #4dfc70c6
 @dataclass(eq=False)
@@ -123,7 +123,7 @@ def message_of(event: Event | Notice) -> Message | None:
 # %% ../nbs/13a_album.ipynb #a37ae912
 Listener = Callable[[Message], None]
 
-class Record:
+class WorkRecord:
     "The messages of one question, for those who listen now and those who come late."
     def __init__(self) -> None:
         self.messages: list[Message] = []
@@ -155,7 +155,7 @@ class Record:
         return sum(shares) / max(len(shares), pictures) if shares else 0.0
 
 # %% ../nbs/13a_album.ipynb #1ef9fb5f
-def count_of(ask: Ask) -> int:
+def pictures_in(ask: Ask) -> int:
     "How many pictures a question asks for."
     if isinstance(ask, Replay): return 1
     return getattr(ask, "n", 0) or len(getattr(ask, "images", ()))
@@ -175,12 +175,12 @@ class Work:
         self.engine = ""                     # which of the client's engines was asked last
         self.over = False
         self._task: asyncio.Task[Any] | None = None
-        self._record = Record()
+        self._record = WorkRecord()
 
     @property
     def progress(self) -> float:
         "How far it is, 0 to 1."
-        return self._record.progress(count_of(self.ask))
+        return self._record.progress(pictures_in(self.ask))
 
     def listen(self, hear: Listener) -> None:
         "Hear all messages from the first one on."
