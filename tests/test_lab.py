@@ -269,6 +269,21 @@ def test_two_notebooks_side_by_side(lab, browser):
     page.close()
 
 
+def test_a_reload(page, studio):
+    """The kernel has the pictures and the work under way: a reloaded page shows both, and hears the rest."""
+    in_kernel(page, "print(len(studio.pictures))")                          # also those picked from the comparison
+    before = int(page.evaluate("cell").split()[1])
+    studio.locator("input[name=steps]").evaluate("e => { e.value = 50; e.dispatchEvent(new Event('input', {bubbles: true})) }")
+    studio.get_by_role("button", name="Generate", exact=True).click()
+    studio.locator(".said", has_text="step").wait_for()
+    page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
+    page.reload()
+    page.wait_for_function(IDLE)
+    studio.locator("[name=prompt]").wait_for()
+    finished(studio, before + 1)
+    assert tiles(studio).count() == before + 1 and studio.locator(".receipt .fact-steps dd").inner_text() == "50"
+
+
 def test_restart(page, studio):
     """The kernel is gone: the Studio says so and what to do; its pictures can still be saved; the cells run again."""
     count = tiles(studio).count()
