@@ -81,12 +81,13 @@ def test_node_clients(server, locked, node):
     noted(json.loads(run("node", "speak.mjs", server.url, locked.url, cwd=node)))
 
 
-def test_the_doors_of_the_notebook():
+def test_the_doors_of_the_notebook(monkeypatch):
     """10e with its slow cells: each client's own code, as a reader runs it."""
     pytest.importorskip("uv")
     if not shutil.which("npm"): pytest.skip("npm is not installed")
-    from test_notebooks import RUN
-    run(sys.executable, "-c", RUN, ROOT, ROOT / "nbs/10e_clients.ipynb", cwd=ROOT, **{"HF_HUB_OFFLINE": "0"})
+    import test_notebooks
+    monkeypatch.setattr(test_notebooks, "FLAGS", test_notebooks.FLAGS - {"slow"})
+    test_notebooks.test_notebook(ROOT / "nbs/10e_clients.ipynb", monkeypatch)
 
 
 # in a browser
