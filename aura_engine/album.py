@@ -25,7 +25,7 @@ from .types import AuraError, Cancelled, Done, Event, Image, Preview, Queued, Re
 
 # %% auto #0
 __all__ = ['Listener', 'KEPT', 'Shot', 'Album', 'Message', 'preview_file', 'shot_message', 'message_of', 'WorkRecord',
-           'pictures_in', 'Work', 'Desk', 'engine_in', 'is_alike', 'is_successor', 'desk_of', 'close_desks']
+           'pictures_of_ask', 'Work', 'Desk', 'engine_in', 'is_alike', 'is_successor', 'desk_of', 'close_desks']
 
 # %% ../nbs/13a_album.ipynb #4dfc70c6
 @dataclass(eq=False)
@@ -155,7 +155,7 @@ class WorkRecord:
         return sum(shares) / max(len(shares), pictures) if shares else 0.0
 
 # %% ../nbs/13a_album.ipynb #1ef9fb5f
-def pictures_in(ask: Ask) -> int:
+def pictures_of_ask(ask: Ask) -> int:
     "How many pictures a question asks for."
     if isinstance(ask, Replay): return 1
     return getattr(ask, "n", 0) or len(getattr(ask, "images", ()))
@@ -180,7 +180,7 @@ class Work:
     @property
     def progress(self) -> float:
         "How far it is, 0 to 1."
-        return self._record.progress(pictures_in(self.ask))
+        return self._record.progress(pictures_of_ask(self.ask))
 
     def listen(self, hear: Listener) -> None:
         "Hear all messages from the first one on."

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 import anywidget
 import traitlets as T
-from .album import Message, Shot, Work, pictures_in, desk_of, shot_message
+from .album import Message, Shot, Work, pictures_of_ask, desk_of, shot_message
 from .client import AuraClient, EngineReport, report_of
 from .images import Grid, grid, to_base64
 from .transport import (Ask, InProcess, Remote, Replay, checked, generation, json_body, refinement,
@@ -63,7 +63,8 @@ def shown_of(work: Work) -> dict[str, Any]:
     "What the browser needs to know of work that it did not begin: enough to show it, without its pictures."
     route = {GenerateRequest: "generate", RefineRequest: "refine", Replay: "replay"}[type(work.ask)]
     body = {k: v for k, v in json_body(work.ask).items() if k not in ("images", "init", "mask")}
-    return {"job": work.id, "request": {"route": route, "body": body}, "n": pictures_in(work.ask), "at": 1000 * work.at}
+    n = pictures_of_ask(work.ask)
+    return {"job": work.id, "request": {"route": route, "body": body}, "n": n, "at": 1000 * work.at}
 
 # %% ../nbs/13b_widgets.ipynb #3b62fcea
 class Still(anywidget.AnyWidget):
