@@ -45,6 +45,7 @@ STATUSES = {
 
 MEANINGS = {
     "Consistency check failed": "the download was cut short",
+    "ignore_mismatched_sizes": "the weights do not have the shapes the configuration asks for",
     "size mismatch": "the weights do not have the shapes the configuration asks for",
     "shape": "the weights do not have the shapes the configuration asks for",
     "Missing key": "the weights do not have the names the configuration asks for",

@@ -19,11 +19,11 @@ from .models import PICKLED, ROWS, Row, is_local, is_named
 from .reader import Reader, nothing_else, reading
 
 # %% auto #0
-__all__ = ['USUAL', 'ROLES', 'PREFIXES', 'OTHERS', 'INNER', 'OUTER', 'IN_BLOCK', 'BUNDLE', 'Place', 'DOES_NOT_FIT', 'SHARE',
-           'A_METHOD', 'only_file', 'lora_file', 'LoraLayer', 'role_of', 'place_of', 'original_name', 'layers_of',
-           'LoraFile', 'lora_layer', 'other_way', 'sorted_tensors', 'peft_settings', 'sizes_of', 'read_lora',
-           'lora_parts', 'weights_of', 'fuse_lora', 'Loras', 'adapter_name', 'peft_config', 'fill_layer', 'keep_lora',
-           'keep_loras']
+__all__ = ['USUAL', 'ROLES', 'PREFIXES', 'OTHERS', 'INNER', 'OUTER', 'IN_BLOCK', 'BUNDLE', 'Place', 'DOES_NOT_FIT',
+           'FOR_A_TRANSFORMER', 'SHARE', 'A_METHOD', 'only_file', 'lora_file', 'LoraLayer', 'role_of', 'place_of',
+           'original_name', 'layers_of', 'LoraFile', 'lora_layer', 'other_way', 'sorted_tensors', 'peft_settings',
+           'sizes_of', 'is_for_a_transformer', 'read_lora', 'lora_parts', 'weights_of', 'fuse_lora', 'Loras',
+           'adapter_name', 'peft_config', 'fill_layer', 'keep_lora', 'keep_loras']
 
 # %% ../nbs/04d_loras.ipynb #1d99e289
 USUAL = "pytorch_lora_weights.safetensors"
@@ -171,6 +171,7 @@ class LoraFile:
         rest = [name for name in self.unused if name not in words]
         if words: notes.append(f"{len(words)} tensors of words for prompts (bundle_emb) come with it and are not used")
         if rest: notes.append(f"{len(rest)} tensors are no part of a LoRA and are not used ({rest[0]} …)")
+        if not any(layer.up.any() for layer in self.layers.values()): notes.append("all it adds is zero")
         return notes
 
 def lora_layer(tensors: dict[str, torch.Tensor], settings: Mapping[str, Any]) -> LoraLayer | None:
@@ -224,7 +225,14 @@ def sizes_of(layer: LoraLayer, weight: torch.Tensor, name: str) -> str:
 
 # %% ../nbs/04d_loras.ipynb #ba8963f1
 DOES_NOT_FIT = "it does not fit this model (a LoRA belongs to one base), or it is no LoRA"
+FOR_A_TRANSFORMER = "it changes a transformer (FLUX's kind), and this model has a UNet"
 SHARE = 0.5                                       # of a file's layers that must be there
+
+def is_for_a_transformer(strangers: Iterable[str]) -> bool:
+    "Whether layers that a UNet does not have are a transformer's."
+    marks = ("double_blocks_", "single_blocks_", "joint_blocks_", "transformer_transformer_blocks_",
+             "single_transformer_blocks_")
+    return any(mark in name for name in strangers for mark in marks)
 
 def read_lora(file: Path, pipe: Any) -> LoraFile:
     "Read a LoRA for the parts of a pipeline. Unusable when it does not fit."
@@ -241,7 +249,7 @@ def read_lora(file: Path, pipe: Any) -> LoraFile:
             raise Unusable(f"{DOES_NOT_FIT}: {sizes_of(layer, weights_of(pipe, part, name), f'{part} {name}')}")
         else: found.layers[part, name] = layer
     fitting, n = len(found.layers), len(found.layers) + len(found.strangers)
-    if not fitting: raise Unusable(DOES_NOT_FIT)
+    if not fitting: raise Unusable(FOR_A_TRANSFORMER if is_for_a_transformer(found.strangers) else DOES_NOT_FIT)
     if fitting < SHARE * n: raise Unusable(f"only {fitting} of its {n} layers are in this model: {DOES_NOT_FIT}")
     return found
 

@@ -390,7 +390,6 @@ def _is_hub_name(model_id: str) -> bool:
 
 # %% ../nbs/02_models.ipynb #b6ca4875
 _ENDINGS = {
-    ".SAFETENSORS": "libraries know such a file by small letters: rename it to .safetensors",
     ".sft": "libraries know such a file by its long ending: rename it to .safetensors",
     ".gguf": "GGUF holds numbers of few bits, for other programs"}
 
@@ -398,6 +397,8 @@ _ENDINGS = {
 def _why_not(path: Path) -> str:
     "Why a path of this machine is no model, with what to name instead."
     if not path.exists(): return "there is no such file or folder here"
+    if path.suffix != ".safetensors" and path.suffix.lower() == ".safetensors":
+        return "libraries know such a file by small letters: rename it to .safetensors"
     if path.is_file(): return "it is none of these"
     inside = sorted(path.iterdir())
     if (path / "snapshots").is_dir():
@@ -411,6 +412,8 @@ def _why_not(path: Path) -> str:
 def _why_no_name(model_id: str) -> str:
     "Why some text is no name of a model on the Hub, with what to write instead."
     if model_id.strip("'\"") != model_id: return "write it without quotes"
+    if model_id.strip() != model_id: return "write it without spaces around it"
+    if model_id.endswith("/"): return "write it without the slash at its end"
     if model_id.startswith("file:"): return "write the path alone, without file://"
     page = model_id.partition("huggingface.co/")[2].replace("/blob/main", "").replace("/resolve/main", "")
     if page: return f"write what follows the Hub's address: {page.partition('?')[0]}"
@@ -424,8 +427,10 @@ def check_source(model_id: str) -> None:
     if model_id.lower().endswith(PICKLED): why = "pickled checkpoints can run code when they are read"
     if why is None and is_local(model_id):
         path = INCLUDED.get(model_id, Path(model_id).expanduser())
-        if _is_model(path): return
-        why = _why_not(path)
+        slash = model_id.endswith("/") and path.is_file()
+        if _is_model(path) and not slash: return
+        spaces = model_id.strip() != model_id
+        why = _why_no_name(model_id) if slash or spaces else _why_not(path)
     elif why is None:
         if _is_hub_name(model_id): return
         why = _why_no_name(model_id)

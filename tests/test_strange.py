@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 import tiny
@@ -59,6 +59,47 @@ def mixed(unet): save_file({k: v.bfloat16() if i % 2 else v for i, (k, v) in enu
 def part(state, stem): return {k.removeprefix(stem): v for k, v in state.items() if k.startswith(stem)}
 
 
+def config(file, **values):
+    """A change: these values in a configuration of the folder (None: without the key)."""
+    def change(unet):
+        path = unet.parent / file
+        made = json.loads(path.read_text()) | values
+        path.write_text(json.dumps({k: v for k, v in made.items() if v is not None}))
+    return change
+
+
+def scheduler(**values): return config("scheduler/scheduler_config.json", **values)
+
+
+def hollow(unet):
+    for file in (unet.parent / "tokenizer").iterdir():
+        if file.name != "tokenizer_config.json": file.unlink()
+
+
+def fewer_words(unet):
+    file = unet.parent / "text_encoder/model.safetensors"
+    save_file({k: v[:500].clone() if "token_embedding" in k else v for k, v in load_file(file).items()}, file, metadata={"format": "pt"})
+    config("text_encoder/config.json", vocab_size=500)(unet)
+
+
+def program(*names):
+    def change(unet):
+        (unet / WEIGHTS).unlink()
+        for name in names: (unet / name).write_bytes(b"x")
+    return change
+
+
+def twice(unet):
+    sharded(unet)
+    shutil.copy(unet.parent.parent / "sd/unet" / WEIGHTS, unet)
+
+
+def another_unet(unet):
+    shutil.rmtree(unet)
+    shutil.copytree(unet.parent.parent / "deep/unet", unet)
+
+
+BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 FOLDERS = {                                       # what is done to the UNet's folder: the refusal's words, or None
     "half": (lambda u: (u / WEIGHTS).rename(u / "diffusion_pytorch_model.fp16.safetensors"), None), "shards": (sharded, None), "links": (linked, None), "mixed": (mixed, None),
     "another name": (lambda u: (u / WEIGHTS).rename(u / "diffusion_pytorch_model.non_ema.safetensors"), "unet has no weights of the usual name; if diffusion_pytorch_model.non_ema.safetensors are those, rename it to"),
@@ -68,6 +109,16 @@ FOLDERS = {                                       # what is done to the UNet's f
     "empty": (lambda u: (u / WEIGHTS).write_bytes(b""), f"in unet, {WEIGHTS} is empty"),
     "cut": (lambda u: (u / WEIGHTS).write_bytes((u / WEIGHTS).read_bytes()[:50_000]), f"in unet, {WEIGHTS} is damaged: it has 50,000 of its [0-9,]+ bytes"),
     "byte order mark": (lambda u: (u / "config.json").write_text("\ufeff" + (u / "config.json").read_text(), encoding="utf-8"), "unet/config.json is damaged: it is no JSON"),
+    "no words": (hollow, r"its tokenizer has \d words and its text encoder 5,"), "fewer words": (fewer_words, "its tokenizer has 5,.* words and its text encoder 500"),
+    "no length": (config("tokenizer/tokenizer_config.json", model_max_length=None), None), "oblong": (config("unet/config.json", sample_size=[16, 12]), None), "LMS": (scheduler(_class_name="LMSDiscreteScheduler"), None),
+    "flow": (scheduler(_class_name="FlowMatchEulerDiscreteScheduler"), "its UNet comes with a FlowMatchEulerDiscreteScheduler"), "sigmoid": (scheduler(beta_schedule="sigmoid"), "its noise grows by a schedule named sigmoid"),
+    "CosXL": (scheduler(_class_name="EulerDiscreteScheduler", timestep_type="continuous", sigma_max=120.0), "its EulerDiscreteScheduler runs between two sigmas"),
+    "few bits": (config("unet/config.json", quantization_config=BITS), "unet has numbers of few bits, for bitsandbytes"), "few bits for words": (config("text_encoder/config.json", quantization_config=BITS), "text_encoder has numbers of few bits"),
+    "ONNX": (program("model.onnx"), "unet has weights of ONNX alone"), "OpenVINO": (program("openvino_model.xml", "openvino_model.bin"), "unet has weights of OpenVINO alone"), "GGUF": (program("unet-Q4_K.gguf"), "unet has weights of GGUF alone"),
+    "twice": (twice, "the same weights are there twice"), "another family's": (another_unet, "its UNet is of SDXL's kind and takes 80 numbers a word, its text encoders give 32"),
+    "no vae": (config("model_index.json", vae=None), "its model_index.json names no vae, which a StableDiffusionPipeline has"), "own program": (config("model_index.json", unet=["my_unet", "UNet2DConditionModel"]), r"needs a program of its own \(my_unet\)"),
+    "a list": (lambda u: (u.parent / "scheduler/scheduler_config.json").write_text("[]"), "scheduler_config.json is no configuration: it holds a list"),
+    "other sizes": (config("text_encoder/config.json", intermediate_size=128), "the weights do not have the shapes the configuration asks for"),
     "no json": (lambda u: (u.parent / "text_encoder/config.json").write_text("{"), "text_encoder/config.json is damaged: it is no JSON"),
 }
 
@@ -77,7 +128,9 @@ def test_folders(at, how):
     change, words = FOLDERS[how]
     made = folder(at, how, change)
     if words is None:
-        got, want = loaded(made).unet.state_dict(), load_file(at / "sd/unet" / WEIGHTS)
+        parts = loaded(made)
+        got, want = parts.unet.state_dict(), load_file(at / "sd/unet" / WEIGHTS)
+        assert (parts.row.native, parts.tokenizers[0].model_max_length) == (128, 77)
         assert all((got[k] - v).abs().max() < 0.01 * v.abs().max().clamp(min=1) for k, v in want.items())
     else:
         with pytest.raises(AuraError, match=words): loaded(made)
@@ -121,6 +174,49 @@ def test_a_vae_in_one_file(at):
     with pytest.raises(AuraError, match="is a VAE: it belongs into SD_VAE_ID"): loaded(files[1])
 
 
+VAES = {"scale": (dict(scaling_factor=0.13025), "scaling_factor 0.13025, not 0.18215"), "shift": (dict(shift_factor=0.1), "shift_factor 0.1, not None"), "statistics": (dict(latents_mean=[0.0] * 4, latents_std=[1.0] * 4), "latents_mean"),
+        "channels": (16, "channels 16, not 4"), "size": (3, "pixels a side 4, not 8")}
+
+
+@pytest.mark.parametrize("how", VAES)
+def test_a_vae_of_another_family_is_refused_by_its_latents(at, how):
+    """For a model with a VAE, and for a file without one."""
+    change, words = VAES[how]
+    blocks = 3 if change == 3 else 4
+    vae = AutoencoderKL(block_out_channels=(8,) * blocks, down_block_types=("DownEncoderBlock2D",) * blocks, up_block_types=("UpDecoderBlock2D",) * blocks, norm_num_groups=4, latent_channels=16 if change == 16 else 4)
+    vae.save_pretrained(folder := at / f"vae-{how}")
+    if isinstance(change, dict): (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | change))
+    bare = single(at, "bare", lambda s: {k: v for k, v in s.items() if not k.startswith("first_stage_model.")})
+    for model in (at / "sd", bare):
+        with pytest.raises(AuraError, match=words): loaded(model, SD_VAE_ID=str(folder))
+
+
+def test_a_vae_in_one_file_may_say_its_family_in_its_name(at):
+    shutil.copy(at / "deep/vae" / WEIGHTS, file := at / "sdxl_vae.safetensors")
+    assert ["its name says SDXL" in note for note in loaded(at / "sd", SD_VAE_ID=str(file)).notes] == [True]
+
+
+def test_what_only_the_metadata_says(at):
+    """ModelSpec's and kohya's words for v-prediction are read, told, and give way to a setting."""
+    for words, sampler in (({"modelspec.prediction_type": "v"}, "dpm"), ({"ss_v_parameterization": "True", "ss_zero_terminal_snr": "True"}, "euler")):
+        save_file(load_file(at / "xl.safetensors"), file := at / "said.safetensors", metadata=words)
+        if not file.with_suffix("").exists(): file.with_suffix("").symlink_to(at / "xl")
+        parts = loaded(file)
+        assert (parts.schedule["prediction_type"], parts.row.sampler) == ("v_prediction", sampler) and "says in its header that it predicts v" in parts.notes[0]
+        assert loaded(file, SD_PREDICTION="epsilon").schedule["prediction_type"] == "epsilon"
+
+
+@pytest.mark.parametrize("key", ["edm_mean", "edm_vpred.sigma_max", None])
+def test_other_noise_in_one_file(at, key):
+    if key: file, words = single(at, "edm", lambda s: s | {key: torch.zeros(4)}), "is an EDM model"
+    else: file, words = single(at, "average", lambda s: {k.replace("model.diffusion_model.", "model_ema.diffusion_model"): v for k, v in s.items()}), "is the running average of a training"
+    with pytest.raises(AuraError, match=words): loaded(file)
+
+
+def test_a_unet_takes_a_base_of_its_own_family(at):
+    with pytest.raises(AuraError, match="they belong to different families"): loaded(at / "deep/unet", SD_BASE_ID=str(at / "sd"))
+
+
 def test_a_unet_in_the_original_names_without_a_prefix(at):
     file = single(at, "comfy", lambda s: part(s, "model.diffusion_model."))
     got, want = loaded(file, SD_BASE_ID=str(at / "deep")).unet.state_dict(), load_file(at / "deep/unet" / WEIGHTS)
@@ -139,6 +235,10 @@ def test_tensors_that_nobody_reads_are_told(at):
 def test_loras_that_are_none_of_this_model(at):
     with pytest.raises(AuraError, match=r"does not fit this model .* at unet .*attn2.to_k it takes 64 numbers, the model has 32"): loaded(at / "sd", SD_LORAS=f"ink={at / 'style-xl.safetensors'}")
     with pytest.raises(AuraError, match="it is an SDXL checkpoint, and no LoRA"): loaded(at / "sd", SD_LORAS=f"ink={at / 'xl.safetensors'}")
+    save_file({f"transformer.transformer_blocks.0.attn.to_q.lora_{side}.weight": torch.ones(4, 4) for side in "AB"}, file := at / "flux.safetensors")
+    with pytest.raises(AuraError, match="it changes a transformer"): loaded(at / "sd", SD_LORAS=f"ink={file}")
+    save_file({k: 0 * v for k, v in load_file(at / "style.safetensors").items()}, file := at / "zero.safetensors")
+    assert loaded(at / "sd", SD_LORAS=f"ink={file}").notes == [f"SD_LORAS=ink={file}: all it adds is zero"]
     with pytest.raises(AuraError, match=r"it has 2 .safetensors files; name one of them, as two/"):
         (at / "two").mkdir()
         for name in "ab": shutil.copy(at / "style.safetensors", at / "two" / f"{name}.safetensors")
@@ -148,13 +248,15 @@ def test_loras_that_are_none_of_this_model(at):
     assert [n.rpartition(": ")[2] for n in notes] == ["1 tensors of words for prompts (bundle_emb) come with it and are not used", "1 tensors are no part of a LoRA and are not used (odd.x …)"]
 
 
-NAMES = {"model.gguf": "GGUF holds numbers of few bits", "model.sft": "rename it to .safetensors", "'a/b'": "write it without quotes", "https://huggingface.co/a/b": "write what follows the Hub's address: a/b", "sdxl": "a name on the Hub has an owner",
+NAMES = {"a/b/": "write it without the slash at its end", " a/b": "write it without spaces around it", "xl.Safetensors": "rename it to .safetensors", "xl.safetensors/": "without the slash",
+         "model.gguf": "GGUF holds numbers of few bits", "model.sft": "rename it to .safetensors", "'a/b'": "write it without quotes", "https://huggingface.co/a/b": "write what follows the Hub's address: a/b", "sdxl": "a name on the Hub has an owner",
          "https://huggingface.co/a/b/blob/main/c.safetensors?x=1": "address: a/b/c.safetensors", "https://civitai.com/models/1": "download the file", "file:///a": "without file://", "gone": "no such file or folder"}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_that_are_none(at, name):
-    with pytest.raises(AuraError, match=re.escape(NAMES[name])): loaded(at / name if name == "gone" else name)
+    if name == "xl.Safetensors": shutil.copy(at / "xl.safetensors", at / name)
+    with pytest.raises(AuraError, match=re.escape(NAMES[name])): loaded(f"{at}/{name}" if name == "gone" or name.startswith("xl") else name)
 
 
 def test_folders_that_hold_models(at):
