@@ -14,9 +14,10 @@ from .models import Row
 
 # %% auto #0
 __all__ = ['MOST_HEADER', 'STARTS', 'WEIGHTS', 'KINDS', 'NO_SIGNAL', 'SIGMAS', 'READ', 'BYTES', 'LONGEST', 'VELOCITY', 'EDM',
-           'STATISTICS', 'cosine_betas', 'betas', 'last_sigma', 'Tensor', 'no_weights', 'header', 'check_types', 'Kind',
-           'has_name', 'without_words', 'kind_of', 'check_kind', 'Facts', 'facts_of_configs', 'facts_of_header',
-           'unused_in', 'said_by_file', 'read_json', 'config_in', 'facts', 'check_facts', 'row_by_facts']
+           'STATISTICS', 'CONTINUOUS', 'SCHEDULES', 'cosine_betas', 'betas', 'last_sigma', 'Tensor', 'no_weights',
+           'header_table', 'header', 'metadata', 'check_types', 'Kind', 'has_name', 'without_words', 'kind_of',
+           'check_kind', 'Facts', 'facts_of_configs', 'facts_of_header', 'unused_in', 'said_by_file', 'read_json',
+           'config_in', 'facts', 'check_facts', 'row_by_facts']
 
 # %% ../nbs/04b_facts.ipynb #80eb892c
 def cosine_betas(n: int) -> list[float]:
@@ -66,22 +67,30 @@ def no_weights(start: bytes) -> str:
     return known[0] if known else "is damaged, or no safetensors file"
 
 # %% ../nbs/04b_facts.ipynb #f43ddc5c
-def header(file: Path) -> dict[str, Tensor]:
-    "Name -> type and shape of every tensor in a safetensors file. Unusable when it is none, or not whole."
-    size = file.stat().st_size
+def header_table(file: Path) -> tuple[dict[str, Any], int]:
+    "(the table at the beginning of a safetensors file, where its tensors begin). Unusable for another file."
     with file.open("rb") as f:
         start = f.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else MOST_HEADER + 1
         if length > MOST_HEADER: raise Unusable(f"{file.name} {no_weights(start)}")
         text = f.read(length)
     if len(text) < length: raise Unusable(f"{file.name} is damaged: it ends inside its header")
-    try: table = json.loads(text)
+    try: return json.loads(text), 8 + length
     except ValueError as e: raise Unusable(f"{file.name} is damaged: its header cannot be read") from e
+
+# %% ../nbs/04b_facts.ipynb #b9a4bc5e
+def header(file: Path) -> dict[str, Tensor]:
+    "Name -> type and shape of every tensor in a safetensors file. Unusable when it is none, or not whole."
+    table, start = header_table(file)
     tensors = {name: Tensor(line["dtype"], tuple(line["shape"]), line["data_offsets"][1])
                for name, line in table.items() if name != "__metadata__"}
-    whole = 8 + length + max((tensor.end for tensor in tensors.values()), default=0)
+    whole, size = start + max((tensor.end for tensor in tensors.values()), default=0), file.stat().st_size
     if size < whole: raise Unusable(f"{file.name} is damaged: it has {size:,} of its {whole:,} bytes")
     return tensors
+
+def metadata(file: Path) -> dict[str, str]:
+    "What a program wrote into a file's header besides its tensors."
+    return header_table(file)[0].get("__metadata__") or {}
 
 # %% ../nbs/04b_facts.ipynb #a9122fcd
 WEIGHTS = ("F16", "BF16", "F32", "F64")
@@ -119,10 +128,13 @@ KINDS = (
     Kind("an IP-Adapter", ("ip_adapter.",), "it shows pictures to another model and draws nothing alone"),
     Kind("a motion module", ("down_blocks.0.motion_modules.",), "it makes films of another model's pictures"),
     # a checkpoint may hold stray tensors of other kinds, so it comes before them
+    Kind("an EDM model", (_UNET, "edm_"), "its noise schedule (playground-v2.5's, CosXL's) is one that this engine "
+                                          "does not draw with"),
     Kind("SDXL's refiner", (_UNET, "conditioner.embedders.0.model."), "it finishes another model's pictures"),
     Kind("an SDXL checkpoint", (_UNET, "conditioner.embedders.1.")),
     Kind("a Stable Diffusion 2 checkpoint", (_UNET, "cond_stage_model.model.")),
     Kind("a Stable Diffusion 1 checkpoint", (_UNET, "cond_stage_model.transformer.")),
+    Kind("the running average of a training", ("model_ema.",), "take the file that holds the model itself"),
     Kind("a textual inversion", ("emb_params",), _WORD),
     Kind("a textual inversion", ("clip_g",), _WORD),
     Kind("a textual inversion", ("<",), _WORD),
@@ -182,6 +194,8 @@ class Facts:
     channels: int = 4                             # that its UNet takes
     guidance_input: bool = False                  # an LCM's UNet
     statistics: bool = False                      # its VAE has a mean and a deviation for each channel
+    betas: str = "linear"                         # how its noise grows between the first and the last training step
+    continuous: bool = False                      # trained on sigmas between two bounds, not on numbered steps
 
     @property
     def pure_noise(self) -> bool:
@@ -202,13 +216,18 @@ def facts_of_configs(scheduler: Mapping[str, Any], unet: Mapping[str, Any], vae:
         scheduler=scheduler.get("_class_name", ""), prediction=scheduler.get("prediction_type", "epsilon"),
         last_sigma=last_sigma(scheduler), spacing=scheduler.get("timestep_spacing", ""),
         sigmas=tuple(name for name in SIGMAS if scheduler.get(name)), channels=unet.get("in_channels", 4),
-        guidance_input=bool(unet.get("time_cond_proj_dim")), statistics=bool(vae.get("latents_mean")))
+        guidance_input=bool(unet.get("time_cond_proj_dim")), statistics=bool(vae.get("latents_mean")),
+        betas="trained" if scheduler.get("trained_betas") else scheduler.get("beta_schedule", "linear"),
+        continuous=scheduler.get("timestep_type") == "continuous" or bool(scheduler.get("sigma_max")))
 
-def facts_of_header(table: Mapping[str, Tensor]) -> dict[str, Any]:
-    "What a single file's header adds to the schedule of its kind: the markers of v-prediction and of zero SNR."
-    said: dict[str, Any] = {}
-    if "v_pred" in table: said["prediction_type"] = "v_prediction"
-    if "ztsnr" in table: said["rescale_betas_zero_snr"] = True
+def facts_of_header(table: Mapping[str, Tensor], words: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What a single file's header adds to the schedule of its kind: v-prediction and zero SNR.
+
+    They are said by tensors that are only markers, or in the `words` of the file's metadata: ModelSpec's and kohya's."""
+    words, said = words or {}, {}
+    v = "v_pred" in table or words.get("modelspec.prediction_type", "").lower() in ("v", "v_prediction")
+    if v or words.get("ss_v_parameterization") == "True": said["prediction_type"] = "v_prediction"
+    if "ztsnr" in table or words.get("ss_zero_terminal_snr") == "True": said["rescale_betas_zero_snr"] = True
     return said
 
 # %% ../nbs/04b_facts.ipynb #9e036d50
@@ -234,7 +253,7 @@ VELOCITY = ("vpred", "v-pred", "v_pred", "vprediction", "v-prediction")
 
 def said_by_file(file: Path, prediction: str) -> list[str]:
     "Sentences about a single file that is read as predicting `prediction`."
-    if any(prediction == value for value in facts_of_header(header(file)).values()):
+    if any(prediction == value for value in facts_of_header(header(file), metadata(file)).values()):
         return [f"{file.name} says in its header that it predicts v"]
     named = any(word in file.name.lower() for word in VELOCITY)
     if not named or prediction == "v_prediction": return []
@@ -244,8 +263,11 @@ def said_by_file(file: Path, prediction: str) -> list[str]:
 # %% ../nbs/04b_facts.ipynb #55a79d53
 def read_json(file: Path) -> dict[str, Any]:
     "A configuration file. Unusable, naming it, when it is damaged."
-    try: return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e: raise Unusable(f"{file.parent.name}/{file.name} is damaged: it is no JSON ({e})") from e
+    name = f"{file.parent.name}/{file.name}"
+    try: config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as e: raise Unusable(f"{name} is damaged: it is no JSON ({e})") from e
+    if not isinstance(config, dict): raise Unusable(f"{name} is no configuration: it holds a {type(config).__name__}")
+    return config
 
 def config_in(folder: Path, name: str) -> dict[str, Any]:
     "A configuration of a folder, {} when there is none."
@@ -260,16 +282,22 @@ def facts(source: str | Path) -> Facts:
         return facts_of_configs(*(config_in(path, name) for name in names))
     table = header(path)
     usual = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    found = facts_of_configs({**usual, **facts_of_header(table)}, {}, {})
+    found = facts_of_configs({**usual, **facts_of_header(table, metadata(path))}, {}, {})
     return replace(found, what=kind_of(table).name)
 
 # %% ../nbs/04b_facts.ipynb #66f9c24f
 EDM = "it has an EDM noise schedule ({}, as playground-v2.5 has), which this engine does not draw with"
 STATISTICS = "its VAE has latents with a mean and a deviation of their own (as playground-v2.5), which is not served"
 
+CONTINUOUS = "its {} runs between two sigmas (as CosXL's), which this engine does not draw with"
+SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "trained")
+
 def check_facts(found: Facts) -> None:
     "Unusable when a checkpoint asks for arithmetic that is not ours."
     if found.scheduler.startswith("EDM"): raise Unusable(EDM.format(found.scheduler))
+    if found.continuous: raise Unusable(CONTINUOUS.format(found.scheduler))
+    if found.betas not in SCHEDULES:
+        raise Unusable(f"its noise grows by a schedule named {found.betas}; this engine has {', '.join(SCHEDULES[:3])}")
     if found.statistics: raise Unusable(STATISTICS)
     if found.prediction not in ("epsilon", "v_prediction", "sample"):
         raise Unusable(f"it predicts {found.prediction}, which this engine does not know")

@@ -14,18 +14,19 @@ from .config import Settings
 from .downloads import Progress, Unusable, blame, true_cause
 from .facts import SIGMAS, config_in, facts_of_configs, row_by_facts
 from .loras import Loras, fuse_lora, keep_loras
-from .models import (
-    SAMPLERS, VAES, Row, Sampler, check_source, detect, detect_flow, is_local, is_named, is_whole, resolve_id, row_for)
+from aura_engine.models import (
+    SAMPLERS, SD, VAES, Row, Sampler, check_source, detect, detect_flow, is_local, is_named, is_whole, resolve_id,
+    row_for)
 from .reader import LOADING, quiet, reading              # noqa: F401  whoever loads may need them
-from .reader import Reader, diffusers_classes, read_folder, read_single, read_vae
+from .reader import Reader, diffusers_classes, check_latents, read_folder, read_single, read_vae
 from .types import Invalid, ModelError
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'DTYPES', 'OURS_TO_SAY', 'devices', 'torch_wheel', 'nvidia_driver', 'wheel_and_driver', 'gpu_fault',
            'best_device', 'pick_device', 'pick_precision', 'has_bf16', 'scheduler_of', 'Components', 'with_base',
-           'check_whole', 'read_pipeline', 'other_vae', 'encoders_of', 'net_of', 'recognised', 'default_within',
-           'check_sampler', 'row_by_settings', 'commit_of', 'cut_encoder', 'components_of', 'check_flow', 'bf16_on',
-           'load', 'placed']
+           'check_whole', 'check_unet', 'check_words', 'read_pipeline', 'other_vae', 'encoders_of', 'net_of',
+           'recognised', 'default_within', 'check_sampler', 'row_by_settings', 'commit_of', 'cut_encoder',
+           'components_of', 'check_flow', 'bf16_on', 'load', 'placed']
 
 # %% ../nbs/04e_loader.ipynb #0d7e3511
 PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -199,17 +200,43 @@ def check_whole(model: str) -> None:
     raise Unusable(f"the folder holds a {part} alone: {belongs}")
 
 # %% ../nbs/04e_loader.ipynb #5cc8d5a7
+def check_unet(pipe: Any) -> None:
+    "Unusable when a UNet does not go with the VAE or with the text encoders of its pipeline."
+    config, own = pipe.unet.config, pipe.vae.config.latent_channels
+    if config.in_channels not in (own, 2 * own + 1):
+        raise Unusable(f"its UNet takes {config.in_channels} channels: neither a noisy picture alone, "
+                       "nor a mask with it")
+    given = sum(encoder.config.hidden_size for encoder in encoders_of(pipe, "text_encoder"))
+    taken, sdxl = config.cross_attention_dim, config.get("addition_embed_type") == "text_time"
+    if config.get("encoder_hid_dim") or taken == given and sdxl == hasattr(pipe, "text_encoder_2"): return
+    kind = "SDXL's" if sdxl else "Stable Diffusion's"
+    raise Unusable(f"its UNet is of {kind} kind and takes {taken} numbers a word, its text encoders give {given}: "
+                   "they belong to different families (SD_BASE_ID names the base of a UNet)")
+
+def check_words(pipe: Any) -> list[str]:
+    "Notes about tokenizers. Unusable for one that is not its text encoder's. Sets how long a text may be."
+    notes = []
+    for tokenizer, encoder in zip(encoders_of(pipe, "tokenizer"), encoders_of(pipe, "text_encoder"), strict=True):
+        words, places = max(tokenizer.get_vocab().values(), default=0) + 1, encoder.config.vocab_size
+        if words > places or 2 * words < places:
+            raise Unusable(f"its tokenizer has {words:,} words and its text encoder {places:,}: "
+                           "files of the tokenizer are missing (vocab.json, merges.txt), or it is another model's")
+        if words < places: notes.append(f"the tokenizer has {words:,} words, the text encoder {places:,}")
+        tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+    return notes
+
+# %% ../nbs/04e_loader.ipynb #5d7e98b8
 def read_pipeline(reader: Reader, model: str, row: Row | None, settings: Settings) -> tuple[Any, Path]:
     "(diffusers pipeline, where it came from) of a model id, folder or file."
     base = settings.base_id or (row.base if row and not is_whole(model, row) else None)
-    if base: return with_base(reader, base, row.unet if row and row.unet and not is_local(model) else model)
-    check_whole(model)
-    if model.endswith(".safetensors"): pipe, where = read_single(reader, model, settings.vae_id)
-    else: pipe, where = read_folder(reader, model)
+    if base: pipe, where = with_base(reader, base, row.unet if row and row.unet and not is_local(model) else model)
+    else:
+        check_whole(model)
+        if model.endswith(".safetensors"): pipe, where = read_single(reader, model, settings.vae_id)
+        else: pipe, where = read_folder(reader, model)
     if getattr(pipe, "unet", None) is None: return pipe, where
-    channels, own = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
-    if channels not in (own, 2 * own + 1):
-        raise Unusable(f"its UNet takes {channels} channels: neither a noisy picture alone, nor a mask with it")
+    check_unet(pipe)
+    reader.notes += check_words(pipe)
     return pipe, where
 
 # %% ../nbs/04e_loader.ipynb #7b95d34b
@@ -218,7 +245,11 @@ def other_vae(reader: Reader, source: str, row: Row, own: Any) -> Any:
     known = [cls for name, (cls, _) in VAES.items() if is_named(source, name)]
     if known and known[0] != row.pipeline:
         raise Unusable(f"it is made for the latents of {known[0]}, this model has those of {row.pipeline}")
-    return read_vae(reader, source, dict(own.config) if "latent_channels" in own.config else {})
+    vae = read_vae(reader, source, dict(own.config) if "latent_channels" in own.config else {})
+    check_latents(vae.config, own.config)
+    if source.endswith(".safetensors") and "xl" in Path(source).stem.lower() and row.pipeline == SD:
+        reader.notes.append(f"SD_VAE_ID={source}: its name says SDXL, and its file does not say what it is made for")
+    return vae
 
 # %% ../nbs/04e_loader.ipynb #728adc4c
 def encoders_of(pipe: Any, name: str) -> list[Any]:
@@ -353,6 +384,7 @@ def placed(made: Components, where: Path) -> Components:
     made.vae.to(memory_format=torch.channels_last)
     found = facts_of_configs(made.schedule, made.unet.config, made.vae.config)
     made.facts = replace(found, what="a single file" if where.is_file() else found.what).said()
-    native = (made.unet.config.get("sample_size") or made.row.native) * made.vae_scale
+    side = made.unet.config.get("sample_size") or made.row.native
+    native = (side if isinstance(side, int) else max(side)) * made.vae_scale
     if native < made.row.native: made.row = replace(made.row, native=native)
     return made

@@ -4,8 +4,8 @@
 
 # %% ../nbs/04c_reader.ipynb #9d19fcbb
 from __future__ import annotations
-import re, threading, warnings
-from collections.abc import Iterable
+import inspect, re, threading, warnings
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
@@ -15,18 +15,19 @@ import torch
 from .downloads import Progress, Unusable, Want, class_names, fetch, names_in, true_cause
 from .facts import (
     SIGMAS, check_facts, check_kind, check_types, config_in, facts_of_configs, facts_of_header, header, kind_of,
-    read_json, said_by_file, unused_in, without_words)
+    metadata, read_json, said_by_file, unused_in, without_words)
 from .models import INCLUDED, KLEIN, PICKLED, ROWS, SD15_ID, Z_IMAGE, is_local
 
 # %% auto #0
-__all__ = ['PARTS', 'UNUSED', 'SERVED', 'WEIGHTS', 'NO_PICKLES', 'USUAL', 'CLASSES', 'LOADING', 'NO_VAE', 'NO_PICKLED_FILE',
-           'NO_DIFFUSERS', 'PART_WORDS', 'HARMLESS', 'ORIGINAL', 'whole_sets', 'no_whole_set', 'weight_files',
-           'check_classes', 'served_index', 'pipeline_files', 'quiet', 'reading', 'diffusers_classes', 'Checkpoint',
-           'recognise', 'nothing_else', 'config_and_weights', 'lone_class', 'unwrapped', 'bare', 'tensors_in', 'fill',
+__all__ = ['PARTS', 'UNUSED', 'SERVED', 'WEIGHTS', 'NO_PICKLES', 'USUAL', 'FORMATS', 'CLASSES', 'LOADING', 'NO_VAE',
+           'NO_PICKLED_FILE', 'NO_DIFFUSERS', 'PART_WORDS', 'HARMLESS', 'ON_BETAS', 'ORIGINAL', 'USUAL_SCALE',
+           'whole_sets', 'no_whole_set', 'weight_files', 'check_classes', 'parts_of', 'check_parts', 'served_index',
+           'pipeline_files', 'quiet', 'reading', 'diffusers_classes', 'Checkpoint', 'recognise', 'nothing_else',
+           'config_and_weights', 'check_numbers', 'lone_class', 'unwrapped', 'bare', 'tensors_in', 'fill',
            'check_weights', 'said_of_tensors', 'complete', 'complete_parts', 'mounted', 'broken_link', 'check_folder',
-           'check_alone', 'Finder', 'Reader', 'read_scheduler', 'read_unet', 'original_vae', 'read_vae', 'suited',
-           'check_files', 'whole_pipeline', 'read_folder', 'configuration_of', 'said_of_more', 'single_pipeline',
-           'read_single']
+           'check_alone', 'Finder', 'Reader', 'read_scheduler', 'read_unet', 'original_vae', 'read_vae', 'latents_of',
+           'check_latents', 'suited', 'check_files', 'whole_pipeline', 'read_folder', 'configuration_of',
+           'said_of_more', 'single_pipeline', 'read_single']
 
 # %% ../nbs/04c_reader.ipynb #1afc7159
 PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
@@ -36,21 +37,33 @@ SERVED = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "LatentConsist
 WEIGHTS = re.compile(r"(?:diffusion_pytorch_model|model)(\.fp16)?(?:-\d{5}-of-(\d{5}))?\.safetensors")
 
 def whole_sets(names: list[str]) -> dict[bool, list[str]]:
-    "Weight files among `names`, by whether they are in half precision. A set that lacks a shard is left out."
-    sets: dict[bool, list[tuple[str, int]]] = {}
+    """Weight files among `names`, by whether they are in half precision. A set that lacks a shard is left out.
+
+    Unusable for weights that are there twice, in one file and in several: which of the two is meant is not known."""
+    sets: dict[tuple[bool, int], list[str]] = {}
     for name in names:
-        if m := WEIGHTS.fullmatch(name): sets.setdefault(bool(m[1]), []).append((name, int(m[2] or 1)))
-    return {half: [name for name, _ in files] for half, files in sets.items() if len(files) == files[0][1]}
+        if m := WEIGHTS.fullmatch(name): sets.setdefault((bool(m[1]), int(m[2] or 1)), []).append(name)
+    whole: dict[bool, list[str]] = {}
+    for (half, count), files in sets.items():
+        if len(files) != count: continue
+        if half in whole: raise Unusable(f"the same weights are there twice, as {files[0]} and as {whole[half][0]}")
+        whole[half] = files
+    return whole
 
 # %% ../nbs/04c_reader.ipynb #17d3d636
 NO_PICKLES = (" has only pickled weights, which can run code when they are read; take a safetensors version of it "
               f"(perhaps a revision refs/pr/…), or a model that has one, as {SD15_ID} does")
 USUAL = "diffusion_pytorch_model.safetensors (model.safetensors for a text encoder)"
 
+FORMATS = {".onnx": "ONNX", "openvino_model.xml": "OpenVINO", ".msgpack": "Flax", ".gguf": "GGUF"}
+
 def no_whole_set(inside: list[str], part: str) -> str:
     "Why the files of a part are no whole set of weights."
     pieces = [match for name in inside if (match := WEIGHTS.fullmatch(name)) and match[2]]
     if pieces: return f"{part} lacks {int(pieces[0][2]) - len(pieces)} of the {int(pieces[0][2])} files of its weights"
+    for ending, program in FORMATS.items():
+        other = any(name.endswith(ending) for name in inside)
+        if other: return f"{part} has weights of {program} alone; take the version of this model with safetensors"
     if any(name.endswith(PICKLED) for name in inside): return part + NO_PICKLES
     others = [name for name in inside if name.endswith(".safetensors")]
     if not others: return f"there are no safetensors weights for {part}"
@@ -79,16 +92,35 @@ CLASSES = {
 def check_classes(index: dict) -> None:
     "Unusable when a model_index.json names a part of a class that this engine does not build."
     for part, allowed in CLASSES.items():
-        named = (index.get(part) or [None, None])[1]
+        library, named = index.get(part) or [None, None]
         if named and named not in allowed: raise Unusable(f"its {part} is a {named}; allowed: {', '.join(allowed)}")
+        if named and library not in ("diffusers", "transformers"):
+            raise Unusable(f"its {part} needs a program of its own ({library}), and such programs are not run")
 
 # %% ../nbs/04c_reader.ipynb #7b8962ec
+def parts_of(pipeline: str) -> list[str]:
+    "The parts that a pipeline of this class is made of."
+    net = "transformer" if pipeline in (KLEIN, Z_IMAGE) else "unet"
+    second = ["text_encoder_2", "tokenizer_2"] if "XL" in pipeline else []
+    return [net, "vae", "text_encoder", "tokenizer", "scheduler", *second]
+
+def check_parts(index: dict) -> None:
+    "Unusable when a model_index.json names too few parts for its pipeline, or parts of another one."
+    name, there = index["_class_name"], {part for part in PARTS if (index.get(part) or [None])[0]}
+    for part in parts_of(name):
+        if part not in there: raise Unusable(f"its model_index.json names no {part}, which a {name} has")
+    for part in PARTS:
+        if part in there - set(parts_of(name)):
+            raise Unusable(f"its model_index.json names a {part}, which a {name} has not")
+
+# %% ../nbs/04c_reader.ipynb #be28670c
 def served_index(folder: Path) -> dict:
     "The model_index.json of a diffusers folder. Unusable when it names a pipeline that this engine does not serve."
     index = read_json(folder / "model_index.json")
     name = index.get("_class_name")
     if name not in SERVED: raise Unusable(f"it is a {name}; this engine serves {', '.join(SERVED)}")
     check_classes(index)
+    check_parts(index)
     return index
 
 # %% ../nbs/04c_reader.ipynb #249bf3f5
@@ -161,7 +193,7 @@ def recognise(file: Path) -> Checkpoint:
     known_by = {name: SimpleNamespace(shape=tensor.shape) for name, tensor in table.items()}
     repo = fetch_diffusers_config(known_by)["pretrained_model_name_or_path"]
     has_vae = any(name.startswith("first_stage_model.") for name in table)
-    return Checkpoint(repo, facts_of_header(table), has_vae, [f"{file.name}: {said}" for said in unused_in(table)])
+    return Checkpoint(repo, facts_of_header(table, metadata(file)), has_vae, [f"{file.name}: {said}" for said in unused_in(table)])
 
 # %% ../nbs/04c_reader.ipynb #ef52ad2f
 NO_PICKLED_FILE = "pickled files can run code when they are read; only safetensors are taken"
@@ -181,9 +213,19 @@ def config_and_weights(half: bool) -> Want:
     return want
 
 # %% ../nbs/04c_reader.ipynb #c64f9bcc
+def check_numbers(config: dict[str, Any], part: str) -> None:
+    "Unusable for a part whose configuration says that its numbers are of few bits."
+    quantised = config.get("quantization_config")
+    if not quantised: return
+    program = quantised.get("quant_method", "another program")
+    raise Unusable(f"{part} has numbers of few bits, for {program}: take a version in half precision")
+
+# %% ../nbs/04c_reader.ipynb #e7806bde
 def lone_class(folder: Path) -> str:
     "The class that the config.json of a lone model names. Unusable when it is none that this engine builds."
-    named, allowed = read_json(folder / "config.json").get("_class_name", ""), CLASSES["unet"] + CLASSES["vae"]
+    config = read_json(folder / "config.json")
+    check_numbers(config, folder.name)
+    named, allowed = config.get("_class_name", ""), CLASSES["unet"] + CLASSES["vae"]
     if named not in allowed: raise Unusable(f"its config.json names a {named}; allowed: {', '.join(allowed)}")
     return named
 
@@ -348,6 +390,8 @@ class Reader(Finder):
                                        variant=variant, **given)
 
 # %% ../nbs/04c_reader.ipynb #0087fdd0
+ON_BETAS = ("LMSDiscreteScheduler", "DPMSolverSDEScheduler")          # which diffusers has with other packages only
+
 def read_scheduler(reader: Reader, folder: Path, more: dict[str, Any] | None = None) -> Any:
     "The scheduler of a diffusers folder, with `more` in its configuration. Unusable when the facts cannot be served."
     config = {**config_in(folder, "scheduler/scheduler_config.json"), **(more or {})}
@@ -358,6 +402,13 @@ def read_scheduler(reader: Reader, folder: Path, more: dict[str, Any] | None = N
     if strange: reader.notes.append(f"{', '.join(strange)}: not used, our sampler decides how steps are spaced")
     cls = getattr(diffusers_classes(), config.get("_class_name", ""), None)
     if cls is None: raise Unusable(f"its scheduler, {config.get('_class_name')}, is unknown")
+    if hasattr(cls, "_backends") and config["_class_name"] in ON_BETAS:
+        reader.notes.append(f"{config['_class_name']}: not used (it needs {', '.join(cls._backends)}), "
+                            "our sampler takes its noise schedule")
+        cls = diffusers_classes().DDIMScheduler
+    if config_in(folder, "unet/config.json") and "beta_schedule" not in inspect.signature(cls.__init__).parameters:
+        raise Unusable(f"its UNet comes with a {config['_class_name']}, and this engine draws with UNets that were "
+                       "trained on a schedule of betas (flow matching, EDM and others are not)")
     return cls.from_config({k: v for k, v in config.items() if k not in (*SIGMAS, "variance_type")})
 
 # %% ../nbs/04c_reader.ipynb #113d4e4d
@@ -403,6 +454,24 @@ def read_vae(reader: Reader, source: str, config: dict[str, Any]) -> Any:
     check_weights(vae, file.name)
     return vae
 
+# %% ../nbs/04c_reader.ipynb #9ded36c9
+USUAL_SCALE = 0.18215                             # of Stable Diffusion 1, and of a configuration that does not say
+
+def latents_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    "What a VAE's configuration says about its latents."
+    blocks = config.get("block_out_channels") or config["encoder_block_out_channels"]
+    said = {"channels": config["latent_channels"], "pixels a side": 2 ** (len(blocks) - 1)}
+    if "encoder_block_out_channels" in config: return said             # a tiny VAE has no scale of its own
+    scale = {"scaling_factor": config.get("scaling_factor", USUAL_SCALE)}
+    return {**said, **scale, **{name: config.get(name) for name in ("shift_factor", "latents_mean", "latents_std")}}
+
+def check_latents(config: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    "Unusable when a VAE's latents differ from those of a model's `own` VAE."
+    theirs, ours = latents_of(config), latents_of(own)
+    both = [name for name in theirs if name in ours]
+    differing = [f"{name} {theirs[name]}, not {ours[name]}" for name in both if theirs[name] != ours[name]]
+    if differing: raise Unusable(f"it is no VAE for this model: its latents have {'; '.join(differing)}")
+
 # %% ../nbs/04c_reader.ipynb #bc48cf08
 def suited(dtype: torch.dtype, pipeline: str) -> torch.dtype:
     "The type to read a pipeline of this class in, when `dtype` was chosen."
@@ -414,7 +483,7 @@ def suited(dtype: torch.dtype, pipeline: str) -> torch.dtype:
 def check_files(folder: Path, names: list[str]) -> None:
     "Unusable, with the file's name, when one of these configurations or weights is not whole."
     for name in names:
-        if name.endswith(".json"): read_json(folder / name)
+        if name.endswith(".json"): check_numbers(read_json(folder / name), name.split("/")[0])
         if not name.endswith(".safetensors"): continue
         try: header(folder / name)
         except Unusable as e: raise Unusable(f"in {name.split('/')[0]}, {e}") from e
@@ -490,6 +559,8 @@ def read_single(reader: Reader, source: str, vae: str | None = None) -> tuple[An
     reader.notes += found.unused + said_by_file(file, given["scheduler"].config.prediction_type)
     if not found.has_vae:
         if vae is None: raise Unusable(NO_VAE.format(file.name))
-        given["vae"] = read_vae(reader, vae, config_in(config, "vae/config.json"))
+        usual = config_in(config, "vae/config.json")
+        given["vae"] = read_vae(reader, vae, usual)
+        check_latents(given["vae"].config, usual)
     reader.progress.stage = "reading"
     return single_pipeline(reader, file, config, given), file
