@@ -223,7 +223,7 @@ def facts_of_configs(scheduler: Mapping[str, Any], unet: Mapping[str, Any], vae:
 def facts_of_header(table: Mapping[str, Tensor], words: Mapping[str, str] | None = None) -> dict[str, Any]:
     """What a single file's header adds to the schedule of its kind: v-prediction and zero SNR.
 
-    They are said by tensors that are only markers, or in the `words` of the file's metadata: ModelSpec's and kohya's."""
+    Tensors that are only markers say them, or the `words` of the file's metadata (ModelSpec's and kohya's)."""
     words, said = words or {}, {}
     v = "v_pred" in table or words.get("modelspec.prediction_type", "").lower() in ("v", "v_prediction")
     if v or words.get("ss_v_parameterization") == "True": said["prediction_type"] = "v_prediction"

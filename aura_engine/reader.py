@@ -193,7 +193,8 @@ def recognise(file: Path) -> Checkpoint:
     known_by = {name: SimpleNamespace(shape=tensor.shape) for name, tensor in table.items()}
     repo = fetch_diffusers_config(known_by)["pretrained_model_name_or_path"]
     has_vae = any(name.startswith("first_stage_model.") for name in table)
-    return Checkpoint(repo, facts_of_header(table, metadata(file)), has_vae, [f"{file.name}: {said}" for said in unused_in(table)])
+    unused = [f"{file.name}: {said}" for said in unused_in(table)]
+    return Checkpoint(repo, facts_of_header(table, metadata(file)), has_vae, unused)
 
 # %% ../nbs/04c_reader.ipynb #ef52ad2f
 NO_PICKLED_FILE = "pickled files can run code when they are read; only safetensors are taken"
