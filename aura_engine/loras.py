@@ -174,6 +174,7 @@ class LoraFile:
         if not any(layer.up.any() for layer in self.layers.values()): notes.append("all it adds is zero")
         return notes
 
+# %% ../nbs/04d_loras.ipynb #10b3d385
 def lora_layer(tensors: dict[str, torch.Tensor], settings: Mapping[str, Any]) -> LoraLayer | None:
     "One layer from its tensors; None when one side is missing. `settings`: peft's, where the file has them."
     if "down" not in tensors or "up" not in tensors: return None
