@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib, logging, os, platform, shutil, sys, tempfile, threading, time, warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -25,12 +25,13 @@ from .unet_input import UNetInput
 log = logging.getLogger("aura_engine")
 
 # %% auto #0
-__all__ = ['log', 'DECODER', 'SAMPLES', 'GRAPH', 'WEIGHTS', 'DIGESTS', 'ABANDONED', 'DAMAGED', 'UNSAVED', 'Shapes', 'EXACT',
-           'HALF', 'ONE_AT_A_TIME', 'LIMITS', 'AT_LEAST', 'AT_MOST', 'COMPILING', 'input_names', 'Traced',
-           'example_inputs', 'projected', 'cache_folder', 'fingerprint', 'saved_graph', 'digests', 'is_whole_graph',
-           'weight_bytes', 'save_graph', 'whole_weights', 'tidy', 'read_graph', 'hushed', 'convert', 'doubled_before',
-           'bias_after', 'double_graph', 'memory_limit', 'Earned', 'Held', 'infer', 'Compiler', 'StaticGraphs',
-           'Graphs', 'OpenVINOUNet', 'OpenVINODecode', 'quantize', 'HeardGraphs']
+__all__ = ['log', 'DECODER', 'SAMPLES', 'GRAPH', 'WEIGHTS', 'DIGESTS', 'ABANDONED', 'UNUSED', 'PAIR', 'MOST_GRAPHS', 'MOST_BYTES',
+           'DAMAGED', 'UNSAVED', 'Shapes', 'EXACT', 'HALF', 'ONE_AT_A_TIME', 'LIMITS', 'AT_LEAST', 'AT_MOST',
+           'COMPILING', 'input_names', 'Traced', 'example_inputs', 'projected', 'cache_folder', 'fingerprint',
+           'saved_graph', 'digests', 'is_whole_graph', 'weight_bytes', 'save_graph', 'whole_weights', 'Stored',
+           'stored_in', 'left_over', 'tidy', 'read_graph', 'hushed', 'convert', 'doubled_before', 'bias_after',
+           'double_graph', 'memory_limit', 'Earned', 'Held', 'infer', 'Compiler', 'StaticGraphs', 'Graphs',
+           'OpenVINOUNet', 'OpenVINODecode', 'quantize', 'HeardGraphs']
 
 # %% ../nbs/05c_static_graphs.ipynb #e8b71b61
 DECODER = ("z",)
@@ -130,8 +131,8 @@ def weight_bytes(model: Any) -> int:
     return sum(node.get_byte_size() for node in model.get_ordered_ops() if node.get_type_name() == "Constant")
 
 # %% ../nbs/05c_static_graphs.ipynb #105fc83b
-def save_graph(model: Any, saved: Path, keep: int = 8) -> None:
-    "Write a converted model. Of its folder's graphs the `keep` latest stay. OSError, RuntimeError: it cannot be."
+def save_graph(model: Any, saved: Path) -> None:
+    "Write a converted model. OSError, RuntimeError: it cannot be."
     import openvino as ov
     part = saved.with_name(f"part-{uuid4().hex}")
     part.mkdir(parents=True)
@@ -142,7 +143,6 @@ def save_graph(model: Any, saved: Path, keep: int = 8) -> None:
         (part / DIGESTS).write_text(digests(part))
         if not saved.exists(): part.rename(saved)
     finally: shutil.rmtree(part, ignore_errors=True)
-    tidy(saved.parent, keep)
 
 def whole_weights(model: Any, saved: Path) -> bool:
     "Whether a graph on disk has all the weights of `model`."
@@ -150,15 +150,61 @@ def whole_weights(model: Any, saved: Path) -> bool:
     return weight_bytes(ov.Core().read_model(saved / GRAPH)) == weight_bytes(model)
 
 # %% ../nbs/05c_static_graphs.ipynb #a5d7bd7e
-ABANDONED = 3600.0                               # seconds
+@dataclass(frozen=True)
+class Stored:
+    "Something in the folder of graphs: its bytes, and seconds since it was last written or read."
+    path: Path
+    bytes: int
+    age: float
 
-def tidy(folder: Path, keep: int) -> None:
-    "Delete all graphs of a folder but the `keep` latest, and the parts that nobody writes any more."
-    there = sorted((d for d in folder.iterdir() if d.is_dir()), key=lambda d: d.stat().st_mtime)
-    parts = [d for d in there if d.name.startswith("part-")]
-    graphs = [d for d in there if d not in parts]
-    dead = [d for d in parts if time.time() - d.stat().st_mtime > ABANDONED]
-    for old in (*graphs[:-keep], *dead): shutil.rmtree(old, ignore_errors=True)
+    @property
+    def is_graph(self) -> bool:
+        "Whether it is a finished graph: a folder of its own."
+        return self.path.is_dir() and not self.path.name.startswith("part-")
+
+    def delete(self) -> None:
+        "Remove it. Another server may be doing the same."
+        if self.path.is_dir(): return shutil.rmtree(self.path, ignore_errors=True)
+        with suppress(OSError): self.path.unlink()
+
+# %% ../nbs/05c_static_graphs.ipynb #af83c4a1
+def stored_in(folder: Path) -> list[Stored]:
+    "What is in a folder of graphs, latest use first."
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        with suppress(OSError):                      # another server has just deleted it
+            files = path.iterdir() if path.is_dir() else (path,)
+            size = sum(file.stat().st_size for file in files)
+            found.append(Stored(path, size, time.time() - path.stat().st_mtime))
+    return sorted(found, key=lambda stored: stored.age)
+
+# %% ../nbs/05c_static_graphs.ipynb #ebbfb75c
+ABANDONED = 3600.0                               # seconds
+UNUSED = 30 * 24 * 3600.0                        # seconds
+PAIR = 2                                         # graphs stay: a UNet and its decoder
+MOST_GRAPHS = 8
+MOST_BYTES = 32 * 2**30                          # of all graphs, or half of a smaller disk
+
+def left_over(stored: Sequence[Stored], keep: int, room: int) -> list[Stored]:
+    "Which of these (latest use first) should go, so that `keep` graphs of `room` bytes remain."
+    gone = [one for one in stored if not one.is_graph and one.age > ABANDONED]
+    held = 0
+    for place, graph in enumerate(one for one in stored if one.is_graph):
+        held += graph.bytes
+        too_many = place >= keep or held > room
+        if place >= PAIR and (too_many or graph.age > UNUSED): gone.append(graph)
+    return gone
+
+# %% ../nbs/05c_static_graphs.ipynb #2ca52980
+def tidy(folder: Path, keep: int = MOST_GRAPHS, room: int = MOST_BYTES) -> list[Stored]:
+    "Delete what a folder of graphs should not hold any more -> what was deleted; the log says it too."
+    stored = stored_in(folder)
+    if not stored: return []
+    gone = left_over(stored, keep, min(room, shutil.disk_usage(folder).total // 2))
+    for one in gone: one.delete()
+    freed = sum(one.bytes for one in gone) // 2**20
+    if gone: log.info("old graphs were deleted from the cache", extra={"count": len(gone), "MiB": freed})
+    return gone
 
 # %% ../nbs/05c_static_graphs.ipynb #92cc3d51
 DAMAGED = "a saved OpenVINO graph was damaged; it was deleted and made again"

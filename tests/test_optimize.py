@@ -311,13 +311,22 @@ def test_a_cache_that_cannot_be_written_costs_speed_and_not_the_start(openvino, 
     assert parts.backend == "openvino" and parts.notes == ["a converted OpenVINO graph could not be saved; every start converts it again"]
 
 
-def test_old_graphs_and_what_dead_processes_left_are_removed(little, tmp_path):
-    for name, age in (("part-dead", 7200), ("part-alive", 0), ("old", 500), ("older", 1000)):
+def test_the_cache_of_graphs_is_bounded(tmp_path):
+    """By number, bytes and age. A pair stays. Files of the flat layout, which nothing reads any more, and dead parts go."""
+    month = 31 * 24 * 3600
+    for name, age in {"a": 0, "b": 100, "c": 500, "d": 1000, "e": month, "part-dead": 7200, "part-alive": 0}.items():
         (tmp_path / name).mkdir()
-        (tmp_path / name / "graph.bin").write_bytes(bytes(100))
+        (tmp_path / name / "graph.bin").write_bytes(bytes(1000))
         os.utime(tmp_path / name, (time.time() - age,) * 2)
-    static_graphs.save_graph(little, tmp_path / "new", keep=2)
-    assert {d.name for d in tmp_path.iterdir()} == {"part-alive", "new", "old"}
+    for name in ("old.bin", "old.xml", "new.bin"): (tmp_path / name).write_bytes(bytes(10))
+    for name in ("old.bin", "old.xml"): os.utime(tmp_path / name, (0, 0))
+    there = lambda: "".join(sorted(d.name for d in tmp_path.iterdir() if static_graphs.Stored(d, 0, 0).is_graph))
+    gone = static_graphs.tidy(tmp_path)
+    assert there() == "abcd" and {d.path.name for d in gone} == {"e", "old.bin", "old.xml", "part-dead"} and (tmp_path / "part-alive").exists()
+    static_graphs.tidy(tmp_path, room=3000)
+    assert there() == "abc"
+    static_graphs.tidy(tmp_path, keep=1, room=0)
+    assert there() == "ab" and static_graphs.tidy(tmp_path / "none") == []
 
 
 def test_of_two_servers_that_save_the_first_ones_graph_stays(little, tmp_path):
