@@ -5,7 +5,8 @@
 # %% ../nbs/08d_engine.ipynb #21925201
 from __future__ import annotations
 import gc, logging, os, re, threading, time, uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 import psutil, torch
@@ -19,7 +20,9 @@ from .models import SAMPLERS, Row, check_source, limits_of
 from .optimize import cache_folder
 from .queue import Queue, Task
 from .trajectory import Decoded
-from .runner import Runner, cut_short, few_kernels, left_out, one_heap, prepare_runner, receipt_of_task
+from .static_graphs import tidy
+from .runner import (Runner, cut_short, few_kernels, left_out, one_heap, pasted, prepare_runner,
+                                receipt_of_task)
 from .types import (COME_BACK, AuraError, Cancelled, DeadlineExceeded, Degenerate, EngineFailed, EngineState,
                                Health, Image,
                                NotReady, OutOfMemory, Plan, Preview, QueueLoad, ShuttingDown, Step)
@@ -27,8 +30,8 @@ from .types import (COME_BACK, AuraError, Cancelled, DeadlineExceeded, Degenerat
 log = logging.getLogger("aura_engine")
 
 # %% auto #0
-__all__ = ['log', 'is_out_of_memory', 'drop_caches', 'Ladder', 'hurry_up', 'Turns', 'reason_of', 'alone_in_process', 'memory',
-           'EngineView', 'stopping', 'ready_runner', 'Engine', 'optimizations_of', 'warnings_of', 'health_of',
+__all__ = ['log', 'is_out_of_memory', 'drop_caches', 'Ladder', 'hurry_up', 'Pasting', 'Turns', 'reason_of', 'alone_in_process',
+           'memory', 'EngineView', 'stopping', 'ready_runner', 'Engine', 'optimizations_of', 'warnings_of', 'health_of',
            'with_model', 'Lease', 'Engines', 'shared_engine', 'close_engines']
 
 # %% ../nbs/08d_engine.ipynb #24881fea
@@ -109,12 +112,30 @@ def hurry_up(queue: Queue, job: Job) -> None:
     queue.remove(lambda task: task.job is job and task.left > 0)
     if not begun: queue.end(job)
 
+# %% ../nbs/08d_engine.ipynb #ce1e7ff5
+class Pasting:
+    "Puts what was drawn back under its mask, one picture at a time. `wake()` is called when one is done."
+    def __init__(self, wake: Callable[[], None]):
+        self.pool, self.wake = ThreadPoolExecutor(1, "paste"), wake
+
+    def begin(self, task: Task, made: Decoded) -> None:
+        "Go on with a decoded picture in the thread. `task.pasting` has the whole one when it is done."
+        task.pasting = self.pool.submit(pasted, task.picture.inpainting, made)
+        task.pasting.add_done_callback(lambda _: self.wake())
+
+    def end(self, task: Task) -> Decoded:
+        "The whole picture. Raises what went wrong with it."
+        work, task.pasting = task.pasting, None
+        assert work is not None
+        return work.result()
+
 # %% ../nbs/08d_engine.ipynb #06cd07fe
 class Turns:
     "The engine's work, one call at a time."
     def __init__(self, runner: Runner, queue: Queue, most: int):
         self.runner, self.queue = runner, queue
         self.ladder = Ladder(runner.parts, most)
+        self.pasting = Pasting(queue.wake)
         self.repairs = 0                            # pictures that had to be decoded twice
 
     def turn(self) -> None:
@@ -122,9 +143,11 @@ class Turns:
         self._end_overdue()
         spared = self.ladder.spared
         if spared and spared not in self.queue.tasks: self.ladder.save_memory(None)
-        if not self.queue.tasks: return
+        for task in [task for task in self.queue.tasks if task.pasting and task.due]: self.take_pasted(task)
         cost = self.runner.cost
-        batch, bucket = choose(self.queue.order(cost), cost, self.ladder.rows)
+        waiting = [task for task in self.queue.order(cost) if not task.pasting]
+        if not waiting: return
+        batch, bucket = choose(waiting, cost, self.ladder.rows)
         try:
             if batch[0].left: self.step(batch, bucket)
             else: self.finish(batch, bucket)
@@ -145,11 +168,17 @@ class Turns:
     def finish(self, batch: Sequence[Task], bucket: int) -> None:
         "Decode finished pictures and hand them out."
         for task, outcome in zip(batch, self.runner.decode(batch, bucket)):
-            self.queue.remove(lambda other, task=task: other is task)
             if isinstance(outcome, Degenerate): self.queue.end(task.job, outcome)
+            elif task.picture.inpainting: self.pasting.begin(task, outcome)
             else: self._hand_out(task, outcome)
 
+    def take_pasted(self, task: Task) -> None:
+        "Hand out a picture that is whole again."
+        try: self._hand_out(task, self.pasting.end(task))
+        except Exception as error: self._fail([task], error)
+
     def _hand_out(self, task: Task, made: Decoded) -> None:
+        self.queue.remove(lambda other: other is task)
         job, repairs = task.job, left_out(task)
         image, again = made
         if again:
@@ -159,6 +188,7 @@ class Turns:
         if task is self.ladder.spared: repairs.append("decoded in tiles: memory was short")
         self.ladder.short = 0
         receipt = receipt_of_task(task, self.runner.parts, self.runner.versions, repairs)
+        job.free_inputs(task.index)
         job.emit(Image(task.index, image, receipt))
         if not job.done and not any(other.job is job for other in self.queue.tasks): self.queue.end(job)
 
@@ -261,6 +291,7 @@ def ready_runner(parts: Components, settings: Settings, progress: Progress) -> R
     "Make a loaded model as fast as it can be here, and prove it with a picture."
     progress.stage = "choosing a precision"
     parts = choose_precision(parts, settings, TrialsFile(cache_folder() / "precision.json"))
+    tidy(cache_folder() / "openvino")
     progress.stage = "first picture"
     return prepare_runner(parts, settings)
 

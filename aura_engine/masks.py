@@ -5,7 +5,8 @@
 # %% ../nbs/03b_masks.ipynb #f15ad113
 from __future__ import annotations
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 from PIL import Image
 from .types import Invalid, Words
@@ -78,6 +79,7 @@ class Inpainting:
     mask: Image.Image
     box: Region
     padding: int | None = None                   # None: the whole picture is worked on
+    _masks: dict[Size, Image.Image] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def part(self, size: Size) -> Image.Image:
         "The part of the picture that is worked on, at `size`."
@@ -85,7 +87,8 @@ class Inpainting:
 
     def part_mask(self, size: Size) -> Image.Image:
         "The mask of that part, at `size`."
-        return self.mask.crop(self.box).resize(size, Image.Resampling.LANCZOS)
+        if size not in self._masks: self._masks[size] = self.mask.crop(self.box).resize(size, Image.Resampling.LANCZOS)
+        return self._masks[size]
 
     def paste(self, drawn: Image.Image) -> Image.Image:
         "The whole picture with the part that was drawn, where the mask allows it."
@@ -94,11 +97,16 @@ class Inpainting:
         out.paste(fitting, (self.box.left, self.box.top), self.mask.crop(self.box))
         return out
 
-    @property
+    @cached_property
     def digests(self) -> tuple[str, str]:
         "SHA-256 of the pixels of picture and mask, for the receipt."
         picture, mask = (hashlib.sha256(im.tobytes()).hexdigest() for im in (self.picture, self.mask))
         return picture, mask
+
+    def ready(self, size: Size) -> Image.Image:
+        "`part(size)`, and all else that the engine's thread would wait for: the digests, and the mask at `size`."
+        _ = self.digests, self.part_mask(size)
+        return self.part(size)
 
     @property
     def nbytes(self) -> int:

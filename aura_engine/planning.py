@@ -364,7 +364,7 @@ def prepare(request: RefineRequest, row: Row, gpu: bool = False) -> Plan:
 def _at_size(p: Picture) -> Picture:
     size = p.width, p.height
     if p.init is None: return p
-    if p.inpainting is not None: return replace(p, init=p.inpainting.part(size))
+    if p.inpainting is not None: return replace(p, init=p.inpainting.ready(size))
     return replace(p, init=p.init.resize(size, Image.Resampling.LANCZOS))
 
 

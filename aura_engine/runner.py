@@ -17,6 +17,7 @@ from .config import Settings
 from .families import denoiser_of
 from .jobs import Job
 from .loader import Components
+from .masks import Inpainting
 from .optimize import cache_folder, seal
 from .queue import Task
 from .trajectory import Decoded, Noise, TextCache, Trajectory, advance, decode_batch, decode_latents, encode_picture
@@ -27,7 +28,7 @@ from .unet_input import NetInput
 __all__ = ['M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'M_ARENA_MAX', 'mallopt', 'keep_memory', 'one_heap', 'few_kernels', 'by_place',
            'preview_matrix', 'preview_image', 'clocked', 'Trial', 'try_out', 'key_of', 'curve_name', 'measured_curves',
            'costs_of', 'versions_of', 'receipt_of_task', 'spend', 'cut_short', 'left_out', 'take_digests', 'begin_task',
-           'finished', 'Runner', 'prepare_runner']
+           'pasted', 'Runner', 'prepare_runner']
 
 # %% ../nbs/08c_runner.ipynb #bda0bf3f
 M_TRIM_THRESHOLD = -1               # the names and numbers of glibc's malloc.h
@@ -229,12 +230,9 @@ def begin_task(task: Task, parts: Components, texts: TextCache, text: float) -> 
     return text + seconds
 
 # %% ../nbs/08c_runner.ipynb #b045006f
-def finished(task: Task, outcome: Decoded | Degenerate) -> Decoded | Degenerate:
-    "A decoded picture as it is handed out: under a mask, with the rest of the picture it started from."
-    inpainting = task.picture.inpainting
-    if inpainting is None or isinstance(outcome, Degenerate): return outcome
-    image, again = outcome
-    task.job.free_inputs(task.index)
+def pasted(inpainting: Inpainting, made: Decoded) -> Decoded:
+    "A decoded picture with the rest of the picture that it started from."
+    image, again = made
     return inpainting.paste(image), again
 
 # %% ../nbs/08c_runner.ipynb #b01486a0
@@ -286,7 +284,7 @@ class Runner:
         outcomes, seconds = clocked(decode_batch, self.parts, torch.cat([latents, padding]))
         self.cost.decode.observe(batch[0].key, bucket, seconds)
         for task in batch: spend(task, "decode", seconds, seconds / len(batch))
-        return [finished(task, outcome) for task, outcome in zip(batch, outcomes)]
+        return outcomes
 
     def preview(self, task: Task) -> np.ndarray:
         "What a picture under way looks like now: uint8 [h, w, 3]."

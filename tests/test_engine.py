@@ -11,10 +11,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image as Pillow
 
 from aura_engine.batching import Curve, Entry, eta
 from aura_engine.config import load_settings
 from aura_engine.engine import Engine
+from aura_engine.masks import Inpainting, Region
 from aura_engine.queue import Lateness
 from aura_engine.runner import key_of
 from aura_engine.trajectory import TextCache, Trajectory, advance
@@ -437,3 +439,29 @@ def test_a_failed_shared_engine_says_why_and_is_replaced(no_engines, monkeypatch
     assert engine is not lease.engine and engine.wait_ready(300)
     lease.close()
     assert engine.ready
+
+
+def test_a_large_picture_is_pasted_beside_the_engine(engine, monkeypatch):
+    """The engine's thread neither pastes nor reads the whole picture. Others are served meanwhile, and a drain waits for it."""
+    pasted, go_on, paste = [], threading.Event(), Inpainting.paste
+    def held(self, drawn):
+        pasted.append(threading.current_thread().name)
+        assert go_on.wait(60)
+        return paste(self, drawn)
+    photo = Pillow.effect_noise((1000, 800), 60).convert("RGB")
+    mask = Pillow.new("L", photo.size)
+    mask.paste(255, (100, 100, 300, 300))
+    under = Inpainting(photo, mask, Region(50, 50, 350, 350), 50)
+    start = replace(APPLE, init=under.ready((APPLE.width, APPLE.height)), inpainting=under, strength=0.5)
+    monkeypatch.setattr(Inpainting, "paste", held)
+    assert "digests" in vars(under) and under.part_mask((APPLE.width, APPLE.height)) is under.part_mask((APPLE.width, APPLE.height))
+    job = engine.submit(Plan((start,)))
+    other = engine.submit(Plan((APPLE,)))
+    assert other.result(60) and not job.done and engine.health().queue.length == 1
+    go_on.set()
+    made = job.result(60)[0].image
+    assert pasted == ["paste_0"] and made.size == photo.size and not engine.queue.tasks and job.nbytes == 3 * 1000 * 800
+    assert (pixels(made)[np.asarray(mask) == 0] == pixels(photo)[np.asarray(mask) == 0]).all()
+    monkeypatch.setattr(Inpainting, "paste", lambda self, drawn: 1 / 0)
+    with pytest.raises(EngineFailed): engine.submit(Plan((start,))).result(60)
+    assert engine.ready and picture(engine, APPLE).size == (APPLE.width, APPLE.height)
