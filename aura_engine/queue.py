@@ -6,10 +6,11 @@
 from __future__ import annotations
 import heapq, math, threading, time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from .batching import AGEING, E, Entry, StepCost, eta, predict, work
 from .jobs import Job
-from .trajectory import Trajectory
+from .trajectory import Decoded, Trajectory
 from .types import AuraError, Done, Failed, Invalid, Picture, Queued, QueueFull, QueueLoad
 
 # %% auto #0
@@ -28,9 +29,15 @@ class Task(Entry):
     init_sha256: str | None = None                  # of the picture it starts from
     mask_sha256: str | None = None                  # and of its mask
     times: dict[str, float] = field(default_factory=dict)      # seconds by stage, for the receipt
+    pasting: Future[Decoded] | None = None          # it is decoded, and is put back under its mask
+
+    @property
+    def due(self) -> bool:
+        "Whether the engine has something to do for it, and does not wait for a mask."
+        return self.pasting is None or self.pasting.done()
 
 # %% ../nbs/08b_queue.ipynb #d350c70f
-LEAST_SHARERS = 12
+LEAST_SHARERS = 32
 
 class Shares:
     "Seconds of the device that each client has had beyond its share."
@@ -204,10 +211,14 @@ class TaskLine:
         self.clock = time.monotonic
 
     def wait(self, closed: Callable[[], bool]) -> list[Task]:
-        "All tasks; waits until there are some, or `closed()`."
+        "All tasks; waits until one is due, or `closed()`."
         with self.turn:
-            while not (self.tasks or closed()): self.turn.wait()
+            while not (any(task.due for task in self.tasks) or closed()): self.turn.wait()
             return self.tasks
+
+    def wake(self) -> None:
+        "Have whoever waits look again."
+        with self.turn: self.turn.notify_all()
 
     def order(self, cost: StepCost) -> list[Task]:
         "The tasks in the order in which they should be served now."
