@@ -20,10 +20,10 @@ from .types import (
 from .walls import client_behind
 
 # %% auto #0
-__all__ = ['GROWING', 'AROUND', 'AnyJob', 'SMALL_ASK', 'MOST_READERS', 'SentLog', 'status_told', 'KeptJob', 'held_by',
-           'job_address', 'job_progress', 'job_result', 'job_state', 'JobsFull', 'ReadersFull', 'first_of_greediest',
-           'unknown_job', 'JobStore', 'GenerateJob', 'RefineJob', 'ReplayJob', 'watch_job', 'kept_ask', 'post_job',
-           'get_job', 'counted', 'get_job_events', 'delete_job']
+__all__ = ['GROWING', 'AROUND', 'AnyJob', 'SMALL_ASK', 'MOST_READERS', 'MOST_STREAMS', 'SentLog', 'status_told', 'KeptJob',
+           'held_by', 'job_address', 'job_progress', 'job_result', 'job_state', 'JobsFull', 'ReadersFull',
+           'StreamsFull', 'first_of_greediest', 'unknown_job', 'JobStore', 'GenerateJob', 'RefineJob', 'ReplayJob',
+           'watch_job', 'kept_ask', 'post_job', 'get_job', 'counted', 'get_job_events', 'delete_job']
 
 # %% ../nbs/09e_job_routes.ipynb #4c32c21b
 class SentLog:
@@ -168,6 +168,7 @@ def job_state(kept: KeptJob, request_id: str = "") -> dict[str, Any]:
 # %% ../nbs/09e_job_routes.ipynb #cac2a02e
 class JobsFull(QueueFull): "Too many jobs are running"
 class ReadersFull(QueueFull): "Too many clients follow this job"
+class StreamsFull(QueueFull): "You follow too many jobs"
 
 # %% ../nbs/09e_job_routes.ipynb #f8af1708
 def first_of_greediest(ended: list[KeptJob]) -> KeptJob:
@@ -192,6 +193,7 @@ class JobStore:
         self.most, self.bytes = most, bytes
         self.kept: dict[str, KeptJob] = {}
         self.readers = Counter()                              # of streams that are open now, by job
+        self.streams = Counter()                              # the same by client
 
     def sweep(self, room: int = 0) -> None:
         "Forget what is too old, then what does not fit; leave `room` for new jobs."
@@ -299,16 +301,20 @@ async def get_job(request: Request, id: str) -> Response:
 
 # %% ../nbs/09e_job_routes.ipynb #6871dfb4
 MOST_READERS = 32                                             # of one job at a time
+MOST_STREAMS = 64                                             # that one client reads
 
-async def counted(store: JobStore, kept: KeptJob, after: int) -> AsyncGenerator[bytes]:
+async def counted(store: JobStore, kept: KeptJob, after: int, client: str) -> AsyncGenerator[bytes]:
     "The events of a job above `after`; the reader counts while it reads."
     store.readers[kept.id] += 1
+    store.streams[client] += 1
     try:
         async with aclosing(store.follow(kept, after)) as events:
             async for frame in events: yield frame
     finally:
         store.readers[kept.id] -= 1
+        store.streams[client] -= 1
         store.readers += Counter()                            # keeps those above zero
+        store.streams += Counter()
 
 # %% ../nbs/09e_job_routes.ipynb #2540ac3b
 async def get_job_events(request: Request, id: str) -> Response:
@@ -318,11 +324,14 @@ async def get_job_events(request: Request, id: str) -> Response:
     if kept.gone: return JSONResponse(job_state(kept, request_id(request)), 410)
     if store.readers[kept.id] >= MOST_READERS:
         raise ReadersFull(f"{MOST_READERS} clients follow this job already; ask how far it is instead.", retry_after=5)
+    client = client_behind(request)
+    if store.streams[client] >= MOST_STREAMS:
+        raise StreamsFull(f"You read {MOST_STREAMS} streams already; ask how far a job is instead.", retry_after=5)
     last = request.headers.get("last-event-id", "")
     after = int(last) if re.fullmatch(r"\d{1,9}", last) else 0
     if kept.log.closed and after >= len(kept.log.events):
         return Response(status_code=204)                      # EventSource asks no more
-    return EventSourceResponse(heartbeat(counted(store, kept, after)), headers=UNBUFFERED)
+    return EventSourceResponse(heartbeat(counted(store, kept, after, client)), headers=UNBUFFERED)
 
 # %% ../nbs/09e_job_routes.ipynb #4febf881
 async def delete_job(request: Request, id: str) -> Response:

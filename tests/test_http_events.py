@@ -248,13 +248,19 @@ def test_a_replay_says_what_differs(web):
 
 
 def test_a_job_has_so_many_readers_at_a_time(web):
-    from aura_engine.job_routes import MOST_READERS
+    from aura_engine.job_routes import MOST_READERS, MOST_STREAMS
     where = web.post("/jobs", json={"route": "generate", "request": LONG}).json()["statusUrl"]
     with ExitStack() as open_ones:
         for _ in range(MOST_READERS): assert open_ones.enter_context(web.stream("GET", where + "/events")).status_code == 200
         refused = web.get(where + "/events")
         assert refused.status_code == 429 and refused.json()["title"] == "Too many clients follow this job" and "retry-after" in refused.headers
         assert web.get(where).json()["status"] in ("queued", "running")
+        second = web.post("/jobs", json={"route": "generate", "request": LONG}).json()["statusUrl"] + "/events"
+        for _ in range(MOST_STREAMS - MOST_READERS - 1): assert open_ones.enter_context(web.stream("GET", second)).status_code == 200
+        third = web.post("/jobs", json={"route": "generate", "request": LONG}).json()["statusUrl"] + "/events"
+        assert open_ones.enter_context(web.stream("GET", third)).status_code == 200
+        assert web.get(third).status_code == 429 and web.get(third).json()["title"] == "You follow too many jobs"
+        for other in (second, third): web.delete(other.removesuffix("/events"))
     end = time.monotonic() + 20
     while True:                                               # those who left count no more
         with web.stream("GET", where + "/events") as again:
