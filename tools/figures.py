@@ -48,7 +48,7 @@ EXCUSED: dict[str, Excuse] = {
     "deploy.DeployPlanning": Excuse(300, "one phase of a deployment, and the reads it begins with"),
     "engine.Engine": Excuse(450, "the life of one thread: start, load, submit, drain, close, fail"),
     "engine.Ladder": Excuse(340, "what is tried after a failure, rung by rung: the order is the idea"),
-    "engine.Turns": Excuse(470, "one turn of the engine, from choosing a batch to handing pictures out"),
+    "engine.Turns": Excuse(540, "one turn of the engine, from choosing a batch to handing pictures out"),
     "intake.FairPool": Excuse(330, "who waits, who runs and who had how much change together at each turn"),
     "job_routes.JobStore": Excuse(380, "one set of bounds (jobs, bytes, age) that every method keeps"),
     "jobs.Job": Excuse(340, "what two threads share: who may write which field is seen only with all methods in view"),
