@@ -68,8 +68,8 @@ def hf_serve(command: Path) -> Iterator[Peer]:
     argv = [command, "--host", host, "--port", port, "--model-dir", EMBEDDED, "--task", "text-to-image",
             "--device", "cpu", "--dtype", "float32"]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([str(a) for a in argv], env=env, **silent)
+    process = subprocess.Popen([str(a) for a in argv], env=env, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
     try:
         wait_for(f"http://{host}:{port}/health", 180)
         yield Peer(f"http://{host}:{port}", "/predict", hf_body)
