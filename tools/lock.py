@@ -6,7 +6,7 @@ others stay as they are, and the Dockerfile installs wheels without a lock by ve
 (OpenVINO), with what they need beside requirements.lock. Where skopeo or docker is installed, the Dockerfile's base image gets
 its digest of today. `python tools/lock.py sbom` writes all packages of the CPU image as CycloneDX JSON into build/sbom.json.
 """
-import configparser, datetime, re, shutil, subprocess, sys
+import configparser, datetime, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +34,8 @@ def compiled(requirements, index=None, within=None):
     """uv's answer: a block of lines for each package, its hashes under its name. `index` comes before the usual one.
 
     `within`: a lock whose versions must do for what it has."""
-    uv = shutil.which("uv") or sys.exit("uv is not installed: pip install uv")
+    beside = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))     # a venv that is not activated
+    uv = shutil.which("uv", path=beside) or sys.exit("uv is not installed: pip install uv")
     argv = [uv, "pip", "compile", "-", *PLATFORM, "--generate-hashes", "--no-header", "--no-annotate", "--no-emit-index-url", "--quiet"]
     if index: argv += ["--index", index]
     if within: argv += ["--constraint", str(within)]
