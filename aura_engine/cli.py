@@ -470,3 +470,7 @@ def main() -> None:
         told = f"aura: {type(e).__name__}: {e}\nThis is a fault of aura. AURA_LOG_LEVEL=debug shows where."
         print(told, file=sys.stderr)
         sys.exit(FAULT)
+
+# %% ../nbs/17_cli.ipynb #326f6a1b
+#| eval: false
+if __name__ == "__main__": main()

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['DECLINED', 'ADDRESS', 'BackStep', 'HOW_ON', 'PICTURE', 'set_one', 'commit_files', 'without_volumes', 'create_space',
-           'apply_plan', 'set_line', 'swap_file', 'write_env', 'without_line', 'forget_env', 'DeployJournal',
-           'journal_of', 'DeployReceipt', 'DeployRecord', 'cut_off', 'restore_settings', 'restore_files', 'roll_back',
-           'gone_secrets', 'may_be_rebuilt', 'take_back', 'print_step', 'deploy_cleaner', 'checked_files', 'bill',
-           'smoke_questions', 'check_number', 'DeployPlanning', 'DeployChanging', 'DeployApplying', 'superseded',
-           'DeployGuarding', 'DeployProving', 'DeployReturning', 'record_address', 'Deployment', 'deploy_space',
-           'DeployWatch', 'SpacePanel', 'live_health', 'hour_text', 'space_status', 'hardware_panel', 'drift',
-           'settings_panel', 'diagnose', 'json_steps', 'run_deploy', 'main', 'per_thousand']
+__all__ = ['DECLINED', 'ADDRESS', 'BackStep', 'HOW_ON', 'NOT_WAITED', 'PICTURE', 'set_one', 'commit_files', 'without_volumes',
+           'create_space', 'apply_plan', 'set_line', 'swap_file', 'write_env', 'without_line', 'forget_env',
+           'DeployJournal', 'journal_of', 'DeployReceipt', 'DeployRecord', 'begun_before', 'cut_off', 'begun_text',
+           'left_paid', 'restore_settings', 'restore_files', 'roll_back', 'gone_secrets', 'may_be_rebuilt', 'take_back',
+           'print_step', 'deploy_cleaner', 'checked_files', 'bill', 'smoke_questions', 'check_number', 'DeployPlanning',
+           'DeployChanging', 'DeployApplying', 'superseded', 'DeployGuarding', 'DeployProving', 'DeployReturning',
+           'record_address', 'Deployment', 'deploy_space', 'DeployWatch', 'SpacePanel', 'live_health', 'hour_text',
+           'space_status', 'hardware_panel', 'drift', 'settings_panel', 'diagnose', 'json_steps', 'run_deploy', 'main',
+           'per_thousand']
 
 # %% ../nbs/15e_deploy.ipynb #d2d92913
 import httpx
@@ -31,10 +32,10 @@ from .bundle import (EXITS, LOCK_AGAIN, LOCK_DAYS, ROLLED_BACK, DeployError, bui
 from .hub import (Cleaner, SpaceHub, SpaceState, SpaceVolume, creation_settings, find_token, git_oid,
                              log_causes, log_lines, look_at, redactor, stored_token)
 from .deploy_plan import (BUILT_IN, DOWNLOADS, HIDDEN, SHELF, DeployOptions, DeployPlan,
-                                     OPEN, SpaceChange, check_restart, every_origin, has_gpu, is_ours, model_repos,
-                                     moved_since, objections, other_settings, other_variables, parse_deploy,
-                                     plan_deployment, plan_rows, price_text, right_wheels, slow_start, volumes_text,
-                                     wrong_settings)
+                                     OPEN, SpaceChange, check_restart, every_origin, exposed, has_gpu, is_ours,
+                                     model_repos, moved_since, objections, other_settings, other_variables,
+                                     parse_deploy, plan_deployment, plan_rows, price_text, right_wheels, slow_start,
+                                     target_for, volumes_text, wrong_settings)
 from .proof import DEAD, Say, SmokeResult, SmokeTest, check_newest, smoke_test, wait_for_commit
 
 # %% ../nbs/15e_deploy.ipynb #583accf3
@@ -247,26 +248,57 @@ class DeployRecord:
         try: return json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError): return {}
 
-    def write(self, known: Mapping[str, Any]) -> None:
-        with contextlib.suppress(OSError):
+    def write(self, known: Mapping[str, Any]) -> str:
+        "Keep it; '', or why that is not possible."
+        try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             swap_file(self.path.resolve(), (json.dumps(known, indent=1) + "\n").encode())
+        except OSError as e: return f"build/deploy/{self.path.name} cannot be written ({e.strerror or e})"
+        return ""
 
-    def begin(self, journal: DeployJournal) -> None: self.write(self.read() | {"journal": asdict(journal)})
+    def begin(self, journal: DeployJournal) -> str: return self.write(self.read() | {"journal": asdict(journal)})
 
-    def undone(self) -> None:
+    def undone(self) -> str:
         known = self.read()
         known.pop("journal", None)
-        self.write(known)
+        return self.write(known)
 
 # %% ../nbs/15e_deploy.ipynb #e798f528
+def begun_before(record: DeployRecord) -> DeployJournal | None:
+    "The journal of a run that did not come to an end, whatever became of the Space since."
+    try: return DeployJournal(**record.read()["journal"])
+    except (LookupError, TypeError): return None
+
+
 def cut_off(record: DeployRecord, state: SpaceState) -> DeployJournal | None:
     "The journal of a run that did not come to an end, if it is about the Space as it is now."
-    try: journal = DeployJournal(**record.read()["journal"])
-    except (LookupError, TypeError): return None
-    if not state.head: return None
+    journal = begun_before(record)
+    if journal is None or not state.head: return None
     ours = journal.head == state.head or journal.dockerfile == state.tree.get("Dockerfile")
     return journal if ours else None
+
+# %% ../nbs/15e_deploy.ipynb #ebba927d
+def begun_text(journal: DeployJournal) -> str:
+    "What a run that did not come to an end had begun, as a sentence."
+    of_the_machine = {"hardware": journal.hardware, "visibility": journal.visibility, "volumes": journal.volumes}
+    begun = [name for name, old in of_the_machine.items() if old is not None]
+    begun += [f"variable {name}" for name in journal.variables] + [f"secret {name}" for name in journal.secrets]
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(journal.time))
+    what = ", ".join(begun) or "files"
+    how = "it failed, was cut off, or did not wait"
+    return f"an earlier run, of {when}, was not proven: {how}. It had begun with {what}"
+
+# %% ../nbs/15e_deploy.ipynb #22c7a202
+def left_paid(journal: DeployJournal | None, state: SpaceState, o: DeployOptions) -> list[str]:
+    "Why hardware that an unproven run asked for needs to be agreed to again; empty when it does not."
+    if journal is None or not state.head or o.yes or o.dry_run: return []
+    target = target_for(state, o)
+    before = 0 if journal.head is None else state.prices.get(journal.hardware or state.machine, 0)
+    # Other hardware than it has needs --yes anyway.
+    if target.hardware != state.machine or target.price <= before: return []
+    costs = price_text(state.machine, target.price, state.sleep_time)
+    return [f"an earlier run, which was not proven, left the Space on paid hardware: {costs}; "
+            "agree with --yes, or go back with --preset cpu --hardware cpu-basic"]
 
 # %% ../nbs/15e_deploy.ipynb #8d3111da
 BackStep = Callable[[], None]
@@ -463,7 +495,11 @@ class DeployPlanning:
 
     def make_plan(self) -> None:
         state = look_at(self.hub)
-        if no := objections(state, self.o, list(self.files)): raise DeployError("preflight", "\n".join(no))
+        earlier = begun_before(self.record)
+        # A second plan of the same run finds its own journal.
+        if earlier and state.head and self.journal is None: self.say("plan", begun_text(earlier))
+        no = [*objections(state, self.o, list(self.files)), *left_paid(earlier, state, self.o)]
+        if no: raise DeployError("preflight", "\n".join(no))
         self.plan = plan_deployment(state, self.files, self.options_now(state))
         self.planned = time.monotonic()
         self.say("plan", str(self.plan), plan=self.plan)
@@ -497,10 +533,18 @@ class DeployChanging(DeployPlanning):
         moved = moved_since(self.plan.state, look_at(self.hub)) if self.plan.changes else []
         if moved: raise DeployError("conflict", f"changed by somebody else since this was planned: {', '.join(moved)}")
 
+    def note_the_way_back(self) -> None:
+        "Write the journal. DeployError 'preflight' when that is not possible, unless no way back is wanted."
+        why = self.record.begin(self.journal) if self.plan.changes and self.journal else ""
+        if not why: return
+        why += ", so a run that is cut off could not be undone"
+        if self.o.rollback: raise DeployError("preflight", f"{why}; --no-rollback goes on without it")
+        self.say("plan", why)
+
     def apply_once(self) -> None:
         self.check_unmoved()
+        self.note_the_way_back()
         self.begun = True
-        if self.plan.changes and self.journal: self.record.begin(self.journal)
         head = self.plan.state.head
         if head is None: head = self.made = create_space(self.hub, self.plan, self.o, self.say)
         self.receipt = replace(self.receipt, oid=apply_plan(self.hub, self.plan, self.o, head, self.say))
@@ -626,6 +670,9 @@ def record_address(env_file: str, visibility: str, host: str, say: Say) -> None:
     say("record", f"{name}: {done}: {HIDDEN}")
 
 # %% ../nbs/15e_deploy.ipynb #2a86eae8
+NOT_WAITED = "the Hub has it; whether it runs was not waited for: the same command without --no-wait does that"
+
+
 class Deployment(DeployReturning):
     "One deployment: `run` it, or take its steps one by one. Each step raises DeployError."
     def run(self) -> DeployReceipt:
@@ -637,11 +684,14 @@ class Deployment(DeployReturning):
             return self.receipt
         try:
             self.apply()
-            if not self.o.wait: return self.receipt
-            self.prove_or_go_back()
+            if self.o.wait: self.prove_or_go_back()
         except DeployError as e:
             e.add(*bill(self.hub))
             raise
+        except KeyboardInterrupt: raise KeyboardInterrupt(*bill(self.hub)) from None
+        if not self.o.wait:
+            self.say("done", "\n".join([NOT_WAITED, *bill(self.hub)]))
+            return self.receipt
         self.receipt = replace(self.receipt, seconds=round(time.monotonic() - start, 1))
         self.remember()
         return self.receipt
@@ -657,7 +707,7 @@ class Deployment(DeployReturning):
             raise
 
     def remember(self) -> None:
-        self.record.write(self.receipt.to_json())
+        if why := self.record.write(self.receipt.to_json()): self.say("record", why)
         record_address(self.o.env_file, self.plan.target.visibility, self.receipt.host, self.say)
         text = f"{self.receipt.host} runs {(self.receipt.oid or '')[:12]}"
         if not self.receipt.changes: text += ", up to date"
@@ -747,7 +797,7 @@ def hardware_panel(hub: SpaceHub) -> SpacePanel:
 
 # %% ../nbs/15e_deploy.ipynb #32bf39c4
 def _settings_advice(state: SpaceState) -> Iterator[str]:
-    yield from (f"variable {line}" for line in wrong_settings(state.variables))
+    yield from (f"variable {line}" for line in wrong_settings(state.variables) + exposed(state.variables))
     clash = ", ".join(sorted(set(state.variables) & set(state.secrets)))
     if clash: yield f"{clash} is a variable and a secret: delete one of them in the Space's settings"
     wheels = right_wheels(state.variables, state.machine)
@@ -796,6 +846,16 @@ def settings_panel(state: SpaceState) -> SpacePanel:
         "secrets": ", ".join(sorted(state.secrets)) or "none",
     })
 
+# %% ../nbs/15e_deploy.ipynb #87fc3c8e
+def _end_advice(hub: SpaceHub, state: SpaceState) -> list[str]:
+    if state.stage in ("PAUSED", "STOPPED"):
+        price = state.prices.get(state.machine, 0)
+        costs = f" --yes, and {state.machine} then costs {hour_text(price)}" if price else ""
+        return [f"it is {state.stage} until somebody starts it: --restart{costs}"]
+    if state.stage not in DEAD: return []
+    log = "build" if state.stage == "BUILD_ERROR" else "run"
+    return [f"it ended in {state.stage}; the {log} log says:", *log_causes(hub, log)]
+
 # %% ../nbs/15e_deploy.ipynb #496f607e
 def diagnose(hub: SpaceHub, o: DeployOptions) -> SpacePanel:
     """Everything about the Space that explains how it behaves, and what to do. Writes nothing.
@@ -805,10 +865,9 @@ def diagnose(hub: SpaceHub, o: DeployOptions) -> SpacePanel:
     if state.head is None: raise DeployError("preflight", f"there is no Space {hub.id} for this token")
     info = hub.info()
     health = live_health(info.host, hub.token if info.private else None)
-    advice = [*_settings_advice(state), *_running_advice(state, health)]
-    if state.stage in DEAD:
-        log = "build" if state.stage == "BUILD_ERROR" else "run"
-        advice += [f"it ended in {state.stage}; the {log} log says:", *log_causes(hub, log)]
+    earlier = begun_before(DeployRecord(o))
+    begun = [begun_text(earlier)] if earlier else []
+    advice = [*begun, *_settings_advice(state), *_running_advice(state, health), *_end_advice(hub, state)]
     facts = space_status(hub) | settings_panel(state)
     facts["device"] = health.get("device", "unknown")
     facts["drift"] = drift(state, o)
@@ -874,9 +933,10 @@ def run_deploy(argv: Sequence[str] | None = None) -> int:
     except DeployError as e:
         code = e.code
         text = str(e)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         code = EXITS["interrupted"]
-        text = "interrupted; the same command carries on from where this one is"
+        # What the Space costs now, when it may have been changed.
+        text = "\n".join(["interrupted; the same command carries on from where this one is", *map(str, e.args)])
     except Exception:
         code = 1        # a mistake of ours; a library's text may hold a token
         text = traceback.format_exc()

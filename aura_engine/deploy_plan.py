@@ -12,20 +12,21 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 # %% auto #0
-__all__ = ['KEPT', 'OPENVINO', 'CUDA_WHEELS', 'PRESETS', 'BUILT_IN', 'WHEELS', 'DEPLOY_FLAGS', 'DEPLOY_EPILOG', 'SLEEP', 'SHELF',
-           'TAG', 'SUGGESTED', 'SHOWN', 'CONVERTS', 'DOWNLOADS', 'HIDDEN', 'OPEN', 'Preset', 'preset_table',
-           'DeployOptions', 'slips', 'wrong_builds', 'wrong_settings', 'check_known', 'every_origin', 'check_origins',
-           'check_options', 'DeployParser', 'project_folder', 'parse_deploy', 'hardware_for', 'sleep_for', 'has_gpu',
-           'right_wheels', 'model_repos', 'model_volumes', 'volumes_for', 'SpaceTarget', 'stale_names', 'target_for',
-           'other_variables', 'other_settings', 'moved_since', 'slow_start', 'needed_settings', 'front_matter',
-           'merged_models', 'merged_settings', 'changed_head', 'written_readme', 'space_readme', 'is_ours',
-           'check_restart', 'objections', 'SpaceChange', 'DeployPlan', 'plan_rows', 'file_groups', 'file_rows',
-           'file_lists', 'aligned', 'volumes_text', 'all_changes', 'price_text', 'plan_deployment']
+__all__ = ['KEPT', 'OPENVINO', 'CUDA_WHEELS', 'PRESETS', 'BUILT_IN', 'OF_THE_IMAGE', 'WHEELS', 'DEPLOY_FLAGS', 'DEPLOY_EPILOG',
+           'SLEEP', 'SHELF', 'FOR_A_GPU', 'TAG', 'SUGGESTED', 'SHOWN', 'CONVERTS', 'DOWNLOADS', 'HIDDEN', 'OPEN',
+           'Preset', 'preset_table', 'DeployOptions', 'slips', 'wrong_places', 'exposed', 'wrong_builds',
+           'wrong_settings', 'check_known', 'every_origin', 'check_origins', 'check_sleep', 'check_options',
+           'DeployParser', 'project_folder', 'parse_deploy', 'hardware_for', 'sleep_for', 'has_gpu', 'right_wheels',
+           'model_repos', 'model_volumes', 'volumes_for', 'SpaceTarget', 'stale_names', 'target_for', 'other_variables',
+           'other_settings', 'moved_since', 'slow_start', 'needed_settings', 'front_matter', 'merged_models',
+           'merged_settings', 'changed_head', 'written_readme', 'space_readme', 'is_ours', 'check_restart',
+           'objections', 'SpaceChange', 'DeployPlan', 'plan_rows', 'file_groups', 'file_rows', 'file_lists', 'aligned',
+           'volumes_text', 'machine_text', 'all_changes', 'price_text', 'plan_deployment']
 
 # %% ../nbs/15c_deploy_plan.ipynb #d950f918
 import yaml
 from packaging.requirements import InvalidRequirement, Requirement
-from .config import (SettingsError, load_settings, parse_origins, setting_names,
+from .config import (SECRETS, SettingsError, load_settings, parse_origins, setting_names,
                                 unknown_settings)
 from .models import ROWS, check_source, is_local, resolve_id, row_for
 from .types import AuraError
@@ -120,14 +121,44 @@ class DeployOptions:
 BUILT_IN = {"TORCH_INDEX_URL", "EXTRA_PACKAGES", "BASE_IMAGE"}         # variables that the image's build reads
 
 
+_OURS = ("SD_", "AURA_")
+
+
 def slips(variables: Mapping[str, str]) -> list[str]:
     "A line for each name that is nearly one of the engine's or of the image's. A name of your own passes."
-    known, out = [*setting_names(), *sorted(BUILT_IN)], []
+    known = [*setting_names(), *sorted(BUILT_IN)]
+    out = []
     for name in variables:
         # those that begin as ours do are judged by `unknown_settings`
-        if name in known or name.startswith(("SD_", "AURA_")): continue
-        near = difflib.get_close_matches(name, known, 1, cutoff=0.88)
+        if name in known or name.startswith(_OURS): continue
+        # Capitals count on Linux: `sd_device` would be another variable, which nothing reads.
+        capitals = name.upper()
+        enough = 0.6 if capitals.startswith(_OURS) else 0.88
+        near = difflib.get_close_matches(capitals, known, 1, cutoff=enough)
         if near: out.append(f"{name} is not a variable of this image; did you mean {near[0]}?")
+    return out
+
+# %% ../nbs/15c_deploy_plan.ipynb #add0a416
+OF_THE_IMAGE = {"HOST": "0.0.0.0", "PORT": "7860", "AURA_BUILD_ID": ""}      # what the Dockerfile sets; '': its own
+_TOKEN = re.compile(r"\bhf_(?:jwt_)?[A-Za-z0-9]{30,}")
+
+
+def wrong_places(variables: Mapping[str, str]) -> list[str]:
+    "A line for each variable that the image alone may set."
+    out = []
+    for name, needed in OF_THE_IMAGE.items():
+        if name not in variables or needed and variables[name] == needed: continue
+        must = f"must be {needed} on a Space" if needed else "names the build"
+        out.append(f"{name} {must}, and the image sets it: leave it out")
+    return out
+
+
+def exposed(variables: Mapping[str, str]) -> list[str]:
+    "A line for each variable that should be a secret. The value is not in it."
+    out = []
+    for name, value in variables.items():
+        if name in SECRETS or name == "HF_TOKEN" or _TOKEN.search(value):
+            out.append(f"{name} is a secret, and a Space shows its variables to everybody: use --secret {name}")
     return out
 
 # %% ../nbs/15c_deploy_plan.ipynb #f26119f7
@@ -161,7 +192,7 @@ def wrong_builds(variables: Mapping[str, str]) -> list[str]:
 def wrong_settings(variables: Mapping[str, str]) -> list[str]:
     "What the engine or the build would say about these variables; other names pass."
     known = {name: value for name, value in variables.items() if name in setting_names()}
-    out = [*unknown_settings(variables), *slips(variables), *wrong_builds(variables)]
+    out = [*unknown_settings(variables), *slips(variables), *wrong_places(variables), *wrong_builds(variables)]
     try: load_settings(**known)
     except SettingsError as e:
         # The environment of this machine is read too; only what was given here counts.
@@ -192,6 +223,13 @@ def check_origins(o: DeployOptions) -> None:
     text = "the origin '*' lets every web page use your engine; say --any-origin if that is meant"
     raise DeployError("usage", text)
 
+# %% ../nbs/15c_deploy_plan.ipynb #15badc49
+def check_sleep(seconds: int | None) -> None:
+    "DeployError 'usage' for a sleep time that could mean anything."
+    if seconds is None or seconds > 0 or seconds == -1: return
+    text = f"--sleep-time {seconds}: write seconds, 1 or more, or -1 for hardware that never sleeps"
+    raise DeployError("usage", text)
+
 # %% ../nbs/15c_deploy_plan.ipynb #1845a7b2
 def check_options(o: DeployOptions) -> None:
     "DeployError 'usage' for options that cannot be meant."
@@ -199,6 +237,7 @@ def check_options(o: DeployOptions) -> None:
         raise DeployError("usage", f"--space-id {o.space_id!r}: write owner/name")
     if o.bucket and not re.fullmatch(r"[\w.-]+/[\w.-]+", o.bucket):
         raise DeployError("usage", f"--bucket {o.bucket!r}: write owner/name")
+    check_sleep(o.sleep_time)
     variables = o.variables()
     both = ", ".join(sorted(set(variables) & set(o.secret)))
     if both:
@@ -206,7 +245,7 @@ def check_options(o: DeployOptions) -> None:
         raise DeployError("usage", text)
     unseen = ", ".join(sorted(BUILT_IN & set(o.secret)))
     if unseen: raise DeployError("usage", f"--secret {unseen}: a build does not see secrets; use --var")
-    wrong = wrong_settings(variables | dict.fromkeys(o.secret, ""))
+    wrong = exposed(variables) + wrong_settings(variables | dict.fromkeys(o.secret, ""))
     if wrong: raise DeployError("usage", "\n".join(f"--var {line}" for line in wrong))
     check_origins(o)
     if not o.any_model: check_known(variables.get("SD_MODEL_ID", "embedded"))
@@ -229,7 +268,7 @@ _WHAT = [
     ("--no-volumes", "do not mount the model into the Space: each start downloads it", _flag),
     ("--any-model", "allow a --model that the engine's table does not know", _flag),
     ("--hardware", "ask for this hardware (default: the preset's, where the Space has less)", {"metavar": "NAME"}),
-    ("--sleep-time", "paid hardware sleeps after so long without a visit (default: 600; -1: never)",
+    ("--sleep-time", "paid hardware sleeps after so long without a visit (default: as it is, new: 600; -1: never)",
      {"type": int, "metavar": "SECONDS"}),
     ("--visibility", "public, protected or private (default: as it is; a new Space is public)",
      {"choices": ["public", "protected", "private"], "metavar": "WHO"}),
@@ -250,7 +289,7 @@ _HOW = [
     ("--poll", "between two looks at the Space (default: 5)", {"type": float, "default": 5.0, "metavar": "SECONDS"}),
     ("--smoke", "what the live Space is asked: full (default: a picture too), health, none",
      {"choices": ["full", "health", "none"], "default": "full", "metavar": "HOW"}),
-    ("--no-rollback", "leave a version that failed", _flag),
+    ("--no-rollback", "leave a version that failed, and do without a journal where none can be written", _flag),
     ("--env-file", "gets VITE_CLOUD_ENGINE_URL when the Space answers (default: .env.local; '' for none)",
      {"default": ".env.local", "metavar": "FILE"}),
     ("--json", "one JSON object a line", _flag),
@@ -282,7 +321,8 @@ class DeployParser(argparse.ArgumentParser):
 
 # %% ../nbs/15c_deploy_plan.ipynb #71697278
 def _parser() -> DeployParser:
-    name = "aura deploy" if Path(sys.argv[0]).stem == "aura" else "hf_space_deploy.py"
+    # `aura deploy` hands itself over under that name (17_cli).
+    name = "aura deploy" if Path(sys.argv[0]).stem.startswith("aura") else "hf_space_deploy.py"
     about = "Deploy this engine to a Hugging Face Docker Space, and prove that it answers."
     parser = DeployParser(prog=name, description=about, epilog=DEPLOY_EPILOG, allow_abbrev=False,
                           formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -361,11 +401,12 @@ SLEEP = 600             # seconds without a visit
 
 
 def sleep_for(state: SpaceState, o: DeployOptions, hardware: str) -> int | None:
-    "The sleep time to set; None leaves it as it is."
+    "The sleep time to set, which new paid hardware always has; None leaves it as it is."
     if not state.prices.get(hardware): return None      # the Hub decides when free hardware sleeps
-    if o.sleep_time is not None: return None if o.sleep_time == state.sleep_time else o.sleep_time
-    new = not state.head or not state.prices.get(state.machine)
-    return SLEEP if new else None
+    if state.head and hardware == state.machine:
+        return None if o.sleep_time == state.sleep_time else o.sleep_time
+    chosen = state.sleep_time if state.prices.get(state.machine) else None      # free hardware's is the Hub's own
+    return o.sleep_time or chosen or SLEEP
 
 # %% ../nbs/15c_deploy_plan.ipynb #fc97e27c
 def has_gpu(hardware: str) -> bool:
@@ -433,10 +474,14 @@ class SpaceTarget:
     volumes: tuple[SpaceVolume, ...] = ()
 
 # %% ../nbs/15c_deploy_plan.ipynb #587fa631
-def stale_names(state: SpaceState, o: DeployOptions) -> frozenset[str]:
-    "Variables of the Space that another preset set and this one does not want, and that of a bucket that goes."
+FOR_A_GPU = {"TORCH_COMPILE"}           # of use only in an image with a C compiler, which is one for a GPU
+
+
+def stale_names(state: SpaceState, o: DeployOptions, hardware: str) -> frozenset[str]:
+    "Variables of the Space that only another preset wanted, or that belong to a bucket or a GPU that goes."
     names = {name for preset in PRESETS.values() for name in preset.variables} if o.preset else set()
     if o.bucket == "": names.add("XDG_CACHE_HOME")
+    if has_gpu(state.machine) and not has_gpu(hardware): names |= FOR_A_GPU
     # packages of your own are no preset's
     if not state.variables.get("EXTRA_PACKAGES", "").startswith(OPENVINO): names.discard("EXTRA_PACKAGES")
     return frozenset(names & set(state.variables) - set(o.variables()))
@@ -446,7 +491,7 @@ def target_for(state: SpaceState, o: DeployOptions) -> SpaceTarget:
     "What the Space shall be after this deployment."
     ask = hardware_for(state, o)
     hardware = ask or state.machine
-    stale = stale_names(state, o)
+    stale = stale_names(state, o, hardware)
     wanted = o.variables()
     after = {name: value for name, value in state.variables.items() if name not in stale} | wanted
     wheels = None if "TORCH_INDEX_URL" in o.var else right_wheels(after, hardware)
@@ -685,9 +730,19 @@ def _about_space(state: SpaceState, o: DeployOptions, files: Sequence[str]) -> I
 # %% ../nbs/15c_deploy_plan.ipynb #c33085df
 def _about_device(state: SpaceState, target: SpaceTarget) -> Iterator[str]:
     device = target.variables.get("SD_DEVICE", "auto")
-    if device.startswith("cuda") and not has_gpu(target.hardware):
-        yield (f"SD_DEVICE={device}, but {target.hardware} has no GPU: ask for one (--hardware t4-small), "
-               "or say --preset cpu or --var SD_DEVICE=auto")
+    hardware = target.hardware
+    if not has_gpu(hardware):
+        if device.startswith("cuda"):
+            yield (f"SD_DEVICE={device}, but {hardware} has no GPU: ask for one (--hardware t4-small), "
+                   "or say --preset cpu or --var SD_DEVICE=auto")
+        return
+    paid = f"but {hardware} has a GPU, for ${target.price:.2f} an hour, which would draw nothing"
+    if device in ("cpu", "mps"):
+        yield f"SD_DEVICE={device}, {paid}: say --var SD_DEVICE=auto, or --hardware cpu-basic"
+    if right_wheels(target.variables, hardware):
+        named = target.variables.get("TORCH_INDEX_URL", "cpu")
+        yield (f"TORCH_INDEX_URL={named}, {paid}: leave it out (the default is {CUDA_WHEELS}), "
+               "or say --hardware cpu-basic")
 
 # %% ../nbs/15c_deploy_plan.ipynb #8b158572
 def objections(state: SpaceState, o: DeployOptions, files: Sequence[str] = ()) -> list[str]:
@@ -810,12 +865,18 @@ def volumes_text(volumes: Sequence[SpaceVolume]) -> str:
     "Volumes as a cell of a table."
     return ", ".join(map(str, volumes)) or "none"
 
+
+def machine_text(hardware: str, sleep_time: int | None) -> str:
+    "Hardware with the sleep time that is set with it, as a cell of a table."
+    if sleep_time is None: return hardware
+    return f"{hardware}, sleeps after {sleep_time} s" if sleep_time > 0 else f"{hardware}, never sleeps"
+
 # %% ../nbs/15c_deploy_plan.ipynb #a5cf5f62
 def _machine(state: SpaceState, target: SpaceTarget) -> Iterator[SpaceChange]:
     moves = target.ask and target.ask != state.hardware
     if target.ask and moves:
-        sleeps = f", sleeps after {target.sleep_time} s" if (target.sleep_time or -1) > 0 else ""
-        yield SpaceChange("set", "hardware", target.ask, state.machine, target.ask + sleeps)
+        then = machine_text(target.ask, target.sleep_time)
+        yield SpaceChange("set", "hardware", target.ask, state.machine, then)
     elif target.sleep_time is not None:
         now = "" if state.sleep_time is None else str(state.sleep_time)
         yield SpaceChange("set", "sleep", "seconds", now, str(target.sleep_time))
@@ -882,7 +943,7 @@ def price_text(hardware: str, price: float, sleep_time: int | None) -> str:
 
 # %% ../nbs/15c_deploy_plan.ipynb #5d30b83a
 def _money_notes(state: SpaceState, o: DeployOptions, target: SpaceTarget) -> Iterator[str]:
-    sleep_time = target.sleep_time or state.sleep_time
+    sleep_time = state.sleep_time if target.sleep_time is None else target.sleep_time
     if target.price: yield price_text(target.hardware, target.price, sleep_time)
     elif o.sleep_time is not None: yield f"{target.hardware} is free, and the Hub decides when it sleeps"
     if not has_gpu(target.hardware) and right_wheels(target.variables, target.hardware):
@@ -913,7 +974,7 @@ def plan_deployment(state: SpaceState, files: Mapping[str, bytes], o: DeployOpti
     files = {**stamp(files), "README.md": readme}
     changes = all_changes(state, target, o, files)
     if not state.head:
-        then = f"docker, {target.visibility}, {target.hardware}"
+        then = f"docker, {target.visibility}, {machine_text(target.hardware, target.sleep_time)}"
         if target.volumes: then += f", with {volumes_text(target.volumes)}"
         changes.insert(0, SpaceChange("create", "space", o.space_id, "", then))
     return DeployPlan(state, target, tuple(changes), files, tuple(_notes(state, o, target)))

@@ -63,9 +63,10 @@ class Run:
 
     @property
     def device(self):
-        """What the engine finds: a GPU needs the hardware and wheels for it."""
+        """What the engine finds: a GPU needs the hardware and wheels for it, and to be wanted."""
         wheels = self.image.get("TORCH_INDEX_URL", "cpu")
-        return "cpu" if self.hardware.startswith("cpu") or wheels.endswith("cpu") else "cuda"
+        without = self.hardware.startswith("cpu") or wheels.endswith(("cpu", "too-new"))
+        return "cpu" if without or self.env.get("SD_DEVICE") == "cpu" else "cuda"
 
     @property
     def build_id(self):

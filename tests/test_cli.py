@@ -123,6 +123,12 @@ def test_help_is_quick_and_complete(aura):
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=clean_env(), capture_output=True).returncode == 0
 
 
+def test_the_module_is_the_command(tmp_path):
+    """Where the script is not installed; another module's help names the command that gave it."""
+    done = subprocess.run([sys.executable, "-m", "aura_engine.cli", "deploy", "--help"], cwd=tmp_path, env=clean_env(PYTHONPATH=ROOT), capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("usage: aura deploy") and "--sleep-time" in done.stdout
+
+
 def test_the_command_is_installed():
     assert nb.settings()["console_scripts"] == "aura=aura_engine.cli:main"
     aura = Path(sys.executable).parent / "aura"

@@ -414,10 +414,10 @@ def test_files_that_must_stay_at_home_do(tree):
                                   ["--preset", "t9"], ["--var", "SD_DEVCE=cuda"], ["--var", "TORCH_COMPLIE=1"], ["--var", "ALOW_ORIGINS=x"], ["--var", "EXTRA_PACKAGE=x"], ["--var", "SD_PRECISION=fp99"], ["--model", "black-forest-labs/FLUX.1-dev"],
                                   ["--var", "SD_MODEL_ID=someone/else"], ["--var", "ALLOW_ORIGINS=*"], ["--var", "ALLOW_ORIGINS=https://a.b,*"], ["--secret", "ALLOW_ORIGINS"],
                                   ["--var", "TORCH_INDEX_URL=nonsense"], ["--var", "TORCH_INDEX_URL=http://my.wheels/cpu"], ["--var", "EXTRA_PACKAGES=--pre x"], ["--var", "BASE_IMAGE=a b"], ["--secret", "EXTRA_PACKAGES"],
-                                  ["--origins", "https://*.my.site"], ["--origins", ""], ["--secret", "HOME", "--var", "HOME=1"]], ids=" ".join)
+                                  ["--origins", "https://*.my.site"], ["--origins", ""], ["--sleep-time", "0"], ["--sleep-time", "-5"], ["--secret", "PORT"], ["--secret", "HOME", "--var", "HOME=1"]], ids=" ".join)
 def test_usage(args, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", open(os.devnull))
-    for name, text in {"ALLOW_ORIGINS": "*", "EXTRA_PACKAGES": "rich"}.items(): monkeypatch.setenv(name, text)       # what --secret reads
+    for name, text in {"ALLOW_ORIGINS": "*", "EXTRA_PACKAGES": "rich", "PORT": "8000"}.items(): monkeypatch.setenv(name, text)       # what --secret reads
     assert deploy.run_deploy(["--space-id", SPACE, *args]) == 2
     assert capsys.readouterr().err
 
@@ -733,11 +733,11 @@ def test_nothing_goes_back_when_told_so(hub, tree):
 def test_wheels_follow_the_hardware(hub, tree):
     """The guide's section 6, taken literally: a GPU gets CUDA wheels without being told to, and loses them with the GPU."""
     space = running(hub, tree)
-    assert "on cuda" in call(hub, tree, "--hardware", "a10g-small", "--var", "SD_PRECISION=fp16", "--var", "SD_DEVICE=cuda", "--yes")
+    assert "on cuda" in call(hub, tree, "--hardware", "a10g-small", "--var", "SD_PRECISION=fp16", "--var", "SD_DEVICE=cuda", "--var", "TORCH_COMPILE=1", "--yes")
     assert space.variables["TORCH_INDEX_URL"]["value"] == "cu126" and space.run.image["TORCH_INDEX_URL"] == "cu126"
     assert "SD_DEVICE=cuda, but cpu-basic has no GPU" in call(hub, tree, "--hardware", "cpu-basic", code=3)
     assert "on cpu" in call(hub, tree, "--preset", "cpu", "--hardware", "cpu-basic") and space.hardware == "cpu-basic"
-    assert not {"SD_DEVICE", "SD_PRECISION"} & set(space.variables) and space.variables.get("TORCH_INDEX_URL", {"value": "cpu"})["value"] == "cpu"
+    assert not {"SD_DEVICE", "SD_PRECISION", "TORCH_COMPILE"} & set(space.variables) and space.variables.get("TORCH_INDEX_URL", {"value": "cpu"})["value"] == "cpu"
 
 
 MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -799,9 +799,125 @@ def test_a_device_without_its_hardware_is_refused(hub, tree):
 
 
 def test_a_gpu_that_draws_on_the_cpu_is_no_success(hub, tree):
-    space = running(hub, tree)
-    out = call(hub, tree, "--hardware", "a10g-small", "--var", "TORCH_INDEX_URL=cpu", "--yes", code=28)
+    """A secret of the Space, which nobody can read, keeps the engine off the GPU: only the live engine tells."""
+    space = running(hub, tree, secrets=rows(SD_DEVICE="cpu"))
+    out = call(hub, tree, "--hardware", "a10g-small", "--yes", code=28)
     assert "a10g-small has a GPU, but the engine answers device: cpu" in out and space.hardware == "cpu-basic"
+
+
+def test_a_gpu_that_could_only_draw_on_its_cpu_is_refused(hub, tree):
+    """Whether the command asks for it, or the Space has it already."""
+    space = running(hub, tree)
+    for var, word in (("SD_DEVICE=cpu", "--var SD_DEVICE=auto"), ("TORCH_INDEX_URL=cpu", "the default is cu126"), ("TORCH_INDEX_URL=https://my.wheels/cpu", "leave it out")):
+        out = call(hub, tree, "--hardware", "a10g-small", "--var", var, "--yes", code=3)
+        assert f"{var}, but a10g-small has a GPU, for $1.00 an hour" in out and word in out
+    space.variables |= rows(SD_DEVICE="cpu")
+    assert "SD_DEVICE=cpu, but t4-small has a GPU" in call(hub, tree, "--hardware", "t4-small", "--yes", "--dry-run", code=3) and not hub.writes
+    call(hub, tree, "--hardware", "t4-small", "--var", "SD_DEVICE=auto", "--yes")
+
+
+@pytest.mark.parametrize("args, seconds", [(("--hardware", "l4x1"), 900), (("--hardware", "l4x1", "--sleep-time", "900"), 900), (("--hardware", "l4x1", "--sleep-time", "60"), 60),
+                                           (("--preset", "lightning", "--hardware", "a10g-small"), 900), (("--preset", "cpu", "--hardware", "cpu-upgrade"), 900)])
+def test_new_hardware_always_brings_a_sleep_time(hub, tree, args, seconds):
+    """From paid to paid hardware too, dearer or cheaper: in the same request, as the plan says it, and as the last line does."""
+    space = running(hub, tree, hardware="t4-small", sleep_time=900, variables=rows(TORCH_INDEX_URL="cu126"))
+    out = call(hub, tree, *args, "--yes")
+    assert space.sleep_time == seconds and hub.writes[0] == f"POST /api/spaces/{SPACE}/hardware" and not [w for w in hub.writes if "sleeptime" in w]
+    assert re.search(rf"set +hardware +.*, sleeps after {seconds} s", out) and f"sleeps after {seconds} s" in out.splitlines()[-1]
+
+
+def test_hardware_that_never_slept_sleeps_when_it_moves(hub, tree):
+    """Unless somebody chose that, which is then said and agreed to."""
+    space = running(hub, tree, hardware="t4-small", variables=rows(TORCH_INDEX_URL="cu126"))
+    call(hub, tree, "--hardware", "l4x1", "--yes")
+    assert space.sleep_time == 600
+    space.sleep_time = -1
+    assert "it would never sleep; agree with --yes" in call(hub, tree, "--hardware", "a10g-small", code=3)
+    assert "a10g-small, never sleeps" in call(hub, tree, "--hardware", "a10g-small", "--yes") and space.sleep_time == -1
+
+
+def test_the_sleep_time_is_part_of_the_plan(hub, tree):
+    """A plan with ten minutes is not the one with an hour, nor the one that never sleeps, for a new Space and for one that is there."""
+    for prepare in (lambda: None, lambda: running(hub, tree)):
+        prepare()
+        out = [call(hub, tree, *GPU, "--dry-run", *more) for more in ((), ("--sleep-time", "3600"), ("--sleep-time", "-1"))]
+        number = [re.search(r"--plan (\w+)", text)[1] for text in out]
+        assert len(set(number)) == 3 and "t4-small, never sleeps" in out[2]
+        assert f"not {number[0]}" in call(hub, tree, *GPU, "--sleep-time", "-1", "--plan", number[0], code=4) and not hub.writes
+
+
+def test_an_interruption_says_what_it_costs(hub, tree):
+    """Ctrl-C while the image for the dearer hardware is built."""
+    hub.stuck = True
+    running(hub, tree, hardware="t4-small", sleep_time=600, variables=rows(TORCH_INDEX_URL="cu126"))
+    edit(tree)
+    process = start(hub, tree, "--hardware", "a10g-small", "--yes")
+    while not commits(hub): time.sleep(0.02)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    last = process.communicate(timeout=60)[0].splitlines()[-1]
+    assert process.returncode == 130 and "a10g-small costs $1.00 an hour while it is awake, and sleeps after 600 s" in last and "--hardware cpu-basic ends that" in last
+
+
+def test_not_waiting_says_what_it_costs(hub, tree):
+    last = call(hub, tree, *GPU, "--no-wait").splitlines()[-1]
+    assert "t4-small costs $0.40 an hour while it is awake, and sleeps after 600 s" in last and "--hardware cpu-basic ends that" in last
+
+
+@pytest.mark.parametrize("new", [True, False], ids=["new", "existing"])
+def test_hardware_of_a_run_that_was_killed_is_agreed_to_again(hub, tree, new):
+    """Killed right after the paid hardware was there: the next run names the earlier one, and does not pay unasked."""
+    if not new: running(hub, tree)
+    victim = []
+    def kill(n, method, path, phase):
+        if phase == "after" and (path.endswith("/hardware") and method == "POST" or path.endswith("repos/create")): os.kill(victim[0].pid, signal.SIGKILL)
+    hub.watch = kill
+    victim.append(fork(hub, tree, *GUIDE, *GPU))
+    victim[0].join(60)
+    hub.watch = lambda *_: None
+    space, writes = hub.spaces[SPACE], len(hub.writes)
+    assert victim[0].exitcode == -signal.SIGKILL and space.hardware == "t4-small"
+    out = call(hub, tree, code=3)
+    assert "an earlier run, of 20" in out and "left the Space on paid hardware: t4-small costs $0.40 an hour" in out and "agree with --yes" in out
+    assert "was not proven" in call(hub, tree, "doctor") and "was not proven" in call(hub, tree, "--dry-run") and len(hub.writes) == writes
+    call(hub, tree, *GUIDE, *GPU)
+    assert "an earlier run" not in call(hub, tree) and space.hardware == "t4-small"
+
+
+def test_hardware_of_a_run_that_was_killed_can_go_again(hub, tree):
+    space = running(hub, tree, hardware="t4-small", sleep_time=600)
+    deploy.DeployRecord(deploy.DeployOptions(SPACE, source=tree)).begin(deploy.DeployJournal(space.head, "", space.head, hardware="cpu-basic"))
+    call(hub, tree, "--preset", "cpu", "--hardware", "cpu-basic")
+    assert space.hardware == "cpu-basic"
+
+
+def test_without_a_journal_nothing_is_changed(hub, tree):
+    """A file is where its folder should be. Who wants no way back may go on, and reads about it."""
+    space = running(hub, tree)
+    (tree / "build").write_text("")
+    assert re.search(r"ada--aura.json cannot be written \(.+\), so a run that is cut off could not be undone", call(hub, tree, "--origins", "https://a.site", code=3)) and not hub.writes
+    out = call(hub, tree, "--origins", "https://a.site", "--no-rollback")
+    assert "could not be undone" in out and space.variables["ALLOW_ORIGINS"]["value"] == "https://a.site" and re.search(r"record +build/deploy/ada--aura.json cannot be written", out)
+
+
+@pytest.mark.parametrize("given, says", [
+    ("sd_device=cuda", "did you mean SD_DEVICE"), ("alow_origins=x", "did you mean ALLOW_ORIGINS"), ("Torch_Index_Url=pypi", "did you mean TORCH_INDEX_URL"), ("aura_api_ky=x", "did you mean AURA_API_KEY"),
+    ("PORT=8000", "PORT must be 7860"), ("HOST=127.0.0.1", "HOST must be 0.0.0.0"), ("AURA_BUILD_ID=mine", "the image sets it"),
+    ("AURA_API_KEY=pl4nted", "use --secret AURA_API_KEY"), ("AURA_REDIS_URL=redis://pl4nted", "use --secret AURA_REDIS_URL"), ("MINE=hf_" + "pl4nted" * 5, "use --secret MINE")])
+def test_names_that_a_space_must_not_have(given, says):
+    with pytest.raises(deploy.DeployError, match=says) as e: deploy_plan.parse_deploy(["--space-id", SPACE, "--var", given])
+    assert e.value.code == 2 and "pl4nted" not in str(e.value)
+
+
+def test_names_that_a_space_may_have():
+    assert deploy_plan.parse_deploy(["--space-id", SPACE, "--var", "PORT=7860", "--var", "mine=1", "--var", "HF_HOME=/data"])[0].var["mine"] == "1"
+
+
+def test_the_doctor_knows_a_pause(hub, tree):
+    space = running(hub, tree, hardware="t4-small", sleep_time=600, variables=rows(TORCH_INDEX_URL="cu126", AURA_API_KEY="a-long-key-for-the-engine"))
+    space.forced = "PAUSED"
+    out = call(hub, tree, "doctor")
+    assert "it is PAUSED until somebody starts it: --restart --yes, and t4-small then costs $0.40 an hour" in out and "it ended in" not in out and "use --secret AURA_API_KEY" in out
 
 
 def test_another_app_is_not_replaced(hub, tree):
@@ -838,7 +954,7 @@ def test_a_rollback_brings_the_image_back_too(hub, tree):
     """Wheels alone were changed, so there is no commit to go back to; the image is built with the old ones again."""
     space = running(hub, tree)
     before = state_of(space)
-    out = call(hub, tree, "--hardware", "a10g-small", "--var", "TORCH_INDEX_URL=https://my.wheels/cpu", "--yes", code=28)
+    out = call(hub, tree, "--hardware", "a10g-small", "--var", "TORCH_INDEX_URL=https://my.wheels/too-new", "--yes", code=28)
     assert "a10g-small has a GPU, but the engine answers device: cpu" in out and "is back and answers" in out
     assert state_of(space) == before and space.run.build and not space.run.image.get("TORCH_INDEX_URL")
 
