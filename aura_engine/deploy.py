@@ -17,11 +17,11 @@ __all__ = ['DECLINED', 'ADDRESS', 'BackStep', 'HOW_ON', 'NOT_WAITED', 'PICTURE',
            'create_space', 'apply_plan', 'set_line', 'swap_file', 'write_env', 'without_line', 'forget_env',
            'DeployJournal', 'journal_of', 'DeployReceipt', 'DeployRecord', 'begun_before', 'cut_off', 'begun_text',
            'left_paid', 'restore_settings', 'restore_files', 'roll_back', 'gone_secrets', 'may_be_rebuilt', 'take_back',
-           'print_step', 'deploy_cleaner', 'checked_files', 'bill', 'smoke_questions', 'check_number', 'DeployPlanning',
-           'DeployChanging', 'DeployApplying', 'superseded', 'DeployGuarding', 'DeployProving', 'DeployReturning',
-           'record_address', 'Deployment', 'deploy_space', 'DeployWatch', 'SpacePanel', 'live_health', 'hour_text',
-           'space_status', 'hardware_panel', 'drift', 'settings_panel', 'diagnose', 'json_steps', 'run_deploy', 'main',
-           'per_thousand']
+           'print_step', 'deploy_cleaner', 'checked_files', 'bill', 'smoke_questions', 'check_plan', 'check_number',
+           'DeployPlanning', 'DeployChanging', 'DeployApplying', 'superseded', 'DeployGuarding', 'DeployProving',
+           'DeployReturning', 'record_address', 'Deployment', 'deploy_space', 'DeployWatch', 'SpacePanel',
+           'live_health', 'hour_text', 'space_status', 'hardware_panel', 'drift', 'settings_panel', 'diagnose',
+           'json_steps', 'run_deploy', 'main', 'per_thousand']
 
 # %% ../nbs/15e_deploy.ipynb #d2d92913
 import httpx
@@ -462,6 +462,14 @@ def smoke_questions(hub: SpaceHub, o: DeployOptions, plan: DeployPlan, oid: str,
         host=info.host, build=plan.build, full=o.smoke == "full", origins=origins, age=age, poll=o.poll,
         key=o.secret.get("AURA_API_KEY"), token=hub.token if info.private else None)
 
+# %% ../nbs/15e_deploy.ipynb #47f947df
+def check_plan(state: SpaceState, o: DeployOptions, files: Sequence[str], earlier: DeployJournal | None) -> None:
+    """DeployError 'preflight' with all that speaks against deploying `files`.
+
+    `earlier`: the journal of a run before this one that was not proven."""
+    no = [*objections(state, o, files), *left_paid(earlier, state, o)]
+    if no: raise DeployError("preflight", "\n".join(no))
+
 # %% ../nbs/15e_deploy.ipynb #24983167
 HOW_ON = ("nothing was changed; the same command without --dry-run does it, "
           "and with --plan {} it does exactly this or nothing")
@@ -497,9 +505,8 @@ class DeployPlanning:
         state = look_at(self.hub)
         earlier = begun_before(self.record)
         # A second plan of the same run finds its own journal.
-        if earlier and state.head and self.journal is None: self.say("plan", begun_text(earlier))
-        no = [*objections(state, self.o, list(self.files)), *left_paid(earlier, state, self.o)]
-        if no: raise DeployError("preflight", "\n".join(no))
+        if earlier and not self.journal: self.say("plan", begun_text(earlier))
+        check_plan(state, self.o, list(self.files), earlier)
         self.plan = plan_deployment(state, self.files, self.options_now(state))
         self.planned = time.monotonic()
         self.say("plan", str(self.plan), plan=self.plan)
