@@ -291,7 +291,6 @@ export class Studio extends EventTarget {
 		this.touch({ start: { ...start, strokes: [...start.strokes ?? [], stroke] } });
 	}
 
-	/** The mask goes with the next request. */
 	masked(change) {
 		const start = { ...this.start, ...change };
 		const { width, height } = start;
@@ -677,10 +676,10 @@ function composerView(s) {
 		h("div.row",
 			h("label.button.quiet", { title: t("addPicture") }, icon("picture"), h("input.hidden", { type: "file",
 				accept: "image/png,image/jpeg,image/webp", "aria-label": t("addPicture"), onchange: file })),
-			h("button.quiet.fold", { title: t("settings"), "aria-expanded": Boolean(s.open),
+			h("button.quiet.fold", { key: "fold", title: t("settings"), "aria-expanded": Boolean(s.open),
 				onclick: () => s.touch({ open: !s.open }) },
 			h("span", [!start && form.aspect, steps].filter(Boolean).join(" · ")), icon("down")), SPACE,
-			h("button.main.go", { type: "submit", title: "Ctrl+Enter", "aria-keyshortcuts": "Control+Enter",
+			h("button.main.go", { key: "go", type: "submit", title: "Ctrl+Enter", "aria-keyshortcuts": "Control+Enter",
 				disabled: ["failed", "ended"].includes(s.health.status) }, face("generate")))),
 	alertView(s),
 	offer && h("div.offer", { key: "offer" }, h("span.grow", offer.say),
