@@ -156,7 +156,7 @@ def test_a_wrong_value_is_named(web, body, field, given, allowed):
 
 
 def test_nothing_there_and_not_so(web):
-    assert [web.get("/generate").status_code, web.get("/nowhere").status_code, web.post("/generate/", json={}).status_code, web.post("/generate", content=b"{", headers={"content-type": "application/json"}).status_code] == [405, 404, 404, 400]
+    assert [web.get("/generate").status_code, web.get("/nowhere").status_code, web.post("/generate/", json={}).status_code, web.post("/generate", content=b"{", headers={"content-type": "application/json"}).status_code] == [405, 404, 422, 400]
     assert web.get("/nowhere").json()["type"] == "urn:aura:not_found" and web.get("/generate").headers["allow"] == "POST"
 
 
