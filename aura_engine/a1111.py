@@ -17,16 +17,16 @@ from PIL import Image as Pillow, ImageFilter, ImageOps
 from pydantic import BaseModel, Field
 
 # %% auto #0
-__all__ = ['log', 'MEANINGFUL', 'FREE', 'A1111_NAMES', 'MOST_TEXT', 'EMPTY_LISTS', 'REFRESHED', 'a1111_routes', 'a1111_shapes',
-           'Txt2Img', 'Img2Img', 'unmet', 'samplers_for', 'scheduler_for', 'loras_in', 'Understood', 'asked_size',
-           'understood_ask', 'softened', 'img2img_ask', 'A1111Pictures', 'A1111Error', 'a1111_error', 'about_batch',
-           'info_of', 'echoed', 'A1111Task', 'A1111Tasks', 'tasks_of', 'drawn', 'post_txt2img', 'post_img2img',
-           'A1111State', 'A1111Progress', 'progress_of', 'get_progress', 'TaskName', 'LiveProgress',
-           'post_live_progress', 'post_interrupt', 'A1111Model', 'get_sd_models', 'A1111Sampler', 'get_samplers',
-           'A1111Scheduler', 'get_schedulers', 'A1111Lora', 'get_loras', 'A1111Vae', 'get_sd_vae', 'A1111Memory',
-           'get_memory', 'options_of', 'get_options', 'A1111Options', 'post_options', 'get_cmd_flags', 'get_nothing',
-           'get_scripts', 'get_embeddings', 'get_ping', 'post_nothing', 'get_queue_status', 'png_texts',
-           'PngInfoRequest', 'PngInfo', 'read_png_info', 'post_png_info', 'list_name']
+__all__ = ['log', 'MEANINGFUL', 'FREE', 'A1111_NAMES', 'MOST_TEXT', 'EMPTY_LISTS', 'REFRESHED', 'ABSENT', 'absent_routes',
+           'a1111_routes', 'a1111_shapes', 'Txt2Img', 'Img2Img', 'unmet', 'samplers_for', 'scheduler_for', 'loras_in',
+           'Understood', 'asked_size', 'understood_ask', 'softened', 'img2img_ask', 'A1111Pictures', 'A1111Error',
+           'a1111_error', 'about_batch', 'info_of', 'echoed', 'A1111Task', 'A1111Tasks', 'tasks_of', 'drawn',
+           'post_txt2img', 'post_img2img', 'A1111State', 'A1111Progress', 'progress_of', 'get_progress', 'TaskName',
+           'LiveProgress', 'post_live_progress', 'post_interrupt', 'A1111Model', 'get_sd_models', 'A1111Sampler',
+           'get_samplers', 'A1111Scheduler', 'get_schedulers', 'A1111Lora', 'get_loras', 'A1111Vae', 'get_sd_vae',
+           'A1111Memory', 'get_memory', 'options_of', 'get_options', 'A1111Options', 'post_options', 'get_cmd_flags',
+           'get_nothing', 'get_scripts', 'get_embeddings', 'get_ping', 'post_nothing', 'get_queue_status', 'png_texts',
+           'PngInfoRequest', 'PngInfo', 'read_png_info', 'post_png_info', 'list_name', 'refusal']
 
 # %% ../nbs/10c_a1111.ipynb #ca30c335
 from . import __version__
@@ -40,9 +40,9 @@ from .images import MAX_PARTS, PNG_SIGNATURE, from_base64, png_parts, to_base64
 from .infotext import A1111_SAMPLERS, infotext, settings_of
 from .intake import LARGE
 from .models import Row
-from aura_engine.types import (
-    MAX_N, WHOLE, AuraError, GenerateRequest, Image, Invalid, Note, Preview, Receipt, RefineConfig, RefineRequest,
-    Step, shown)
+from .types import (
+    MAX_N, WHOLE, AuraError, GenerateRequest, Image, Invalid, Note, NotFound, Preview, Receipt, RefineConfig,
+    RefineRequest, Step, shown)
 from .walls import client_behind
 
 log = logging.getLogger("aura_engine.a1111")
@@ -82,7 +82,7 @@ class Img2Img(Txt2Img):
 
 # %% ../nbs/10c_a1111.ipynb #fe671f5c
 # what programs send when they want nothing of it
-_OFF = (0, False, "", None, (), {}, 1.0, "None")
+_OFF = (0, "", {}, "None")
 MEANINGFUL = {
     "enable_hr": _OFF, "restore_faces": _OFF, "tiling": _OFF, "subseed_strength": (0, 0.0), "styles": _OFF,
     "script_name": _OFF, "alwayson_scripts": _OFF, "inpainting_fill": (1,), "clip_skip": (0, 1),
@@ -93,7 +93,9 @@ def unmet(ask: Txt2Img) -> list[Note]:
     notes = []
     for name, harmless in MEANINGFUL.items():
         given = (ask.model_extra or {}).get(name)
-        if given is None or given == [] or given in harmless: continue
+        if given in (None, []) or given is False: continue
+        # true is no number, although it equals 1
+        if given is not True and given in harmless: continue
         notes.append(unused(name, given, "this engine does not do it"))
     return notes
 
@@ -590,6 +592,27 @@ def list_name(path: str) -> str:
     return "sdapi_" + path.replace("-", "_")
 
 # %% ../nbs/10c_a1111.ipynb #79e37a72
+_MASKED = "img2img starts from a picture, and its mask says where it is drawn anew"
+ABSENT = {
+    "/sdapi/v1/skip": "A single picture cannot be skipped: /sdapi/v1/interrupt ends the whole task, with the "
+                      "pictures as they are.",
+    "/sdapi/v1/interrogate": "No model here describes pictures. /sdapi/v1/png-info reads the prompt of a PNG that "
+                             "carries it.",
+    "/sdapi/v1/extra-single-image": "No upscaler is here. Ask txt2img or img2img for a larger width and height.",
+    "/sdapi/v1/extra-batch-images": "No upscaler is here. Ask img2img for a larger width and height.",
+    "/sdapi/v1/unload-checkpoint": "The model stays loaded. SD_MODEL_ID names it when the engine starts.",
+    "/sdapi/v1/reload-checkpoint": "The model stays loaded. SD_MODEL_ID names it when the engine starts.",
+    "/controlnet/{rest:path}": f"No ControlNet is here: {_MASKED}."}
+
+def refusal(why: str) -> Callable:
+    "A handler that answers 404 with the reason."
+    async def refuse(request: Request) -> Response: raise NotFound(why)
+    return refuse
+
+absent_routes = tuple(
+    _a1111(method, path, refusal(why), listed=False) for path, why in ABSENT.items() for method in ("GET", "POST"))
+
+# %% ../nbs/10c_a1111.ipynb #7d59af90
 a1111_routes = (
     _tells("/sdapi/v1/txt2img", post_txt2img, Txt2Img, most=2**17, ok=A1111Pictures),
     _tells("/sdapi/v1/img2img", post_img2img, Img2Img, most=LARGE, ok=A1111Pictures),
@@ -611,6 +634,7 @@ a1111_routes = (
     _reads("/internal/ping", get_ping, keyed=False, ok=dict[str, Any]),
     _reads("/queue/status", get_queue_status, keyed=False, ok=dict[str, Any]),
     *(_reads(f"/sdapi/v1/{name}", get_nothing, ok=list[str], name=list_name(name)) for name in EMPTY_LISTS),
-    *(_tells(f"/sdapi/v1/{name}", post_nothing, name=list_name(name)) for name in REFRESHED),
+    *(_tells(f"/sdapi/v1/{name}", post_nothing, ok=type(None), name=list_name(name)) for name in REFRESHED),
+    *absent_routes,
 )
-a1111_shapes = {"/sdapi/": a1111_error, "/internal/": a1111_error, "/queue/": a1111_error}
+a1111_shapes = dict.fromkeys(("/sdapi/", "/internal/", "/queue/", "/controlnet/"), a1111_error)

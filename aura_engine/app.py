@@ -20,10 +20,11 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 # %% auto #0
 __all__ = ['SMALL_EXAMPLES', 'EXAMPLES', 'STUDIO', 'STUDIO_FILES', 'PAGE_POLICY', 'REF', 'TEXT', 'FILE', 'PICTURES', 'MAKING',
-           'JOB', 'routes', 'INLINE', 'JOBS', 'post_generate', 'post_refine', 'post_replay', 'get_health', 'get_ready',
-           'get_metrics', 'get_examples', 'get_page', 'get_page_file', 'Route', 'content', 'named_schema', 'responses',
-           'checked_body', 'parsed_body', 'endpoint', 'answer_error', 'on_error', 'methods_at', 'ask_key', 'create_app',
-           'add_route', 'bodies_read', 'body_schemas', 'describe_defaults', 'answer_schemas', 'openapi']
+           'JOB', 'routes', 'INLINE', 'JOBS', 'OWN_ID', 'post_generate', 'post_refine', 'post_replay', 'get_health',
+           'get_ready', 'get_metrics', 'get_examples', 'get_page', 'get_page_file', 'get_page_texts', 'Route',
+           'content', 'named_schema', 'frames_of', 'responses', 'checked_body', 'parsed_body', 'endpoint',
+           'answer_error', 'on_error', 'methods_at', 'ask_key', 'create_app', 'add_route', 'bodies_read',
+           'body_schemas', 'describe_defaults', 'answer_schemas', 'openapi']
 
 # %% ../nbs/09f_app.ipynb #83d929dd
 from starlette.exceptions import HTTPException
@@ -109,6 +110,10 @@ async def get_page_file(request: Request, name: str) -> Response:
     kind = f"{STUDIO_FILES[name]}; charset=utf-8"
     return Response((STUDIO / name).read_bytes(), media_type=kind, headers={"cache-control": "no-cache"})
 
+async def get_page_texts(request: Request) -> Response:
+    "What the page says."
+    return await get_page_file(request, "texts.json")
+
 # %% ../nbs/09f_app.ipynb #7fb34e47
 @dataclass(frozen=True)
 class Route:
@@ -135,6 +140,7 @@ class Route:
     reads: dict[str, Any] = field(default_factory=dict)
     docs: dict[str, Any] | None = None
     name: str = ""                                            # of the function in generated clients; "": the handler's
+    listed: bool = True                                       # whether OpenAPI names it
 
 # %% ../nbs/09f_app.ipynb #e7f80d5f
 REF = "#/components/schemas/{model}"
@@ -148,12 +154,17 @@ def named_schema(model: type[BaseModel]) -> dict[str, Any]:
     "A reference to the schema of a model."
     return {"$ref": REF.format(model=model.__name__)}
 
+def frames_of(model: type[BaseModel]) -> dict[str, Any]:
+    "The schema of a stream: a text, in which the name and the JSON of each frame are a `model`."
+    return {**TEXT, "description": f"Frames. The name and the JSON of each are a {model.__name__}.",
+            "contentMediaType": "text/event-stream", "contentSchema": named_schema(model)}
+
 # %% ../nbs/09f_app.ipynb #15ebb011
 def responses(route: Route) -> dict[int | str, dict[str, Any]]:
     "The answers of a route as OpenAPI wants them."
     good: dict[str, Any] = {"description": "Done", "content": {}}
     for media in route.media: good["content"] |= content(media, FILE if media.startswith("image/") else TEXT)
-    if route.events: good["content"] |= content("text/event-stream", named_schema(route.events))
+    if route.events: good["content"] |= content("text/event-stream", frames_of(route.events))
     model = {"model": route.ok} if route.ok else {}
     out: dict[int | str, dict[str, Any]] = {route.status: good | model}
     for code in route.alike: out[code] = {"description": "Ended"} | model
@@ -181,11 +192,11 @@ routes = (
     Route("GET", "/metrics", get_metrics, media=("text/plain",)),
     Route("GET", "/examples", get_examples, ok=Examples),
     Route("GET", "/", get_page, media=("text/html",)),
-    Route("HEAD", "/", get_page, media=("text/html",)),
+    Route("HEAD", "/", get_page),
     Route("HEAD", "/health", get_health),
     Route("HEAD", "/ready", get_ready, errors=(500, 503)),
-    Route("GET", "/studio/{name}", get_page_file, errors=(404, 500),
-          media=("text/javascript", "text/css", "application/json")),
+    Route("GET", "/studio/texts.json", get_page_texts, ok=dict[str, Any]),
+    Route("GET", "/studio/{name}", get_page_file, errors=(404, 500), media=("text/javascript", "text/css")),
 )
 
 # %% ../nbs/09f_app.ipynb #5c5a787a
@@ -279,9 +290,11 @@ def add_route(app: FastAPI, route: Route, locked: bool) -> None:
     "Add a row of the table; `locked`: keyed routes ask for the key."
     name = f"{route.name or route.handler.__name__}_{route.method.lower()}"
     lock = [Depends(ask_key)] if locked and route.keyed else []
+    # FastAPI adds a body of any shape to every answer of a JSON class, so that class is for routes that have a shape
+    kind = JSONResponse if route.ok else Response
     app.add_api_route(route.path, endpoint(route), methods=[route.method], operation_id=name,
                       status_code=route.status, responses=responses(route), response_model=None, dependencies=lock,
-                      openapi_extra=route.docs)
+                      openapi_extra=route.docs, response_class=kind, include_in_schema=route.listed)
 
 # %% ../nbs/09f_app.ipynb #023f6c62
 def bodies_read(route: Route) -> dict[str, Any]:
@@ -316,6 +329,10 @@ def answer_schemas(table: Sequence[Route]) -> dict[str, Any]:
     return TypeAdapter.json_schemas(named, ref_template=REF)[1].get("$defs", {})
 
 # %% ../nbs/09f_app.ipynb #945c9ccc
+# openapi-python-client 0.29 makes several bodies optional, and imports what that needs only for an optional parameter
+OWN_ID = {"name": "x-request-id", "in": "header", "required": False, "schema": TEXT,
+          "description": "A name for this request: it comes back in the answer's headers, and is in the engine's log."}
+
 def openapi(app: FastAPI, made: Callable[[], dict[str, Any]], table: Sequence[Route]) -> dict[str, Any]:
     "The app's OpenAPI document, with the bodies of `table`, and with the engine's LoRAs as choices."
     if app.openapi_schema: return app.openapi_schema          # FastAPI keeps what `made` returns
@@ -326,7 +343,10 @@ def openapi(app: FastAPI, made: Callable[[], dict[str, Any]], table: Sequence[Ro
         read: dict[str, Any] = {}
         for media, model in bodies_read(r).items():
             read |= content(media, bodies.get((r.method, r.path, media), model))
-        if read: document["paths"][r.path][r.method.lower()]["requestBody"] = {"required": True, "content": read}
+        if not read: continue
+        operation = document["paths"][r.path][r.method.lower()]
+        operation["requestBody"] = {"required": True, "content": read}
+        if len(read) > 1: operation.setdefault("parameters", []).append(OWN_ID)
     _name_loras(document, tuple(app.state.api.settings.loras))
     return document
 

@@ -31,15 +31,15 @@ from .types import AuraError, Image, Invalid, Queued, Receipt, Step
 
 # %% auto #0
 __all__ = ['Local', 'CLOUD_HELP', 'Cloud', 'Mode', 'OFFLINE_HELP', 'Offline', 'ApiKey', 'AsJson', 'Quiet', 'OPTIONS', 'OR_ELSE',
-           'STDOUT', 'ABOUT', 'HELP_NAMES', 'cli', 'VERSION', 'Version', 'OUT_HELP', 'Out', 'Negative', 'Seed', 'Steps',
-           'Guidance', 'Lora', 'Temperature', 'Words', 'Aspect', 'Resolution', 'HowMany', 'Becoming', 'GIVEN_HELP',
-           'Given', 'STRENGTH_HELP', 'Strength', 'MASK_HELP', 'Mask', 'PADDING_HELP', 'Padding', 'AT_ONCE', 'Listed',
-           'Folder', 'Own', 'INIT_HELP', 'Init', 'ITS_MASK_HELP', 'ItsMask', 'HEALTH_ROWS', 'Origin', 'Host', 'Port',
-           'AS_IT_IS', 'FAULT', 'columns', 'queue_line', 'Meter', 'Bars', 'in_panel', 'in_options', 'errors_told',
-           'client_for', 'check_writable', 'slug_of', 'Destination', 'save_to', 'count_of', 'line_of',
-           'report_pictures', 'words_of', 'print_version', 'generate_command', 'refine_command', 'prompts_in',
-           'sheet_of', 'make_all', 'report_batch', 'batch_command', 'replay_command', 'health_table', 'health_command',
-           'serve_command', 'hand_over', 'bench_command', 'deploy_command', 'main']
+           'OR_HERE', 'STDOUT', 'ABOUT', 'HELP_NAMES', 'cli', 'VERSION', 'Version', 'OUT_HELP', 'Out', 'Negative',
+           'Seed', 'Steps', 'Guidance', 'Lora', 'Temperature', 'Words', 'Aspect', 'Resolution', 'HowMany', 'Becoming',
+           'GIVEN_HELP', 'Given', 'STRENGTH_HELP', 'Strength', 'MASK_HELP', 'Mask', 'PADDING_HELP', 'Padding',
+           'AT_ONCE', 'Listed', 'Folder', 'Own', 'INIT_HELP', 'Init', 'ITS_MASK_HELP', 'ItsMask', 'HEALTH_ROWS',
+           'Origin', 'Host', 'Port', 'AS_IT_IS', 'FAULT', 'columns', 'queue_line', 'Meter', 'Bars', 'in_panel',
+           'or_else', 'in_options', 'errors_told', 'client_for', 'check_writable', 'slug_of', 'Destination', 'save_to',
+           'count_of', 'line_of', 'report_pictures', 'words_of', 'print_version', 'generate_command', 'refine_command',
+           'prompts_in', 'sheet_of', 'make_all', 'report_batch', 'batch_command', 'replay_command', 'health_table',
+           'health_command', 'serve_command', 'hand_over', 'bench_command', 'deploy_command', 'main']
 
 # %% ../nbs/17_cli.ipynb #ad84d76c
 def columns() -> list[Any]:
@@ -115,6 +115,13 @@ OPTIONS = {"aspect_ratio": "--aspect", "guidance_scale": "--guidance", "negative
            "padding_mask_crop": "--padding-mask-crop", "temperature": "--temperature", "strength": "--strength",
            "seed": "--seed", "steps": "--steps", "lora": "--lora", "mask": "--mask"}
 OR_ELSE = "Or name a Space with --cloud, or add --offline to make the picture in this process."
+OR_HERE = "Or add --offline to make the picture in this process."
+
+def or_else(error: AuraError, offline: bool) -> str:
+    "What else would bring a picture, where no engine was reached."
+    if error.code != "unreachable" or offline: return ""
+    # Of a cloud engine it speaks only where one was asked for.
+    return f" {OR_HERE}" if "cloud engine" in error.detail else f" {OR_ELSE}"
 
 def in_options(detail: str, files: Sequence[Path] = ()) -> str:
     "An error about a request, with the options and files of the command line in place of the request's fields."
@@ -126,8 +133,8 @@ def errors_told(as_json: bool, offline: bool = False, files: Sequence[Path] = ()
     "Errors below it are said, to a person or as JSON, and end the command. `files`: the pictures that were given."
     try: yield
     except AuraError as e:
-        hint = f" {OR_ELSE}" if e.code == "unreachable" and not offline else ""
-        said = json.dumps(e.problem()) if as_json else f"{e.title}: {in_options(e.detail, files)}{hint}"
+        words = f"{e.title}: {in_options(e.detail, files)}{or_else(e, offline)}"
+        said = json.dumps(e.problem()) if as_json else words
         typer.echo(said, err=not as_json)
         raise typer.Exit(1) from None
     except SettingsError as e:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 # %% auto #0
 __all__ = ['Asked', 'Pixels', 'SIDE', 'Size', 'WALKS', 'LONG_PROMPT', 'MOST_PICTURES', 'MOST_PIXELS', 'size_asked', 'to_size',
            'own_shape', 'nullable', 'Dialect', 'translated', 'renamed', 'with_alpha', 'remade_mask', 'unused',
-           'shortened', 'warning_header', 'Wish', 'multiplied', 'size_made', 'enlarged']
+           'shortened', 'whole_words', 'warning_header', 'Wish', 'multiplied', 'size_made', 'enlarged']
 
 # %% ../nbs/10_dialects.ipynb #5c9dbfb6
 from .answers import Api, Finish, Order
@@ -133,9 +133,18 @@ def shortened(prompt: str, notes: list[Note], field: str = "prompt", most: int =
     "The part of a prompt that is read, `most` characters; a note says when it is not all of it."
     text = prompt.strip()
     if len(text) <= most: return text
-    said = f"The {field} has {len(text):,} characters. The first {most:,} were used."
-    notes.append(Note(field, Words(f"{len(text)} characters"), f"{most} characters", said))
-    return text[:most]
+    kept = whole_words(text, most)
+    said = f"The {field} has {len(text):,} characters. The first {len(kept):,} were used."
+    notes.append(Note(field, Words(f"{len(text)} characters"), f"{len(kept)} characters", said))
+    return kept
+
+def whole_words(text: str, most: int) -> str:
+    "The first `most` characters at the most, without a part of a word at their end."
+    kept = text[:most]
+    if text[most:most + 1].isspace(): return kept.rstrip()
+    head, *last = kept.rsplit(None, 1)
+    # what is longer is no word: a language without spaces
+    return head if last and len(last[0]) <= 60 else kept
 
 # %% ../nbs/10_dialects.ipynb #e74054ff
 def warning_header(warnings: Iterable[str]) -> dict[str, str]:

@@ -366,17 +366,25 @@ async def post_generations(request: Request, body: ImagesRequest) -> Response:
 # %% ../nbs/10a_openai.ipynb #269b6468
 @dataclass
 class Edit:
-    "An edit as it came: what it asks, and its pictures in base64."
+    "An edit as it came: what it asks, its pictures in base64, and what its client calls each of them."
     ask: EditRequest
     pictures: list[str]
+    names: list[str]
     mask: str | None = None
+
+    @property
+    def their_names(self) -> dict[str, str]:
+        "The client's names by ours."
+        named = {f"images.{i}": name for i, name in enumerate(self.names)}
+        every = self.names[0].partition("[0]")[0] if self.names else "image"
+        return {**THEIR_NAMES, "images": every, **named}
 
 # %% ../nbs/10a_openai.ipynb #7d4a12e9
 def picture_text(given: str | ImageAddress, field: str) -> str:
     "The base64 of a picture in a JSON body."
     text = given if isinstance(given, str) else given.image_url
     if text is not None: return text
-    raise Invalid.value(field, given=Words("a file id"), allowed="image_url with a data: address")
+    raise Invalid.value(f"{field}.file_id", given=Words("a file id"), allowed="image_url with a data: address")
 
 # %% ../nbs/10a_openai.ipynb #e30a1922
 def json_edit(ask: EditRequest) -> Edit:
@@ -384,9 +392,11 @@ def json_edit(ask: EditRequest) -> Edit:
     # `image` is what forms have, and older programs send it in JSON as well
     alone = [ask.image] if isinstance(ask.image, str) else ask.image
     given = alone or ask.images or []
-    name = "image" if alone else "images"
+    places = [f"{'image' if alone else 'images'}[{i}]" for i in range(len(given))]
+    if isinstance(ask.image, str): places = ["image"]
+    names = [name if isinstance(one, str) else f"{name}.image_url" for name, one in zip(places, given)]
     mask = ask.mask and picture_text(ask.mask, "mask")
-    return Edit(ask, [picture_text(one, name) for one in given], mask)
+    return Edit(ask, [picture_text(one, name) for one, name in zip(given, places)], names, mask)
 
 # %% ../nbs/10a_openai.ipynb #15f3a801
 async def form_edit(request: Request) -> Edit:
@@ -402,7 +412,9 @@ async def form_edit(request: Request) -> Edit:
     try: ask = EditRequest.model_validate_strings(fields, strict=False)
     except ValidationError as error: raise invalid(error) from None
     texts = [await api.read(to_base64, data) for data in files["image"]]
-    return Edit(ask, texts, to_base64(files["mask"][0]) if files["mask"] else None)
+    names = [name for name, part in parts if not isinstance(part, str) and file_field(name) == "image"]
+    if len(names) > 1: names = [f"{name.removesuffix('[]')}[{i}]" for i, name in enumerate(names)]
+    return Edit(ask, texts, names, to_base64(files["mask"][0]) if files["mask"] else None)
 
 # %% ../nbs/10a_openai.ipynb #47fd4550
 def file_field(name: str) -> str:
@@ -418,7 +430,8 @@ async def read_edit(request: Request) -> Edit:
         edit = json_edit(await parsed_body(request, LARGE, TypeAdapter(EditRequest)))
     else: edit = await form_edit(request)
     if 1 <= len(edit.pictures) <= MAX_N: return edit
-    raise Invalid.value("image", given=Words(f"{len(edit.pictures)} pictures"), allowed=f"1 to {MAX_N} files")
+    given, allowed = Words(f"{len(edit.pictures)} pictures"), f"1 to {MAX_N} pictures"
+    raise Invalid.value(edit.their_names["images"], given=given, allowed=allowed)
 
 # %% ../nbs/10a_openai.ipynb #d5838e29
 NOT_COMPOSED = "Several pictures are not composed into one here: each was refined by itself."
@@ -450,7 +463,7 @@ async def post_edits(request: Request) -> Response:
         mask = await remade_mask(request, edit.mask, mask_of_hole)
         own = translated(RefineRequest, refinePrompt=both.prompt, images=edit.pictures, mask=mask, config=config)
         return await openai_answer(request, edit.ask, own, edit_wish(edit, both.wish), "image_edit")
-    except Invalid as error: raise renamed(error, THEIR_NAMES) from None
+    except Invalid as error: raise renamed(error, edit.their_names) from None
 
 # %% ../nbs/10a_openai.ipynb #6598e0e9
 async def post_variations(request: Request) -> Response:
@@ -489,5 +502,5 @@ openai_routes = (
     _openai("GET", "/v1/models", get_models, ok=OpenAIModels),
     _openai("GET", "/v1/models/{id:path}", get_model, ok=OpenAIModel),
     Route("GET", "/pictures/{name}", get_picture, media=tuple(MIME.values()), errors=(404, 500)),
-    Route("HEAD", "/pictures/{name}", get_picture, media=tuple(MIME.values()), errors=(404, 500)),
+    Route("HEAD", "/pictures/{name}", get_picture, errors=(404, 500)),
 )

@@ -28,11 +28,11 @@ from .types import (
     Preview, Queued, Receipt, RefineConfig, RefineRequest, Step, Unreachable, error_tree, field_errors, shown)
 
 # %% auto #0
-__all__ = ['Ask', 'ROUTES', 'GUIDE', 'SPACE_PAGE', 'AN_ADDRESS', 'CLOUD_VARIABLE', 'QUICK', 'PATIENT', 'Replay', 'checked',
-           'as_base64', 'GenerateOptions', 'generation', 'mask_as_base64', 'refinement', 'repetition', 'json_body',
-           'error_from', 'error_in', 'is_near', 'event_of', 'events_in', 'engine_url', 'cloud_url', 'Proxy',
-           'proxy_for', 'Door', 'connections', 'Wire', 'Probed', 'Remote', 'Broken', 'InProcess', 'until_ready',
-           'planned']
+__all__ = ['Ask', 'ROUTES', 'GUIDE', 'SPACE_PAGE', 'AN_ADDRESS', 'CLOUD_VARIABLE', 'QUICK', 'PATIENT', 'BROKEN', 'Replay',
+           'checked', 'as_base64', 'GenerateOptions', 'generation', 'mask_as_base64', 'refinement', 'repetition',
+           'json_body', 'error_from', 'error_in', 'is_near', 'event_of', 'events_in', 'engine_url', 'cloud_url',
+           'Proxy', 'proxy_for', 'Door', 'connections', 'Wire', 'Probed', 'Remote', 'Broken', 'InProcess',
+           'until_ready', 'planned']
 
 # %% ../nbs/12a_transport.ipynb #b90302ca
 @dataclass(frozen=True)
@@ -261,6 +261,7 @@ def engine_url(text: str, name: str = "engine") -> str:
     except httpx.InvalidURL: url = httpx.URL("")
     if url.scheme not in ("http", "https") or not url.host:
         raise Invalid(f"{name}: given {shown(text)}, allowed: {AN_ADDRESS}.")
+    if (url.port or 0) > 65535: raise Invalid(f"{name}: given port {url.port}, allowed: 0 to 65535.")
     space = SPACE_PAGE.fullmatch(url.path) if url.host == "huggingface.co" else None
     if space is None: return str(url).rstrip("/")
     return "https://" + re.sub(r"[^a-z0-9]+", "-", "-".join(space.groups()).lower()) + ".hf.space"
@@ -381,6 +382,9 @@ def connections(url: str, api_key: str | None = None) -> httpx.AsyncClient:
         raise Unreachable(f"The certificates of SSL_CERT_FILE or SSL_CERT_DIR cannot be read: {e}") from None
 
 # %% ../nbs/12a_transport.ipynb #755c8604
+# What a connection raises: httpx's errors, and what comes through it from the socket and from the tasks that open one.
+BROKEN = (httpx.HTTPError, httpx.InvalidURL, OSError, OverflowError, UnicodeError, ExceptionGroup)
+
 class Wire(Door):
     "The connections to an engine. `api_key` goes as a Bearer token."
     def __init__(self, name: str, url: str, api_key: str | None = None):
@@ -394,9 +398,10 @@ class Wire(Door):
         if self._http is None: self._http = connections(self.url, self.api_key)
         return self._http
 
-    def lost(self, e: httpx.HTTPError) -> Unreachable:
+    def lost(self, e: Exception) -> Unreachable:
         "What a broken connection means, in words."
-        why = "broke the connection"
+        while isinstance(e, ExceptionGroup): e = e.exceptions[0]
+        why = "broke the connection" if isinstance(e, httpx.HTTPError) else f"cannot be reached: {e}"
         if isinstance(e, httpx.TimeoutException): why = "was silent for too long"
         if isinstance(e, (httpx.ConnectError, httpx.ConnectTimeout)): why = "does not answer"
         if isinstance(e, httpx.ProxyError): why = "cannot be reached through the proxy"
@@ -412,7 +417,7 @@ class Probed(Wire):
     async def health(self, timeout: float = 5) -> Health:
         "GET /health. Raises `Unreachable` or `Asleep`."
         try: r = await self.http.get("/health", timeout=timeout)
-        except httpx.HTTPError as e: raise self.lost(e) from None
+        except BROKEN as e: raise self.lost(e) from None
         if r.status_code != 200: raise error_in(r, self.name)
         try: return Health.from_json(r.json())
         except (ValueError, TypeError, AttributeError, Invalid): raise error_in(r, self.name) from None
@@ -422,7 +427,7 @@ class Probed(Wire):
         preflight = {"origin": origin, "access-control-request-method": "POST",
                      "access-control-request-headers": "content-type"}
         try: r = await self.http.options("/generate", headers=preflight)
-        except httpx.HTTPError as e: raise self.lost(e) from None
+        except BROKEN as e: raise self.lost(e) from None
         return r.headers.get("access-control-allow-origin") in (origin, "*")
 
 # %% ../nbs/12a_transport.ipynb #cdeb626c
@@ -441,7 +446,7 @@ class Remote(Probed):
                     raise error_in(r, self.name)
                 async with aclosing(events_in(r, self.name)) as events:
                     async for e in events: yield e
-        except httpx.HTTPError as e: raise self.lost(e) from None
+        except BROKEN as e: raise self.lost(e) from None
 
 # %% ../nbs/12a_transport.ipynb #ffdcdfad
 class Broken(Door):

@@ -60,7 +60,7 @@ def test_what_was_done_differently_is_said(aura, server):
 
 @pytest.mark.parametrize("argv, said", [
     (["generate", ""], "prompt"), (["generate", "x", "--seed", "-1"], "seed: given -1"), (["generate", "x", "-o", "x.bmp"], r"\.png"), (["replay", "plain.png"], "made by this engine"),
-    (["generate", "x", "--local", "nowhere"], "nowhere"), (["generate", "x", "--aspect", "9"], "--aspect: given '9'"),
+    (["generate", "x", "--local", "nowhere"], "nowhere"), (["generate", "x", "--mode", "local", "--local", "http://127.0.0.1:99999"], "local: given port 99999, allowed: 0 to 65535"), (["generate", "x", "--aspect", "9"], "--aspect: given '9'"),
     (["refine", "x", *["plain.png"] * 5], "images: given 5 items, allowed: at most 4"), (["refine", "x", "text.txt"], "text.txt: given"),
 ])
 def test_wrong_values_end_with_status_1_and_a_sentence(aura, server, tmp_path, argv, said):
@@ -77,6 +77,8 @@ def test_no_engine_says_how_to_get_one(aura):
     nowhere = f"http://127.0.0.1:{free_port()}"
     status, out, err = aura("generate", "a fox", "--local", nowhere)
     assert status == 1 and out == "" and all(word in err for word in (nowhere, "aura serve", "--offline"))
+    status, out, err = aura("generate", "a fox", "--mode", "cloud", "--cloud", nowhere)
+    assert status == 1 and "--offline" in err and "--cloud" not in err
     assert aura("generate", "a fox", "--mode", "cloud")[0] == 1
     status, out, _ = aura("health", "--local", nowhere, "--json")
     assert status == 1 and json.loads(out)["local"]["status"] == "unreachable"

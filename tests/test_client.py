@@ -1,5 +1,5 @@
 """The client against a real server process, and against what stands before one: proxies, sleep, full queues, sudden death."""
-import asyncio, io, json, time
+import asyncio, contextlib, io, json, time
 
 import httpx
 import numpy as np
@@ -8,8 +8,8 @@ from PIL import Image
 
 from aura_engine.client import AsyncAuraClient, AuraClient, Notice
 from aura_engine.images import decode, from_base64
-from aura_engine.transport import as_base64, cloud_url, engine_url, generation, proxy_for
-from aura_engine.types import Asleep, Done, Invalid, NotReady, Preview, QueueFull, Queued, Step, Unauthorized, Unreachable
+from aura_engine.transport import Remote, as_base64, cloud_url, engine_url, generation, proxy_for
+from aura_engine.types import Asleep, Done, GenerateRequest, Invalid, NotReady, Preview, QueueFull, Queued, Step, Unauthorized, Unreachable
 from aura_engine.types import Image as Finished
 from conftest import free_port
 from edge import Edge, answer, page, problem
@@ -240,7 +240,7 @@ def test_the_clouds_address(monkeypatch, tmp_path):
     monkeypatch.setenv("VITE_CLOUD_ENGINE_URL", "https://other.hf.space/")
     assert AuraClient(mode="cloud").aio.doors[0].url == "https://other.hf.space"
     assert engine_url("https://huggingface.co/spaces/Me/Aura.Engine") == "https://me-aura-engine.hf.space"
-    for bad in ("me/engine", "ftp://x", "http://", ""):
+    for bad in ("me/engine", "ftp://x", "http://", "", "http://127.0.0.1:99999", "127.0.0.1:65536"):
         with pytest.raises(Invalid): engine_url(bad)
 
 
@@ -329,3 +329,21 @@ def test_what_is_no_picture_and_a_client_that_is_closed_are_told():
     with pytest.raises(Invalid, match="images: given .., allowed: at least 1"): client.refine("a fox", [])
     client.close()
     with pytest.raises(RuntimeError, match="closed. Make another"): client.health()
+
+
+@pytest.mark.parametrize("error", [
+    OverflowError("port must be 0-65535"), UnicodeError("label too long"),
+    ExceptionGroup("unhandled errors in a TaskGroup", [ExceptionGroup("", [OSError("port must be 0-65535")])])])
+def test_whatever_breaks_a_connection_is_said_in_words(error):
+    """Errors that are none of httpx, and a group of them, as the tasks that open a connection raise it."""
+    class Down:
+        async def get(self, *given, **more): raise error
+        @contextlib.asynccontextmanager
+        async def stream(self, *given, **more):
+            raise error
+            yield
+
+    remote = Remote("local", "http://127.0.0.1:9")
+    remote._http = Down()
+    with pytest.raises(Unreachable, match="The local engine at http://127.0.0.1:9 cannot be reached: (port|label)"): asyncio.run(remote.health())
+    with pytest.raises(Unreachable, match="cannot be reached: (port|label)"): asyncio.run(anext(remote.events(GenerateRequest(prompt="x"))))

@@ -9,6 +9,9 @@ import pytest
 from huggingface_hub import InferenceClient
 from PIL import Image
 
+from aura_engine.a1111 import ABSENT, MEANINGFUL, Txt2Img, unmet
+from aura_engine.dialects import shortened
+
 
 @pytest.fixture(scope="module")
 def ai(server):
@@ -30,6 +33,13 @@ def hole(size):
     im.paste((0, 0, 0, 0), (0, 0, size[0] // 2, size[1]))
     im.save(out, "PNG")
     return out.getvalue()
+
+
+@pytest.mark.parametrize("names, param", [(["image"], "image"), (["image[]"], "image[]"), (["image[]", "image[]"], "image[1]"), (["image[]"] * 5, "image")])
+def test_an_edits_pictures_are_called_as_the_client_calls_them(server, names, param):
+    parts = [(name, ("a.png", file() if i < len(names) - 1 else b"no picture")) for i, name in enumerate(names)]
+    r = httpx.post(server.url + "/v1/images/edits", data={"prompt": "x"}, files=parts)
+    assert (r.status_code, r.json()["error"]["param"]) == (400, param), r.text
 
 
 @pytest.mark.parametrize("size", ["256x128", "128x256", "1024x1024", "auto"])
@@ -63,7 +73,7 @@ def test_an_edit_in_json(server):
     for more in ({"image": picture}, {"image": [picture]}, {"images": [{"image_url": picture}]}):
         r = httpx.post(server.url + "/v1/images/edits", json={"prompt": "a fox", "num_inference_steps": 1, **more}, timeout=60)
         assert r.status_code == 200 and len(r.json()["data"]) == 1, r.text
-    for more, param in (({}, "image"), ({"images": [{"file_id": "file-1"}]}, "images"), ({"image": "http://example.com/a.png"}, "image"), ({"image": picture, "strength": 7}, "strength")):
+    for more, param in (({}, "image"), ({"images": [{"file_id": "file-1"}]}, "images[0].file_id"), ({"image": "http://example.com/a.png"}, "image"), ({"images": [{"image_url": picture}, {"image_url": "http://example.com/a.png"}]}, "images[1].image_url"), ({"images": ["http://example.com/a.png"]}, "images[0]"), ({"image": [picture] * 5}, "image"), ({"image": picture, "strength": 7}, "strength")):
         r = httpx.post(server.url + "/v1/images/edits", json={"prompt": "a fox", **more})
         assert (r.status_code, r.json()["error"]["param"]) == (400, param), r.text
 
@@ -260,3 +270,28 @@ def test_the_operators_limits(make_server):
     assert len(made.data) == 2 and len(made.receipts[0]["prompt"]) <= 100 and "first 100 were used" in made.warnings[0]
     r = httpx.post(server.url + "/sdapi/v1/txt2img", json={"prompt": "a fox", "n_iter": 3})
     assert r.status_code == 422 and "at most 2" in r.json()["detail"]
+
+
+@pytest.mark.parametrize("name", MEANINGFUL)
+def test_true_is_no_harmless_number(name):
+    """True equals 1 and 1.0: what is asked for in this way is said to be missing all the same, and what is off is not."""
+    ask = lambda value: unmet(Txt2Img.model_validate({"prompt": "x", name: value}))
+    assert [note.field for note in ask(True)] == [name] and not ask(False) and not ask(None)
+
+
+@pytest.mark.parametrize("off", [{"enable_hr": False}, {"restore_faces": 0.0}, {"styles": []}, {"alwayson_scripts": {}}, {"script_name": "None"}, {"clip_skip": 1}, {"eta": 0}, {"subseed_strength": 0.0}])
+def test_what_is_off_is_not_spoken_of(off): assert not unmet(Txt2Img.model_validate({"prompt": "x", **off}))
+
+
+@pytest.mark.parametrize("path, way", [("skip", "interrupt"), ("interrogate", "png-info"), ("extra-single-image", "img2img"), ("extra-batch-images", "img2img")])
+def test_sd_routes_that_are_not_there_say_what_would_do(sd, path, way):
+    r = sd.post("/" + path, json={})
+    assert r.status_code == 404 and f"/sdapi/v1/{path}" in ABSENT and way in r.json()["detail"]
+    net = httpx.get(str(sd.base_url).replace("/sdapi/v1/", "/controlnet/version"))
+    assert net.status_code == 404 and "img2img" in net.json()["detail"] and net.json()["errors"]
+
+
+def test_a_prompt_is_cut_at_the_end_of_a_word():
+    notes = []
+    assert shortened("an owl " * 9, notes, most=12) == "an owl an" and shortened("an owl flies", notes, most=6) == "an owl" and shortened("owl" * 99, notes, most=100) == ("owl" * 99)[:100]
+    assert "first 9 were used" in str(notes[0].text) and notes[0].used == "9 characters"
