@@ -365,7 +365,7 @@ POSES = [Pose(*p) for p in itertools.product(range(2), range(len(LAYOUTS)), rang
 
 # %% ../nbs/90a_art.ipynb #451fb049
 def pose_matrix(pose: Pose) -> torch.Tensor:
-    "[3, 3]: from the upright thing's coordinates on the square (-1..1) to those of the thing that stands so."
+    "[3, 3]: from the upright thing's coordinates on the square (-1..1) to those of the posed thing."
     layout, half = LAYOUTS[pose.layout], SQUARE[0] / 2
     angle = math.radians(layout.turn)
     turned = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
@@ -384,7 +384,7 @@ def warped(pictures: torch.Tensor, matrix: torch.Tensor, padding: str = "zeros")
 
 # %% ../nbs/90a_art.ipynb #3b6a574f
 def posed_sprites(sprites: torch.Tensor, pose: Pose) -> torch.Tensor:
-    "RGBA sprites [b, 4, SIDE, SIDE] in 0..255 -> layers of the whole square [b, 4, 128, 128]; RGB is times alpha."
+    "RGBA sprites [b, 4, SIDE, SIDE], 0..255 -> layers [b, 4, 128, 128]; RGB is times alpha."
     alpha = sprites[:, 3:] / 255
     light = torch.tensor(LIGHTS[pose.light]).view(1, 3, 1, 1).to(sprites)
     layer = torch.cat([sprites[:, :3] * alpha * light, alpha * 255], 1)
@@ -411,7 +411,7 @@ def compose(art: Art, scenes: torch.Tensor, size: tuple[int, int] = SQUARE) -> t
 
 # %% ../nbs/90a_art.ipynb #e652e7d3
 def lay_posed(pictures: torch.Tensor, art: Art, scenes: torch.Tensor) -> None:
-    "Lay the things of scenes [B, 7] that stand in a pose over their `pictures` [B, 3, 128, 128], in place."
+    "Lay the things of scenes [B, 7] that stand in a pose over `pictures` [B, 3, 128, 128], in place."
     for pose in scenes[:, Column.POSE].unique().tolist():
         if not pose: continue
         rows = (scenes[:, Column.POSE] == pose).nonzero().flatten()

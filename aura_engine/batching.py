@@ -51,13 +51,13 @@ def corrected(curve: Curve, rows: int, seconds: float, weight: float) -> Curve:
     return Curve({b: s * (1 + (change if b == mine else change / 2)) for b, s in curve.items()})
 
 # %% ../nbs/07_batching.ipynb #1d20b07f
-Key = tuple                         # (channels, h, w, text tokens, LoRA): pictures with one key can share a call
+Key = tuple                   # (channels, h, w, text tokens, LoRA): what pictures in one call share
 
 def area(key: Key) -> int:
     "Latent positions of a shape."
     return key[1] * key[2]
 
-MOST_KEYS = 512                     # shapes of which something is remembered: a stranger may name thousands
+MOST_KEYS = 512               # shapes of which something is remembered: a stranger may name thousands
 
 def forget_oldest(known: dict[Any, Any], kept: Any) -> None:
     "Bound a dict that grows with what strangers ask for: its oldest entry goes, but not the one of `kept`."
@@ -133,7 +133,7 @@ def measure_curve(call: Callable[[int], Any], most: int, repeats: int = 3,
     for b in [b for b in BUCKETS if b <= most]:
         slow = bool(curve) and max(curve.values()) > 1
         try:
-            call(b)                                     # the first call of a size may compile or allocate
+            call(b)                                 # the first call of a size may compile or allocate
             curve[b] = median_of_calls(call, b, 1 if slow else repeats, clock)
         except torch.OutOfMemoryError: break
         half = curve.get(b // 2)
@@ -183,12 +183,12 @@ class CurveFile:
         self.notes: list[str] = []
 
     def curve(self, name: str, call: Callable[[int], Any], most: int, today: float = 0.0) -> Curve:
-        "The curve called `name`: the kept one, if a call `today` (0: measure it) takes what it took then."
+        "The curve called `name`: the kept one, if a call `today` (0: measure it) takes as long as then."
         known = self._read().get(name)
         today = today or measure_curve(call, 1)[1]
         if known and 0.77 < today / known[1] < 1.3: return known
         measured = measure_curve(call, most)
-        curves = self._read()                           # again: another engine may have written meanwhile
+        curves = self._read()                     # again: another engine may have written meanwhile
         curves.pop(name, None)
         newest = [*curves.items(), (name, measured)][-self.keep:]
         self._write(dict(newest))

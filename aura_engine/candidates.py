@@ -129,7 +129,7 @@ class Weighed:
 
 # %% ../nbs/07b_candidates.ipynb #ec715520
 def weighing(candidate: Candidate, parts: Components, reference: np.ndarray | None) -> tuple[Weighed, np.ndarray]:
-    "Measure optimised `parts` -> the figures, and the eight pictures. No `reference`: they are the reference."
+    "Measure optimised `parts` -> figures, and the eight pictures: the reference where none is given."
     pictures = sample_pictures(parts)
     alone, together = draw_sheet(parts, pictures[:1]), draw_sheet(parts, pictures)
     company = np.abs(alone.pixels[0].astype(int) - together.pixels[0]).max()
@@ -148,7 +148,7 @@ def copy_of(parts: Components) -> Components:
 
 # %% ../nbs/07b_candidates.ipynb #7272efb4
 def fastest(rows: Sequence[Weighed], least: float) -> Weighed:
-    "The fastest candidate of at least `least` dB. The first one is the reference, and always good enough."
+    "The fastest candidate of at least `least` dB. The first is the reference, and always good enough."
     good = [row for k, row in enumerate(rows) if k == 0 or row.psnr >= least]
     return min(good, key=lambda row: row.seconds)
 
@@ -169,7 +169,7 @@ class Trials:
             if self.rows and time.monotonic() > end: return
             try: self.attempt(candidate)
             except Exception: log.exception("%s could not be tried", candidate)
-            if not self.rows: return                           # without a reference there is nothing to choose
+            if not self.rows: return                  # without a reference there is nothing to choose
         self.complete = True
 
     def attempt(self, candidate: Candidate) -> None:

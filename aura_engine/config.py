@@ -161,7 +161,7 @@ class ModelSettings(GuideSettings):
         description="0: brackets in prompts are text, and give no weight to words")
     models: Path | None = Field(
         None, alias="AURA_MODELS",
-        description="folder with models as owner/name, such as a mounted volume: looked at before the Hub")
+        description="folder of models as owner/name, such as a mounted volume: looked at before the Hub")
 
     @field_validator("backend", mode="before")
     @classmethod
@@ -266,7 +266,7 @@ def load_settings(**given: Any) -> Settings:
 
 # %% ../nbs/00_config.ipynb #a0bbc872
 def unknown_settings(env: Mapping[str, str] | None = None) -> list[str]:
-    "A warning for each SD_* or AURA_* variable that the engine does not know, with the nearest known name."
+    "A warning for each SD_* or AURA_* variable that the engine does not know, with the nearest name."
     known = [*setting_names(), "AURA_BUILD_ID"]                   # the last one is part of the image
     warnings = []
     for name in sorted(env if env is not None else os.environ):

@@ -31,7 +31,7 @@ class Text:
 # %% ../nbs/05g_denoisers.ipynb #0e7cdf0a
 @dataclass(frozen=True)
 class Conditions:
-    "What a denoiser is given at every step of one picture besides latents and time. A family adds fields."
+    "What a denoiser is given at each step of a picture besides latents and time. A family adds fields."
     text: torch.Tensor                           # [R, T, D]
     cut: str = ""                                # words of the prompt that did not fit
     reference: torch.Tensor | None = None        # latents [1, C, h, w] of a picture to look at
@@ -86,7 +86,7 @@ class Denoiser(LatentForm):
         raise NotImplementedError
 
     def tokens(self, size: int, p: Picture) -> int:
-        "The `Conditions.tokens` of a picture whose texts have this size, told before anything is encoded."
+        "The `Conditions.tokens` of a picture whose texts have this size, before anything is encoded."
         raise NotImplementedError
 
     def encode(self, texts: list[str], size: int) -> list[Text]:

@@ -47,7 +47,7 @@ MOST_HEADER = 100 << 20                           # bytes, as the format's own l
 
 @dataclass(frozen=True)
 class Tensor:
-    "A line of a safetensors header: a tensor's type, its shape, and where its bytes end after the header."
+    "A line of a safetensors header: a tensor's type, its shape, where its bytes end after the header."
     dtype: str
     shape: tuple[int, ...]
     end: int = 0
@@ -80,7 +80,7 @@ def header_table(file: Path) -> tuple[dict[str, Any], int]:
 
 # %% ../nbs/04b_facts.ipynb #b9a4bc5e
 def header(file: Path) -> dict[str, Tensor]:
-    "Name -> type and shape of every tensor in a safetensors file. Unusable when it is none, or not whole."
+    "Name -> type and shape of each tensor of a safetensors file. Unusable when it is none, or not whole."
     table, start = header_table(file)
     tensors = {name: Tensor(line["dtype"], tuple(line["shape"]), line["data_offsets"][1])
                for name, line in table.items() if name != "__metadata__"}

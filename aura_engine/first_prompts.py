@@ -129,7 +129,7 @@ def cell_box(place: Place) -> Box:
 
 # %% ../nbs/90f_first_prompts.ipynb #188465b9
 def alone_cells(art: Art) -> torch.Tensor:
-    "Every thing in both styles on every colour as it would look in a cell, pooled: [things, looks, ...]."
+    "Each thing in both styles on each colour as it would look in a cell, pooled: [things, looks, ...]."
     middle = (SQUARE[0] - SIDE) // 2
     box = cell_box(Place(middle, middle, 0, SIDE))
     looks = [(style, colour) for style in range(len(STYLES)) for colour in range(len(COLOURS))]

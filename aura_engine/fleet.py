@@ -110,7 +110,7 @@ def _until(engine: SimulatedEngine, time: float) -> list[float]:
 
 # %% ../nbs/19_many_engines.ipynb #3c7d365b
 def engines_for(curve: StepCurve, rate: float, steps: int, p95: float, most: int = 1000) -> int:
-    "The fewest engines with which 95 of 100 requests take at most `p95` seconds. ValueError when none do."
+    "The fewest engines with which 95 of 100 requests take `p95` seconds at most. ValueError: none do."
     alone = steps * curve.seconds(1) + curve.decode
     if alone > p95: raise ValueError(f"p95: given {p95:g} s, but one picture alone takes {alone:.2f} s")
     few = max(1, int(rate / curve.most_a_second(steps)))

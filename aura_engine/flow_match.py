@@ -33,7 +33,7 @@ def prompt_ids(tokenizer: Any, text: str, thinking: bool) -> tuple[list[int], st
 class FlowMatch(Denoiser):
     "A flow-matching transformer."
     def shift(self, p: Picture, steps: int) -> float:
-        "How far the times of a picture with a timetable of `steps` are shifted, where the schedule asks."
+        "How far the times of a timetable of `steps` are shifted, where the schedule asks."
         raise NotImplementedError
 
     def set_up(self, scheduler: Any, p: Picture) -> int:

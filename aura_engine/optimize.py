@@ -279,7 +279,7 @@ def done(technique: Technique, parts: Components, settings: Settings) -> str:
 MADE_FOR_UNETS = "it is made for UNets"
 
 def fits(technique: Technique, parts: Components, settings: Settings) -> bool:
-    "Whether a technique is for this kind of denoiser. ModelError when the settings demand one that is not."
+    "Whether a technique suits this denoiser. ModelError when the settings demand one that does not."
     if not (technique.unet and parts.row.flow): return True
     if technique.name == "OpenVINO" and settings.backend == "openvino":
         refuse(f"converts UNets, and {parts.row.name} has a transformer: use SD_BACKEND=torch.")
@@ -327,7 +327,7 @@ def draw(parts: Components, text: torch.Tensor, side: int, steps: int = 4, seed:
 # %% ../nbs/05f_optimize.ipynb #4b3887f6
 @dataclass
 class Variant:
-    "A row of the waterfall: seconds of a step, a decode and a picture, gain and errors (of 255) against the first row."
+    "A row of the waterfall: seconds of step, decode, picture; gain and errors (of 255) against row one."
     name: str
     step: float
     decode: float

@@ -109,7 +109,7 @@ PEER_CLIENTS = (1, 8, 32)
 
 def race_peers(peers: dict[str, Peer], pictures: Sequence[Picture],
                clients: Sequence[int]) -> tuple[dict, dict[str, float]]:
-    "Every server under every load, once -> summaries by (name, clients), /health in ms at the last load."
+    "Each server under each load, once -> summaries by (name, clients), /health in ms at the last load."
     seen, health = {}, {}
     for c in clients:
         for name, peer in peers.items():
@@ -163,7 +163,7 @@ PEER_RESULTS = Path("bench/peers.json")
 def main(argv: list[str] | None = None) -> None:
     "`python -m aura_engine.peers --hf-serve PATH`: compare, store, print."
     ap = argparse.ArgumentParser(description="Compare the engine with hf-serve over HTTP, on one core.")
-    ap.add_argument("--hf-serve", type=Path, required=True, help="hf-serve's command, in its own environment")
+    ap.add_argument("--hf-serve", type=Path, required=True, help="hf-serve's command, in an environment of its own")
     ap.add_argument("--runs", type=int, default=3, help="how often everything is measured")
     ap.add_argument("--core", type=int, default=0, help="the core that every server works on")
     ap.add_argument("--out", type=Path, default=Path("nbs") / PEER_RESULTS, help="where the results go")

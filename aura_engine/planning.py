@@ -242,7 +242,7 @@ def _generation(request: GenerateRequest, row: Row, gpu: bool) -> Plan:
 
 # %% ../nbs/03d_planning.ipynb #0150c153
 def _flow_steps(row: Row, steps: int, strength: float, notes: list[Note]) -> tuple[int, float]:
-    "The same for a flow-matching transformer: the end of its timetable, or all of it where the picture is looked at."
+    "The same for a flow-matching transformer: its timetable's end, or all of it to look at the picture."
     if row.refine == "noise": return last_steps(steps, strength), strength
     text = "This model looks at the picture and draws a new one: strength has no effect."
     if strength != 1: notes.append(Note("strength", strength, "ignored", text))
@@ -316,7 +316,7 @@ STRENGTH = 0.5                                   # of a refinement whose request
 
 
 def _strength(row: Row, mask: Image.Image | None) -> float:
-    "The strength of a refinement whose request names none. Invalid for a mask that the model cannot use."
+    "The strength of a refinement that names none. Invalid for a mask that the model cannot use."
     if mask is None: return 1.0 if row.refine == "reference" else STRENGTH
     if row.masks: return 1.0
     raise Invalid.value("mask", given="a mask", allowed=f"none: {row.name} draws whole pictures")
@@ -350,9 +350,9 @@ def plan(request: GenerateRequest | RefineRequest, row: Row, images: Sequence[Im
 
 # %% ../nbs/03d_planning.ipynb #29a52b99
 def prepare(request: RefineRequest, row: Row, gpu: bool = False) -> Plan:
-    "Decode the pictures of a refinement and plan it. Invalid names the picture (`images.0`) or the field."
+    "Decode a refinement's pictures and plan it. Invalid names the picture (`images.0`) or the field."
     mask = decode_mask(from_base64(request.mask, "mask")) if request.mask else None
-    decoded: dict[str, Image.Image] = {}                               # the same picture may be there several times
+    decoded: dict[str, Image.Image] = {}    # the same picture may be there several times
     for i, text in enumerate(request.images):
         if text in decoded: continue
         loc = f"images.{i}"

@@ -35,7 +35,7 @@ class Span:
 # %% ../nbs/03c_prompt_weights.ipynb #33625880
 @dataclass
 class Reading:
-    "A prompt as it is read: texts (None is a BREAK), spans that have closed, and where open brackets began."
+    "A prompt as it is read: texts (None is a BREAK), closed spans, and where open brackets began."
     texts: list[str | None] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     round: list[int] = field(default_factory=list)
@@ -71,7 +71,7 @@ def _take(reading: Reading, token: str, weight: str | None) -> None:
 @dataclass
 class Product:
     "A product from which factors can be taken out again."
-    size: float = 0.0                            # logarithm of the absolute value of all factors but zeros
+    size: float = 0.0                # logarithm of the absolute value of all factors but zeros
     zeros: int = 0
     negatives: int = 0
 

@@ -536,7 +536,7 @@ def said_of_more(pipe: Any, file: Path) -> list[str]:
 
 # %% ../nbs/04c_reader.ipynb #774888af
 def single_pipeline(reader: Reader, file: Path, config: Path, given: dict[str, Any]) -> Any:
-    "A pipeline from a single file and the folder of its configuration. Unusable when a tensor is missing."
+    "A pipeline from one file and the folder of its configuration. Unusable when a tensor is missing."
     pipeline = getattr(diffusers_classes(), served_index(config)["_class_name"])
     try:
         with reading():

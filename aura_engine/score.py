@@ -103,7 +103,7 @@ def match(drawn: torch.Tensor, art: Art, among: Among = Among()) -> Match:
     return Match(gap, scenes[row], near.view(len(drawn), len(art), -1).amin(2))
 
 # %% ../nbs/90e_score.ipynb #78a31977
-Found = tuple[torch.Tensor, torch.Tensor]      # the scenes nearest to pictures, their five nearest things
+Found = tuple[torch.Tensor, torch.Tensor]  # the scenes nearest to pictures, their five nearest things
 
 def nearest(drawn: torch.Tensor, art: Art, among: Among = Among()) -> Found:
     "For every picture [B, 3, H, W] the scene nearest to it [B, 7] and its five nearest things [B, 5]."
@@ -116,7 +116,7 @@ def upright_again(pictures: torch.Tensor, pose: Pose) -> torch.Tensor:
     return warped(pictures, torch.linalg.inv(pose_matrix(pose)), "border").clamp(-1, 1)
 
 # %% ../nbs/90e_score.ipynb #dcd86098
-SEARCHED = [pose for pose in POSES if pose.light in (0, LIGHTS.index(NIGHT))]     # the other days look like the first
+SEARCHED = [pose for pose in POSES if pose.light in (0, LIGHTS.index(NIGHT))]     # other days look alike
 
 def match_posed(drawn: torch.Tensor, art: Art, among: Among, pose: Pose) -> Match:
     "As `match`, for things in one pose."

@@ -429,7 +429,7 @@ class Graphs(StaticGraphs):
         return infer(graph or self.compile(shapes), values)
 
     def seal(self) -> None:
-        "The warm-up is over. The dynamic graph is compiled now where it is small, else when it is needed."
+        "The warm-up is over. The dynamic graph is compiled now where it is small, else when needed."
         self.sealed = True
         if self.dynamic is None and 2 * weight_bytes(self.model) < self.held.budget: self.dynamic = self.compiler()
 

@@ -390,7 +390,7 @@ class Batch(NamedTuple):
 # %% ../nbs/90d_stages.ipynb #c7c17f2a
 def some_rows(rng: random.Random, pooled: Pooled, n: int, alone: float,
               by_pose: dict[int, list[int]]) -> list[int]:
-    "Numbers of `n` scenes of a pool, a share `alone` of them of one thing, each pose as often as another."
+    "Numbers of `n` scenes of a pool, a share `alone` of one thing, each pose as often as another."
     poses, scenes = sorted(by_pose), len(pooled.scenes)
     rows: list[int] = []
     for _ in range(n):

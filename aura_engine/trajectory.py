@@ -80,7 +80,7 @@ class TextCache(KeptTexts):
         return make_table(self.family, self.parts.scheduler(key.sampler), key)
 
     def keys(self, p: Picture) -> list[TextKey]:
-        "The text keys of a picture, the negative prompt first when there is guidance. Any thread may ask."
+        "A picture's text keys, the negative prompt first when there is guidance. Any thread may ask."
         texts = [p.negative_prompt, p.prompt] if self.family.guided(p) else [p.prompt]
         size = max(self.measure(text) for text in texts)
         lora = p.lora if p.lora in self.parts.loras.texts else None
@@ -89,7 +89,7 @@ class TextCache(KeptTexts):
 
 # %% ../nbs/06_trajectory.ipynb #df86d402
 class Coefficients(NamedTuple):
-    "One step: x' = a x + b v + c noise. The network is given scale · x. The picture-to-be is xa x + xb v."
+    "One step: x' = a x + b v + c noise. The network sees scale · x. The picture-to-be is xa x + xb v."
     scale: float
     a: float
     b: float
@@ -167,7 +167,7 @@ def weights_at(scheduler: Any, k: int) -> Weights:
         sigma = scheduler.sigmas[k]
         return (1.0 - sigma).item(), sigma.item()
     picture, noise = torch.eye(2)
-    scheduler._step_index = k                # schedulers of the sigma kind look there, the others at the timestep
+    scheduler._step_index = k       # schedulers of the sigma kind look there, others at the timestep
     mixed = scheduler.add_noise(picture, noise, scheduler.timesteps[k:k + 1])
     return mixed[0].item(), mixed[1].item()
 
@@ -205,7 +205,7 @@ class Noise:
 
 # %% ../nbs/06_trajectory.ipynb #28a355a1
 def dtype_of(vae: Any) -> torch.dtype:
-    "The type of a VAE's weights. `vae.dtype` walks through all modules first, which takes as long as a small step."
+    "The type of a VAE's weights. `vae.dtype` walks all modules, which takes as long as a small step."
     return next(vae.parameters()).dtype
 
 # %% ../nbs/06_trajectory.ipynb #5e974f7a
@@ -237,7 +237,8 @@ def encode_pixels(parts: Components, pixels: torch.Tensor, noise: Noise) -> torc
     return family.from_vae(z.float())
 
 # %% ../nbs/06_trajectory.ipynb #2a9cd6fa
-def encode_picture(parts: Components, image: Image.Image, width: int, height: int, noise: Noise) -> torch.Tensor:
+def encode_picture(parts: Components, image: Image.Image, width: int, height: int,
+                   noise: Noise) -> torch.Tensor:
     "An RGB picture, resized -> latents [1, C, h, w] in fp32."
     return encode_pixels(parts, pixels_of(image, width, height), noise)
 
@@ -249,7 +250,7 @@ def sampled(out: Any, noise: Noise) -> torch.Tensor:
     return mean + std * noise.draw(tuple(mean.shape)).to(mean.device)
 
 # %% ../nbs/06_trajectory.ipynb #3efad5f7
-FLAT = 1e-3                               # a decoded picture whose values spread less than this has one colour
+FLAT = 1e-3                         # a decoded picture whose values spread less than this has one colour
 
 def decode_as(parts: Components, latents: torch.Tensor, dtype: torch.dtype) -> list[Image.Image | None]:
     "One call of the VAE in `dtype` for [B, C, h, w]. None for a row without a picture in it."
@@ -267,7 +268,7 @@ def decode_as(parts: Components, latents: torch.Tensor, dtype: torch.dtype) -> l
 # %% ../nbs/06_trajectory.ipynb #6f675d8d
 OVERFLOWED = "The model's numbers overflowed; try another seed, fewer steps or SD_PRECISION=fp32."
 EMPTY = "The decoded picture is empty, also in fp32; try another seed or another VAE."
-Decoded = tuple[Image.Image, bool]        # an RGB picture, and whether it had to be decoded again in fp32
+Decoded = tuple[Image.Image, bool]  # an RGB picture, and whether it had to be decoded again in fp32
 
 @torch.inference_mode()
 def decode_batch(parts: Components, latents: torch.Tensor) -> list[Decoded | Degenerate]:
@@ -294,7 +295,7 @@ def decode_latents(parts: Components, latents: torch.Tensor) -> Decoded:
 # %% ../nbs/06_trajectory.ipynb #e86d6d29
 @dataclass(frozen=True)
 class KeptLatents:
-    "What a mask keeps: latents and noise [1, C, h, w] of a picture, their weights, and a mask [1, 1, h, w], 1 to draw."
+    "What a mask keeps: latents and noise [1, C, h, w], their weights, a mask [1, 1, h, w], 1: draw."
     latents: torch.Tensor
     noise: torch.Tensor
     mask: torch.Tensor
@@ -324,7 +325,7 @@ def mask_tensor(parts: Components, p: Picture) -> torch.Tensor:
 
 # %% ../nbs/06_trajectory.ipynb #d83f75cd
 def hole_in(parts: Components, p: Picture, noise: Noise) -> torch.Tensor:
-    "What an inpainting UNet is told besides the latents [1, 1 + C, h, w]: the mask, and the picture without that part."
+    "What an inpainting UNet is told besides latents [1, 1 + C, h, w]: mask, picture without that part."
     pixels = torch.zeros(1, 3, p.height, p.width)
     if p.inpainting is not None:
         white = np.asarray(p.inpainting.part_mask((p.width, p.height))) >= HALF
@@ -340,7 +341,7 @@ def begins_pure(parts: Components, p: Picture) -> bool:
 # %% ../nbs/06_trajectory.ipynb #5b870da6
 @dataclass(frozen=True)
 class Beginning:
-    "The first latents [1, C, h, w] of a picture, what a mask keeps, an inpainting UNet is told, and is looked at."
+    "First latents [1, C, h, w], what a mask keeps, an inpainting UNet is told, and is looked at."
     latents: torch.Tensor
     kept: KeptLatents | None = None
     hole: torch.Tensor | None = None
@@ -371,7 +372,7 @@ def beginning(parts: Components, p: Picture, mix: Mixture, noise: Noise) -> Begi
 
 # %% ../nbs/06_trajectory.ipynb #991e7735
 class TrajectoryState:
-    "One picture: `k` of `steps` UNet steps are done. `latents` [1, C, h, w] fp32, `estimate` the picture-to-be."
+    "One picture, `k` of `steps` steps done. `latents` [1, C, h, w] fp32, `estimate` the picture-to-be."
     def __init__(self, parts: Components, picture: Picture, texts: TextCache):
         self.parts, self.picture = parts, picture
         self.k = 0
@@ -461,7 +462,7 @@ class Trajectory(TrajectoryState):
 # %% ../nbs/06_trajectory.ipynb #64abe783
 @torch.inference_mode()
 def advance(batch: list[Trajectory], net: Any, bucket: int = 0) -> None:
-    "Take one step with every trajectory of `batch` (all of one `key`) in one call of at least `bucket` rows."
+    "One step of each trajectory of `batch` (all of one `key`) in a call of at least `bucket` rows."
     batch[0].parts.loras.use(batch[0].picture.lora)
     inputs = [t.net_input() for t in batch]
     out = type(inputs[0]).cat(inputs).pad(bucket).call(net).float()
@@ -483,7 +484,7 @@ def take_steps(batch: list[Trajectory], v: torch.Tensor) -> None:
     "Use the UNet's answers v [B, C, h, w] for the next step of trajectories that have a table."
     now = [t.table.rows[t.k] for t in batch if t.table is not None]
     x = torch.cat([t.latents for t in batch])
-    numbers = moved(torch.tensor(now).T.contiguous(), x.device)[..., None, None, None]      # [6, B, 1, 1, 1] fp32
+    numbers = moved(torch.tensor(now).T.contiguous(), x.device)[..., None, None, None]  # [6, B, 1, 1, 1]
     _, a, b, _, xa, xb = numbers
     estimate = xa * x + xb * v
     x = a * x + b * v
@@ -495,5 +496,5 @@ def take_steps(batch: list[Trajectory], v: torch.Tensor) -> None:
 
 # %% ../nbs/06_trajectory.ipynb #f61b4f8d
 def fresh_noise(t: Trajectory, weight: float) -> torch.Tensor:
-    "The noise of a step [1, C, h, w]; zeros where the step uses none, because a draw would shift those that follow."
+    "The noise of a step [1, C, h, w]; zeros where it uses none: a draw would shift those that follow."
     return t.noise.draw(tuple(t.latents.shape)) if weight else torch.zeros(t.latents.shape)

@@ -45,7 +45,7 @@ def _brief(value: Any, limit: int, depth: int = 3) -> str:
     if isinstance(value, list): return "[" + _items(value, _brief, limit, depth) + "]"
     if isinstance(value, tuple): return "(" + _items(value, _brief, limit, depth) + ")"
     try: return repr(value)
-    except Exception: return f"some {type(value).__name__}"       # a whole number of 5,000 digits has no repr
+    except Exception: return f"some {type(value).__name__}"     # an int of 5,000 digits has no repr
 
 # %% ../nbs/01_types.ipynb #9393daae
 def _items(values: Iterable[Any], said: Callable[[Any, int, int], str], limit: int, depth: int) -> str:
@@ -93,7 +93,7 @@ class AuraError(Exception):
 
     def __init__(self, detail: str = "", errors: Iterable[FieldError] = (),
                  retry_after: float | None = None) -> None:
-        "`detail` is for people; `errors` name the wrong fields; `retry_after` in seconds where waiting helps."
+        "`detail` is for people, `errors` name wrong fields, `retry_after` is in seconds."
         super().__init__(detail or self.title)
         self.detail = detail or self.title
         self.errors = tuple(errors)
@@ -296,7 +296,7 @@ MOST_ERRORS = 20
 
 
 def field_errors(err: ValidationError | list[Any], skip: int = 0) -> tuple[FieldError, ...]:
-    "A pydantic error, or its list of errors -> field errors. The first `skip` parts of a location are dropped."
+    "A pydantic error, or its list of errors -> field errors. `skip`: first parts of a location to drop."
     rows = err if isinstance(err, list) else err.errors(include_url=False)
     return tuple(_field_error(row, skip) for row in rows[:MOST_ERRORS])
 
@@ -447,7 +447,7 @@ class Receipt:
 def _receipt_fields(data: Mapping[str, Any]) -> dict[str, Any]:
     "The fields of a receipt by their Python names; Invalid names the first that is missing or unknown."
     names = {to_camel(f.name): f.name for f in fields(Receipt)}
-    optional = [f for f in fields(Receipt) if f.default is not MISSING or f.default_factory is not MISSING]
+    optional = [f for f in fields(Receipt) if (f.default, f.default_factory) != (MISSING, MISSING)]
     needed = list(names)[:-len(optional)]        # fields with a default come last
     unknown = next((name for name in data if name not in names), None)
     missing = next((name for name in needed if name not in data), None)

@@ -63,7 +63,7 @@ def chunk_tokens(tokenizer: Any, prompt: list[list[Piece]]) -> tuple[list[list[T
     comma = comma_of(tokenizer, prompt)
     chunks: list[list[Token]] = []
     for pieces in prompt: chunks += cut_up(tokens_of(tokenizer, pieces), room, comma)
-    if len(chunks) > 1 and not chunks[-1]: chunks.pop()                # nothing comes after the last BREAK
+    if len(chunks) > 1 and not chunks[-1]: chunks.pop()              # nothing after the last BREAK
     rest = [token.id for chunk in chunks[MAX_CHUNKS:] for token in chunk]
     return chunks[:MAX_CHUNKS], tokenizer.decode(rest).strip()
 
@@ -92,7 +92,7 @@ def weigh_tokens(embeds: torch.Tensor, weights: Sequence[float]) -> torch.Tensor
 # %% ../nbs/05h_unets.ipynb #dee68adc
 def encode_rows(parts: Components, encoder: Any, rows: list[list[Token]]) -> tuple[torch.Tensor, torch.Tensor | None]:
     "Rows of tokens through one encoder -> weighted embeddings [R, T, D], and for SDXL the pooled ones [R, P]."
-    # On a GPU the number of rows decides in which order a kernel sums: calls of one size give one result.
+    # On a GPU the number of rows decides in which order a kernel sums: one size, one result.
     padding = rows[:1] * (-len(rows) % 8) if parts.device.type == "cuda" else []
     ids = [[token.id for token in row] for row in rows + padding]
     out = encoder(torch.tensor(ids, device=parts.device), output_hidden_states=parts.xl)

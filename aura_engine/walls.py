@@ -221,7 +221,7 @@ def refuse_compressed(request: Request) -> None:
 
 # %% ../nbs/09b_walls.ipynb #3c28a8ac
 def key_given(authorization: str) -> bytes | None:
-    "The key in an Authorization header: a Bearer token, or the password of Basic. None: it holds neither."
+    "The key of an Authorization header: a Bearer token, or the password of Basic. None: it has neither."
     kind, _, given = authorization.partition(" ")
     text = given.strip().encode("latin-1", "replace")
     if kind.lower() == "bearer": return text

@@ -341,7 +341,7 @@ def cold_start(folder: Path, px: int, cache: Path) -> ColdStart:
     "Load, read the graphs, draw: in this process, whose imports are counted from its beginning."
     alone_on_one_thread(cache)
     import diffusers, openvino                                  # noqa: F401
-    from diffusers import LCMScheduler, StableDiffusionPipeline  # noqa: F401  what diffusers imports late
+    from diffusers import LCMScheduler, StableDiffusionPipeline  # noqa: F401  imported late by diffusers
     imports, begin = time.time() - psutil.Process().create_time(), time.perf_counter()
     settings = load_settings(SD_MODEL_ID=str(folder), SD_DEVICE="cpu", SD_BACKEND="openvino")
     used, parts = time.process_time(), optimize(load(settings), settings)
