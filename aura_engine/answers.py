@@ -17,7 +17,7 @@ from fastapi.responses import EventSourceResponse, JSONResponse, Response
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 # %% auto #0
-__all__ = ['log', 'T', 'REASONS', 'LONG_WAITS', 'MOST_KINDS', 'STEPS', 'Finish', 'Ask', 'Revise', 'KINDS', 'UNBUFFERED',
+__all__ = ['log', 'T', 'REASONS', 'LONG_WAITS', 'MOST_KINDS', 'STEPS', 'Finish', 'Ask', 'MASKED', 'Revise', 'KINDS', 'UNBUFFERED',
            'Metrics', 'Stopwatch', 'Api', 'unready', 'add_gauges', 'gpu_memory', 'Output', 'Order', 'order_of',
            'OrderedJob', 'pictures_in', 'cost_of', 'place_order', 'attended', 'deadline_of', 'begin', 'follow',
            'file_of', 'Files', 'files_of', 'answer_kind', 'Told', 'sse_frame', 'preview_jpeg', 'told', 'tell',
@@ -209,15 +209,19 @@ def pictures_in(ask: Ask) -> dict[str, str]:
     return {loc: text for loc, text in given if text}
 
 # %% ../nbs/09d_answers.ipynb #8157bcd8
+MASKED = 50e-9                                                # seconds for each pixel of a picture under a mask
+
 def cost_of(ask: Ask, row: Row) -> DecodeCost:
-    "What decoding the pictures of a request will take. Invalid when one of them is none that is read here."
+    "What reading the pictures of a request will take. Invalid when one of them is none that is read here."
     texts = pictures_in(ask)
     facts = [facts_of(from_base64(text, loc), loc) for loc, text in texts.items()]
     masked = "mask" in texts
     costs = [decode_cost(one, None if masked else row.native) for one in facts]
-    held = sum(map(len, texts.values()))                      # the base64 of all of them, and one of them decoded
-    if masked: held += sum(4 * one.pixels for one in facts)   # or all of them, whole, because they are pasted into
-    return DecodeCost(sum(seconds for seconds, _ in costs), held + max((peak for _, peak in costs), default=0))
+    seconds, peaks = zip(*costs, strict=True) if costs else ((), ())
+    held = sum(map(len, texts.values())) + max(peaks, default=0)       # the base64 of all, and one of them decoded
+    if not masked: return DecodeCost(sum(seconds), held)
+    pixels = sum(one.pixels for one in facts)                 # or all of them, whole, because they are pasted into
+    return DecodeCost(sum(seconds) + MASKED * pixels, held + 4 * pixels)
 
 # %% ../nbs/09d_answers.ipynb #143a0eaa
 async def place_order(api: Api, ask: Ask, client: str, left: float = math.inf) -> Order:

@@ -20,28 +20,49 @@ from .types import (
 from .walls import client_behind
 
 # %% auto #0
-__all__ = ['GROWING', 'AROUND', 'AnyJob', 'SMALL_ASK', 'MOST_READERS', 'MOST_STREAMS', 'SentLog', 'status_told', 'KeptJob',
-           'held_by', 'job_address', 'job_progress', 'job_result', 'job_state', 'JobsFull', 'ReadersFull',
-           'StreamsFull', 'first_of_greediest', 'unknown_job', 'JobStore', 'GenerateJob', 'RefineJob', 'ReplayJob',
-           'watch_job', 'kept_ask', 'post_job', 'get_job', 'counted', 'get_job_events', 'delete_job']
+__all__ = ['EVENT', 'GROWING', 'AROUND', 'AnyJob', 'SMALL_ASK', 'MOST_READERS', 'MOST_STREAMS', 'event_bytes', 'SentLog',
+           'status_told', 'KeptJob', 'held_by', 'job_address', 'job_progress', 'job_result', 'job_state', 'JobsFull',
+           'ReadersFull', 'StreamsFull', 'first_of_greediest', 'unknown_job', 'JobStore', 'GenerateJob', 'RefineJob',
+           'ReplayJob', 'watch_job', 'kept_ask', 'post_job', 'get_job', 'counted', 'get_job_events', 'delete_job']
 
 # %% ../nbs/09e_job_routes.ipynb #4c32c21b
+EVENT = 512                                                   # bytes of an event that holds nothing long, about
+
+def event_bytes(event: Told | None) -> int:
+    "Bytes that an event holds, about: its texts, and what Python needs for a small one."
+    if event is None: return 0
+    return EVENT + sum(len(value if isinstance(value, str) else str(value)) for value in event.data.values())
+
+# %% ../nbs/09e_job_routes.ipynb #e421d115
 class SentLog:
-    "The events of a job, numbered from 1. Only the event loop touches it."
+    "The events of a job, numbered from 1, and the `bytes` they hold. Only the event loop touches it."
     def __init__(self) -> None:
         self.events: list[Told | None] = []                   # None: nobody needs that one any more
+        self.bytes = 0
         self.closed = False
         self._news = asyncio.Event()
 
     def add(self, event: Told | None) -> None:
         "Keep an event and wake whoever waits for it."
         self.events.append(event)
+        self.bytes += event_bytes(event)
         self._wake()
 
     def drop(self, name: str, index: int | None = None) -> None:
         "Free what events of one name hold: of picture `index`, or of all."
-        for i, event in enumerate(self.events):
-            if event and event.name == name and index in (None, event.index): self.events[i] = None
+        for place, event in enumerate(self.events):
+            if event and event.name == name and index in (None, event.index): self._free(place)
+
+    def drop_steps(self) -> None:
+        "Free all steps but the last one of each picture."
+        steps = [(place, event.index) for place, event in enumerate(self.events) if event and event.name == "step"]
+        last = {index: place for place, index in steps}
+        for place, index in steps:
+            if place != last[index]: self._free(place)
+
+    def _free(self, place: int) -> None:
+        self.bytes -= event_bytes(self.events[place])
+        self.events[place] = None
 
     def close(self) -> None:
         "No event will follow."
@@ -106,9 +127,10 @@ class KeptJob:
         self.forget()
 
     def forget(self) -> None:
-        "Free its pictures."
+        "Free its pictures, and its steps but for how far it came."
         self.deleted = True
         for name in GROWING: self.log.drop(name)
+        self.log.drop_steps()
 
     @property
     def gone(self) -> bool:
@@ -121,15 +143,14 @@ class KeptJob:
         return [event for event in self.log.events if event]
 
 # %% ../nbs/09e_job_routes.ipynb #2e1793ad
-AROUND = 4096                                                 # bytes of a job besides its pictures, about
+AROUND = 4096                                                 # bytes of a job besides its events, about
 
 def held_by(kept: KeptJob) -> int:
     "Bytes that a kept job holds."
-    texts = sum(len(event.data.get("image", "")) for event in kept.told)
     pictures = kept.work.order.plan.pictures if kept.work else ()
     starts = sum(3 * p.width * p.height for p in pictures if p.init is not None)
     starts += sum(p.inpainting.nbytes for p in pictures if p.inpainting is not None)
-    return AROUND + texts + starts
+    return AROUND + kept.log.bytes + starts
 
 # %% ../nbs/09e_job_routes.ipynb #7e7ebc09
 def job_address(kept: KeptJob) -> dict[str, Any]:

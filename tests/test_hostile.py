@@ -14,6 +14,7 @@ from PIL import Image
 from conftest import ROOT
 from hostile import CORPUS, Answer, Target
 from hostile.attack import HANGS, http, question
+from hostile.honest import everyday
 
 MiB = 2**20
 VICTIM, LOOKOUT = "127.0.0.2", "127.0.0.3"             # other addresses than the attacker's: other clients
@@ -73,8 +74,7 @@ def watched(server):
     w = Watched(server)
     w.picture = pixels(w.ask())
     start = base64.b64encode(base64.b64decode(json.loads(w.ask().body)["images"][0])).decode()
-    for shape in ("4:3", "3:4", "16:9", "1:3", "3:1"): assert w.ask(aspectRatio=shape, n=4).status == 200
-    assert w.ask(prompt="a red apple on a green hill, " * 40, negativePrompt="a fox", guidanceScale=2).status == 200
+    for message in everyday(w.target.host): assert (answer := w.target.exchange(message, VICTIM, patience=300)).status in (200, 202), answer.start[:300]
     photo = io.BytesIO()
     Image.effect_noise((4000, 3000), 60).convert("RGB").save(photo, "JPEG", quality=80)
     for picture in (start, base64.b64encode(photo.getvalue()).decode()):
@@ -264,8 +264,9 @@ def beside(asked, attacks, seconds):
 
 
 def take_turns(w, besieger, minutes):
-    """Honest clients alone for half a minute, with the corpus for a minute, and so on -> what they saw (alone, mixed)."""
-    turns = max(2, round(minutes))
+    """Honest clients alone for half a minute, with the corpus for a minute, and so on -> what they saw (alone, mixed), and
+    the memory after the turn in which the last row of the corpus was sent for the first time (None: it was not)."""
+    turns, rows, first = max(2, round(minutes)), sum(not attack.keyed for attack in CORPUS), None
     alone, mixed = [], []
     for _ in range(turns):
         alone += honest_load(w, 30 * minutes / turns)
@@ -273,10 +274,13 @@ def take_turns(w, besieger, minutes):
         mixed += honest_load(w, 60 * minutes / turns)
         besieger.rest()
         w.idle()
-    return alone, mixed
+        if first is None and len(besieger.told) >= rows:
+            time.sleep(5)                               # as for `watched`
+            first = w.rss()
+    return alone, mixed, first
 
 
-def soak_row(w, alone, mixed, attacks):
+def soak_row(w, alone, mixed, first, attacks):
     """The figures of a soak."""
     usual, worst = p95(alone), p95(mixed)
     median = lambda asked: statistics.median(s for _, s, _ in asked)
@@ -284,7 +288,7 @@ def soak_row(w, alone, mixed, attacks):
             "refused": sum(status != 200 for _, _, status in mixed), "5xx": sum(s >= 500 for *_, got in attacks for s in got),
             "p50 alone": round(median(alone), 3), "p50 mixed": round(median(mixed), 3),
             "p95 alone": round(usual, 3), "p95 mixed": round(worst, 3), "p95 ratio": round(worst / usual, 2),
-            "MiB at rest": w.at_rest // MiB, "MiB after": w.rss() // MiB, "slow beside": beside(mixed, attacks, 2 * usual)}
+            "MiB at rest": w.at_rest // MiB, "MiB after a round": first and first // MiB, "MiB after": w.rss() // MiB, "slow beside": beside(mixed, attacks, 2 * usual)}
 
 
 @pytest.mark.slow
@@ -297,11 +301,11 @@ def test_soak(make_server, record_property):
     w = watched(make_server())
     besieger = Besieger(w.server.url)
     minutes = float(SOAK or 0.8)
-    alone, mixed = take_turns(w, besieger, minutes)
+    alone, mixed, first = take_turns(w, besieger, minutes)
     besieger.orders.put(None)
     besieger.process.join(60)
     settled(w)
-    row = {"minutes": minutes} | soak_row(w, alone, mixed, besieger.told)
+    row = {"minutes": minutes} | soak_row(w, alone, mixed, first, besieger.told)
     record_property("soak", row)
     print("soak:", json.dumps(row))
     where = ROOT / ("nbs/bench" if SOAK else "build")

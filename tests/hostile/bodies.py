@@ -14,7 +14,7 @@ def words(n, length=5, seed=7):
 def receipt(**changed):
     """A receipt as this engine writes it; the model is the embedded one."""
     return {"prompt": "an owl", "negativePrompt": "", "width": 128, "height": 128, "steps": 1, "guidanceScale": 1.0, "strength": None, "seed": 1, "temperature": 0.7,
-            "scheduler": "LCMScheduler", "model": "embedded", "revision": None, "lora": None, "precision": "fp32", "backend": "torch", "device": "cpu", "versions": {}} | changed
+            "scheduler": "lcm", "model": "embedded", "revision": None, "lora": None, "precision": "fp32", "backend": "torch", "device": "cpu", "versions": {}} | changed
 
 
 def generate(**fields): return lambda host: [question(host, steps=1, **fields)]
