@@ -1978,6 +1978,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                   'aura_engine/prompt_weights.py'),
                                             'aura_engine.prompt_weights._weights': ( 'prompt_weights.html#_weights',
                                                                                      'aura_engine/prompt_weights.py'),
+                                            'aura_engine.prompt_weights.factor_of': ( 'prompt_weights.html#factor_of',
+                                                                                      'aura_engine/prompt_weights.py'),
                                             'aura_engine.prompt_weights.has_weights': ( 'prompt_weights.html#has_weights',
                                                                                         'aura_engine/prompt_weights.py'),
                                             'aura_engine.prompt_weights.pieces_of': ( 'prompt_weights.html#pieces_of',

@@ -75,7 +75,7 @@ def test_so_are_random_ones():
         test_weights_are_read_as_the_reference_reads_them(text)
 
 
-@pytest.mark.parametrize("text", ["(" * 2000, "[" * 2000, "(" * 999 + "x" + ")" * 999, "(x:9)" * 400, "(x:1e9)" * 280, "([" * 1000, ":" * 2000, "\\" * 2000, "BREAK " * 330, "(" * 500 + ":1.1)" * 300, "(x:" + "9" * 1990 + ")"],
+@pytest.mark.parametrize("text", ["(" * 2000, "[" * 2000, "(" * 999 + "x" + ")" * 999, "(x:9)" * 400, "(x:1e9)" * 280, "([" * 1000, ":" * 2000, "\\" * 2000, "BREAK " * 330, "(" * 500 + ":1.1)" * 300, "(x:" + "9" * 1990 + ")", "(x:" + "9" * 400 + ") y", "(x:" + "9" * 1990, " " * 1999 + "x", "\n" * 1999 + "BREAK"],
                          ids=lambda t: f"{t[:6]}-{len(t)}")
 def test_any_prompt_is_read_for_little(text):
     began = time.process_time()

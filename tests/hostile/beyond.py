@@ -56,6 +56,7 @@ BEYOND = (
     row("numbers that are not quite whole", "numbers", asked(*(f'{{"prompt":"a","steps":{s},"seed":{seed},"n":{n}}}' for s, seed, n in (("1.0", "2", "1"), ("1", "9007199254740991", "1"), ("1", "9007199254740992", "1"), ("1", "-0", "1"), ("1", "1e0", "1"), ("1.0000000001", "1", "1"), ("1", "1", "1.5"), ("1", "1", "-0.0"), ("true", "1", "1")))), {200, 422}, cpu=8, answer=MiB),
     row("temperatures and guidance at the edges", "numbers", asked(*(f'{{"prompt":"a","steps":1,"temperature":{t},"guidanceScale":{g}}}' for t, g in (("-0.0", "1"), ("5e-324", "1"), ("2", "1"), ("1.9999999999999999", "1"), ("0.7", "1e-320"), ("0.7", "-0.0"), ("0.7", "30")))), {200, 422}, cpu=8, answer=MiB),
     row("directions of writing that change 480 times", "tokens of one prompt", lambda host: [question(host, prompt=p, steps=1) for p in (BIDI, JOINED, "\u200b" * 600, "\U000E0041" * 400, "ﷺ" * 600)], {200, 422}, cpu=10, answer=MiB),
+    row("2,000 spaces, and weights of endless digits", "reading of one prompt", lambda host: [question(host, prompt=p, steps=1) for p in (" " * 1999 + "x", "\n" * 1990 + "BREAK", "(a:" + "9" * 1990, "(a:" + "9" * 400 + ") b")], {200}, cpu=6, answer=MiB),
     row("the narrowest and the widest picture, four of each", "work of one request", lambda host: [question(host, prompt="an owl", n=4, steps=1, aspectRatio=r, resolution="high") for r in ("1:3", "3:1", "100:300", "999:333", "1000000:1000001")], {200, 422, 429}, cpu=12, answer=4 * MiB, at_once=2),
 
     # a flood of the smallest work there is
