@@ -20,10 +20,11 @@ from .types import (
 from .walls import client_behind
 
 # %% auto #0
-__all__ = ['EVENT', 'GROWING', 'AROUND', 'AnyJob', 'SMALL_ASK', 'MOST_READERS', 'MOST_STREAMS', 'event_bytes', 'SentLog',
-           'status_told', 'KeptJob', 'held_by', 'job_address', 'job_progress', 'job_result', 'job_state', 'JobsFull',
-           'ReadersFull', 'StreamsFull', 'first_of_greediest', 'unknown_job', 'JobStore', 'GenerateJob', 'RefineJob',
-           'ReplayJob', 'watch_job', 'kept_ask', 'post_job', 'get_job', 'counted', 'get_job_events', 'delete_job']
+__all__ = ['EVENT', 'GROWING', 'AROUND', 'AnyJob', 'SMALL_ASK', 'MOST_READERS', 'MOST_STREAMS', 'event_bytes', 'KeptEvents',
+           'SentLog', 'status_told', 'KeptJob', 'held_by', 'job_address', 'job_progress', 'job_result', 'job_state',
+           'JobsFull', 'ReadersFull', 'StreamsFull', 'first_of_greediest', 'unknown_job', 'JobStore', 'GenerateJob',
+           'RefineJob', 'ReplayJob', 'watch_job', 'kept_ask', 'post_job', 'get_job', 'counted', 'get_job_events',
+           'delete_job']
 
 # %% ../nbs/09e_job_routes.ipynb #4c32c21b
 EVENT = 512                                                   # bytes of an event that holds nothing long, about
@@ -31,22 +32,19 @@ EVENT = 512                                                   # bytes of an even
 def event_bytes(event: Told | None) -> int:
     "Bytes that an event holds, about: its texts, and what Python needs for a small one."
     if event is None: return 0
-    return EVENT + sum(len(value if isinstance(value, str) else str(value)) for value in event.data.values())
+    return EVENT + sum(len(str(value)) for value in event.data.values())
 
 # %% ../nbs/09e_job_routes.ipynb #e421d115
-class SentLog:
-    "The events of a job, numbered from 1, and the `bytes` they hold. Only the event loop touches it."
+class KeptEvents:
+    "Events in the places where they were told, and the `bytes` they hold. One that was freed leaves a None."
     def __init__(self) -> None:
-        self.events: list[Told | None] = []                   # None: nobody needs that one any more
+        self.events: list[Told | None] = []
         self.bytes = 0
-        self.closed = False
-        self._news = asyncio.Event()
 
-    def add(self, event: Told | None) -> None:
-        "Keep an event and wake whoever waits for it."
+    def keep(self, event: Told | None) -> None:
+        "Add an event."
         self.events.append(event)
         self.bytes += event_bytes(event)
-        self._wake()
 
     def drop(self, name: str, index: int | None = None) -> None:
         "Free what events of one name hold: of picture `index`, or of all."
@@ -55,14 +53,28 @@ class SentLog:
 
     def drop_steps(self) -> None:
         "Free all steps but the last one of each picture."
-        steps = [(place, event.index) for place, event in enumerate(self.events) if event and event.name == "step"]
-        last = {index: place for place, index in steps}
-        for place, index in steps:
-            if place != last[index]: self._free(place)
+        last: dict[int | None, int] = {}
+        for place, event in enumerate(self.events):
+            if event is None or event.name != "step": continue
+            if event.index in last: self._free(last[event.index])
+            last[event.index] = place
 
     def _free(self, place: int) -> None:
         self.bytes -= event_bytes(self.events[place])
         self.events[place] = None
+
+# %% ../nbs/09e_job_routes.ipynb #c89a8992
+class SentLog(KeptEvents):
+    "The events of a job, numbered from 1. Only the event loop touches it."
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed = False
+        self._news = asyncio.Event()
+
+    def add(self, event: Told | None) -> None:
+        "Keep an event and wake whoever waits for it."
+        self.keep(event)
+        self._wake()
 
     def close(self) -> None:
         "No event will follow."

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 # %% auto #0
-__all__ = ['STEP', 'MOST_WEIGHT', 'Piece', 'Span', 'Reading', 'Product', 'weighted', 'has_weights', 'plain_text', 'pieces_of']
+__all__ = ['STEP', 'MOST_WEIGHT', 'MOST_FACTOR', 'Piece', 'Span', 'Reading', 'factor_of', 'Product', 'weighted', 'has_weights',
+           'plain_text', 'pieces_of']
 
 # %% ../nbs/03c_prompt_weights.ipynb #8ebc966c
 @dataclass(frozen=True)
@@ -19,8 +20,8 @@ class Piece:
     weight: float = 1.0
 
 # %% ../nbs/03c_prompt_weights.ipynb #067453df
-_TOKEN = re.compile(r"\\[\\()\[\]]|:\s*([+-]?(?:\d+\.?\d*|\.\d+))\s*\)|[()\[\]]|[^\\()\[\]:]+|[\\:]")
-_BREAK = re.compile(r"\s*\bBREAK\b\s*")
+_TOKEN = re.compile(r"\\[\\()\[\]]|:\s*+([+-]?(?:\d++(?:\.\d*+)?|\.\d++))\s*+\)|[()\[\]]|[^\\()\[\]:]++|[\\:]")
+_BREAK = re.compile(r"(?:(?<!\s)\s++)?\bBREAK\b\s*+")        # white space is taken from its first character on
 STEP = 1.1                                       # what one pair of brackets does
 MOST_WEIGHT = 10.0                               # twenty-five nested brackets; more is a mistake, or somebody's test
 
@@ -56,12 +57,19 @@ class Reading:
         while self.round: self.close(self.round, STEP)
         while self.square: self.close(self.square, 1 / STEP)
 
+# %% ../nbs/03c_prompt_weights.ipynb #635bbad9
+MOST_FACTOR = 1e6
+
+def factor_of(text: str) -> float:
+    "The number in `:1.3)`, within `MOST_FACTOR`."
+    return min(max(float(text), -MOST_FACTOR), MOST_FACTOR)
+
 # %% ../nbs/03c_prompt_weights.ipynb #d552e970
 def _take(reading: Reading, token: str, weight: str | None) -> None:
     "Read the next token; `weight` is the number in it, if it is one like `:1.3)`."
     if token == "(": reading.round.append(len(reading.texts))
     elif token == "[": reading.square.append(len(reading.texts))
-    elif weight is not None and reading.round: reading.close(reading.round, float(weight))
+    elif weight is not None and reading.round: reading.close(reading.round, factor_of(weight))
     elif token == ")" and reading.round: reading.close(reading.round, STEP)
     elif token == "]" and reading.square: reading.close(reading.square, 1 / STEP)
     elif token[0] == "\\" and len(token) > 1: reading.texts.append(token[1:])      # an escaped bracket
