@@ -31,11 +31,11 @@ class Curve(dict[int, float]):
 
     def best(self, waiting: int, least: int = 1) -> int:
         "The bucket with the lowest cost per useful row when `waiting` rows could be taken."
-        best = self.bucket(least)
+        found = self.bucket(least)
         for b in self:
             # a larger bucket has to be 5 % better: it makes everybody in it wait longer
-            if b > best and self[b] / min(b, waiting) < 0.95 * self[best] / min(best, waiting): best = b
-        return best
+            if b > found and self[b] / min(b, waiting) < 0.95 * self[found] / min(found, waiting): found = b
+        return found
 
     def per_row(self, waiting: int) -> float:
         "Seconds a row when `waiting` rows share the device as the policy would let them."
@@ -61,6 +61,7 @@ MOST_KEYS = 512               # shapes of which something is remembered: a stran
 
 def forget_oldest(known: dict[Any, Any], kept: Any) -> None:
     "Bound a dict that grows with what strangers ask for: its oldest entry goes, but not the one of `kept`."
+    # one of the two oldest is not `kept`
     if len(known) > MOST_KEYS: known.pop(next(key for key in list(known)[:2] if key != kept), None)
 
 # %% ../nbs/07_batching.ipynb #65eafe7e
@@ -242,7 +243,7 @@ def predict(entries: Sequence[Entry], cost: StepCost) -> None:
         e.remains = e.begin + e.left * pace[0] + pace[1]
 
 def urgency(e: Entry, cost: StepCost, now: float, ageing: float = AGEING) -> float:
-    "Whoever has the least goes first: seconds of work left, less what waiting makes up for."
+    "Seconds of work left, minus a tenth of the seconds waited; the lowest goes first."
     return remaining(e, cost) - ageing * (now - e.arrived)
 
 # %% ../nbs/07_batching.ipynb #40ee7b65
@@ -258,11 +259,11 @@ def rows_in(e: Entry) -> int:
     return e.rows if e.left else 1
 
 # %% ../nbs/07_batching.ipynb #d26d4f44
-OWES_MORE = 4.0         # a guest owes more than so many times the work and the debt of whoever goes first
+OWES_MORE = 4.0         # a guest owes more than this many times the work and the debt of whoever goes first
 GUEST_SLOWS = 1.5       # guests may make a call that much slower
 
 def room_for(mates: Sequence[Entry], curve: Curve, cost: StepCost, most: int) -> int:
-    "Rows that the next call should have, for the first of `mates` and company; `most` bounds it."
+    "Rows that the next call should have, for the first of `mates` and those that join it; at most `most`, or its own."
     first = mates[0]
     least = rows_in(first)
     room = curve.best(min(sum(map(rows_in, mates)), most), least)

@@ -20,17 +20,17 @@ from PIL import Image as Pillow
 from .images import encode, grid
 from .transport import (
     CLOUD_VARIABLE, Ask, Broken, Door, GenerateOptions, InProcess, Remote, Replay,
-    json_body, cloud_url, engine_url, generation, refinement, repetition)
+    cloud_url, engine_url, generation, refinement, repetition)
 from aura_engine.types import (
     AuraError, Done, EngineState, Event, Failed, GenerateRequest, Health, Image, Invalid, Queued, Receipt,
     Unreachable)
 
 # %% auto #0
-__all__ = ['SUFFIXES', 'LOCAL', 'OFFLINE', 'MODES', 'COMES_BACK', 'LastMade', 'HINTS', 'ADVICE', 'OnEvent', 'format_of',
-           'save_picture', 'Pictures', 'Notice', 'open_door', 'cloud_door', 'fitted', 'answer_of', 'with_seeds',
-           'made_by', 'own_fault', 'Round', 'all_failed', 'given_up', 'next_to_wait_for', 'awake', 'Chooser',
-           'advice_for', 'detail_of', 'EngineReport', 'report_of', 'in_words', 'collected', 'doors_of',
-           'AsyncAuraClient', 'cancel_others', 'Background', 'each', 'AuraClient']
+__all__ = ['SUFFIXES', 'LOCAL', 'OFFLINE', 'MODES', 'COMES_BACK', 'LastMade', 'HINTS', 'ADVICE', 'OnEvent', 'SET_ONE',
+           'format_of', 'save_picture', 'Pictures', 'Notice', 'open_door', 'cloud_door', 'fitted', 'answer_of',
+           'with_seeds', 'prompt_of', 'made_by', 'own_fault', 'Round', 'all_failed', 'given_up', 'next_to_wait_for',
+           'awake', 'Chooser', 'advice_for', 'detail_of', 'EngineReport', 'report_of', 'in_words', 'collected',
+           'doors_of', 'AsyncAuraClient', 'cancel_others', 'Background', 'each', 'AuraClient']
 
 # %% ../nbs/12b_client.ipynb #8b450a48
 SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
@@ -149,10 +149,14 @@ def with_seeds(ask: Ask, event: Event) -> Ask:
 # %% ../nbs/12b_client.ipynb #f53929dd
 LastMade = deque[dict[str, Any]]
 
+def prompt_of(ask: Ask) -> str:
+    "The prompt of any of the three kinds of request."
+    if isinstance(ask, Replay): return ask.receipt.prompt
+    return ask.prompt if isinstance(ask, GenerateRequest) else ask.refine_prompt
+
 def made_by(door: Door, ask: Ask, since: float) -> dict[str, Any]:
-    "A picture that was made: the engine, the prompt, the seconds since `since`."
-    prompt = ask.receipt.prompt if isinstance(ask, Replay) else json_body(ask).get("prompt", "")
-    return {"engine": door.name, "prompt": prompt, "seconds": round(time.monotonic() - since, 2)}
+    "A request that was answered: the engine, the prompt, the seconds since `since`."
+    return {"engine": door.name, "prompt": prompt_of(ask), "seconds": round(time.monotonic() - since, 2)}
 
 def own_fault(error: AuraError) -> bool:
     "Whether it is the question that is wrong, so that no other engine would help."
@@ -342,6 +346,10 @@ async def collected(events: AsyncIterator[Event | Notice], on_event: OnEvent | N
     return Pictures(images, [e.receipt for e in done], warnings, by.engine, by.url, seconds)
 
 # %% ../nbs/12b_client.ipynb #ad72c1c8
+_ADDRESS = f"pass cloud=, or set {CLOUD_VARIABLE} in the environment or in .env.local"
+SET_ONE = {"local": "pass local=, an address, an Engine or \"offline\"", "cloud": _ADDRESS,
+           "auto": f"pass local=; or {_ADDRESS}"}
+
 def doors_of(local: Any, cloud: str | None, mode: str, api_key: str | None) -> list[Door]:
     "The engines of a client, in the order in which they are asked."
     if mode not in MODES: raise Invalid.value("mode", given=mode, allowed=", ".join(MODES))
@@ -352,8 +360,7 @@ def doors_of(local: Any, cloud: str | None, mode: str, api_key: str | None) -> l
     far = None if alone else cloud_door(cloud, key, needed=not doors)
     if far is not None: doors.append(far)
     if doors: return doors
-    how = f"give its address, or set {CLOUD_VARIABLE} in the environment or in .env.local"
-    raise Unreachable(f"No {mode} engine is configured: {how}.")
+    raise Unreachable(f"No engine is configured: {SET_ONE[mode]}.")
 
 # %% ../nbs/12b_client.ipynb #856ec467
 class AsyncAuraClient(Chooser):

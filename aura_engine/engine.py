@@ -30,9 +30,9 @@ from .types import (COME_BACK, AuraError, Cancelled, DeadlineExceeded, Degenerat
 log = logging.getLogger("aura_engine")
 
 # %% auto #0
-__all__ = ['log', 'is_out_of_memory', 'drop_caches', 'Ladder', 'hurry_up', 'Pasting', 'Turns', 'reason_of', 'alone_in_process',
-           'memory', 'EngineView', 'stopping', 'ready_runner', 'Engine', 'optimizations_of', 'warnings_of', 'health_of',
-           'with_model', 'Lease', 'Engines', 'shared_engine', 'close_engines']
+__all__ = ['log', 'is_out_of_memory', 'drop_caches', 'Ladder', 'hurry_up', 'Pasting', 'steps_left', 'Turns', 'reason_of',
+           'alone_in_process', 'memory', 'EngineView', 'stopping', 'ready_runner', 'Engine', 'optimizations_of',
+           'warnings_of', 'health_of', 'with_model', 'Lease', 'Engines', 'shared_engine', 'close_engines']
 
 # %% ../nbs/08d_engine.ipynb #24881fea
 def is_out_of_memory(error: Exception) -> bool:
@@ -56,13 +56,15 @@ class Ladder:
         self.short = 0                              # pictures in a row that did not fit
 
     def climb(self, batch: Sequence[Task], error: Exception) -> AuraError | None:
-        "None: try again. Otherwise what the only picture of `batch` ends with. EngineFailed: for good."
+        """None: try again. Otherwise the error of the request, which is alone in `batch`.
+
+        Raises EngineFailed when no call will work any more."""
         memory = is_out_of_memory(error)
+        incident = self._report(batch, error, memory)
         error.__traceback__ = None                  # it would keep the failed step's tensors alive
         if memory: drop_caches(self.parts)
         elif isinstance(error, torch.AcceleratorError):
             raise EngineFailed("The GPU reported an error that only a restart of the process clears.") from error
-        incident = self._report(batch, error, memory)
         if len(batch) > 1: return self._divide(batch, memory)
         task = batch[0]
         task.tries += 1
@@ -130,6 +132,12 @@ class Pasting:
         return work.result()
 
 # %% ../nbs/08d_engine.ipynb #06cd07fe
+def steps_left(task: Task) -> int:
+    "UNet steps that a picture, which has begun, has to go."
+    assert task.trajectory is not None
+    return task.trajectory.steps - task.trajectory.k
+
+# %% ../nbs/08d_engine.ipynb #9aa3866d
 class Turns:
     "The engine's work, one call at a time."
     def __init__(self, runner: Runner, queue: Queue, most: int):
@@ -158,10 +166,11 @@ class Turns:
         "One UNet call, and the news of it."
         self.runner.step(batch, bucket)
         self.ladder.relax(self.runner.unet_calls)
+        # all of them have taken the step, also when a preview fails below
+        for task in batch: task.left = steps_left(task)
         for task in batch:
             t, job = task.trajectory, task.job
             assert t is not None
-            task.left = t.steps - t.k
             job.emit(Step(task.index, t.k, t.steps))
             if job.previews: job.emit(Preview(task.index, self.runner.preview(task)))
 

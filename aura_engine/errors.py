@@ -28,7 +28,7 @@ def as_error(exc: Exception) -> AuraError:
 
 # %% ../nbs/09a_errors.ipynb #b0fba263
 def _from_http(exc: HTTPException) -> AuraError:
-    "The framework's own refusals, in the house's words."
+    "The framework's own refusals, in our own words."
     if exc.status_code == 404:
         return NotFound("There is nothing at this address; GET /docs lists what there is.")
     if exc.status_code == 405:

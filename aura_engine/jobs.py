@@ -112,10 +112,6 @@ class PixelLog(GrowingLog):
         while self._preview_bytes > PREVIEW_BYTES and len(self._previews) > 1:
             self._preview_bytes -= self._free(self._previews.popleft())
 
-    def free_pixels(self) -> None:
-        "Give all pixels back."
-        for place in range(len(self.log)): self._free(place)
-
     @property
     def pixel_bytes(self) -> int:
         "Bytes of the pixels in this log."
@@ -185,11 +181,6 @@ class Job(PixelLog):
         pictures = self.plan.pictures
         given = {id(pixels): pixels for p in pictures for pixels in (p.init, p.inpainting)}
         return self.pixel_bytes + sum(map(bytes_in, given.values()))
-
-    def free(self) -> None:
-        "Give all pixels back: nobody wants this job any more."
-        self.free_inputs()
-        self.free_pixels()
 
     def free_inputs(self, index: int | None = None) -> None:
         "Give back the pictures that this job starts from, or that of picture `index`."

@@ -40,9 +40,10 @@ class Task(Entry):
 LEAST_SHARERS = 32
 
 class Shares:
-    "Seconds of the device that each client has had beyond its share."
+    "Seconds of the device that each client has had, less those that were forgiven since."
     def __init__(self):
         self._earned = 0.0                          # seconds earned by who has had work all the time
+        # A debt is `_paid[client] - _earned`, so that all debts shrink when `_earned` grows.
         self._paid: dict[str, float] = {}           # by client: the `_earned` at which its debt is gone
         self._clear: dict[str, float] = {}          # by client: when its last debt was gone
         self._seen = math.nan
@@ -105,7 +106,7 @@ class ClientLine(list[E]):
         self.front = owing                          # seconds of debt, and of work up to the next task
 
     def weigh(self, now: float) -> float:
-        "How late the next one should be served; sets what it owes."
+        "The weight of the next task, which sets what it is `owing` and moves `front` past it."
         first = self[0]
         first.owing = self.front
         self.front += first.remains

@@ -5,7 +5,8 @@
 # %% ../nbs/09g_shared_jobs.ipynb #68cdcf2e
 from __future__ import annotations
 import asyncio, json, logging, re, uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from .answers import OrderedJob, Told, sse_frame
@@ -17,7 +18,7 @@ log = logging.getLogger("aura_engine.shared_jobs")
 # %% auto #0
 __all__ = ['log', 'SHARED_ID', 'EVERY', 'ALIVE_SECONDS', 'HOUR', 'stream_of', 'alive_key', 'cancel_key', 'entry_of', 'told_in',
            'EngineGone', 'StoreUnreachable', 'FarJob', 'far_job', 'number_of', 'with_seed', 'lose', 'Written', 'Writer',
-           'FarJobs', 'WrittenJobs', 'SharedJobs', 'shared_jobs']
+           'redis_reached', 'FarJobs', 'WrittenJobs', 'SharedJobs', 'shared_jobs']
 
 # %% ../nbs/09g_shared_jobs.ipynb #522955db
 def stream_of(id: str) -> str:
@@ -149,22 +150,28 @@ class Writer:
         return list(await self.redis.spop(cancel_key(self.process), 100))
 
 # %% ../nbs/09g_shared_jobs.ipynb #3c3f21ab
+@contextmanager
+def redis_reached() -> Iterator[None]:
+    "Raise StoreUnreachable for whatever the client of Redis raises in the block."
+    from redis.exceptions import RedisError
+    try: yield
+    except (RedisError, OSError):
+        said = "The store that engines share does not answer; ask again in a moment."
+        raise StoreUnreachable(said, retry_after=5) from None
+
+# %% ../nbs/09g_shared_jobs.ipynb #1370ac56
 class FarJobs:
     "Reads the jobs of other processes from Redis. StoreUnreachable when it does not answer."
     def __init__(self, redis: Any): self.redis = redis
 
     async def job(self, id: str) -> FarJob | None:
         "The job of an id; None when there is none."
-        from redis.exceptions import RedisError
-        try:
+        with redis_reached():
             entries = await self.redis.xrange(stream_of(id))
             if not entries: return None
             far = far_job(id, entries)
             if not (far.kept.ended or far.kept.deleted or await self.lives(far.process)): lose(far.kept)
             return far
-        except (RedisError, OSError):
-            raise StoreUnreachable("The store that engines share does not answer; ask again in a moment.",
-                                   retry_after=5) from None
 
     async def lives(self, process: str) -> bool:
         "Whether a process runs."
@@ -187,11 +194,12 @@ class FarJobs:
         "Have a job stopped by the process that runs it, and wait a moment. What a lost process left is removed."
         far = await self.job(id)
         if far is None: return
-        if not await self.lives(far.process):
-            await self.redis.unlink(stream_of(id))
-            return
-        await self.redis.sadd(cancel_key(far.process), id)
-        await self.redis.expire(cancel_key(far.process), HOUR)
+        with redis_reached():
+            if not await self.lives(far.process):
+                await self.redis.unlink(stream_of(id))
+                return
+            await self.redis.sadd(cancel_key(far.process), id)
+            await self.redis.expire(cancel_key(far.process), HOUR)
         for _ in range(8):
             await asyncio.sleep(EVERY)
             far = await self.job(id)

@@ -57,6 +57,7 @@ def test_generate_refine_replay_save(client, tmp_path):
     for picture in (made.images[0], first, first.read_bytes(), str(first)):
         refined = client.refine("a fox", picture, strength=0.6, seed=1, steps=2)
         assert refined.receipts[0].strength == 0.6 and refined.receipts[0].init_sha256
+    assert [made["prompt"] for made in client.aio.last] == ["an owl", "an owl"] + ["a fox"] * 4
 
 
 def test_a_stream_has_all_events_in_order(client):
@@ -347,3 +348,9 @@ def test_whatever_breaks_a_connection_is_said_in_words(error):
     remote._http = Down()
     with pytest.raises(Unreachable, match="The local engine at http://127.0.0.1:9 cannot be reached: (port|label)"): asyncio.run(remote.health())
     with pytest.raises(Unreachable, match="cannot be reached: (port|label)"): asyncio.run(anext(remote.events(GenerateRequest(prompt="x"))))
+
+
+@pytest.mark.parametrize("mode, told, not_told", [("local", "local=", "VITE_CLOUD"), ("cloud", "VITE_CLOUD", "local="), ("auto", "local=", "auto engine")])
+def test_a_client_without_engines_says_what_to_set_for_its_mode(mode, told, not_told):
+    with pytest.raises(Unreachable) as wrong: AuraClient(local=None, mode=mode)
+    assert told in wrong.value.detail and not_told not in wrong.value.detail

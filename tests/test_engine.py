@@ -267,8 +267,8 @@ def test_out_of_memory_for_good_is_an_answer_and_leaves_no_trace(engine, fault, 
     assert picture(engine, APPLE).tobytes() == photo.tobytes()
 
 
-def test_one_poisoned_request_does_not_take_its_neighbours(engine, fault):
-    """A request whose own latents make the model raise fails alone, even when it shared a call."""
+def test_one_poisoned_request_does_not_take_its_neighbours(engine, fault, caplog):
+    """A request whose own latents make the model raise fails alone, even when it shared a call. The log has the traceback."""
     gate = threading.Event()
 
     def poison(module, args):
@@ -281,8 +281,29 @@ def test_one_poisoned_request_does_not_take_its_neighbours(engine, fault):
     t = Trajectory(engine.parts, entries[0].picture, TextCache(engine.parts)); t.latents = t.latents * 1e6
     entries[0].trajectory = t
     gate.set()
-    with pytest.raises(EngineFailed): bad.result(60)
+    with pytest.raises(EngineFailed) as failed: bad.result(60)
     assert all(len(j.result(60)) == 1 for j in jobs)
+    told = next(r for r in caplog.records if getattr(r, "incident", "?") in failed.value.detail)
+    assert told.exc_info[2].tb_frame.f_code.co_name == "turn"
+
+
+def test_a_preview_that_fails_costs_nobody_a_step(engine, fault, monkeypatch):
+    """Pictures that shared the call have taken their step, so they are not stepped again."""
+    gate, preview, calls = threading.Event(), engine.turns.runner.preview, []
+
+    def once(task):
+        calls.append(task.index)
+        if len(calls) == 1: raise RuntimeError("no preview")
+        return preview(task)
+    monkeypatch.setattr(engine.turns.runner, "preview", once)
+    monkeypatch.setitem(engine.cost.step.known, engine.cost.native, Curve({1: 0.1, 2: 0.1, 4: 0.1, 8: 0.1}))
+    fault(lambda module, args: gate.wait(20) and None)
+    first = engine.submit(Plan((APPLE,)))                   # while it waits at the gate, the others come
+    two = [engine.submit(Plan((replace(APPLE, seed=s),)), previews=True) for s in (40, 41)]
+    gate.set()
+    images = [job.result(60)[0].image for job in (first, *two)]
+    references = [picture(engine, replace(APPLE, seed=s)) for s in (7, 40, 41)]
+    assert len(calls) > 2 and all(np.abs(pixels(a) - pixels(b)).max() <= 1 for a, b in zip(images, references))
 
 
 def test_a_black_picture_is_an_error(engine):

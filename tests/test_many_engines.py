@@ -1,9 +1,10 @@
 """Two engines behind nginx with one Redis, as deploy/ has them: jobs are found on any, and nothing is lost."""
-import shutil, subprocess, sys, threading, time
+import asyncio, shutil, subprocess, sys, threading, time
 
 import httpx
 import pytest
 
+from aura_engine.shared_jobs import StoreUnreachable, shared_jobs
 from conftest import ROOT, free_port, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (shutil.which("nginx") and shutil.which("redis-server")), reason="nginx and redis-server are not installed")]
@@ -136,6 +137,17 @@ def test_an_engine_that_is_told_to_stop_finishes_its_jobs(house):
     house.engines["e1"] = house.engine("e1")                  # while it loads, the other one serves
     assert all(house.door.get("/ready").status_code == 200 for _ in range(4))
     house.engines["e1"].wait_ready()
+
+
+def test_a_cancel_that_redis_refuses_is_said_as_such(house):
+    async def cancel():
+        store = shared_jobs(f"redis://127.0.0.1:{house.redis_port}/0")
+        await store.redis.xadd("aura:job:e9-" + "0" * 32, {"process": "p9", "ask": "null"}, id="0-1")
+        await store.redis.set("aura:alive:p9", 1, ex=60)
+        await store.redis.set("aura:cancel:p9", "not a set", ex=60)
+        try: await store.far.cancel("e9-" + "0" * 32)
+        finally: await store.redis.aclose()
+    with pytest.raises(StoreUnreachable): asyncio.run(cancel())
 
 
 def test_a_redis_that_goes_away_and_comes_back(house):

