@@ -30,7 +30,7 @@ __all__ = ['SUFFIXES', 'LOCAL', 'OFFLINE', 'MODES', 'COMES_BACK', 'LastMade', 'H
            'format_of', 'save_picture', 'Pictures', 'Notice', 'open_door', 'cloud_door', 'fitted', 'answer_of',
            'with_seeds', 'prompt_of', 'made_by', 'own_fault', 'Round', 'all_failed', 'given_up', 'next_to_wait_for',
            'awake', 'Chooser', 'advice_for', 'detail_of', 'EngineReport', 'report_of', 'in_words', 'collected',
-           'doors_of', 'AsyncAuraClient', 'cancel_others', 'Background', 'each', 'AuraClient']
+           'doors_of', 'AsyncAuraClient', 'cancel_others', 'Background', 'iterate', 'AuraClient']
 
 # %% ../nbs/12b_client.ipynb #8b450a48
 SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
@@ -55,7 +55,7 @@ def save_picture(image: Pillow.Image, path: str | Path, receipt: Receipt | None 
 # %% ../nbs/12b_client.ipynb #9215aec0
 @dataclass
 class Pictures:
-    "What a request made. `engine` is 'local' or 'cloud', `seconds` counts from question to answer."
+    "What a request made. `engine` is 'local' or 'cloud', `seconds` counts from request to answer."
     images: list[Pillow.Image]
     receipts: list[Receipt | None]
     warnings: tuple[str, ...]
@@ -98,7 +98,7 @@ COMES_BACK = {"asleep", "not_ready", "queue_full", "shutting_down"}
 
 # %% ../nbs/12b_client.ipynb #36e04bcb
 def open_door(name: str, where: Any, api_key: str | None = None) -> Door:
-    "The door of an address, of an `Engine`, or of the process's own engine for 'offline'."
+    "The way to an address, to an `Engine`, or for 'offline' to this process's own engine."
     if where == OFFLINE:                     # one engine a process, however many clients ask for it
         from aura_engine.config import load_settings
         from aura_engine.engine import shared_engine      # imports torch
@@ -107,7 +107,7 @@ def open_door(name: str, where: Any, api_key: str | None = None) -> Door:
 
 # %% ../nbs/12b_client.ipynb #09caac8a
 def cloud_door(cloud: str | None, api_key: str | None, needed: bool) -> Door | None:
-    "The cloud's door. A wrong setting is an error at once only where nothing else could answer."
+    "The way to the cloud. A wrong setting is an error at once only where nothing else could answer."
     if cloud is not None: return Remote("cloud", cloud, api_key)
     try:
         found = cloud_url()
@@ -118,7 +118,7 @@ def cloud_door(cloud: str | None, api_key: str | None, needed: bool) -> Door | N
 
 # %% ../nbs/12b_client.ipynb #b10d36ad
 async def fitted(door: Door, ask: Ask) -> tuple[Ask, tuple[str, ...]]:
-    "-> (the question as this engine can answer it, what was changed). Raises when a probe is not answered."
+    "-> (the request as this engine can answer it, what was changed). Raises when a probe is not answered."
     doubtful = door.trouble is not None and door.trouble.code in ("unreachable", "asleep")
     high = ask if isinstance(ask, GenerateRequest) and ask.resolution == "high" else None
     if high is None and not doubtful: return ask, ()
@@ -139,7 +139,7 @@ async def answer_of(door: Door, ask: Ask) -> AsyncGenerator[Event]:
 
 # %% ../nbs/12b_client.ipynb #3fe6dc96
 def with_seeds(ask: Ask, event: Event) -> Ask:
-    "The question with the seed that an engine chose for it, once `queued` tells."
+    "The request with the seed that an engine chose for it, once `queued` tells."
     if not isinstance(event, Queued) or not event.seeds or isinstance(ask, Replay): return ask
     chosen = {"seed": event.seeds[0]}
     if isinstance(ask, GenerateRequest): return ask if ask.seed is not None else ask.model_copy(update=chosen)
@@ -159,21 +159,21 @@ def made_by(door: Door, ask: Ask, since: float) -> dict[str, Any]:
     return {"engine": door.name, "prompt": prompt_of(ask), "seconds": round(time.monotonic() - since, 2)}
 
 def own_fault(error: AuraError) -> bool:
-    "Whether it is the question that is wrong, so that no other engine would help."
+    "Whether it is the request that is wrong, so that no other engine is asked."
     return error.status < 500 and error.code != "queue_full"
 
 # %% ../nbs/12b_client.ipynb #db95b246
 @dataclass
 class Round:
-    "A question on its way: `failed` are the engines that could not, `last` is told what was made."
+    "A request on its way. `failed`: the engines that could not answer. `last`: where finished requests are noted."
     ask: Ask
     rest: float
     last: LastMade
     failed: list[tuple[Door, AuraError]] = field(default_factory=list)
     answered: bool = False
 
-    async def through(self, doors: list[Door]) -> AsyncGenerator[Event | Notice]:
-        "Ask one engine after the other until one answers. Raises what is the question's own fault."
+    async def ask_each(self, doors: list[Door]) -> AsyncGenerator[Event | Notice]:
+        "Ask one engine after the other until one answers. Raises what is the request's own fault."
         for door in doors:
             yield Notice.of("asks", door, f"asking the {door.name} engine ({door.url})")
             since = time.monotonic()
@@ -211,7 +211,7 @@ async def given_up(door: Door, error: AuraError) -> bool:
     except AuraError: return False
 
 async def next_to_wait_for(failed: list[tuple[Door, AuraError]]) -> tuple[Door, AuraError]:
-    "The engine to wait for: the one that asks for the least patience. Raises when none will come back."
+    "The engine to wait for: the one that may be asked again soonest. Raises when none will come back."
     hope = [(d, e) for d, e in failed if e.code in COMES_BACK and not await given_up(d, e)]
     if not hope: raise all_failed(failed)
     return min(hope, key=lambda pair: pair[1].retry_after or 0)
@@ -223,7 +223,7 @@ def awake(doors: list[Door]) -> list[Door]:
 
 # %% ../nbs/12b_client.ipynb #51d40f77
 class Chooser:
-    "The engines of a client and the choice between them. `last`: the pictures it made."
+    "The engines of a client and the choice between them. `last`: what it made lately."
     def __init__(self, doors: list[Door], patience: float = 300, rest: float = 30):
         self.doors = doors
         self.patience = patience
@@ -231,12 +231,12 @@ class Chooser:
         self.last: LastMade = deque(maxlen=20)
 
     async def answer(self, ask: Ask) -> AsyncGenerator[Event | Notice]:
-        "The events of a question. Raises one error for all engines when none can answer."
+        "The events of a request. Raises one error for all engines when none can answer."
         began = time.monotonic()
         pause = 0.5
         while True:
             turn = Round(ask, self.rest, self.last)
-            async with aclosing(turn.through(awake(self.doors))) as events:
+            async with aclosing(turn.ask_each(awake(self.doors))) as events:
                 async for e in events: yield e
             if turn.answered: return
             ask = turn.ask                   # with the seeds that were chosen
@@ -252,10 +252,10 @@ class Chooser:
 ADVICE = {
     "unreachable": "Start an engine here with `aura serve`. For a Space, check its address and its page.",
     "asleep": "A Space wakes when it is asked. The first picture then takes a minute or two.",
-    "loading": "The model is being read. It will be ready by itself.",
-    "failed": "Mend the setting that the reason names, and start the engine again.",
-    "draining": "It is being stopped. Another start is needed.",
-    "out_of_memory": "Ask for resolution standard or fewer pictures at a time, or set SD_PRECISION=fp16.",
+    "loading": "The model is loading. Nothing needs to be done.",
+    "failed": "Correct the setting named in the reason, and restart the engine.",
+    "draining": "The engine is shutting down. Start it again to use it.",
+    "out_of_memory": "Ask for standard resolution or fewer pictures, or set SD_PRECISION=fp16.",
     "queue_full": "Others are being served. Ask again in a moment."}
 
 def advice_for(status: str, trouble: AuraError | None) -> list[str]:
@@ -268,7 +268,7 @@ def detail_of(error: AuraError | None) -> str | None: return error.detail if err
 # %% ../nbs/12b_client.ipynb #2612d073
 @dataclass(frozen=True)
 class EngineReport:
-    "How one engine is: its `health`, or the `error` instead. `trouble`: the last error of a question."
+    "How one engine is: its `health`, or the `error` instead. `trouble`: the last error of a request."
     name: str
     url: str
     health: Health | None = None
@@ -331,13 +331,13 @@ async def collected(events: AsyncIterator[Event | Notice], on_event: OnEvent | N
     "The pictures of a stream. `on_event` is called with every event and notice."
     began = time.monotonic()
     made: dict[int, Image] = {}
-    by = Notice("asks", "", "", "")
+    by = Notice("asks", "", "", "")          # until an engine is asked
     warnings: tuple[str, ...] = ()
     async for e in events:
         if on_event: on_event(e)
         if isinstance(e, Notice) and e.kind == "asks":
             by = e
-            made = {}                        # another engine begins anew
+            made = {}                        # another engine starts over
         if isinstance(e, Image): made[e.index] = e
         if isinstance(e, Done): warnings = e.warnings
     done = [made[i] for i in sorted(made)]
@@ -355,7 +355,7 @@ def doors_of(local: Any, cloud: str | None, mode: str, api_key: str | None) -> l
     if mode not in MODES: raise Invalid.value("mode", given=mode, allowed=", ".join(MODES))
     key = api_key or os.environ.get("AURA_API_KEY")      # one key for both engines
     doors = [] if mode == "cloud" or local is None else [open_door("local", local, key)]
-    # Whoever says offline means it: the cloud of the environment is left alone.
+    # With local="offline", a cloud address from the environment is ignored.
     alone = mode == "local" or (bool(doors) and local == OFFLINE and cloud is None)
     far = None if alone else cloud_door(cloud, key, needed=not doors)
     if far is not None: doors.append(far)
@@ -364,7 +364,7 @@ def doors_of(local: Any, cloud: str | None, mode: str, api_key: str | None) -> l
 
 # %% ../nbs/12b_client.ipynb #856ec467
 class AsyncAuraClient(Chooser):
-    """Pictures from a local engine, a cloud engine, or whichever can, with `await`.
+    """Pictures from a local engine, a cloud engine, or whichever can answer, with `await`.
 
     - `local`: an address, an `Engine`, or "offline", which loads the model into this process.
     - `cloud`: the address of a Space (default: `VITE_CLOUD_ENGINE_URL`).
@@ -378,13 +378,13 @@ class AsyncAuraClient(Chooser):
         self.mode = mode
 
     def stream(self, ask: Ask | str, **options: Unpack[GenerateOptions]) -> AsyncGenerator[Event | Notice]:
-        "The events of a question, or of a prompt with `generate`'s options. Raises when no engine can answer."
+        "The events of a request, or of a prompt with `generate`'s options. Raises when no engine can answer."
         if isinstance(ask, str): return self.answer(generation(ask, **options))
         if options: raise TypeError("options go with a prompt, not with a request that has them already")
         return self.answer(ask)
 
     async def collect(self, ask: Ask, on_event: OnEvent | None = None) -> Pictures:
-        "Put a question and wait for its pictures. `on_event` is called with every event and notice."
+        "Send a request and wait for its pictures. `on_event` is called with every event and notice."
         async with aclosing(self.stream(ask)) as events: return await collected(events, on_event)
 
     async def generate(
@@ -397,8 +397,8 @@ class AsyncAuraClient(Chooser):
         - `aspect_ratio`: "W:H" between 1:3 and 3:1. `resolution`: "high" needs an engine with a GPU.
         - `n`: 1 to 4 pictures. `seed`: the same seed makes the same picture; None chooses one.
         - `steps`, `guidance_scale`: None means the model's own. `lora`: an alias of the engine.
-        - `temperature`: 0 always makes the same picture of a prompt, 1 a fresh one.
-        - `deadline_seconds`: after so long the answer is of no use.
+        - `temperature`: how much the seed decides, from nothing at 0 (always the same picture) to everything at 1.
+        - `deadline_seconds`: give up after this many seconds.
         - `on_event` is called with every event and notice.
         """
         ask = generation(
@@ -416,8 +416,9 @@ class AsyncAuraClient(Chooser):
         """A picture from each given one.
 
         - `images`: one picture or a list of up to four, each a PIL picture, file bytes, a path or base64.
-        - `mask`: a picture like these, for all of them. White is drawn anew, black or transparent is kept.
-        - `padding_mask_crop`: work on the mask and so many pixels around it alone, at the model's full size.
+        - `mask`: a picture like these, for all of them. White is redrawn, black or transparent is kept.
+        - `padding_mask_crop`: crop the picture to the mask and this many pixels around it, and draw the crop at
+          the model's full size.
         - `strength`: 0.05 to 1, how far from the given picture the answer may go; None: 0.5, or 1 under a mask.
         - The others are those of `generate`.
         """
@@ -481,21 +482,21 @@ class Background:
             future.cancel()
             raise
 
-    def stop(self, farewell: Coroutine[Any, Any, None]) -> None:
-        "Cancel what still runs, run `farewell`, end the thread. May be called twice."
-        if self.loop.is_closed(): return farewell.close()
-        self.wait(self._end(farewell))
+    def stop(self, at_end: Coroutine[Any, Any, None]) -> None:
+        "Cancel what still runs, run `at_end`, end the thread. May be called twice."
+        if self.loop.is_closed(): return at_end.close()
+        self.wait(self._end(at_end))
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
         self.loop.close()
 
-    async def _end(self, farewell: Coroutine[Any, Any, None]) -> None:
+    async def _end(self, at_end: Coroutine[Any, Any, None]) -> None:
         await cancel_others()
-        await farewell
+        await at_end
         await self.loop.shutdown_asyncgens()      # a stream that nobody read to its end
 
 # %% ../nbs/12b_client.ipynb #5c6f2a2a
-def each(background: Background, source: AsyncGenerator[_T]) -> Iterator[_T]:
+def iterate(background: Background, source: AsyncGenerator[_T]) -> Iterator[_T]:
     "The items of an async generator that runs in the background. Leaving the loop closes it."
     news: queue.SimpleQueue[Any] = queue.SimpleQueue()
     end = object()
@@ -512,7 +513,7 @@ def each(background: Background, source: AsyncGenerator[_T]) -> Iterator[_T]:
 
 # %% ../nbs/12b_client.ipynb #8b089a39
 class AuraClient(Background):
-    """Pictures from a local engine, a cloud engine, or whichever can.
+    """Pictures from a local engine, a cloud engine, or whichever can answer.
 
     - `local`: an address, an `Engine`, or "offline", which loads the model into this process.
     - `cloud`: the address of a Space (default: `VITE_CLOUD_ENGINE_URL`).
@@ -525,11 +526,11 @@ class AuraClient(Background):
         super().__init__()
 
     def stream(self, ask: Ask | str, **options: Unpack[GenerateOptions]) -> Iterator[Event | Notice]:
-        "The events of a question, or of a prompt with `generate`'s options. Leaving the loop cancels the work."
-        return each(self, self.aio.stream(ask, **options))
+        "The events of a request, or of a prompt with `generate`'s options. Leaving the loop cancels the work."
+        return iterate(self, self.aio.stream(ask, **options))
 
     def collect(self, ask: Ask, on_event: OnEvent | None = None) -> Pictures:
-        "Put a question and wait for its pictures. `on_event` is called with every event and notice."
+        "Send a request and wait for its pictures. `on_event` is called with every event and notice."
         return self.wait(self.aio.collect(ask, on_event))
 
     def generate(
@@ -542,8 +543,8 @@ class AuraClient(Background):
         - `aspect_ratio`: "W:H" between 1:3 and 3:1. `resolution`: "high" needs an engine with a GPU.
         - `n`: 1 to 4 pictures. `seed`: the same seed makes the same picture; None chooses one.
         - `steps`, `guidance_scale`: None means the model's own. `lora`: an alias of the engine.
-        - `temperature`: 0 always makes the same picture of a prompt, 1 a fresh one.
-        - `deadline_seconds`: after so long the answer is of no use.
+        - `temperature`: how much the seed decides, from nothing at 0 (always the same picture) to everything at 1.
+        - `deadline_seconds`: give up after this many seconds.
         - `on_event` is called with every event and notice.
         """
         return self.wait(self.aio.generate(
@@ -560,8 +561,9 @@ class AuraClient(Background):
         """A picture from each given one.
 
         - `images`: one picture or a list of up to four, each a PIL picture, file bytes, a path or base64.
-        - `mask`: a picture like these, for all of them. White is drawn anew, black or transparent is kept.
-        - `padding_mask_crop`: work on the mask and so many pixels around it alone, at the model's full size.
+        - `mask`: a picture like these, for all of them. White is redrawn, black or transparent is kept.
+        - `padding_mask_crop`: crop the picture to the mask and this many pixels around it, and draw the crop at
+          the model's full size.
         - `strength`: 0.05 to 1, how far from the given picture the answer may go; None: 0.5, or 1 under a mask.
         - The others are those of `generate`.
         """

@@ -12,16 +12,16 @@ from .types import Picture
 from .unet_input import NetInput
 
 # %% auto #0
-__all__ = ['Text', 'Conditions', 'LatentForm', 'Denoiser']
+__all__ = ['Text', 'Conditions', 'LatentSpace', 'Denoiser']
 
 # %% ../nbs/05g_denoisers.ipynb #c51c98b4
 @dataclass(frozen=True)
 class Text:
-    "An encoded prompt: embeds [1, T, D], pooled [1, P] (SDXL) or None, its real tokens if some of T are padding."
+    "An encoded prompt: embeds [1, T, D], and pooled [1, P] for SDXL."
     embeds: torch.Tensor
     pooled: torch.Tensor | None = None
     cut: str = ""                                # words that did not fit
-    real: int | None = None
+    real: int | None = None                      # how many of the T tokens are not padding; None: all
 
     def zeros(self) -> Text:
         "The same shapes, all zeros: what SDXL takes for an empty negative prompt."
@@ -31,10 +31,10 @@ class Text:
 # %% ../nbs/05g_denoisers.ipynb #0e7cdf0a
 @dataclass(frozen=True)
 class Conditions:
-    "What a denoiser is given at each step of a picture besides latents and time. A family adds fields."
-    text: torch.Tensor                           # [R, T, D]
+    "What a network gets at each step of a picture besides latents and time. A family adds fields."
+    text: torch.Tensor                           # embeds of its rows [R, T, D]
     cut: str = ""                                # words of the prompt that did not fit
-    reference: torch.Tensor | None = None        # latents [1, C, h, w] of a picture to look at
+    reference: torch.Tensor | None = None        # latents [1, C, h, w] of a reference picture
 
     @property
     def rows(self) -> int:
@@ -43,27 +43,28 @@ class Conditions:
 
     @property
     def tokens(self) -> int:
-        "How many tokens besides the picture's own a row has. Rows that share a call have as many."
-        looked_at = self.reference
-        return self.text.shape[1] + (looked_at.shape[2] * looked_at.shape[3] if looked_at is not None else 0)
+        "The tokens of one row besides the picture's own. All rows of a call have the same number."
+        if self.reference is None: return self.text.shape[1]
+        height, width = self.reference.shape[2:]
+        return self.text.shape[1] + height * width
 
 # %% ../nbs/05g_denoisers.ipynb #0298e2c4
-class LatentForm:
-    "The latents of a family: `parts` are a loaded model of it."
+class LatentSpace:
+    "How the latents of one family relate to pixels and to its VAE. `parts`: a loaded model."
     def __init__(self, parts: Components): self.parts = parts
 
     @property
     def side(self) -> int:
-        "Pixels a side of one latent."
+        "Pixels that one position of the latents is wide and high."
         return self.parts.vae_scale
 
     @property
     def channels(self) -> int:
-        "Channels of a latent."
+        "Channels of the latents."
         return self.parts.latent_channels
 
     def from_vae(self, z: torch.Tensor) -> torch.Tensor:
-        "What the VAE's encoder answers -> latents [B, C, h, w] as they are drawn."
+        "The output of the VAE's encoder -> latents [B, C, h, w] as the network sees them."
         return z * self.parts.vae.config.scaling_factor
 
     def to_vae(self, latents: torch.Tensor) -> torch.Tensor:
@@ -71,18 +72,18 @@ class LatentForm:
         return latents / self.parts.vae.config.scaling_factor
 
     def overflows(self, dtype: torch.dtype) -> bool:
-        "Whether the VAE must not run in this type, which it is held in."
+        "Whether the VAE overflows in `dtype`, the type that its weights have, and has to run in fp32."
         return False
 
-    def colours(self, latents: torch.Tensor) -> torch.Tensor:
+    def preview_latents(self, latents: torch.Tensor) -> torch.Tensor:
         "Latents in the form that previews are fitted on."
         return latents
 
 # %% ../nbs/05g_denoisers.ipynb #d9ffa6f8
-class Denoiser(LatentForm):
-    "A family at work."
+class Denoiser(LatentSpace):
+    "What one family of models does in its own way."
     def measure(self, text: str) -> int:
-        "The size that a prompt is encoded in."
+        "The size that this prompt has to be padded to."
         raise NotImplementedError
 
     def tokens(self, size: int, p: Picture) -> int:
@@ -90,7 +91,7 @@ class Denoiser(LatentForm):
         raise NotImplementedError
 
     def encode(self, texts: list[str], size: int) -> list[Text]:
-        "Encode prompts in one size."
+        "Pad prompts to one size and encode them."
         raise NotImplementedError
 
     def conditions(self, p: Picture, texts: list[Text]) -> Conditions:
@@ -98,11 +99,11 @@ class Denoiser(LatentForm):
         raise NotImplementedError
 
     def set_up(self, scheduler: Any, p: Picture) -> int:
-        "Give a scheduler the timetable of a picture -> its first step."
+        "Give a scheduler the timetable of a picture -> the index of the first step to run."
         raise NotImplementedError
 
     def clock(self, timesteps: torch.Tensor) -> torch.Tensor:
-        "What the network is told for a scheduler's timesteps."
+        "A scheduler's timesteps -> the time as the network reads it."
         return timesteps
 
     def inputs(self, sample: torch.Tensor, time: torch.Tensor, given: Conditions) -> NetInput:
@@ -110,16 +111,16 @@ class Denoiser(LatentForm):
         raise NotImplementedError
 
     def guided(self, p: Picture) -> bool:
-        "Whether the network runs twice a step for this picture (classifier-free guidance)."
+        "Whether this picture takes two rows of each call (classifier-free guidance)."
         return self.parts.row.cfg and p.guidance_scale > 1
 
-    def guide(self, answer: torch.Tensor, scale: float) -> torch.Tensor:
-        "The network's answer for a picture's rows -> one answer [1, C, h, w], with guidance applied."
-        if len(answer) == 1: return answer
-        without, with_prompt = answer[:1], answer[1:]
-        return without + scale * (with_prompt - without)
+    def guide(self, predicted: torch.Tensor, scale: float) -> torch.Tensor:
+        "The network's predictions for a picture's rows -> one [1, C, h, w], with guidance applied."
+        if len(predicted) == 1: return predicted
+        negative, positive = predicted[:1], predicted[1:]
+        return negative + scale * (positive - negative)
 
     @property
     def looks_at_picture(self) -> bool:
-        "Whether a picture to refine is looked at, as a reference, and the new one begins with noise alone."
+        "Whether a refinement gets its picture as a reference beside the latents, and begins with noise alone."
         return self.parts.row.refine == "reference"

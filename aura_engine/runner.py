@@ -72,7 +72,7 @@ def preview_matrix(parts: Components, latents: torch.Tensor, versions: int = 4) 
         noise = torch.randn(latents.shape, dtype=torch.float32, generator=seeded)
         z = latents + 0.3 * k * noise.to(latents.device)
         image, _ = decode_latents(parts, z)
-        z = denoiser_of(parts).colours(z)
+        z = denoiser_of(parts).preview_latents(z)
         h, w = z.shape[2:]
         flat = by_place(z)
         given.append(np.c_[flat, np.ones(h * w)])
@@ -290,7 +290,7 @@ class Runner:
         "What a picture under way looks like now: uint8 [h, w, 3]."
         t = task.trajectory
         assert t is not None and t.estimate is not None
-        return preview_image(self.matrix, t.family.colours(t.estimate))
+        return preview_image(self.matrix, t.family.preview_latents(t.estimate))
 
 # %% ../nbs/08c_runner.ipynb #4049764e
 def prepare_runner(parts: Components, settings: Settings) -> Runner:

@@ -16,7 +16,7 @@ from .types import Picture
 from .unet_input import UNetInput
 
 # %% auto #0
-__all__ = ['MAX_CHUNKS', 'BACK', 'Token', 'tokens_of', 'cut_up', 'comma_of', 'chunk_tokens', 'token_rows', 'weigh_tokens',
+__all__ = ['MAX_CHUNKS', 'COMMA_WITHIN', 'Token', 'tokens_of', 'cut_up', 'comma_of', 'chunk_tokens', 'token_rows', 'weigh_tokens',
            'encode_rows', 'encode_texts', 'UNetConditions', 'unet_conditions', 'guidance_embedding', 'most_steps',
            'timetable', 'UNets']
 
@@ -31,34 +31,34 @@ class Token(NamedTuple):
 
 # %% ../nbs/05h_unets.ipynb #8eca58dd
 def tokens_of(tokenizer: Any, pieces: list[Piece]) -> list[Token]:
-    "The tokens of a chunk of a prompt, without begin and end marks. Each piece is read for itself."
+    "The tokens of a chunk of a prompt, without begin and end marks. Each piece is tokenized on its own."
     texts = [piece.text for piece in pieces]
     ids = tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False).input_ids
     return [Token(i, piece.weight) for piece, mine in zip(pieces, ids) for i in mine]
 
 # %% ../nbs/05h_unets.ipynb #28d1eec9
-BACK = 20                                         # tokens; A1111's setting of the same meaning has this default
+COMMA_WITHIN = 20       # tokens before the end of a chunk, as A1111's "comma padding backtrack" has it
 
 def cut_up(tokens: list[Token], room: int, comma: int | None) -> list[list[Token]]:
     "Tokens in chunks of at most `room`, which end at a `comma` where one is near the end (None: never)."
     chunks = []
     while len(tokens) > room:
-        commas = [i for i in range(room - BACK, room) if tokens[i].id == comma]
-        # a comma that would begin the next chunk moves nothing
+        commas = [i for i in range(room - COMMA_WITHIN, room) if tokens[i].id == comma]
+        # When the next chunk would begin with a comma, a phrase ends here already.
         end = commas[-1] + 1 if commas and tokens[room].id != comma else room
         chunks.append(tokens[:end])
         tokens = tokens[end:]
     return [*chunks, tokens]
 
 def comma_of(tokenizer: Any, prompt: list[list[Piece]]) -> int | None:
-    "The token of a comma, for a prompt that has marks of weights; None for another."
+    "The id of the comma's token for a prompt with weights or `BREAK`, else None."
     marked = len(prompt) > 1 or any(piece.weight != 1 for piece in prompt[0])
     found = tokenizer.convert_tokens_to_ids(",</w>") if marked else None
     return None if found == tokenizer.unk_token_id else found
 
 # %% ../nbs/05h_unets.ipynb #5bf89c6b
 def chunk_tokens(tokenizer: Any, prompt: list[list[Piece]]) -> tuple[list[list[Token]], str]:
-    "A prompt's tokens in chunks of the tokenizer's limit, and the text beyond MAX_CHUNKS."
+    "The parts of a prompt -> its tokens in chunks of the tokenizer's limit, and the text beyond MAX_CHUNKS."
     room = tokenizer.model_max_length - 2
     comma = comma_of(tokenizer, prompt)
     chunks: list[list[Token]] = []
@@ -69,7 +69,7 @@ def chunk_tokens(tokenizer: Any, prompt: list[list[Piece]]) -> tuple[list[list[T
 
 # %% ../nbs/05h_unets.ipynb #d52465e3
 def token_rows(tokenizer: Any, prompts: list[list[list[Token]]], chunks: int) -> list[list[Token]]:
-    "Chunks of tokens for each prompt -> `chunks` rows for each, with begin, end and padding."
+    "Prompts, each as its chunks of tokens -> `chunks` rows for each, with begin, end and padding."
     begin = Token(tokenizer.bos_token_id)
     end = Token(tokenizer.eos_token_id)
     padding = Token(tokenizer.pad_token_id)
@@ -91,8 +91,9 @@ def weigh_tokens(embeds: torch.Tensor, weights: Sequence[float]) -> torch.Tensor
 
 # %% ../nbs/05h_unets.ipynb #dee68adc
 def encode_rows(parts: Components, encoder: Any, rows: list[list[Token]]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    "Rows of tokens through one encoder -> weighted embeddings [R, T, D], and for SDXL the pooled ones [R, P]."
-    # On a GPU the number of rows decides in which order a kernel sums: one size, one result.
+    "Rows of tokens through one encoder -> weighted embeddings [R, T, D], and its first output (SDXL: pooled [R, P])."
+    # On a GPU the number of rows decides in which order a kernel sums. So every call is padded to a multiple of
+    # eight rows, and the same prompt gets the same result.
     padding = rows[:1] * (-len(rows) % 8) if parts.device.type == "cuda" else []
     ids = [[token.id for token in row] for row in rows + padding]
     out = encoder(torch.tensor(ids, device=parts.device), output_hidden_states=parts.xl)
@@ -112,18 +113,20 @@ def encode_texts(parts: Components, texts: list[str], chunks: int) -> list[Text]
     cut = [""] * n
     for tokenizer, encoder in zip(parts.tokenizers, parts.text_encoders):
         split = [chunk_tokens(tokenizer, pieces_of(text, parts.row.weights)) for text in texts]
+        # the encoders' tokenizers may cut at different words: the longer rest is reported
         cut = [max(before, rest, key=len) for before, (_, rest) in zip(cut, split)]
         rows = token_rows(tokenizer, [tokens for tokens, _ in split], chunks)
         embeds, pooled = encode_rows(parts, encoder, rows)
         per_encoder.append(embeds.reshape(n, -1, embeds.shape[-1]))
     embeds = torch.cat(per_encoder, dim=-1).to(parts.dtype)
+    # of several chunks, the first one's pooled vector counts
     pools = [None] * n if pooled is None else list(pooled.reshape(n, chunks, -1)[:, :1].unbind(0))
-    return [Text(*both) for both in zip(embeds.split(1), pools, cut)]
+    return [Text(*one) for one in zip(embeds.split(1), pools, cut)]
 
 # %% ../nbs/05h_unets.ipynb #93cbce20
 @dataclass(frozen=True)
 class UNetConditions(Conditions):
-    "Conditions with what `UNetInput` has besides."
+    "Conditions with the further inputs of `UNetInput`."
     pooled: torch.Tensor | None = None
     time_ids: torch.Tensor | None = None
     guidance: torch.Tensor | None = None
@@ -157,7 +160,7 @@ def most_steps(scheduler: Any) -> int:
 
 # %% ../nbs/05h_unets.ipynb #b28e1f53
 def timetable(scheduler: Any, steps: int, strength: float | None) -> int:
-    "Set the scheduler up -> its first step."
+    "Set the scheduler up -> the index of the first step to run."
     if strength is None:
         scheduler.set_timesteps(steps)
         return 0
@@ -171,12 +174,12 @@ def timetable(scheduler: Any, steps: int, strength: float | None) -> int:
 class UNets(Denoiser):
     "Stable Diffusion 1.5 and 2, SDXL, LCMs."
     def measure(self, text: str) -> int:
-        "Chunks of CLIP's limit."
+        "The number of chunks that a prompt fills."
         pieces = pieces_of(text, self.parts.row.weights)
         return max(len(chunk_tokens(tokenizer, pieces)[0]) for tokenizer in self.parts.tokenizers)
 
     def tokens(self, size: int, p: Picture) -> int:
-        "Tokens of `size` chunks."
+        "The number of tokens in `size` chunks."
         return size * self.parts.tokenizers[0].model_max_length
 
     def encode(self, texts: list[str], size: int) -> list[Text]:
@@ -188,7 +191,7 @@ class UNets(Denoiser):
         return unet_conditions(self.parts, p, texts)
 
     def set_up(self, scheduler: Any, p: Picture) -> int:
-        "`timetable` of a picture."
+        "Give a scheduler the timetable of a picture -> the index of the first step to run."
         return timetable(scheduler, p.steps, p.strength)
 
     def inputs(self, sample: torch.Tensor, time: torch.Tensor, given: Conditions) -> UNetInput:
@@ -197,5 +200,5 @@ class UNets(Denoiser):
         return UNetInput(sample, time, given.text, given.pooled, given.time_ids, given.guidance)
 
     def overflows(self, dtype: torch.dtype) -> bool:
-        "SDXL's in fp16. On other VAEs the same flag is only a default, and they are fine."
+        "True for SDXL's VAE in fp16. Other VAEs carry the flag `force_upcast` too, but only by default."
         return self.parts.xl and dtype == torch.float16 and bool(self.parts.vae.config.get("force_upcast"))
