@@ -48,7 +48,7 @@ def drop_caches(parts: Components) -> None:
 
 # %% ../nbs/08d_engine.ipynb #4c191848
 class Ladder:
-    "What is tried after a call has failed. `rows`: how large a batch may be now, at most `most`."
+    "What is tried after a call has failed. `rows`: how many rows a call may have now, at most `most` (AURA_MAX_BATCH)."
     def __init__(self, parts: Components, most: int):
         self.parts, self.most, self.rows = parts, most, most
         self.spared: Task | None = None             # for this picture the VAE works in tiles

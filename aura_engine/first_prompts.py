@@ -99,7 +99,8 @@ def first_prompts() -> list[FirstPrompt]:
     "All of them, in the order of the tables."
     tables = ANIMALS, FOOD, VEHICLES, PEOPLE, OUTSIDE, PLACES, OBJECTS, DOING, COLOURED, STYLED, FOREIGN
     found = []
-    for row in re.split(r"[;\n]", "\n".join(table.strip() for table in tables)):
+    lines = "\n".join(table.strip() for table in tables)
+    for row in re.split(r"[;\n]", lines):
         text, seen = row.split(":")
         things = tuple(tuple(words.strip().split("/")) for words in seen.split("+"))
         found.append(FirstPrompt(text.strip(), things))

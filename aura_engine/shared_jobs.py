@@ -86,12 +86,14 @@ def with_seed(ask: dict[str, Any], kept: KeptJob) -> dict[str, Any]:
 
 def lose(kept: KeptJob) -> None:
     "End a job whose process is gone."
-    said = "send the request in `ask` again: it makes the same pictures" if kept.ask else "send the request again"
+    if kept.ask: kept.ask = with_seed(kept.ask, kept)
+    seeded = bool(kept.ask) and kept.ask["request"].get("seed") is not None
+    said = "send the request in `ask` again" if kept.ask else "send the request again"
+    if seeded: said += ": the same model makes the same pictures"
     kept.tell(Told("failed", {"problem": EngineGone(f"The engine that made this job is gone; {said}.").problem()}))
     kept.tell(Told("done", {"warnings": []}))
     kept.end()
     kept.lost = True
-    if kept.ask: kept.ask = with_seed(kept.ask, kept)
 
 # %% ../nbs/09g_shared_jobs.ipynb #d0153690
 EVERY = .25                                                   # seconds between two looks
@@ -101,7 +103,7 @@ HOUR = 3600
 # %% ../nbs/09g_shared_jobs.ipynb #d2d7f5a1
 @dataclass
 class Written:
-    "How much of a job is in Redis: events up to this number, and whether its deletion is."
+    "How much of a job Redis has: the events up to number `events`, its beginning, and its deletion."
     events: int = 0
     deleted: bool = False
     begun: bool = False
@@ -115,13 +117,14 @@ class Writer:
         self.written: dict[str, Written] = {}
 
     async def say_alive(self) -> None:
-        "Say that this process lives. What was written before is counted as lost when Redis did not know."
+        "Say that this process lives. If Redis did not know it, all jobs are written again."
         known = await self.redis.set(alive_key(self.process), 1, ex=ALIVE_SECONDS, get=True)
         if not known: self.written.clear()
 
     async def write(self, kept: KeptJob) -> None:
         "Bring the stream of a job up to date."
         state = self.written.setdefault(kept.id, Written())
+        # a deleted job's stream is written from the beginning, without its pictures
         if kept.deleted and not state.deleted: state = Written()
         new = kept.log.events[state.events:]
         if state.begun and not new: return
@@ -234,7 +237,8 @@ class WrittenJobs(JobStore):
             await self.writer.forget(self.kept)
             asked = [self.kept[id] for id in await self.writer.cancelled() if id in self.kept]
         except (RedisError, OSError) as error:
-            if self.reached: log.warning("Redis does not answer: our jobs are known here only", exc_info=error)
+            unseen = "Redis does not answer: other engines cannot see this engine's jobs"
+            if self.reached: log.warning(unseen, exc_info=error)
             self.reached = False
             self.writer.written.clear()                       # nobody knows what arrived
             return
@@ -251,7 +255,7 @@ class WrittenJobs(JobStore):
 
 # %% ../nbs/09g_shared_jobs.ipynb #a4826314
 class SharedJobs(WrittenJobs):
-    "Jobs of several engines. Our own are answered from memory, the others from Redis."
+    "Jobs of several engines. This engine's own are answered from memory, the others from Redis."
     def __init__(self, redis: Any, replica: str | None = None, **bounds: Any):
         super().__init__(redis, replica, **bounds)
         self.far = FarJobs(redis)

@@ -98,6 +98,7 @@ class Origins:
         place = origin.partition("://")[2]
         if place in self.hosts: return False
         arrived = host if sent is None else sent
+        # the browser says it is our own page, and no name was rebound
         if site == "same-origin" and name_in(place) != name_in(arrived.lower()): return False
         return place != host.lower() or not is_certain(host)
 

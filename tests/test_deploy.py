@@ -1086,7 +1086,7 @@ def test_settings_that_somebody_else_changes_end_a_deployment(hub, tree, word):
         if phase == "after" and method == "POST" and path_of_ours in path: space.variables |= rows(ALLOW_ORIGINS="https://b.site")
     hub.watch = another
     out = call(hub, tree, "--origins", "https://a.site", code=4)
-    assert "superseded: variable ALLOW_ORIGINS was set otherwise since" in out and space.variables["ALLOW_ORIGINS"]["value"] == "https://b.site"
+    assert "superseded: somebody else has changed variable ALLOW_ORIGINS since" in out and space.variables["ALLOW_ORIGINS"]["value"] == "https://b.site"
     assert len(hub.writes) == 1 + bool(word) and not (tree / ".env.local").exists()
 
 
@@ -1366,3 +1366,9 @@ def test_the_build_id_names_the_content(tree):
     edit(tree)
     b = bundle.upload_set(tree)
     assert bundle.build_id(a) != bundle.build_id(b) and bundle.build_id(a) == bundle.build_id(dict(reversed(a.items())))
+
+
+def test_a_lock_without_a_date_says_so(hub, tree):
+    lock = (tree / "requirements.lock").read_text()
+    (tree / "requirements.lock").write_text(lock.replace("# Locked on ", "# Locked "))
+    assert "requirements.lock does not say how old it is" in call(hub, tree, *GUIDE, "--dry-run")
