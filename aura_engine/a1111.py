@@ -14,48 +14,57 @@ from typing import Annotated, Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 from PIL import Image as Pillow, ImageFilter, ImageOps
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
+from pydantic_core import PydanticKnownError
 
 # %% auto #0
-__all__ = ['log', 'MEANINGFUL', 'FREE', 'A1111_NAMES', 'MOST_TEXT', 'EMPTY_LISTS', 'REFRESHED', 'ABSENT', 'absent_routes',
-           'a1111_routes', 'a1111_shapes', 'Txt2Img', 'Img2Img', 'unmet', 'samplers_for', 'scheduler_for', 'loras_in',
-           'Understood', 'asked_size', 'understood_ask', 'softened', 'img2img_ask', 'A1111Pictures', 'A1111Error',
-           'a1111_error', 'about_batch', 'info_of', 'echoed', 'A1111Task', 'A1111Tasks', 'tasks_of', 'drawn',
-           'post_txt2img', 'post_img2img', 'A1111State', 'A1111Progress', 'progress_of', 'get_progress', 'TaskName',
-           'LiveProgress', 'post_live_progress', 'post_interrupt', 'A1111Model', 'get_sd_models', 'A1111Sampler',
-           'get_samplers', 'A1111Scheduler', 'get_schedulers', 'A1111Lora', 'get_loras', 'A1111Vae', 'get_sd_vae',
-           'A1111Memory', 'get_memory', 'options_of', 'get_options', 'A1111Options', 'post_options', 'get_cmd_flags',
-           'get_nothing', 'get_scripts', 'get_embeddings', 'get_ping', 'post_nothing', 'get_queue_status', 'png_texts',
-           'PngInfoRequest', 'PngInfo', 'read_png_info', 'post_png_info', 'list_name', 'refusal']
+__all__ = ['log', 'NUMBER', 'MEANINGFUL', 'FREE', 'A1111_NAMES', 'MOST_TEXT', 'EMPTY_LISTS', 'REFRESHED', 'ABSENT',
+           'absent_routes', 'a1111_routes', 'a1111_shapes', 'Txt2Img', 'Img2Img', 'unmet', 'samplers_for',
+           'scheduler_for', 'loras_in', 'Understood', 'asked_size', 'understood_ask', 'softened', 'img2img_ask',
+           'A1111Pictures', 'A1111Error', 'a1111_error', 'about_batch', 'info_of', 'echoed', 'A1111Task', 'A1111Tasks',
+           'tasks_of', 'drawn', 'post_txt2img', 'post_img2img', 'A1111State', 'A1111Progress', 'progress_of',
+           'get_progress', 'TaskName', 'LiveProgress', 'post_live_progress', 'post_interrupt', 'A1111Model',
+           'get_sd_models', 'A1111Sampler', 'get_samplers', 'A1111Scheduler', 'get_schedulers', 'A1111Lora',
+           'get_loras', 'A1111Vae', 'get_sd_vae', 'A1111Memory', 'get_memory', 'options_of', 'get_options',
+           'A1111Options', 'post_options', 'get_cmd_flags', 'get_nothing', 'get_scripts', 'get_embeddings', 'get_ping',
+           'post_nothing', 'get_queue_status', 'png_texts', 'PngInfoRequest', 'PngInfo', 'read_png_info',
+           'post_png_info', 'list_name']
 
 # %% ../nbs/10c_a1111.ipynb #ca30c335
 from . import __version__
 from .answers import Api, Files, begin, files_of, preview_jpeg
 from .app import MAKING, Route
 from .config import Settings
-from aura_engine.dialects import (
-    LONG_PROMPT, MOST_PICTURES, Dialect, Pixels, Size, Wish, own_shape, remade_mask, renamed, shortened, size_made,
-    translated, unused)
+from .dialects import (
+    LONG_PROMPT, MOST_PICTURES, Dialect, Pixels, Size, Wish, own_shape, refusal, remade_mask, renamed, shortened,
+    size_made, translated, unused)
 from .images import MAX_PARTS, PNG_SIGNATURE, from_base64, png_parts, to_base64
 from .infotext import A1111_SAMPLERS, infotext, settings_of
 from .intake import LARGE
 from .models import Row
 from .types import (
-    MAX_N, WHOLE, AuraError, GenerateRequest, Image, Invalid, Note, NotFound, Preview, Receipt, RefineConfig,
-    RefineRequest, Step, shown)
+    MAX_N, VISIBLE, WHOLE, AuraError, GenerateRequest, Image, Invalid, Note, Preview, Receipt, RefineConfig,
+    RefineRequest, Step, Words, shown)
 from .walls import client_behind
 
 log = logging.getLogger("aura_engine.a1111")
 
 # %% ../nbs/10c_a1111.ipynb #10606e1c
+def _no_truth(value: Any) -> Any:
+    if isinstance(value, bool): raise PydanticKnownError("float_type")
+    return value
+
+NUMBER = BeforeValidator(_no_truth)
+
+# %% ../nbs/10c_a1111.ipynb #82b030a3
 class Txt2Img(Dialect):
     "Body of POST /sdapi/v1/txt2img, as far as it is understood."
     model_config = {**Dialect.model_config, "extra": "allow", "strict": False}
-    prompt: str = Field(min_length=1, max_length=LONG_PROMPT)
+    prompt: str = Field(max_length=LONG_PROMPT, json_schema_extra=VISIBLE)
     negative_prompt: str = Field("", max_length=LONG_PROMPT)
     seed: Annotated[int, WHOLE] = -1                          # any
     steps: Annotated[int, Field(ge=1, le=150), WHOLE] | None = None
-    cfg_scale: float | None = Field(None, ge=0, le=30)
+    cfg_scale: Annotated[float, Field(ge=0, le=30), NUMBER] | None = None
     width: Pixels | None = None                               # None: the model's own size
     height: Pixels | None = None
     batch_size: Annotated[int, Field(ge=1, le=MOST_PICTURES), WHOLE] = 1
@@ -67,15 +76,15 @@ class Txt2Img(Dialect):
     force_task_id: str | None = Field(None, max_length=100)
     override_settings: dict[str, Any] = {}
 
-# %% ../nbs/10c_a1111.ipynb #82b030a3
+# %% ../nbs/10c_a1111.ipynb #a1bf769c
 class Img2Img(Txt2Img):
     "Body of POST /sdapi/v1/img2img. The pictures are base64."
     init_images: list[str] = Field(
         min_length=1, max_length=MAX_N, json_schema_extra={"items": {"type": "string", "format": "picture"}})
-    denoising_strength: float = Field(0.75, ge=0, le=1)
+    denoising_strength: Annotated[float, Field(ge=0, le=1), NUMBER] = 0.75
     resize_mode: Annotated[int, Field(ge=0, le=3), WHOLE] = 0         # 0 stretches
     mask: str | None = Field(None, json_schema_extra={"format": "picture"})
-    mask_blur: Annotated[float, Field(ge=0, le=64)] = 4               # pixels of the mask
+    mask_blur: Annotated[float, Field(ge=0, le=64), NUMBER] = 4               # pixels of the mask
     inpainting_mask_invert: Annotated[int, Field(ge=0, le=1), WHOLE] = 0
     inpaint_full_res: bool = True
     inpaint_full_res_padding: Annotated[int, Field(ge=0, le=512), WHOLE] = 0
@@ -86,7 +95,8 @@ _OFF = (0, "", {}, "None")
 MEANINGFUL = {
     "enable_hr": _OFF, "restore_faces": _OFF, "tiling": _OFF, "subseed_strength": (0, 0.0), "styles": _OFF,
     "script_name": _OFF, "alwayson_scripts": _OFF, "inpainting_fill": (1,), "clip_skip": (0, 1),
-    "refiner_checkpoint": _OFF, "scheduler": ("automatic", "Automatic", "karras", "Karras", ""), "eta": (0, 0.0)}
+    "refiner_checkpoint": _OFF, "scheduler": ("automatic", "Automatic", "karras", "Karras", ""),
+    "eta": (0, 1)}                               # the web UI's own: 0 for DDIM, 1 for the ancestral samplers
 
 def unmet(ask: Txt2Img) -> list[Note]:
     "The notes about fields that ask for what this engine does not do."
@@ -96,7 +106,9 @@ def unmet(ask: Txt2Img) -> list[Note]:
         if given in (None, []) or given is False: continue
         # true is no number, although it equals 1
         if given is not True and given in harmless: continue
-        notes.append(unused(name, given, "this engine does not do it"))
+        # the settings of scripts are long, and their names say enough
+        said = Words(", ".join(given)) if name == "alwayson_scripts" and isinstance(given, dict) else given
+        notes.append(unused(name, said, "this engine does not do it"))
     return notes
 
 # %% ../nbs/10c_a1111.ipynb #0625d83d
@@ -603,11 +615,6 @@ ABSENT = {
     "/sdapi/v1/unload-checkpoint": "The model stays loaded. SD_MODEL_ID names it when the engine starts.",
     "/sdapi/v1/reload-checkpoint": "The model stays loaded. SD_MODEL_ID names it when the engine starts.",
     "/controlnet/{rest:path}": f"No ControlNet is here: {_MASKED}."}
-
-def refusal(why: str) -> Callable:
-    "A handler that answers 404 with the reason."
-    async def refuse(request: Request) -> Response: raise NotFound(why)
-    return refuse
 
 absent_routes = tuple(
     _a1111(method, path, refusal(why), listed=False) for path, why in ABSENT.items() for method in ("GET", "POST"))

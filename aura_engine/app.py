@@ -5,7 +5,8 @@
 # %% ../nbs/09f_app.ipynb #9a11aab8
 from __future__ import annotations
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -342,7 +343,7 @@ def openapi(app: FastAPI, made: Callable[[], dict[str, Any]], table: Sequence[Ro
     for r in table:
         read: dict[str, Any] = {}
         for media, model in bodies_read(r).items():
-            read |= content(media, bodies.get((r.method, r.path, media), model))
+            read |= content(media, bodies.get((r.method, r.path, media)) or deepcopy(model))
         if not read: continue
         operation = document["paths"][r.path][r.method.lower()]
         operation["requestBody"] = {"required": True, "content": read}
@@ -352,11 +353,19 @@ def openapi(app: FastAPI, made: Callable[[], dict[str, Any]], table: Sequence[Ro
 
 # %% ../nbs/09f_app.ipynb #657e5ff3
 def _name_loras(document: dict[str, Any], aliases: tuple[str, ...]) -> None:
-    "A LoRA is one of `aliases`, or null. Without any it stays a text: clients made from it take one later."
+    """A LoRA is one of `aliases`, or null (in a form: left out). Without any it stays a text: clients made from it take
+    one later."""
     none = {"anyOf": [{"type": "string", "maxLength": 0}, {"type": "null"}]}
-    choice = {**({"enum": [*aliases, None]} if aliases else none), "title": "Lora",
-              "description": "A LoRA of this engine (SD_LORAS), by its alias."}
-    for schema in document["components"]["schemas"].values():
+    about = {"title": "Lora", "description": "A LoRA of this engine (SD_LORAS), by its alias."}
+    choice = {**({"enum": [*aliases, None]} if aliases else none), **about}
+    in_form = {"type": "string", **({"enum": [*aliases]} if aliases else {"maxLength": 0}), **about}
+    for schema in (*document["components"]["schemas"].values(), *_forms(document)):
         fields = schema.get("properties", {})
         for name, one in fields.items():
-            if one.get("format") == "lora-alias": fields[name] = choice
+            if one.get("format") == "lora-alias": fields[name] = choice if "anyOf" in one else in_form
+
+def _forms(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            form = operation.get("requestBody", {}).get("content", {}).get("multipart/form-data")
+            if form: yield form["schema"]

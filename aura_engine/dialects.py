@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 # %% auto #0
 __all__ = ['Asked', 'Pixels', 'SIDE', 'Size', 'WALKS', 'LONG_PROMPT', 'MOST_PICTURES', 'MOST_PIXELS', 'size_asked', 'to_size',
            'own_shape', 'nullable', 'Dialect', 'translated', 'renamed', 'with_alpha', 'remade_mask', 'unused',
-           'shortened', 'whole_words', 'warning_header', 'Wish', 'multiplied', 'size_made', 'enlarged']
+           'unknown_fields', 'shortened', 'whole_words', 'refusal', 'warning_header', 'Wish', 'multiplied', 'size_made',
+           'enlarged']
 
 # %% ../nbs/10_dialects.ipynb #5c9dbfb6
 from .answers import Api, Finish, Order
@@ -24,7 +25,7 @@ from .images import (
     decode_cost, encode, essential, facts_of, from_base64, jpeg_parts, png_parts, to_base64, webp_parts)
 from .intake import DecodeCost
 from .models import Row
-from .types import MAX_PROMPT, MAX_SEED, WHOLE, FieldError, Invalid, Note, Picture, Words, shown
+from .types import MAX_PROMPT, MAX_SEED, WHOLE, FieldError, Invalid, Note, NotFound, Picture, Words, shown
 from .walls import client_behind
 
 Asked = TypeVar("Asked", bound=BaseModel)
@@ -128,6 +129,11 @@ def unused(field: str, given: Any, why: str) -> Note:
     text = f"{field} {shown(given, 40)} has no effect: {why}."
     return Note(field, shown(given, 40), "ignored", text)
 
+def unknown_fields(given: Mapping[str, Any]) -> list[Note]:
+    "The notes about fields that are not known here: a slip of the pen, or what another engine has."
+    first = list(given.items())[:10]
+    return [unused(shown(name, 40)[1:-1], value, "it is not known here") for name, value in first]
+
 # %% ../nbs/10_dialects.ipynb #27d33f9a
 def shortened(prompt: str, notes: list[Note], field: str = "prompt", most: int = MAX_PROMPT) -> str:
     "The part of a prompt that is read, `most` characters; a note says when it is not all of it."
@@ -145,6 +151,12 @@ def whole_words(text: str, most: int) -> str:
     head, *last = kept.rsplit(None, 1)
     # what is longer is no word: a language without spaces
     return head if last and len(last[0]) <= 60 else kept
+
+# %% ../nbs/10_dialects.ipynb #f193f043
+def refusal(why: str) -> Callable:
+    "A handler that answers 404 with the reason."
+    async def refuse(request: Request) -> None: raise NotFound(why)
+    return refuse
 
 # %% ../nbs/10_dialects.ipynb #e74054ff
 def warning_header(warnings: Iterable[str]) -> dict[str, str]:

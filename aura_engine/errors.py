@@ -4,7 +4,7 @@
 
 # %% ../nbs/09a_errors.ipynb #b0d831a7
 from __future__ import annotations
-import math
+import json, math
 from collections.abc import Callable, Iterable
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
@@ -73,6 +73,7 @@ def error_response(error: AuraError, request_id: str = "", shape: Shape | None =
     headers = error_headers(error)
     if shape is None:
         problem = error.problem(request_id)
+        headers["x-error-message"] = json.dumps(error.detail[:300])[1:-1]      # ASCII, and one line
         return JSONResponse(problem, error.status, headers, media_type="application/problem+json")
     status, body = shape(error)
     return JSONResponse(body, status, headers)

@@ -12,12 +12,13 @@ from fastapi.responses import Response
 from pydantic import Field, TypeAdapter
 from .answers import answer_kind, begin, files_of
 from .app import FILE, MAKING, Route, parsed_body
-from .dialects import (
-    LONG_PROMPT, Dialect, Pixels, Size, Wish, own_shape, renamed, shortened, translated, unused, warning_header)
+from aura_engine.dialects import (
+    LONG_PROMPT, Dialect, Pixels, Size, Wish, own_shape, renamed, shortened, translated, unknown_fields, unused,
+    warning_header)
 from .images import JPEG_SIGNATURE, MIME, PNG_SIGNATURE, receipt_of, to_base64
 from .intake import LARGE, check_type, read_body
 from .types import (
-    VISIBLE, GenerateRequest, Invalid, Lora, Note, RefineConfig, RefineRequest, Seed, Steps, Words, shown)
+    VISIBLE, GenerateRequest, Invalid, Lora, Note, RefineConfig, RefineRequest, Seed, Steps, Words)
 from .walls import client_behind
 
 # %% auto #0
@@ -117,11 +118,10 @@ def hf_size(given: HfParameters) -> Size | None:
 def hf_notes(ask: HfAsk) -> list[Note]:
     "What of a request has no effect here."
     given = ask.given
-    unknown = (given.model_extra or {}).items()
-    notes = [unused(shown(name, 40)[1:-1], value, "it is not known here") for name, value in unknown]
+    notes = unknown_fields(given.model_extra or {})
     if given.strength is not None and ask.picture is None:
         notes.append(unused("strength", given.strength, "there is no picture to start from"))
-    return notes[:10]
+    return notes
 
 # %% ../nbs/10b_huggingface.ipynb #e547a9d0
 HF_NAMES = {

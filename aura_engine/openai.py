@@ -16,13 +16,14 @@ from PIL import Image as Pillow, ImageOps
 from pydantic import BaseModel, Field, Json, TypeAdapter, ValidationError
 
 # %% auto #0
-__all__ = ['QUALITY', 'THEIR_NAMES', 'NO_USAGE', 'NOT_COMPOSED', 'EDIT_FORM', 'OPENAI_FAULTS', 'openai_routes', 'ImagesRequest',
-           'ImageAddress', 'EditRequest', 'steps_for', 'notes_on', 'Common', 'common', 'openai_error', 'OpenAIFault',
-           'OpenAIError', 'OpenAIImage', 'OpenAIAbout', 'OpenAIImages', 'OpenAIEvent', 'OpenAIFrame', 'OpenAIModel',
-           'OpenAIModels', 'described', 'Shelved', 'Shelf', 'shelf_of', 'get_picture', 'openai_json', 'Partials',
-           'openai_event', 'completed', 'partial_image', 'openai_events', 'openai_stream', 'openai_answer',
-           'post_generations', 'Edit', 'picture_text', 'json_edit', 'form_edit', 'file_field', 'read_edit', 'edit_wish',
-           'mask_of_hole', 'post_edits', 'post_variations', 'get_models', 'get_model']
+__all__ = ['QUALITY', 'MEANINGLESS', 'THEIR_NAMES', 'NO_USAGE', 'NOT_COMPOSED', 'ONLY_PICTURES', 'ELSEWHERE', 'WITHOUT_V1',
+           'WHY_ABSENT', 'openai_absent', 'OPENAI_FAULTS', 'openai_routes', 'ImagesRequest', 'ImageAddress',
+           'EditRequest', 'steps_for', 'notes_on', 'Common', 'common', 'openai_error', 'OpenAIFault', 'OpenAIError',
+           'OpenAIImage', 'OpenAIAbout', 'OpenAIImages', 'OpenAIEvent', 'OpenAIFrame', 'OpenAIModel', 'OpenAIModels',
+           'described', 'Shelved', 'Shelf', 'shelf_of', 'get_picture', 'openai_json', 'Partials', 'openai_event',
+           'completed', 'partial_image', 'openai_events', 'openai_stream', 'openai_answer', 'post_generations', 'Edit',
+           'picture_text', 'json_edit', 'form_edit', 'file_field', 'read_edit', 'edit_wish', 'mask_of_hole',
+           'post_edits', 'post_variations', 'get_models', 'get_model', 'in_form', 'edit_form']
 
 # %% ../nbs/10a_openai.ipynb #da5ba244
 from .answers import Api, Files, OrderedJob, begin, event_stream, file_of, files_of, follow, sse_frame
@@ -30,8 +31,8 @@ from .app import FILE, MAKING, Route, parsed_body
 from .bodies import ReceiptBody
 from .config import Settings
 from .dialects import (
-    LONG_PROMPT, MOST_PICTURES, SIDE, Dialect, Size, Wish, own_shape, remade_mask, renamed, shortened, size_asked,
-    size_made, to_size, translated, unused)
+    LONG_PROMPT, MOST_PICTURES, SIDE, Dialect, Size, Wish, own_shape, refusal, remade_mask, renamed, shortened,
+    size_asked, size_made, to_size, translated, unknown_fields, unused)
 from .errors import as_error, invalid
 from .images import MIME, encode, to_base64
 from .intake import LARGE, read_form
@@ -44,6 +45,7 @@ from .walls import client_behind
 # %% ../nbs/10a_openai.ipynb #c2d86564
 class ImagesRequest(Dialect):
     "Body of POST /v1/images/generations, and what it has in common with an edit."
+    model_config = {**Dialect.model_config, "extra": "allow"}
     prompt: str = Field(max_length=LONG_PROMPT, json_schema_extra=VISIBLE)        # cut later, with a warning
     model: str = Field("", max_length=200)
     n: Annotated[int, Field(ge=1, le=MOST_PICTURES), WHOLE] = 1
@@ -98,9 +100,12 @@ def steps_for(ask: ImagesRequest, row: Row, notes: list[Note]) -> int | None:
     return None
 
 # %% ../nbs/10a_openai.ipynb #3912007d
+MEANINGLESS = ("user", "moderation")                          # what they say changes no picture
+
 def notes_on(ask: ImagesRequest) -> list[Note]:
     "What of a request has no effect here."
-    notes = []
+    unknown = {name: given for name, given in (ask.model_extra or {}).items() if name not in MEANINGLESS}
+    notes = unknown_fields(unknown)
     if ask.style: notes.append(unused("style", ask.style, "say it in the prompt"))
     if ask.background not in ("auto", "opaque"):
         notes.append(unused("background", ask.background, "this model's pictures are opaque"))
@@ -486,21 +491,44 @@ async def get_model(request: Request, id: str) -> Response:
     return JSONResponse(_model(request)) if id else await get_models(request)
 
 # %% ../nbs/10a_openai.ipynb #438556b4
-_TEXTS = {"prompt": {"type": "string", "maxLength": LONG_PROMPT, **VISIBLE}, "image": FILE, "mask": FILE,
-          "n": {"type": "integer", "minimum": 1, "maximum": MOST_PICTURES}}
-EDIT_FORM = {"type": "object", "required": ["prompt", "image"], "properties": _TEXTS}
+def in_form(schema: dict[str, Any]) -> dict[str, Any]:
+    "The schema of a field as a form has it: without `null`, and without the default that says the same."
+    kept = {key: value for key, value in schema.items() if key not in ("anyOf", "default", "title")}
+    first = next((one for one in schema.get("anyOf", ()) if one != {"type": "null"}), {})
+    return {key: value for key, value in (first | kept).items() if key not in ("default", "title")}
+
+def edit_form() -> dict[str, Any]:
+    "The schema of an edit as a form."
+    fields = EditRequest.model_json_schema()["properties"]
+    texts = {name: in_form(field) for name, field in fields.items() if name not in ("image", "images", "mask")}
+    return {"type": "object", "required": ["prompt", "image"], "properties": {**texts, "image": FILE, "mask": FILE}}
+
+# %% ../nbs/10a_openai.ipynb #da7f6d28
+ONLY_PICTURES = ("This engine makes pictures. Of OpenAI's API it has /v1/images/generations, /v1/images/edits and "
+                 "/v1/models.")
+ELSEWHERE = ("/v1", *(f"/v1/{path}" for path in (
+    "chat/completions", "completions", "responses", "embeddings", "moderations", "audio/{rest:path}")))
+WITHOUT_V1 = ("images/generations", "images/edits", "models", "chat/completions", "responses")
+WHY_ABSENT = dict.fromkeys(ELSEWHERE, ONLY_PICTURES) | {
+    f"/{path}": f"The base address of OpenAI's API ends in /v1: /v1/{path} instead of /{path}." for path in WITHOUT_V1}
+
+openai_absent = tuple(
+    Route(method, path, refusal(why), listed=False) for path, why in WHY_ABSENT.items() for method in ("GET", "POST"))
+
+# %% ../nbs/10a_openai.ipynb #812667f1
 OPENAI_FAULTS = (*(code for code in MAKING if code != 422), "4XX")
 
-# %% ../nbs/10a_openai.ipynb #89aa4875
+# %% ../nbs/10a_openai.ipynb #005aa19c
 _openai: Callable[..., Route] = partial(Route, fault=OpenAIError)
 _draws: Any = partial(_openai, "POST", keyed=True, ok=OpenAIImages, events=OpenAIFrame, errors=OPENAI_FAULTS)
 openai_routes = (
     _draws("/v1/images/generations", post_generations, ImagesRequest),
     _draws("/v1/images/edits", post_edits,
-           reads={"multipart/form-data": EDIT_FORM, "application/json": EditRequest}),
+           reads={"multipart/form-data": edit_form(), "application/json": EditRequest}),
     _openai("POST", "/v1/images/variations", post_variations, keyed=True, errors=OPENAI_FAULTS),
     _openai("GET", "/v1/models", get_models, ok=OpenAIModels),
     _openai("GET", "/v1/models/{id:path}", get_model, ok=OpenAIModel),
     Route("GET", "/pictures/{name}", get_picture, media=tuple(MIME.values()), errors=(404, 500)),
     Route("HEAD", "/pictures/{name}", get_picture, errors=(404, 500)),
+    *openai_absent,
 )

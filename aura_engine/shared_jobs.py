@@ -6,19 +6,20 @@
 from __future__ import annotations
 import asyncio, json, logging, re, uuid
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
-from .answers import OrderedJob, Told, sse_frame
+from .answers import OrderedJob, Told
 from .job_routes import JobStore, KeptJob
 from .types import AuraError, NotReady
 
 log = logging.getLogger("aura_engine.shared_jobs")
 
 # %% auto #0
-__all__ = ['log', 'SHARED_ID', 'EVERY', 'ALIVE_SECONDS', 'HOUR', 'stream_of', 'alive_key', 'cancel_key', 'entry_of', 'told_in',
-           'EngineGone', 'StoreUnreachable', 'FarJob', 'far_job', 'number_of', 'with_seed', 'lose', 'Written', 'Writer',
-           'redis_reached', 'FarJobs', 'WrittenJobs', 'SharedJobs', 'shared_jobs']
+__all__ = ['log', 'SHARED_ID', 'Entries', 'EVERY', 'ALIVE_SECONDS', 'HOUR', 'WAIT', 'stream_of', 'alive_key', 'cancel_key',
+           'entry_of', 'told_in', 'EngineGone', 'StoreUnreachable', 'FarJob', 'far_job', 'number_of', 'with_seed',
+           'lose', 'Written', 'Writer', 'redis_reached', 'entries_read', 'FarReader', 'FarJobs', 'WrittenJobs',
+           'SharedJobs', 'shared_jobs']
 
 # %% ../nbs/09g_shared_jobs.ipynb #522955db
 def stream_of(id: str) -> str:
@@ -52,26 +53,40 @@ class EngineGone(AuraError, status=410, code="engine_gone"): "The engine of this
 class StoreUnreachable(NotReady, code="store_unreachable"): "The store of jobs does not answer"
 
 # %% ../nbs/09g_shared_jobs.ipynb #d2f9a760
-@dataclass
-class FarJob:
-    "A job that another process runs: the process, and the job as its stream tells it."
-    process: str
-    kept: KeptJob
+Entries = Sequence[tuple[str, dict[str, str]]]                # (id, fields), as Redis returns them
 
-def far_job(id: str, entries: Sequence[tuple[str, dict[str, str]]]) -> FarJob:
-    "The job of a stream's entries; the first one names the process."
+class FarJob(KeptJob):
+    "A job that another process runs, as its stream tells it."
+    def __init__(self, id: str, process: str, ask: dict[str, Any] | None):
+        super().__init__(id, ask=ask)
+        self.process = process
+        self.readers = 0                                      # of our own clients, who follow it
+
+    @property
+    def last(self) -> str:
+        "The id of the last entry that was taken."
+        return f"{len(self.log.events)}-1"
+
+    def take(self, entries: Entries) -> None:
+        "Bring the job up to date with entries that follow the last one."
+        for id, entry in entries:
+            if entry["name"] == "deleted":
+                self.forget()
+                self.log.close()
+            else: self._tell(number_of(id), told_in(entry))
+
+    def _tell(self, number: int, event: Told) -> None:
+        while len(self.log.events) < number - 1: self.log.add(None)      # previews have numbers too
+        self.tell(event)
+        if event.name == "done": self.end()
+
+# %% ../nbs/09g_shared_jobs.ipynb #88782bf4
+def far_job(id: str, entries: Entries) -> FarJob:
+    "The job of a stream's entries from the beginning; the first one names the process."
     (_, first), *rest = entries
-    ask = json.loads(first["ask"])
-    kept = KeptJob(id, ask=ask)
-    for number, entry in rest:
-        if entry["name"] == "deleted": kept.forget()
-        else: _tell(kept, number_of(number), told_in(entry))
-    return FarJob(first["process"], kept)
-
-def _tell(kept: KeptJob, number: int, event: Told) -> None:
-    while len(kept.log.events) < number - 1: kept.log.add(None)      # previews have numbers too
-    kept.tell(event)
-    if event.name == "done": kept.end()
+    far = FarJob(id, first["process"], json.loads(first["ask"]))
+    far.take(rest)
+    return far
 
 def number_of(id: str) -> int:
     "'12-1' -> 12: the number of an event in its stream."
@@ -163,35 +178,72 @@ def redis_reached() -> Iterator[None]:
         raise StoreUnreachable(said, retry_after=5) from None
 
 # %% ../nbs/09g_shared_jobs.ipynb #1370ac56
-class FarJobs:
-    "Reads the jobs of other processes from Redis. StoreUnreachable when it does not answer."
+WAIT = 1000                                                   # milliseconds of a wait: less than `socket_timeout`
+
+def entries_read(answer: Any) -> Entries:
+    "The entries of one stream in Redis's answer to XREAD, of either version of its protocol."
+    if not answer: return ()
+    if isinstance(answer, dict): return next(iter(answer.values()))[0]
+    return answer[0][1]
+
+# %% ../nbs/09g_shared_jobs.ipynb #bf097f84
+class FarReader:
+    "Reads streams of jobs from Redis."
     def __init__(self, redis: Any): self.redis = redis
 
-    async def job(self, id: str) -> FarJob | None:
-        "The job of an id; None when there is none."
-        with redis_reached():
-            entries = await self.redis.xrange(stream_of(id))
-            if not entries: return None
-            far = far_job(id, entries)
-            if not (far.kept.ended or far.kept.deleted or await self.lives(far.process)): lose(far.kept)
-            return far
+    async def whole(self, id: str) -> FarJob | None:
+        "The job of an id from its beginning; None when there is none."
+        entries = await self.redis.xrange(stream_of(id))
+        if not entries: return None
+        far = far_job(id, entries)
+        if not (far.ended or far.deleted or await self.lives(far.process)): lose(far)
+        return far
+
+    async def go_on(self, far: FarJob) -> None:
+        "Wait a moment for new entries and take them. A job whose stream or process is gone ends."
+        key = stream_of(far.id)
+        new = entries_read(await self.redis.xread({key: far.last}, block=WAIT))
+        far.take(new)
+        if new: return
+        if not await self.redis.exists(key): far.log.close()
+        elif not await self.lives(far.process): lose(far)
 
     async def lives(self, process: str) -> bool:
         "Whether a process runs."
         return bool(await self.redis.exists(alive_key(process)))
 
-    async def follow(self, kept: KeptJob, after: int) -> AsyncGenerator[bytes]:
+# %% ../nbs/09g_shared_jobs.ipynb #e9210247
+class FarJobs(FarReader):
+    "The jobs of other processes. StoreUnreachable when Redis does not answer."
+    def __init__(self, redis: Any):
+        super().__init__(redis)
+        self.followed: dict[str, FarJob] = {}
+
+    async def job(self, id: str) -> FarJob | None:
+        "The job of an id; None when there is none."
+        with redis_reached(): return await self.whole(id)
+
+    async def follow(self, far: FarJob, after: int) -> AsyncGenerator[bytes]:
         "The events of a job with numbers above `after`, as frames, as they happen."
-        while True:
-            events = kept.log.events
-            for number, event in enumerate(events[after:], after + 1):
-                if event: yield sse_frame(event.name, event.data, number)
-            after = max(after, len(events))
-            if kept.ended or kept.deleted: return
-            await asyncio.sleep(EVERY)
-            far = await self.job(kept.id)
-            if far is None: return
-            kept = far.kept
+        far = self.followed.setdefault(far.id, far)           # everybody follows the same one
+        far.readers += 1
+        if far.task is None: far.task = asyncio.create_task(self._keep_up(far))
+        try:
+            async with aclosing(far.log.read(after)) as frames:
+                async for frame in frames: yield frame
+        finally:
+            far.readers -= 1
+            if not far.readers:
+                far.task.cancel()
+                self.followed.pop(far.id, None)
+
+    async def _keep_up(self, far: FarJob) -> None:
+        try:
+            with redis_reached():
+                while not far.log.closed: await self.go_on(far)
+        # the streams end early, and a client that asks for the rest is told why
+        except StoreUnreachable: log.warning("Redis does not answer: streams of other engines' jobs end")
+        finally: far.log.close()
 
     async def cancel(self, id: str) -> None:
         "Have a job stopped by the process that runs it, and wait a moment. What a lost process left is removed."
@@ -206,7 +258,7 @@ class FarJobs:
         for _ in range(8):
             await asyncio.sleep(EVERY)
             far = await self.job(id)
-            if far is None or far.kept.deleted: return
+            if far is None or far.deleted: return
 
 # %% ../nbs/09g_shared_jobs.ipynb #e0d09526
 class WrittenJobs(JobStore):
@@ -263,11 +315,11 @@ class SharedJobs(WrittenJobs):
     async def find(self, id: str) -> KeptJob:
         "The job of an id, wherever it runs. NotFound; StoreUnreachable when it may be another engine's."
         far = await self.far.job(id) if id not in self.kept and SHARED_ID.fullmatch(id) else None
-        return far.kept if far else await super().find(id)
+        return far or await super().find(id)
 
     def follow(self, kept: KeptJob, after: int) -> AsyncGenerator[bytes]:
         "The events of a job with numbers above `after`, as frames, as they happen."
-        return super().follow(kept, after) if kept.id in self.kept else self.far.follow(kept, after)
+        return self.far.follow(kept, after) if isinstance(kept, FarJob) else super().follow(kept, after)
 
     async def cancel(self, kept: KeptJob) -> None:
         "Stop a job and free its pictures, wherever it runs."

@@ -30,8 +30,8 @@ from .types import (
 # %% auto #0
 __all__ = ['Ask', 'ROUTES', 'GUIDE', 'SPACE_PAGE', 'AN_ADDRESS', 'CLOUD_VARIABLE', 'QUICK', 'PATIENT', 'BROKEN', 'Replay',
            'checked', 'as_base64', 'GenerateOptions', 'generation', 'mask_as_base64', 'refinement', 'repetition',
-           'json_body', 'error_from', 'error_in', 'is_near', 'event_of', 'events_in', 'engine_url', 'cloud_url',
-           'Proxy', 'proxy_for', 'Door', 'connections', 'Wire', 'Probed', 'Remote', 'Broken', 'InProcess',
+           'json_body', 'error_from', 'error_in', 'is_near', 'event_of', 'events_in', 'without_password', 'engine_url',
+           'cloud_url', 'Proxy', 'proxy_for', 'Door', 'connections', 'Wire', 'Probed', 'Remote', 'Broken', 'InProcess',
            'until_ready', 'planned']
 
 # %% ../nbs/12a_transport.ipynb #b90302ca
@@ -251,6 +251,12 @@ def _events_of_json(r: httpx.Response, name: str) -> list[Event]:
     return [*out, Done(tuple(made.get("warnings", ())))]
 
 # %% ../nbs/12a_transport.ipynb #e2bfc2ff
+def without_password(address: str) -> str:
+    "An address as it may be shown: a name and a password before the host become an ellipsis."
+    # The last @, because a password may hold one, and the address may be wrong.
+    return re.sub(r"^(\w+://)?.*@", r"\1…@", address)
+
+# %% ../nbs/12a_transport.ipynb #c922e878
 # The path of a Space's page: owner and name.
 SPACE_PAGE = re.compile(r"/spaces/([^/]+)/([^/]+)/?")
 AN_ADDRESS = "an address like http://127.0.0.1:7860 or https://me-engine.hf.space"
@@ -260,7 +266,7 @@ def engine_url(text: str, name: str = "engine") -> str:
     try: url = httpx.URL(_completed(text.strip()))
     except httpx.InvalidURL: url = httpx.URL("")
     if url.scheme not in ("http", "https") or not url.host:
-        raise Invalid(f"{name}: given {shown(text)}, allowed: {AN_ADDRESS}.")
+        raise Invalid(f"{name}: given {shown(without_password(text))}, allowed: {AN_ADDRESS}.")
     if (url.port or 0) > 65535: raise Invalid(f"{name}: given port {url.port}, allowed: 0 to 65535.")
     space = SPACE_PAGE.fullmatch(url.path) if url.host == "huggingface.co" else None
     if space is None: return str(url).rstrip("/")
@@ -388,14 +394,15 @@ BROKEN = (httpx.HTTPError, httpx.InvalidURL, OSError, OverflowError, UnicodeErro
 class Wire(Door):
     "The connections to an engine. `api_key` goes as a Bearer token."
     def __init__(self, name: str, url: str, api_key: str | None = None):
-        super().__init__(name, engine_url(url, name))
+        self.address = engine_url(url, name)
+        super().__init__(name, without_password(self.address))
         self.api_key = (api_key or "").strip() or None
         self._http: httpx.AsyncClient | None = None
 
     @property
     def http(self) -> httpx.AsyncClient:
         "The connections, made when they are first needed."
-        if self._http is None: self._http = connections(self.url, self.api_key)
+        if self._http is None: self._http = connections(self.address, self.api_key)
         return self._http
 
     def lost(self, e: Exception) -> Unreachable:

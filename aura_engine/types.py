@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError
 from pydantic import field_validator, model_validator
 from pydantic.alias_generators import to_camel
+from pydantic_core import PydanticKnownError
 
 # %% auto #0
 __all__ = ['MOST_ITEMS', 'MAX_PROMPT', 'MAX_N', 'MAX_SEED', 'MOST_UNKNOWN', 'WHOLE', 'Prompt', 'VISIBLE', 'Seed', 'Steps',
@@ -69,7 +70,7 @@ class FieldError:
     @classmethod
     def value(cls, field: str, *, given: Any, allowed: str, why: str | None = None) -> FieldError:
         "The error of one wrong value. `given` is the value itself, or `Words` about it."
-        told = shown(given)
+        told = "nothing" if given is None else shown(given)
         reason = f" ({why})" if why else ""
         return cls(field, told, allowed, f"{field}: given {told}, allowed: {allowed}{reason}")
 
@@ -189,6 +190,7 @@ def _not_blank(text: str) -> str:
 
 # %% ../nbs/01_types.ipynb #8eb88e65
 def _as_whole(value: Any) -> Any:
+    if isinstance(value, bool): raise PydanticKnownError("int_type")
     return int(value) if type(value) is float and value.is_integer() else value
 
 
@@ -274,7 +276,7 @@ _KINDS = {
     "float_type": "a number", "float_parsing": "a number", "finite_number": "a finite number",
     "list_type": "a list", "model_type": "an object", "dict_type": "an object",
     "model_attributes_type": "an object",
-    "bool_parsing": "1, true, yes, 0, false or no",
+    "bool_type": "true or false", "bool_parsing": "1, true, yes, 0, false or no",
 }
 _BOUNDS = {"ge": "at least {}", "gt": "more than {}", "le": "at most {}", "lt": "less than {}",
            "max_length": "at most {} long", "min_length": "at least {} long"}
@@ -286,7 +288,8 @@ def _allowed(error: Mapping[str, Any]) -> str:
     if error["type"] == "too_long": return f"at most {context['max_length']}"
     if error["type"] == "too_short": return f"at least {context['min_length']}"
     if error["type"] in _KINDS: return _KINDS[error["type"]]
-    if "expected" in context: return str(context["expected"])
+    for key in ("expected", "expected_tags"):
+        if key in context: return str(context[key])
     for key, words in _BOUNDS.items():
         if key in context: return words.format(context[key])
     return str(context.get("error", "another value"))
@@ -305,6 +308,8 @@ def _field_error(row: Mapping[str, Any], skip: int) -> FieldError:
     loc = ".".join(str(part) for part in row["loc"][skip:]) or "body"
     if len(loc) > 60 or not loc.isprintable(): loc = shown(loc, 60)[1:-1]
     given = None if row["type"] == "missing" else row.get("input")
+    if row["type"].startswith("union_tag"):                   # which of several bodies it is, a field of it says
+        loc, given = row["ctx"]["discriminator"].strip("'"), row["ctx"].get("tag")
     if row["type"] == "too_long": given = Words(f"{len(row['input'])} items")      # a message has no room for them
     return FieldError.value(loc, given=given, allowed=_allowed(row))
 

@@ -236,7 +236,8 @@ def check_key(key: str | None, authorization: str) -> None:
     if key is None: return
     given = key_given(authorization)
     if given is None or not hmac.compare_digest(given, key.encode()):
-        raise Unauthorized("This engine needs its API key: send Authorization: Bearer <key>.")
+        raise Unauthorized("This engine needs its API key: send Authorization: Bearer <key>, "
+                           "or Basic with the key as its password.")
 
 # %% ../nbs/09b_walls.ipynb #3d222c4d
 def client_group(address: str) -> str:

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 import nb
+from aura_engine.cli import cli
 from conftest import ROOT, clean_env, free_port, start
 from edge import Edge, page
 
@@ -82,6 +83,15 @@ def test_no_engine_says_how_to_get_one(aura):
     assert aura("generate", "a fox", "--mode", "cloud")[0] == 1
     status, out, _ = aura("health", "--local", nowhere, "--json")
     assert status == 1 and json.loads(out)["local"]["status"] == "unreachable"
+
+
+@pytest.mark.parametrize("address", ["http://me:s3cret@127.0.0.1:9", "me:s3cret@127.0.0.1:9", "http://me:s3c#ret@host", "http://me:s3cret@[::1", "htp://me:s3cret@x"])
+def test_a_password_in_an_address_is_not_shown(capsys, address):
+    """In this process: a start of the command for each would take a second."""
+    for argv in (["generate", "a fox", "--local", address], ["health", "--local", address], ["generate", "a fox", "--mode", "cloud", "--cloud", address, "--json"]):
+        with pytest.raises(SystemExit) as end: cli(argv)
+        said = "".join(capsys.readouterr())
+        assert end.value.code == 1 and "s3c" not in said and "…" in said.replace("\\u2026", "…"), said
 
 
 def test_health(aura, server):

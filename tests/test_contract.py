@@ -200,6 +200,8 @@ def test_openapi_is_typed():
     assert {"Health", "Receipt", "StreamEvent", "Problem", "OpenAIImages", "A1111Progress"} <= set(schemas) and "HTTPValidationError" not in schemas
     assert len(schemas["StreamEvent"]["oneOf"]) == 6 and "gpuName" in schemas["Health"]["properties"] and schemas["GenerateRequest"]["required"] == ["prompt"]
     assert not [name for name, s in schemas.items() if name.endswith(("Request", "Config", "Img")) for f in s.get("properties", {}).values() if "default" in f]
+    form = document["paths"]["/v1/images/edits"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]["properties"]
+    assert set(form) == set(schemas["EditRequest"]["properties"]) - {"images"} and not any("anyOf" in field for field in form.values())
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             assert "4XX" in operation["responses"], (path, method)

@@ -7,6 +7,7 @@ import numpy as np
 import openai
 import pytest
 from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
 from aura_engine.a1111 import ABSENT, MEANINGFUL, Txt2Img, unmet
@@ -132,20 +133,40 @@ def test_errors_that_no_handler_sees(server):
     assert httpx.post(server.url + "/v1/images/edits", content=b"--x\r\nbroken", headers={"content-type": "multipart/form-data; boundary=x"}).status_code == 400
 
 
+@pytest.mark.parametrize("path, said", [("/v1/chat/completions", "/v1/images/generations"), ("/v1", "/v1/images/generations"), ("/v1/audio/speech", "/v1/models"),
+                                        ("/images/generations", "ends in /v1"), ("/models", "/v1/models")])
+def test_what_is_not_there_says_what_is(server, path, said):
+    for r in (httpx.post(server.url + path, json={}), httpx.get(server.url + path)): assert r.status_code == 404 and said in r.text
+
+
+def test_unknown_fields_are_named_and_numbers_are_numbers(ai, server):
+    """A slip of the pen is not ignored silently, whether it comes as JSON or in a form."""
+    r = ai.images.generate(prompt="a fox", user="me", moderation="low", extra_body={"num_inference_steps": 1, "cfg": 7})
+    assert r.warnings == ["cfg 7 has no effect: it is not known here."]
+    form = httpx.post(server.url + "/v1/images/edits", data={"prompt": "x", "num_inference_steps": "1", "n": "2", "input_fidelity": "high"}, files={"image": file()}, timeout=60).json()
+    assert len(form["data"]) == 2 and form["warnings"] == ["input_fidelity 'high' has no effect: it is not known here."]
+    for wrong, words in (({"n": "2"}, "a whole number"), ({"n": True}, "a whole number"), ({"stream": "yes"}, "true or false")):
+        r = httpx.post(server.url + "/v1/images/generations", json={"prompt": "x", **wrong})
+        assert r.status_code == 400 and words in r.json()["error"]["message"], r.text
+
+
 def test_models(ai):
     assert [m.id for m in ai.models.list()] == ["embedded"] and ai.models.retrieve("embedded").object == "model"
     assert httpx.get(f"{ai.base_url}models/").json()["object"] == "list"
     assert httpx.post(f"{ai.base_url}images/generations/", json={"prompt": " "}).status_code == 400       # not 404
 
 
-def test_a_key(make_server):
+def test_a_key(make_server, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)      # offline, it would not even call this machine
     url = make_server(AURA_API_KEY="sesame-7").url + "/v1"
     with pytest.raises(openai.AuthenticationError) as e: openai.OpenAI(base_url=url, api_key="wrong", max_retries=0).images.generate(prompt="x")
     assert e.value.code == "invalid_api_key" and e.value.type == "authentication_error"
     assert openai.OpenAI(base_url=url, api_key="sesame-7").images.generate(prompt="x", extra_body={"num_inference_steps": 1}).data
     sd = url.replace("/v1", "/sdapi/v1")
     assert [httpx.get(sd + "/options", auth=auth).status_code for auth in (None, ("me", "wrong"), ("me", "sesame-7"))] == [401, 401, 200]
-    assert httpx.get(sd + "/options").json()["error"] == "An API key is needed"
+    said = httpx.get(sd + "/options").json()
+    assert said["error"] == "An API key is needed" and "Bearer" in said["detail"] and "Basic" in said["detail"]
+    with pytest.raises(HfHubHTTPError, match="needs its API key"): InferenceClient(base_url=url.removesuffix("/v1"), api_key="wrong").text_to_image("x")
 
 
 def test_inference_client(server, monkeypatch):
@@ -237,7 +258,7 @@ def test_img2img_and_png_info(sd):
 
 
 @pytest.mark.parametrize("body, field", [({"prompt": ""}, "prompt"), ({"prompt": "x", "width": 9000}, "width"), ({"prompt": "x", "batch_size": 5, "n_iter": 3}, "batch_size"),
-                                         ({"prompt": "x", "cfg_scale": "many"}, "cfg_scale")])
+                                         ({"prompt": "x", "cfg_scale": "many"}, "cfg_scale"), ({"prompt": "x", "steps": True}, "steps"), ({"prompt": "x", "cfg_scale": True}, "cfg_scale")])
 def test_sd_errors_name_the_field(sd, body, field):
     r = sd.post("/txt2img", json=body)
     assert r.status_code == 422 and r.json()["fields"] == [field] and field in r.json()["detail"]
@@ -279,7 +300,7 @@ def test_true_is_no_harmless_number(name):
     assert [note.field for note in ask(True)] == [name] and not ask(False) and not ask(None)
 
 
-@pytest.mark.parametrize("off", [{"enable_hr": False}, {"restore_faces": 0.0}, {"styles": []}, {"alwayson_scripts": {}}, {"script_name": "None"}, {"clip_skip": 1}, {"eta": 0}, {"subseed_strength": 0.0}])
+@pytest.mark.parametrize("off", [{"enable_hr": False}, {"restore_faces": 0.0}, {"styles": []}, {"alwayson_scripts": {}}, {"script_name": "None"}, {"clip_skip": 1}, {"eta": 0}, {"eta": 1.0}, {"subseed_strength": 0.0}])
 def test_what_is_off_is_not_spoken_of(off): assert not unmet(Txt2Img.model_validate({"prompt": "x", **off}))
 
 
@@ -295,3 +316,9 @@ def test_a_prompt_is_cut_at_the_end_of_a_word():
     notes = []
     assert shortened("an owl " * 9, notes, most=12) == "an owl an" and shortened("an owl flies", notes, most=6) == "an owl" and shortened("owl" * 99, notes, most=100) == ("owl" * 99)[:100]
     assert "first 9 were used" in str(notes[0].text) and notes[0].used == "9 characters"
+
+
+def test_a_missing_or_unknown_route_of_a_job_is_named(server):
+    for body, given in (({"route": "generat", "request": {}}, "'generat'"), ({"request": {}}, "nothing")):
+        r = httpx.post(server.url + "/jobs", json=body)
+        assert r.status_code == 422 and r.json()["detail"] == f"route: given {given}, allowed: 'generate', 'refine', 'replay'."

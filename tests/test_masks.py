@@ -215,7 +215,7 @@ def test_pixels_outside_are_those_of_the_input(client, apple):
     assert r.seed == 5 and r.strength == 1 and r.mask_sha256 and r.init_sha256 and r.padding_mask_crop is None and not made.warnings
     again = client.replay(r, apple, SPOT)
     assert again.images[0].tobytes() == made.images[1].tobytes() and not again.warnings
-    for init, mask, words in ((apple, None, "mask: given None"), (None, SPOT, "init: given None")):
+    for init, mask, words in ((apple, None, "mask: given nothing"), (None, SPOT, "init: given nothing")):
         with pytest.raises(Invalid, match=words): client.replay(r, init, mask)
     other = client.replay(r, apple, MASK)
     assert any("mask_sha256" in w for w in other.warnings)

@@ -1,0 +1,94 @@
+"""Jobs in a real Redis: what another engine's clients read, and how much of it."""
+import asyncio, shutil, subprocess, time
+
+import pytest
+
+from aura_engine.answers import Told
+from aura_engine.job_routes import KeptJob
+from aura_engine.shared_jobs import FarJobs, Writer
+from conftest import free_port
+
+pytestmark = pytest.mark.skipif(not shutil.which("redis-server"), reason="redis-server is not installed")
+ID, PICTURE = "e1-" + "0" * 32, "x" * 20_000
+
+
+@pytest.fixture(scope="module")
+def port():
+    port = free_port()
+    process = subprocess.Popen(["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"], stdout=subprocess.DEVNULL)
+    yield port
+    process.kill()
+
+
+async def connected(port):
+    from redis.asyncio import Redis
+    from redis.exceptions import ConnectionError
+    redis = Redis.from_url(f"redis://127.0.0.1:{port}/0", socket_timeout=2, decode_responses=True)
+    end = time.monotonic() + 10
+    while True:
+        try: await redis.ping(); break
+        except ConnectionError: assert time.monotonic() < end; await asyncio.sleep(.05)
+    await redis.flushall()
+    return redis
+
+
+async def told(writer, kept, *events):
+    for event in events: kept.tell(event)
+    await writer.write(kept)
+
+
+async def read(far, kept, after=0):
+    return [frame.decode() async for frame in far.follow(kept, after)]
+
+
+def numbers(frames): return [int(line[4:]) for frame in frames for line in frame.splitlines() if line.startswith("id: ")]
+
+
+def test_readers_of_a_far_job_read_what_is_new_and_share_it(port):
+    async def go():
+        redis = await connected(port)
+        writer, kept, far = Writer(redis, 60), KeptJob(ID, ask={"route": "generate", "request": {"prompt": "x"}}), FarJobs(redis)
+        await writer.say_alive()
+        await told(writer, kept, Told("queued", {"position": 0, "etaSeconds": 1.0, "seeds": [7]}), *(Told("image", {"index": i, "image": PICTURE}, i) for i in range(10)))
+        readers = [asyncio.create_task(read(far, await far.job(ID))) for _ in range(8)]
+        late = asyncio.create_task(read(far, await far.job(ID), 11))
+        await asyncio.sleep(.1)
+        assert list(far.followed) == [ID] and far.followed[ID].readers == 9
+        sent = (await redis.info("stats"))["total_net_output_bytes"]
+        for step in range(20):                                # two seconds in which the old readers read everything eight times each
+            await told(writer, kept, Told("preview", {"index": 0}, 0), Told("step", {"index": 0, "step": step + 1, "steps": 20}, 0))
+            await asyncio.sleep(.05)
+        await told(writer, kept, Told("done", {"warnings": []}))
+        every = await asyncio.wait_for(asyncio.gather(*readers, late), 10)
+        sent = (await redis.info("stats"))["total_net_output_bytes"] - sent
+        assert all(frames == every[0] for frames in every[:8]) and len(numbers(every[0])) == 32        # previews are not told
+        assert numbers(every[0])[:12] == [*range(1, 12), 13] and numbers(every[0])[-1] == 52 and every[8] == every[0][11:]
+        assert sent < len(PICTURE), sent                      # of 10 pictures not one was sent again
+        assert not far.followed                               # the last reader has left
+        await redis.aclose()
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("end", ["deleted", "forgotten", "engine gone", "reader gone"])
+def test_a_far_job_that_ends_otherwise_ends_its_streams(port, end):
+    async def go():
+        redis = await connected(port)
+        writer, kept, far = Writer(redis, 60), KeptJob(ID, ask={"route": "generate", "request": {"prompt": "x"}}), FarJobs(redis)
+        await writer.say_alive()
+        await told(writer, kept, Told("queued", {"position": 0, "etaSeconds": 1.0, "seeds": [7]}))
+        reader = asyncio.create_task(read(far, await far.job(ID)))
+        await asyncio.sleep(.05)
+        if end == "deleted": kept.forget(); await writer.write(kept)
+        if end == "forgotten": await writer.forget({})
+        if end == "engine gone": await redis.delete(f"aura:alive:{writer.process}")
+        if end == "reader gone":
+            reader.cancel()
+            await asyncio.wait({reader})
+            assert not far.followed
+        else:
+            frames = await asyncio.wait_for(reader, 5)
+            assert numbers(frames) == ([1, 2, 3] if end == "engine gone" else [1])
+            assert ("urn:aura:engine_gone" in "".join(frames)) == (end == "engine gone")
+        assert not far.followed and len([t for t in asyncio.all_tasks() if not t.done()]) <= 2
+        await redis.aclose()
+    asyncio.run(go())
