@@ -56,7 +56,7 @@ def test_readers_of_a_far_job_read_what_is_new_and_share_it(port):
         assert list(far.followed) == [ID] and far.followed[ID].readers == 9
         sent = (await redis.info("stats"))["total_net_output_bytes"]
         for step in range(20):                                # two seconds in which the old readers read everything eight times each
-            await told(writer, kept, Told("preview", {"index": 0}, 0), Told("step", {"index": 0, "step": step + 1, "steps": 20}, 0))
+            await told(writer, kept, Told("preview", {"index": 10 + step}, 10 + step), Told("image", {"index": 10 + step, "image": "small"}, 10 + step))
             await asyncio.sleep(.05)
         await told(writer, kept, Told("done", {"warnings": []}))
         every = await asyncio.wait_for(asyncio.gather(*readers, late), 10)
