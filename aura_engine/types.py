@@ -269,7 +269,8 @@ class RefineRequest(RequestModel):
 
 # %% ../nbs/01_types.ipynb #13fcf937
 _KINDS = {
-    "extra_forbidden": "no such field", "missing": "a value (this field is required)",
+    "extra_forbidden": "no such field",
+    "missing": "a value (this field is required)", "union_tag_not_found": "a value (this field is required)",
     "string_type": "text", "string_unicode": "valid Unicode text without lone surrogates",
     "string_pattern_mismatch": "W:H with whole numbers, for example 4:3",
     "int_type": "a whole number", "int_from_float": "a whole number", "int_parsing": "a whole number",
