@@ -107,7 +107,10 @@ def true_cause(error: BaseException) -> str:
     if answer is not None: return STATUSES.get(answer.status_code, f"the Hub answered {answer.status_code}")
     for part, words in MEANINGS.items():
         if any(part in str(cause) for cause in chain): return words
-    return f"its files could not be read ({type(error).__name__})"
+    said = " ".join(str(chain[-1]).split())[:100]
+    # a path would tell too much
+    why = f"{type(error).__name__}: {said}" if said and "/" not in said else type(error).__name__
+    return f"its files could not be read ({why})"
 
 # %% ../nbs/04a_downloads.ipynb #ab19a83e
 @contextmanager
@@ -116,7 +119,8 @@ def blame(setting: str, value: str):
     try: yield
     except AuraError: raise
     except Exception as e:
-        gone = value in WITHDRAWN and "RepositoryNotFoundError" in class_names(e)
+        absent = ("RepositoryNotFoundError", "OfflineModeIsEnabled", "LocalEntryNotFoundError")
+        gone = value in WITHDRAWN and any(name in absent for name in class_names(e))
         raise ModelError(f"{setting}={value}: {WITHDRAWN_WORDS if gone else true_cause(e)}.") from e
 
 # %% ../nbs/04a_downloads.ipynb #f4f4c7fe
@@ -277,8 +281,9 @@ def file_sizes(repo: str, revision: str | None, progress: Progress) -> dict[str,
 
 # %% ../nbs/04a_downloads.ipynb #366b690d
 def names_in(folder: Path) -> list[str]:
-    "The files under a folder, as a repository would list them."
-    return [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    "The files under a folder, as a repository would list them. Hidden ones are other programs' (`._x` is macOS's)."
+    names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    return [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
 
 # %% ../nbs/04a_downloads.ipynb #4c1ab6c0
 def fetch(repo: str, anchor: str, want: Want, progress: Progress, revision: str | None = None) -> Path:

@@ -22,11 +22,12 @@ from .reader import Reader, diffusers_classes, check_latents, read_folder, read_
 from .types import Invalid, ModelError
 
 # %% auto #0
-__all__ = ['PRECISIONS', 'DTYPES', 'OURS_TO_SAY', 'devices', 'torch_wheel', 'nvidia_driver', 'wheel_and_driver', 'gpu_fault',
-           'best_device', 'pick_device', 'pick_precision', 'has_bf16', 'scheduler_of', 'Components', 'with_base',
-           'check_whole', 'check_unet', 'check_words', 'read_pipeline', 'other_vae', 'encoders_of', 'net_of',
-           'recognised', 'default_within', 'check_sampler', 'row_by_settings', 'commit_of', 'cut_encoder',
-           'components_of', 'check_flow', 'bf16_on', 'load', 'placed']
+__all__ = ['PRECISIONS', 'DTYPES', 'OURS_TO_SAY', 'LAST_WORDS', 'devices', 'torch_wheel', 'nvidia_driver', 'wheel_and_driver',
+           'gpu_fault', 'best_device', 'pick_device', 'pick_precision', 'has_bf16', 'scheduler_of', 'Components',
+           'with_base', 'check_whole', 'check_inputs', 'check_unet', 'check_merges', 'check_words', 'read_pipeline',
+           'trial_picture', 'through', 'said_of_latents', 'other_vae', 'encoders_of', 'net_of', 'recognised',
+           'default_within', 'check_sampler', 'row_by_settings', 'commit_of', 'cut_encoder', 'components_of',
+           'check_flow', 'bf16_on', 'load', 'placed']
 
 # %% ../nbs/04e_loader.ipynb #0d7e3511
 PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -185,6 +186,8 @@ class Components:
 # %% ../nbs/04e_loader.ipynb #21ea27eb
 def with_base(reader: Reader, base: str, unet: str) -> tuple[Any, Path]:
     "`read_folder` of a base with another UNet. Unusable names the base when it is what cannot be had."
+    if base.endswith(".safetensors"):
+        raise Unusable(f"SD_BASE_ID={base} is one file: a base is a folder or a repository")
     try: return read_folder(reader, base, unet)
     except Exception as e:
         if not is_local(unet) or is_local(base) or isinstance(e, Unusable): raise
@@ -196,23 +199,51 @@ def check_whole(model: str) -> None:
     path = Path(model).expanduser()
     if not is_local(model) or (path / "model_index.json").is_file() or not (path / "config.json").is_file(): return
     part = config_in(path, "config.json").get("_class_name", "part")
-    belongs = "name its base in SD_BASE_ID" if part.startswith("UNet") else "a VAE belongs into SD_VAE_ID"
+    belongs = {"UNet2DConditionModel": "name its base in SD_BASE_ID", "AutoencoderKL": "a VAE belongs into SD_VAE_ID",
+               "AutoencoderTiny": "a VAE belongs into SD_VAE_ID"}.get(part, "it draws nothing alone, and is not served")
     raise Unusable(f"the folder holds a {part} alone: {belongs}")
 
 # %% ../nbs/04e_loader.ipynb #5cc8d5a7
+def check_inputs(config: Any, pooled: int) -> None:
+    "Unusable for a UNet that wants to be told more than words, or a size. `pooled`: numbers about a whole prompt."
+    if config.get("class_embed_type") or config.get("num_class_embeds"):
+        raise Unusable("its UNet wants a class besides words, and is given none here")
+    more = config.get("addition_embed_type") or config.get("encoder_hid_dim_type") or ""
+    if "image" in more: raise Unusable(f"its UNet wants a picture besides words ({more}), and is given none here")
+    if more != "text_time": return
+    wanted, given = config.projection_class_embeddings_input_dim, 6 * config.addition_time_embed_dim + pooled
+    if wanted != given:
+        raise Unusable(f"its UNet is told {wanted} numbers about a picture, for SDXL they are {given} (a refiner's?)")
+
+# %% ../nbs/04e_loader.ipynb #2441c770
 def check_unet(pipe: Any) -> None:
     "Unusable when a UNet does not go with the VAE or with the text encoders of its pipeline."
     config, own = pipe.unet.config, pipe.vae.config.latent_channels
     if config.in_channels not in (own, 2 * own + 1):
         raise Unusable(f"its UNet takes {config.in_channels} channels: neither a noisy picture alone, "
                        "nor a mask with it")
+    if config.out_channels != own: raise Unusable(f"its UNet gives {config.out_channels} channels, its VAE takes {own}")
     given = sum(encoder.config.hidden_size for encoder in encoders_of(pipe, "text_encoder"))
     taken, sdxl = config.cross_attention_dim, config.get("addition_embed_type") == "text_time"
-    if config.get("encoder_hid_dim") or taken == given and sdxl == hasattr(pipe, "text_encoder_2"): return
+    second = getattr(pipe, "text_encoder_2", None)
+    if config.get("encoder_hid_dim") or taken == given and sdxl == (second is not None):
+        return check_inputs(config, second.config.projection_dim if second is not None else 0)
     kind = "SDXL's" if sdxl else "Stable Diffusion's"
     raise Unusable(f"its UNet is of {kind} kind and takes {taken} numbers a word, its text encoders give {given}: "
                    "they belong to different families (SD_BASE_ID names the base of a UNet)")
 
+LAST_WORDS = 20                                    # the words of a vocabulary that its last merges make
+
+def check_merges(tokenizer: Any) -> None:
+    "Unusable for a tokenizer that cannot put its own last words together: a merges.txt that is empty, or was cut."
+    words = tokenizer.get_vocab()
+    whole = [word.removesuffix("</w>") for word in sorted(words, key=words.get) if word.endswith("</w>")]
+    last = [word for word in whole if word.isascii() and word.isalpha() and word.islower()][-LAST_WORDS:]
+    if last and all(len(tokenizer.tokenize(word)) > 1 for word in last):
+        raise Unusable(f"its tokenizer does not know how its words are put together ({last[-1]} falls apart): "
+                       "merges.txt is empty or was cut")
+
+# %% ../nbs/04e_loader.ipynb #9419f525
 def check_words(pipe: Any) -> list[str]:
     "Notes about tokenizers. Unusable for one that is not its text encoder's. Sets how long a text may be."
     notes = []
@@ -221,6 +252,7 @@ def check_words(pipe: Any) -> list[str]:
         if words > places or 2 * words < places:
             raise Unusable(f"its tokenizer has {words:,} words and its text encoder {places:,}: "
                            "files of the tokenizer are missing (vocab.json, merges.txt), or it is another model's")
+        check_merges(tokenizer)
         if words < places: notes.append(f"the tokenizer has {words:,} words, the text encoder {places:,}")
         tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
     return notes
@@ -240,6 +272,36 @@ def read_pipeline(reader: Reader, model: str, row: Row | None, settings: Setting
     return pipe, where
 
 # %% ../nbs/04e_loader.ipynb #7b95d34b
+def trial_picture(side: int = 64) -> torch.Tensor:
+    "Three slopes with a square in them, [1, 3, side, side] from -1 to 1."
+    slope = torch.linspace(-1, 1, side).expand(side, side)
+    picture = torch.stack([slope, slope.T, -slope])
+    picture[:, side // 4:side // 2, side // 4:side // 2] *= -1
+    return picture[None]
+
+# %% ../nbs/04e_loader.ipynb #16d4461e
+def through(encoder: Any, decoder: Any, picture: torch.Tensor) -> torch.Tensor:
+    "A picture, encoded by one VAE and decoded by another."
+    out = encoder.encode(picture)
+    tiny = hasattr(out, "latents")                   # a tiny VAE's latents are scaled already
+    latents = out.latents if tiny else out.latent_dist.mean * encoder.config.scaling_factor
+    if "encoder_block_out_channels" not in decoder.config: latents = latents / decoder.config.scaling_factor
+    return decoder.decode(latents).sample
+
+# %% ../nbs/04e_loader.ipynb #6252b152
+@torch.inference_mode()
+def said_of_latents(own: Any, other: Any) -> list[str]:
+    "A sentence when `other` does not mean by latents what a model's own VAE means by them."
+    dtype, picture = other.dtype, trial_picture()
+    for vae in (own, other): vae.float()
+    errors = [float((through(encoder, other, picture) - picture).abs().mean()) for encoder in (other, own)]
+    for vae in (own, other): vae.to(dtype)
+    alone, crossed = (127.5 * error for error in errors)
+    if not crossed > 3 * alone + 10: return []
+    return [f"a picture that the model's own VAE encodes comes back {crossed:.0f} of 255 off through it, one that it "
+            f"encodes itself {alone:.0f}: it looks like a VAE of another family"]
+
+# %% ../nbs/04e_loader.ipynb #7745b283
 def other_vae(reader: Reader, source: str, row: Row, own: Any) -> Any:
     "The VAE that SD_VAE_ID names instead of the model's `own`. Unusable when it is known to be another family's."
     known = [cls for name, (cls, _) in VAES.items() if is_named(source, name)]
@@ -247,6 +309,7 @@ def other_vae(reader: Reader, source: str, row: Row, own: Any) -> Any:
         raise Unusable(f"it is made for the latents of {known[0]}, this model has those of {row.pipeline}")
     vae = read_vae(reader, source, dict(own.config) if "latent_channels" in own.config else {})
     check_latents(vae.config, own.config)
+    reader.notes += [f"SD_VAE_ID={source}: {said}" for said in said_of_latents(own, vae)]
     if source.endswith(".safetensors") and "xl" in Path(source).stem.lower() and row.pipeline == SD:
         reader.notes.append(f"SD_VAE_ID={source}: its name says SDXL, and its file does not say what it is made for")
     return vae

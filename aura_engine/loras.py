@@ -14,23 +14,25 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from .downloads import Unusable, blame, class_names, patiently
-from .facts import header, kind_of
+from .facts import config_in, header, kind_of, other_way
 from .models import PICKLED, ROWS, Row, is_local, is_named
 from .reader import Reader, nothing_else, reading
 
 # %% auto #0
-__all__ = ['USUAL', 'ROLES', 'PREFIXES', 'OTHERS', 'INNER', 'OUTER', 'IN_BLOCK', 'BUNDLE', 'Place', 'DOES_NOT_FIT',
-           'FOR_A_TRANSFORMER', 'SHARE', 'A_METHOD', 'only_file', 'lora_file', 'LoraLayer', 'role_of', 'place_of',
-           'original_name', 'layers_of', 'LoraFile', 'lora_layer', 'other_way', 'sorted_tensors', 'peft_settings',
-           'sizes_of', 'is_for_a_transformer', 'read_lora', 'lora_parts', 'weights_of', 'fuse_lora', 'Loras',
-           'adapter_name', 'peft_config', 'fill_layer', 'keep_lora', 'keep_loras']
+__all__ = ['USUAL', 'PEFT', 'PEFT_SETTINGS', 'PEFT_NAMES', 'ROLES', 'PREFIXES', 'INNER', 'OUTER', 'IN_BLOCK', 'BUNDLE', 'Place',
+           'DOES_NOT_FIT', 'FOR_A_TRANSFORMER', 'SHARE', 'A_METHOD', 'only_file', 'lora_file', 'LoraLayer', 'role_of',
+           'place_of', 'original_name', 'layers_of', 'LoraFile', 'alpha_of', 'lora_layer', 'sorted_tensors',
+           'peft_settings', 'sizes_of', 'is_for_a_transformer', 'read_lora', 'lora_parts', 'weights_of', 'fuse_lora',
+           'Loras', 'adapter_name', 'peft_config', 'fill_layer', 'keep_lora', 'keep_loras']
 
 # %% ../nbs/04d_loras.ipynb #1d99e289
 USUAL = "pytorch_lora_weights.safetensors"
+PEFT, PEFT_SETTINGS = "adapter_model.safetensors", "adapter_config.json"        # what peft itself saves
+PEFT_NAMES = "base_model.model."                  # before the names in such a file
 
 def only_file(names: list[str], at: str = "owner/name") -> str:
     "The usual file among names, or the only .safetensors at the top. Unusable when that does not decide."
-    top = [name for name in names if "/" not in name and name.endswith(".safetensors")]
+    top = [name for name in names if "/" not in name and name.endswith(".safetensors") and name[0] != "."]
     found = [USUAL] if USUAL in names else top
     if len(found) == 1: return found[0]
     if not found and any(name.endswith(PICKLED) for name in names):
@@ -52,7 +54,9 @@ def lora_file(reader: Reader, source: str, row: Row | None = None) -> Path:
     from huggingface_hub import HfApi
     listing = patiently(lambda: HfApi().model_info(source, timeout=10), reader.progress)
     names = [f.rfilename for f in listing.siblings or ()]
-    return reader.located(f"{source}/{only_file(names, source)}", "", nothing_else)
+    only = only_file(names, source)
+    if only == PEFT and PEFT_SETTINGS in names: reader.located(f"{source}/{PEFT_SETTINGS}", "", nothing_else)
+    return reader.located(f"{source}/{only}", "", nothing_else)
 
 # %% ../nbs/04d_loras.ipynb #3ae62a4f
 @dataclass
@@ -67,6 +71,11 @@ class LoraLayer:
     def rank(self) -> int:
         "How thin the product is."
         return len(self.down)
+
+    @property
+    def adds(self) -> bool:
+        "Whether it changes anything."
+        return bool(self.scale and self.down.any() and self.up.any())
 
     def fits(self, weight: torch.Tensor) -> bool:
         "Whether the product has the shape of these weights."
@@ -91,10 +100,7 @@ ROLES = {
     ".dora_scale": "lengths", ".lora_magnitude_vector": "lengths", ".lora_magnitude_vector.weight": "lengths"}
 PREFIXES = {
     "lora_unet_": "unet", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te_": "text_encoder",
-    "unet.": "unet", "text_encoder_2.": "text_encoder_2", "text_encoder.": "text_encoder", "base_model.model.": "unet"}
-OTHERS = {                                        # other ways to change a model, by a piece of their tensors' names
-    r"hada_": "a LoHa", r"lokr_": "a LoKr", r"\boft_": "an OFT", r"glora": "a GLoRA",
-    r"\.diff(_b)?$": "a file of whole differences"}
+    "unet.": "unet", "text_encoder_2.": "text_encoder_2", "text_encoder.": "text_encoder", PEFT_NAMES: "unet"}
 
 def role_of(name: str) -> tuple[str, str] | None:
     "(the name of a layer, what this tensor is to it), or None when it is nothing of a LoRA."
@@ -161,6 +167,7 @@ class LoraFile:
     layers: dict[tuple[str, str], LoraLayer]
     strangers: list[str]
     unused: list[str] = field(default_factory=list)              # tensors that are nothing of a LoRA
+    guessed: bool = False                                         # its strength is written nowhere
 
     def said(self) -> list[str]:
         "What a person should know."
@@ -170,29 +177,31 @@ class LoraFile:
         words = [name for name in self.unused if name.startswith(BUNDLE)]
         rest = [name for name in self.unused if name not in words]
         if words: notes.append(f"{len(words)} tensors of words for prompts (bundle_emb) come with it and are not used")
+        if self.guessed:
+            notes.append(f"its strength is taken as 1: it is peft's own file, and {PEFT_SETTINGS} is not beside it")
         if rest: notes.append(f"{len(rest)} tensors are no part of a LoRA and are not used ({rest[0]} …)")
-        if not any(layer.up.any() for layer in self.layers.values()): notes.append("all it adds is zero")
+        if not any(layer.adds for layer in self.layers.values()): notes.append("all it adds is zero")
         return notes
 
 # %% ../nbs/04d_loras.ipynb #10b3d385
-def lora_layer(tensors: dict[str, torch.Tensor], settings: Mapping[str, Any]) -> LoraLayer | None:
-    "One layer from its tensors; None when one side is missing. `settings`: peft's, where the file has them."
+def alpha_of(name: str, rank: int, settings: Mapping[str, Any]) -> float:
+    "The alpha that peft's settings give a layer; without settings its rank, which is a strength of 1."
+    for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern.removeprefix('text_model.')})$", name): return alpha
+    return settings.get("lora_alpha", rank)
+
+# %% ../nbs/04d_loras.ipynb #b77b408e
+def lora_layer(tensors: dict[str, torch.Tensor], settings: Mapping[str, Any], name: str = "") -> LoraLayer | None:
+    "Layer `name` from its tensors; None when one side is missing. `settings`: peft's, where the file has them."
     if "down" not in tensors or "up" not in tensors: return None
     down, up = tensors["down"], tensors["up"]
     if "mid" in tensors: down = torch.einsum("rshw,si->rihw", tensors["mid"].float(), down.float().flatten(1))
     rank = len(down)
-    alpha = tensors["alpha"].item() if "alpha" in tensors else settings.get("lora_alpha", rank)
+    alpha = tensors["alpha"].item() if "alpha" in tensors else alpha_of(name, rank, settings)
     root = math.sqrt(rank) if settings.get("use_rslora") else rank
     return LoraLayer(down, up, alpha / root, tensors.get("lengths"))
 
-# %% ../nbs/04d_loras.ipynb #0bf3a055
-def other_way(names: Iterable[str]) -> str | None:
-    "What changes a model in these tensors, when it is another way than a LoRA's."
-    for piece, kind in OTHERS.items():
-        if any(re.search(piece, name) for name in names): return kind
-    return None
-
-# %% ../nbs/04d_loras.ipynb #b77b408e
+# %% ../nbs/04d_loras.ipynb #f2e53691
 Place = tuple[str, str]                            # part of the pipeline, flat name of a layer in it
 
 def sorted_tensors(file: Path) -> tuple[dict[Place, dict[str, torch.Tensor]], list[str]]:
@@ -200,18 +209,28 @@ def sorted_tensors(file: Path) -> tuple[dict[Place, dict[str, torch.Tensor]], li
     state, layers, rest = load_file(file), {}, []
     other = other_way(state)
     if other: raise Unusable(f"it is {other}; only LoRAs and DoRAs are taken")
-    if not any(role_of(name) for name in state): raise Unusable(f"it is {kind_of(state).name}, and no LoRA")
+    if not any(role_of(name) for name in state):
+        kind = kind_of(state).name
+        if kind == "a LoRA": raise Unusable(f"nothing in it is known ({min(state)} …)")
+        raise Unusable(f"it is {kind}, and no LoRA")
     for name, tensor in state.items():
         found = role_of(name)
         if found is None: rest.append(name)
-        else: layers.setdefault(place_of(found[0]), {})[found[1]] = tensor
+        else:
+            place, role = place_of(found[0]), found[1]
+            if role in layers.setdefault(place, {}): raise Unusable(f"it holds {place[0]} {place[1]} twice ({name} …)")
+            layers[place][role] = tensor
+        if not tensor.is_floating_point(): raise Unusable(f"it holds whole numbers ({name}), for another program")
         if not torch.isfinite(tensor.float()).all(): raise Unusable("it holds values that are no numbers")
     return layers, rest
 
+# %% ../nbs/04d_loras.ipynb #de43b39a
 def peft_settings(file: Path) -> dict[str, dict[str, Any]]:
-    "Part -> peft's settings, where the trainer wrote them into the file's header."
+    "Part -> peft's settings, from the file's header or from the file that peft writes beside its own."
     with safe_open(file, "pt") as f: text = (f.metadata() or {}).get("lora_adapter_metadata", "{}")
     parts: dict[str, dict[str, Any]] = {}
+    beside = config_in(file.parent, PEFT_SETTINGS)
+    if beside: parts["unet"] = beside
     for name, value in json.loads(text).items():
         part, _, setting = name.partition(".")
         parts.setdefault(part, {})[setting] = value
@@ -235,15 +254,18 @@ def is_for_a_transformer(strangers: Iterable[str]) -> bool:
              "single_transformer_blocks_")
     return any(mark in name for name in strangers for mark in marks)
 
+# %% ../nbs/04d_loras.ipynb #37935662
 def read_lora(file: Path, pipe: Any) -> LoraFile:
     "Read a LoRA for the parts of a pipeline. Unusable when it does not fit."
-    header(file)                                  # says when the file is damaged
+    table = header(file)                          # says when the file is damaged
     tensors, rest = sorted_tensors(file)
     settings = peft_settings(file)
     names = {part: layers_of(model) for part, model in lora_parts(pipe).items()}
-    found = LoraFile({}, [], rest)
+    unsaid = "lora_alpha" not in settings.get("unet", {}) and not any(name.endswith(".alpha") for name in table)
+    found = LoraFile({}, [], rest, guessed=unsaid and any(name.startswith(PEFT_NAMES) for name in table))
     for (part, flat), mine in tensors.items():
-        name, layer = names.get(part, {}).get(flat), lora_layer(mine, settings.get(part, {}))
+        name = names.get(part, {}).get(flat)
+        layer = lora_layer(mine, settings.get(part, {}), name or flat)
         if layer is None: found.unused += [f"{part} {flat}"] * len(mine)
         elif name is None: found.strangers.append(f"{part} {flat}")
         elif not layer.fits(weights_of(pipe, part, name)):

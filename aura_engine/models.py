@@ -268,8 +268,8 @@ XL_ROWS = (
               note=_NOT_FREE,
               figures="card: 512 px, 1 step, up to 4, guidance 0; scheduler_config.json: EulerAncestral, trailing"),
     replace(_sdxl, name="dreamshaper-xl-v2-turbo", sampler="dpm-sde", steps=(3, 6, 8), guidance=(1, 2.0, 4),
-            ids=("Lykon/dreamshaper-xl-v2-turbo",), note="model card: DPM++ SDE, 3 to 8 steps, guidance 2",
-            figures="card: DPM++ SDE Karras, 6 steps in its example, guidance 2"),
+            ids=("Lykon/dreamshaper-xl-v2-turbo",), note="its authors: DPM++ SDE Karras, 3 to 8 steps, guidance 2",
+            figures="card: 6 steps in its example, guidance 2; its page on Civitai: DPM++ SDE Karras"),
     _ssd,
     lcm_lora(_ssd, "latent-consistency/lcm-lora-ssd-1b"),
     replace(lcm_model(_ssd, base=SSD_ID, unet="latent-consistency/lcm-ssd-1b"), guidance=(1, 1.0, 13),
@@ -378,6 +378,7 @@ def is_local(source: str) -> bool:
 # %% ../nbs/02_models.ipynb #32169633
 def _is_model(path: Path) -> bool:
     "Whether a diffusers folder or a .safetensors file lies at `path`."
+    if path.is_dir() and path.suffix == ".safetensors": return False
     if path.is_dir(): return any((path / name).is_file() for name in ("model_index.json", "config.json"))
     return path.suffix == ".safetensors" and path.is_file()
 
@@ -389,24 +390,39 @@ def _is_hub_name(model_id: str) -> bool:
     return all(plain) and (len(parts) == 2 or len(parts) > 2 and model_id.endswith(".safetensors"))
 
 # %% ../nbs/02_models.ipynb #b6ca4875
+_UNFINISHED = "its download has not ended"
 _ENDINGS = {
+    **dict.fromkeys((".zip", ".7z", ".rar", ".tar", ".gz", ".tgz"), "unpack the archive, and name what is in it"),
+    **dict.fromkeys((".crdownload", ".incomplete", ".part", ".aria2"), _UNFINISHED),
+    ".index.json": "it is the index of a model in several files: name the folder with the whole model",
     ".sft": "libraries know such a file by its long ending: rename it to .safetensors",
     ".gguf": "GGUF holds numbers of few bits, for other programs"}
 
 
+def _model_inside(path: Path) -> str:
+    "Where in a folder a model lies that is not at its top, in words."
+    for stars in ("*/*", "*/*/*", "*/*/*/*"):
+        index = next(path.glob(f"{stars}/model_index.json"), None)
+        if index: return f"it holds a model further inside: name {index.parent.relative_to(path.parent).as_posix()}"
+    return "there is no model in this folder"
+
+# %% ../nbs/02_models.ipynb #d700b205
 def _why_not(path: Path) -> str:
     "Why a path of this machine is no model, with what to name instead."
     if not path.exists(): return "there is no such file or folder here"
     if path.suffix != ".safetensors" and path.suffix.lower() == ".safetensors":
         return "libraries know such a file by small letters: rename it to .safetensors"
-    if path.is_file(): return "it is none of these"
+    if path.is_file(): return "it is none of these; a .safetensors file that lost its ending is to be given it again"
+    if path.suffix == ".safetensors": return "it is a folder with the ending of a file: rename it"
     inside = sorted(path.iterdir())
+    if (path / "unet").is_dir(): return "it has a folder unet and no model_index.json, which says what belongs to it"
     if (path / "snapshots").is_dir():
         versions = [one.name for one in (path / "snapshots").iterdir()] or ["…"]
         return f"it is a folder of the Hub's cache: name a version in it, as snapshots/{versions[0]}"
     models = [one.name for one in inside if _is_model(one)]
     if models: return f"it is a folder of {len(models)} models: name one of them, as {path.name}/{models[0]}"
-    return "there is no model in this folder" if inside else "the folder is empty"
+    if not inside: return "the folder is empty"
+    return _model_inside(path)
 
 
 def _why_no_name(model_id: str) -> str:
@@ -416,6 +432,9 @@ def _why_no_name(model_id: str) -> str:
     if model_id.endswith("/"): return "write it without the slash at its end"
     if model_id.startswith("file:"): return "write the path alone, without file://"
     page = model_id.partition("huggingface.co/")[2].replace("/blob/main", "").replace("/resolve/main", "")
+    if model_id.startswith(("$", "%")): return "write the path itself: variables are not filled in"
+    cached = model_id.removeprefix("models--").split("--")
+    if model_id.startswith("models--"): return f"it is a folder's name in the Hub's cache: write {'/'.join(cached)}"
     if page: return f"write what follows the Hub's address: {page.partition('?')[0]}"
     if "://" in model_id: return "download the file, and name it here"
     return "a name on the Hub has an owner: owner/name" if model_id and "/" not in model_id else "it is none of these"

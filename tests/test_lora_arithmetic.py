@@ -146,6 +146,43 @@ def test_the_trainers_settings_in_the_header_count(base, plain):
     assert all((after[k] - v).abs().max() < 1e-5 for k, v in want.items())
 
 
+def test_an_alpha_for_some_layers_counts(base, plain):
+    """peft's alpha_pattern, in the header as diffusers writes it, or in the file that peft writes beside its own."""
+    state = {k: v for k, v in load_file(CASES / "sd15-alpha_mixed.safetensors").items() if not k.endswith("alpha")}
+    before, modules = weights(plain), {n.replace(".", "_"): n for n, _ in tiny.unet().named_modules()}
+    stems = sorted({k.split(".")[0] for k in state})
+    odd = stems[0]
+    pattern = {modules[odd.removeprefix("lora_unet_")]: 9}
+    want = expected(state | {f"{stem}.alpha": torch.tensor(9.0 if stem == odd else 6.0) for stem in stems}, before)
+    save_file(respelled(state, "peft"), header := base.parent / "pattern.safetensors", {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 6, "unet.alpha_pattern": pattern})})
+    (folder := base.parent / "peft").mkdir()
+    save_file(respelled(state, "raw"), folder / "adapter_model.safetensors")
+    assert any("its strength is taken as 1: it is peft's own file" in n for n in fused(base, folder).notes)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 6, "alpha_pattern": pattern}))
+    for source in (header, folder):
+        parts = fused(base, source)
+        after = weights(parts)
+        assert all((after[k] - v).abs().max() < 1e-5 for k, v in want.items()) and not any("strength" in n for n in parts.notes)
+    assert (want[odd] - expected(state | {f"{stem}.alpha": torch.tensor(6.0) for stem in stems}, before)[odd]).abs().max() > 0.01
+
+
+def test_a_lora_of_the_second_text_encoder_alone(tmp_path):
+    """By alias, against the text encoder with the weights of the formula."""
+    base, name, g = tiny.save(tmp_path / "model", "sdxl"), "encoder.layers.0.self_attn.q_proj", torch.Generator().manual_seed(0)
+    down, up = torch.randn(3, 32, generator=g), torch.randn(32, 3, generator=g)
+    stem = f"lora_te2_text_model_{name.replace('.', '_')}"
+    save_file({f"{stem}.lora_down.weight": down, f"{stem}.lora_up.weight": up, f"{stem}.alpha": torch.tensor(1.5)}, file := tmp_path / "te2.safetensors")
+    styled, other, ids = loaded(base, SD_LORAS=f"ink={file}"), loaded(base), torch.tensor([[1, 5, 6, 7, 2]])
+    layer = next(m for n, m in other.text_encoders[1].named_modules() if n.endswith(name))
+    def answer(parts): return [encoder(ids).last_hidden_state for encoder in parts.text_encoders]
+    before = answer(other)
+    layer.weight.data += 1.5 / 3 * up @ down
+    styled.loras.use("ink", "text")
+    got, want = answer(styled), answer(other)
+    assert all((a - b).abs().max() < 1e-4 for a, b in zip(got, want, strict=True))
+    assert torch.equal(got[0], before[0]) and (got[1] - before[1]).abs().max() > 0.01
+
+
 def test_sdxl_in_the_original_programs_names(tmp_path):
     """Blocks numbered through, as most SDXL LoRAs have them: the table of names is tests/tiny.py's, which reads single checkpoints with it."""
     base = tiny.save(tmp_path / "model", "sdxl")

@@ -1,5 +1,5 @@
 """Tiny random-weight models of the real classes, saved as real diffusers folders, UNets, LoRA files and single checkpoints."""
-import re, shutil
+import atexit, re, shutil, tempfile
 from pathlib import Path
 
 import torch
@@ -38,7 +38,23 @@ def text(tok, cls=CLIPTextModel, layers=3, width=32):
                               bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id))
 
 
+MADE = {}                                        # what was made before: a copy costs a tenth of making it again
+
+
 def save(folder, kind="sd15", seed=0, **more):
+    """`made`, or a copy of what an earlier test made. -> the folder."""
+    folder, what = Path(folder), (kind, seed, *sorted(more.items()))
+    torch.manual_seed(seed)
+    if what not in MADE: MADE[what] = made(Path(tempfile.mkdtemp(prefix="tiny-")) / "model", kind, seed, **more)
+    return Path(shutil.copytree(MADE[what], folder, dirs_exist_ok=True))
+
+
+@atexit.register
+def _clear():
+    for folder in MADE.values(): shutil.rmtree(folder.parent, ignore_errors=True)
+
+
+def made(folder, kind="sd15", seed=0, **more):
     """Make and save one of: sd15, sd15-lcm (guidance embedded in the UNet, LCM's own pipeline class), sdxl, sdxl-deep (two encoders of different size,
     ten layers in the second, by which a single checkpoint is known), sd15-inpaint, sdxl-inpaint, sdxl-deep-inpaint (a UNet of nine channels). `more` goes to save_pretrained."""
     torch.manual_seed(seed)
