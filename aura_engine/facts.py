@@ -4,7 +4,7 @@
 
 # %% ../nbs/04b_facts.ipynb #77e1a3a1
 from __future__ import annotations
-import json, math, struct
+import json, math, re, struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,11 +13,12 @@ from .downloads import Unusable
 from .models import Row
 
 # %% auto #0
-__all__ = ['MOST_HEADER', 'STARTS', 'WEIGHTS', 'KINDS', 'NO_SIGNAL', 'SIGMAS', 'READ', 'BYTES', 'LONGEST', 'VELOCITY', 'EDM',
-           'STATISTICS', 'CONTINUOUS', 'SCHEDULES', 'cosine_betas', 'betas', 'last_sigma', 'Tensor', 'no_weights',
-           'header_table', 'header', 'metadata', 'check_types', 'Kind', 'has_name', 'without_words', 'kind_of',
-           'check_kind', 'Facts', 'facts_of_configs', 'facts_of_header', 'unused_in', 'said_by_file', 'read_json',
-           'config_in', 'facts', 'check_facts', 'row_by_facts']
+__all__ = ['MOST_HEADER', 'STARTS', 'UNREADABLE', 'WEIGHTS', 'SCALES', 'KINDS', 'OTHERS', 'NO_SIGNAL', 'SIGMAS', 'READ', 'BYTES',
+           'LONGEST', 'VELOCITY', 'EDM', 'STATISTICS', 'CONTINUOUS', 'SCHEDULES', 'cosine_betas', 'number_in', 'betas',
+           'last_sigma', 'Tensor', 'no_weights', 'header_table', 'header', 'metadata', 'check_types', 'Kind',
+           'has_name', 'without_words', 'kind_of', 'other_way', 'check_kind', 'Facts', 'facts_of_configs',
+           'facts_of_header', 'unused_in', 'said_by_file', 'constant_in_json', 'read_json', 'config_in', 'facts',
+           'check_facts', 'row_by_facts']
 
 # %% ../nbs/04b_facts.ipynb #80eb892c
 def cosine_betas(n: int) -> list[float]:
@@ -26,10 +27,17 @@ def cosine_betas(n: int) -> list[float]:
     return [min(1 - bar((i + 1) / n) / bar(i / n), 0.999) for i in range(n)]
 
 # %% ../nbs/04b_facts.ipynb #7d31b3e5
+def number_in(config: Mapping[str, Any], name: str, usual: Any, least: float = 0) -> Any:
+    "A number of a scheduler's configuration. Unusable when it is none, or too small to draw with."
+    value = config.get(name, usual)
+    if isinstance(value, (int, float)) and value >= least: return value
+    raise Unusable(f"its scheduler_config.json has {name} {value!r}, where a number from {least:g} is needed")
+
+# %% ../nbs/04b_facts.ipynb #8ed8f897
 def betas(config: Mapping[str, Any]) -> list[float]:
     "The training betas that a scheduler's configuration describes."
-    n, name = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
-    first, last = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    n, name = number_in(config, "num_train_timesteps", 1000, least=2), config.get("beta_schedule", "linear")
+    first, last = number_in(config, "beta_start", 1e-4), number_in(config, "beta_end", 0.02)
     if config.get("trained_betas"): return list(config["trained_betas"])
     if name == "squaredcos_cap_v2": return cosine_betas(n)
     root = 0.5 if name == "scaled_linear" else 1.0
@@ -38,8 +46,8 @@ def betas(config: Mapping[str, Any]) -> list[float]:
 
 def last_sigma(config: Mapping[str, Any]) -> float:
     "Noise against picture at the last training step; infinite with zero terminal SNR."
-    if config.get("rescale_betas_zero_snr"): return math.inf
     alpha = math.prod(1 - beta for beta in betas(config))
+    if config.get("rescale_betas_zero_snr"): return math.inf
     return math.sqrt((1 - alpha) / alpha) if alpha else math.inf
 
 # %% ../nbs/04b_facts.ipynb #c1d6dbc3
@@ -56,6 +64,9 @@ class Tensor:
 STARTS = {
     b"version ": "is a pointer of Git LFS and not the file: fetch it with `git lfs pull`",
     b"<": "is a web page, saved in place of the file: its server wants a login, or has moved it",
+    b"{": "is a text in JSON, saved in place of the file: it may say why",
+    b"7z": "is an archive: unpack it, and name what is in it",
+    b"\x1f\x8b": "is an archive: unpack it, and name what is in it",
     b"GGUF": "is a GGUF file by another name, and only safetensors are taken",
     b"PK": "is a pickled file by another name: it can run code when it is read, and only safetensors are taken",
     b"\x80": "is a pickled file by another name: it can run code when it is read, and only safetensors are taken"}
@@ -67,37 +78,53 @@ def no_weights(start: bytes) -> str:
     return known[0] if known else "is damaged, or no safetensors file"
 
 # %% ../nbs/04b_facts.ipynb #f43ddc5c
+UNREADABLE = "is damaged: its header cannot be read"
+
+# %% ../nbs/04b_facts.ipynb #93318423
 def header_table(file: Path) -> tuple[dict[str, Any], int]:
     "(the table at the beginning of a safetensors file, where its tensors begin). Unusable for another file."
+    if file.with_name(file.name + ".aria2").exists():
+        raise Unusable(f"{file.name} is not whole: aria2 has not ended its download, {file.name}.aria2 lies beside it")
     with file.open("rb") as f:
         start = f.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else MOST_HEADER + 1
         if length > MOST_HEADER: raise Unusable(f"{file.name} {no_weights(start)}")
         text = f.read(length)
     if len(text) < length: raise Unusable(f"{file.name} is damaged: it ends inside its header")
-    try: return json.loads(text), 8 + length
-    except ValueError as e: raise Unusable(f"{file.name} is damaged: its header cannot be read") from e
+    try: table = json.loads(text)
+    except ValueError: table = None
+    if not isinstance(table, dict): raise Unusable(f"{file.name} {UNREADABLE}")
+    return table, 8 + length
 
 # %% ../nbs/04b_facts.ipynb #b9a4bc5e
 def header(file: Path) -> dict[str, Tensor]:
     "Name -> type and shape of each tensor of a safetensors file. Unusable when it is none, or not whole."
     table, start = header_table(file)
-    tensors = {name: Tensor(line["dtype"], tuple(line["shape"]), line["data_offsets"][1])
-               for name, line in table.items() if name != "__metadata__"}
+    try:
+        tensors = {name: Tensor(line["dtype"], tuple(line["shape"]), line["data_offsets"][1])
+                   for name, line in table.items() if name != "__metadata__"}
+    except (TypeError, KeyError, IndexError) as e: raise Unusable(f"{file.name} {UNREADABLE}") from e
     whole, size = start + max((tensor.end for tensor in tensors.values()), default=0), file.stat().st_size
     if size < whole: raise Unusable(f"{file.name} is damaged: it has {size:,} of its {whole:,} bytes")
+    if size > whole: raise Unusable(f"{file.name} is damaged: {size - whole:,} bytes follow its {whole:,}")
     return tensors
 
 def metadata(file: Path) -> dict[str, str]:
     "What a program wrote into a file's header besides its tensors."
-    return header_table(file)[0].get("__metadata__") or {}
+    words = header_table(file)[0].get("__metadata__")
+    return {name: str(value) for name, value in words.items()} if isinstance(words, dict) else {}
 
 # %% ../nbs/04b_facts.ipynb #a9122fcd
 WEIGHTS = ("F16", "BF16", "F32", "F64")
+SCALES = ("scaled_fp8", ".scale_weight", ".weight_scale")
 
 def check_types(file: Path, table: Mapping[str, Tensor]) -> None:
     "Refuse weights of a type that no model is run in."
-    strange = {t.dtype: name for name, t in table.items() if t.dtype not in WEIGHTS and math.prod(t.shape) > 1000}
+    scaled = [name for name in table if name.endswith(SCALES)]
+    if scaled: raise Unusable(f"{file.name} holds weights that are to be scaled ({scaled[0]}), as ComfyUI's fp8 files: "
+                              "take a version in half precision")
+    strange = {t.dtype: name for name, t in table.items()
+               if t.dtype not in WEIGHTS and (t.dtype.startswith("F8") or math.prod(t.shape) > 1000)}
     for dtype, name in strange.items():
         raise Unusable(f"{file.name} holds weights of type {dtype} ({name}); "
                        f"this engine reads {', '.join(WEIGHTS)}: take a version in half precision")
@@ -114,6 +141,7 @@ class Kind:
 _UNET, _FIRST = "model.diffusion_model.", "model.diffusion_model.input_blocks.0.0.weight"
 _CHANGES = "it changes a model: name it in SD_LORAS, or in SD_LCM_LORA_ID when it is a method"
 _BASE = "it needs a base: name it in SD_BASE_ID"
+_PART = "it is one part of a model: a folder or a whole checkpoint is needed"
 _WORD = "it is a word for a prompt, and no model"
 _NOT_SD = "this engine serves Stable Diffusion 1.5 and SDXL"
 _FOLDER = "this engine reads {} from a diffusers folder or repository, not from one file"
@@ -121,12 +149,17 @@ KINDS = (
     Kind("a FLUX model", ("double_blocks.", "single_blocks."), _FOLDER.format("FLUX.2-klein")),
     Kind("a FLUX model", (_UNET + "double_blocks.",), _FOLDER.format("FLUX.2-klein")),
     Kind("a Stable Diffusion 3 model", (_UNET + "joint_blocks.",), _NOT_SD),
+    Kind("a Stable Diffusion 3 model", ("joint_blocks.",), _NOT_SD),
+    Kind("a model of films (Stable Video Diffusion)", (_UNET, "conditioner.embedders.0.open_clip."), _NOT_SD),
     Kind("a Z-Image model", ("cap_embedder.",), _FOLDER.format("Z-Image-Turbo")),
     Kind("a Z-Image model", (_UNET + "cap_embedder.",), _FOLDER.format("Z-Image-Turbo")),
     Kind("a ControlNet", ("control_model.",), "it steers another model and draws nothing alone"),
     Kind("a ControlNet", ("controlnet_cond_embedding.",), "it steers another model and draws nothing alone"),
+    Kind("a ControlNet", ("input_hint_block.",), "it steers another model and draws nothing alone"),
+    Kind("a T2I-Adapter", ("adapter.",), "it steers another model and draws nothing alone"),
     Kind("an IP-Adapter", ("ip_adapter.",), "it shows pictures to another model and draws nothing alone"),
     Kind("a motion module", ("down_blocks.0.motion_modules.",), "it makes films of another model's pictures"),
+    Kind("a motion module", ("up_blocks.0.motion_modules.",), "it makes films of another model's pictures"),
     # a checkpoint may hold stray tensors of other kinds, so it comes before them
     Kind("an EDM model", (_UNET, "edm_"), "its noise schedule (playground-v2.5's, CosXL's) is one that this engine "
                                           "does not draw with"),
@@ -145,9 +178,15 @@ KINDS = (
     Kind("a UNet alone", (_UNET,), _BASE),
     Kind("a UNet alone", ("input_blocks.", "output_blocks."), _BASE),
     Kind("a UNet alone", ("down_blocks.", "mid_block."), _BASE),
+    Kind("a whole model in diffusers' names", ("unet.", "vae."), "take the folder that it was made from"),
+    Kind("a training's dictionary", ("state_dict.",), "save what lies in its state_dict as a file of its own"),
+    Kind("a T5 text encoder", ("encoder.block.",), _PART),
+    Kind("a tiny VAE", ("decoder.layers.",), "name its folder in SD_VAE_ID, with its config.json"),
     Kind("a VAE", ("decoder.", "encoder."), "it belongs into SD_VAE_ID"),
     Kind("a VAE", ("first_stage_model.",), "it belongs into SD_VAE_ID"),
-    Kind("a text encoder", ("text_model.",), "it is one part of a model: a folder or a whole checkpoint is needed"),
+    Kind("a text encoder", ("text_model.",), _PART),
+    Kind("a text encoder", ("transformer.resblocks.",), _PART),
+    Kind("an encoder of pictures", ("vision_model.",), _PART),
 )
 
 # %% ../nbs/04b_facts.ipynb #e9d32f66
@@ -162,6 +201,10 @@ def without_words(name: str) -> str:
     return name.replace("_orig_mod.", "").removeprefix("module.")
 
 # %% ../nbs/04b_facts.ipynb #c2da73ea
+OTHERS = {
+    r"hada_": "a LoHa", r"lokr_": "a LoKr", r"\boft_": "an OFT", r"glora": "a GLoRA",
+    r"\.diff(_b)?$": "a file of whole differences"}
+
 def kind_of(names: Iterable[str]) -> Kind:
     "What a file is, by the names of its tensors."
     names = [without_words(name) for name in names]
@@ -169,9 +212,19 @@ def kind_of(names: Iterable[str]) -> Kind:
         if all(has_name(names, mark) for mark in kind.names): return kind
     return Kind("none of the files that this engine knows", (), f"{_NOT_SD}, as a checkpoint or a diffusers folder")
 
+# %% ../nbs/04b_facts.ipynb #79a72e2b
+def other_way(names: Iterable[str]) -> str | None:
+    "What changes a model in these tensors, when it is another way than a LoRA's."
+    for piece, kind in OTHERS.items():
+        if any(re.search(piece, name) for name in names): return kind
+    return None
+
+# %% ../nbs/04b_facts.ipynb #32a47cee
 def check_kind(file: Path, table: Mapping[str, Tensor]) -> Kind:
     "The kind of a checkpoint. Unusable, with the kind's name and what would do, for one that is not served."
     kind = kind_of(table)
+    other = other_way(table) if kind.refused == _CHANGES else None
+    if other: raise Unusable(f"{file.name} is {other}: it changes a model, and of such files only LoRAs are taken")
     if kind.refused: raise Unusable(f"{file.name} is {kind.name}: {kind.refused}")
     takes = table[_FIRST].shape[1] if _FIRST in table else 4
     # 9: an inpainting model, whose UNet takes a mask and a picture's latents besides its own
@@ -261,14 +314,23 @@ def said_by_file(file: Path, prediction: str) -> list[str]:
             "SD_PREDICTION=v_prediction if that is right"]
 
 # %% ../nbs/04b_facts.ipynb #55a79d53
+def constant_in_json(word: str) -> float:
+    "-Infinity and Infinity, as diffusers writes them. ValueError for NaN, which makes every picture one."
+    if word == "NaN": raise ValueError("NaN is no number")
+    return float(word)
+
+# %% ../nbs/04b_facts.ipynb #6600c889
 def read_json(file: Path) -> dict[str, Any]:
     "A configuration file. Unusable, naming it, when it is damaged."
     name = f"{file.parent.name}/{file.name}"
-    try: config = json.loads(file.read_text(encoding="utf-8"))
+    if file.read_bytes()[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise Unusable(f"{name} is a text in UTF-16: save it in UTF-8")
+    try: config = json.loads(file.read_text(encoding="utf-8"), parse_constant=constant_in_json)
     except ValueError as e: raise Unusable(f"{name} is damaged: it is no JSON ({e})") from e
     if not isinstance(config, dict): raise Unusable(f"{name} is no configuration: it holds a {type(config).__name__}")
     return config
 
+# %% ../nbs/04b_facts.ipynb #5430f552
 def config_in(folder: Path, name: str) -> dict[str, Any]:
     "A configuration of a folder, {} when there is none."
     file = folder / name

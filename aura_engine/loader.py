@@ -293,9 +293,10 @@ def through(encoder: Any, decoder: Any, picture: torch.Tensor) -> torch.Tensor:
 def said_of_latents(own: Any, other: Any) -> list[str]:
     "A sentence when `other` does not mean by latents what a model's own VAE means by them."
     dtype, picture = other.dtype, trial_picture()
-    for vae in (own, other): vae.float()
-    errors = [float((through(encoder, other, picture) - picture).abs().mean()) for encoder in (other, own)]
-    for vae in (own, other): vae.to(dtype)
+    with reading():
+        for vae in (own, other): vae.float()
+        errors = [float((through(encoder, other, picture) - picture).abs().mean()) for encoder in (other, own)]
+        for vae in (own, other): vae.to(dtype)
     alone, crossed = (127.5 * error for error in errors)
     if not crossed > 3 * alone + 10: return []
     return [f"a picture that the model's own VAE encodes comes back {crossed:.0f} of 255 off through it, one that it "

@@ -14,20 +14,21 @@ from typing import Any
 import torch
 from .downloads import Progress, Unusable, Want, class_names, fetch, names_in, true_cause
 from .facts import (
-    SIGMAS, check_facts, check_kind, check_types, config_in, facts_of_configs, facts_of_header, header, kind_of,
-    metadata, read_json, said_by_file, unused_in, without_words)
+    READ, SIGMAS, Tensor, check_facts, check_kind, check_types, config_in, facts_of_configs, facts_of_header, header,
+    kind_of, metadata, read_json, said_by_file, unused_in, without_words)
 from .models import INCLUDED, KLEIN, PICKLED, ROWS, SD15_ID, Z_IMAGE, is_local
 
 # %% auto #0
 __all__ = ['PARTS', 'UNUSED', 'SERVED', 'WEIGHTS', 'NO_PICKLES', 'USUAL', 'FORMATS', 'CLASSES', 'LOADING', 'NO_VAE',
-           'NO_PICKLED_FILE', 'NO_DIFFUSERS', 'PART_WORDS', 'HARMLESS', 'ON_BETAS', 'ORIGINAL', 'USUAL_SCALE',
-           'whole_sets', 'no_whole_set', 'weight_files', 'check_classes', 'parts_of', 'check_parts', 'served_index',
-           'pipeline_files', 'quiet', 'reading', 'diffusers_classes', 'Checkpoint', 'recognise', 'nothing_else',
-           'config_and_weights', 'check_numbers', 'lone_class', 'unwrapped', 'bare', 'tensors_in', 'fill',
-           'check_weights', 'said_of_tensors', 'complete', 'complete_parts', 'mounted', 'broken_link', 'check_folder',
-           'check_alone', 'Finder', 'Reader', 'read_scheduler', 'read_unet', 'original_vae', 'read_vae', 'latents_of',
-           'check_latents', 'suited', 'check_files', 'whole_pipeline', 'read_folder', 'configuration_of',
-           'said_of_more', 'single_pipeline', 'read_single']
+           'NO_PICKLED_FILE', 'NO_DIFFUSERS', 'PART_WORDS', 'HARMLESS', 'WRITTEN', 'EMA', 'SCHEDULERS', 'ON_BETAS',
+           'ORIGINAL', 'USUAL_SCALE', 'UNKNOWN', 'GUIDED', 'whole_sets', 'no_whole_set', 'weight_files',
+           'check_classes', 'parts_of', 'check_parts', 'served_index', 'pipeline_files', 'quiet', 'reading',
+           'diffusers_classes', 'Checkpoint', 'recognise', 'nothing_else', 'config_and_weights', 'check_numbers',
+           'lone_class', 'unwrapped', 'bare', 'tensors_in', 'fill', 'check_weights', 'said_of_tensors',
+           'said_of_config', 'complete', 'complete_parts', 'mounted', 'broken_link', 'check_folder', 'check_alone',
+           'Finder', 'Reader', 'read_scheduler', 'said_of_rest', 'read_unet', 'original_vae', 'read_vae', 'latents_of',
+           'check_latents', 'suited', 'check_files', 'odd_value', 'whole_pipeline', 'said_of_tokenizers', 'read_folder',
+           'configuration_of', 'said_of_more', 'guided_unet', 'single_pipeline', 'read_single']
 
 # %% ../nbs/04c_reader.ipynb #1afc7159
 PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
@@ -65,6 +66,8 @@ def no_whole_set(inside: list[str], part: str) -> str:
         other = any(name.endswith(ending) for name in inside)
         if other: return f"{part} has weights of {program} alone; take the version of this model with safetensors"
     if any(name.endswith(PICKLED) for name in inside): return part + NO_PICKLES
+    unfinished = [name for name in inside if ".safetensors." in name and ".index." not in name]
+    if unfinished: return f"the download of {part}'s weights has not ended ({unfinished[0]})"
     others = [name for name in inside if name.endswith(".safetensors")]
     if not others: return f"there are no safetensors weights for {part}"
     return f"{part} has no weights of the usual name; if {others[0]} are those, rename it to {USUAL}"
@@ -131,8 +134,10 @@ def pipeline_files(names: list[str], folder: Path, half: bool, skip: tuple[str, 
     texts = (".json", ".txt", ".model", ".jinja")
     found = [name for name in names if name.split("/")[0] in parts and name.endswith(texts)]
     for part in parts:
-        if not any(name.startswith(part + "/") for name in found):
-            raise Unusable(f"there is no configuration for {part}")
+        if any(name.startswith(part + "/") for name in found): continue
+        other = [name.split("/")[0] for name in names if name.lower().startswith(part + "/")]
+        hint = f" (there is a folder {other[0]}: write it in small letters)" if other and other[0] != part else ""
+        raise Unusable(f"there is no configuration for {part}{hint}")
     for part in parts:
         if part not in skip and not part.startswith(("tokenizer", "scheduler")):
             found += weight_files(names, part, half)
@@ -252,7 +257,11 @@ def tensors_in(files: Iterable[Path]) -> dict[str, torch.Tensor]:
 def fill(module: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
     "Give a model these tensors, by their bare names."
     there = {bare(name): tensor for name, tensor in tensors.items()}
-    mine = {name: there[bare(name)].to(dtype) for name in module.state_dict() if bare(name) in there}
+    wanted = module.state_dict()
+    mine = {name: there[bare(name)].to(dtype) for name in wanted if bare(name) in there}
+    for name, tensor in mine.items():
+        given, own = list(tensor.shape), list(wanted[name].shape)
+        if given != own: raise Unusable(f"its tensor {name} has the shape {given}, in this model it has {own}")
     module.load_state_dict(mine, strict=False, assign=True)
 
 # %% ../nbs/04c_reader.ipynb #9e4f2ca4
@@ -278,6 +287,16 @@ def said_of_tensors(module: Any, part: str, names: list[str]) -> list[str]:
     if unused: said.append(f"{part}: {len(unused)} tensors in its file are not used ({unused[0]} …)")
     return said
 
+# %% ../nbs/04c_reader.ipynb #c3093635
+WRITTEN = ("block_out_channels",)                 # which AutoencoderTiny adds to its configuration itself
+EMA = ("decay", "min_decay", "inv_gamma", "power", "update_after_step", "use_ema_warmup", "optimization_step")
+
+def said_of_config(config: Mapping[str, Any], classes: Iterable[type], where: str) -> list[str]:
+    "Sentences about settings of a configuration that none of these classes knows."
+    known = {name for cls in classes for name in inspect.signature(cls.__init__).parameters} | {*EMA, *WRITTEN}
+    strange = [name for name, value in config.items() if value and name not in known and not name.startswith("_")]
+    return [f"{where}: {name} is not known to this version of diffusers and not used" for name in strange]
+
 # %% ../nbs/04c_reader.ipynb #a57f7041
 def complete(reader: Reader, module: Any, part: str, files: list[Path]) -> None:
     "Hold a part against its files, and give it what its library missed. Unusable, naming what is not there."
@@ -297,7 +316,12 @@ def complete_parts(reader: Reader, pipe: Any, folder: Path, names: list[str]) ->
     weights = [name for name in names if name.endswith(".safetensors")]
     for part in CLASSES:
         files = [folder / name for name in weights if name.startswith(part + "/")]
-        if files: complete(reader, getattr(pipe, part), part, files)
+        if not files: continue
+        module = getattr(pipe, part)
+        complete(reader, module, part, files)
+        if part in ("unet", "vae"):
+            where = f"{part}/config.json"
+            reader.notes += said_of_config(config_in(folder, where), [type(module)], where)
 
 # %% ../nbs/04c_reader.ipynb #09198bc3
 def mounted(folder: Path, anchor: str, want: Want, notes: list[str]) -> Path | None:
@@ -391,6 +415,10 @@ class Reader(Finder):
                                        variant=variant, **given)
 
 # %% ../nbs/04c_reader.ipynb #0087fdd0
+SCHEDULERS = ("PNDMScheduler", "DDIMScheduler", "DDPMScheduler", "DEISMultistepScheduler", "EulerDiscreteScheduler",
+              "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "LCMScheduler", "TCDScheduler",
+              "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler",
+              "FlowMatchEulerDiscreteScheduler", "DDIMInverseScheduler", "KDPM2DiscreteScheduler")
 ON_BETAS = ("LMSDiscreteScheduler", "DPMSolverSDEScheduler")          # which diffusers has with other packages only
 
 def read_scheduler(reader: Reader, folder: Path, more: dict[str, Any] | None = None) -> Any:
@@ -399,6 +427,8 @@ def read_scheduler(reader: Reader, folder: Path, more: dict[str, Any] | None = N
     if reader.prediction: config["prediction_type"] = reader.prediction
     found = facts_of_configs(config, config_in(folder, "unet/config.json"), config_in(folder, "vae/config.json"))
     check_facts(found)
+    kinds = [getattr(diffusers_classes(), name) for name in SCHEDULERS]
+    reader.notes += said_of_config(config, kinds, "scheduler_config.json")
     strange = [name for name in found.sigmas if name != "use_karras_sigmas"]
     if strange: reader.notes.append(f"{', '.join(strange)}: not used, our sampler decides how steps are spaced")
     cls = getattr(diffusers_classes(), config.get("_class_name", ""), None)
@@ -415,6 +445,14 @@ def read_scheduler(reader: Reader, folder: Path, more: dict[str, Any] | None = N
 # %% ../nbs/04c_reader.ipynb #113d4e4d
 ORIGINAL = "model.diffusion_model."               # before the names of a UNet in the original program's checkpoints
 
+def said_of_rest(table: Mapping[str, Tensor]) -> list[str]:
+    "Sentences about what a file holds besides a UNet, where only that is read."
+    if not any(ORIGINAL in name for name in table): return []
+    parts = [name for name in table if without_words(name).startswith(READ) and ORIGINAL not in name]
+    more = [f"only its UNet is used, the other parts are the base's ({parts[0]} …)"] if parts else []
+    return [*more, *unused_in(table)]
+
+# %% ../nbs/04c_reader.ipynb #c569c741
 def read_unet(reader: Reader, source: str, config: Path) -> Any:
     "A distilled UNet. `config`: the folder with the base's configuration."
     if not source.endswith(".safetensors"): return reader.model_of(source)
@@ -425,6 +463,7 @@ def read_unet(reader: Reader, source: str, config: Path) -> Any:
     if any(name.startswith("input_blocks.") for name in names):
         tensors = {ORIGINAL + name: tensor for name, tensor in tensors.items()}
     if any(name.startswith(ORIGINAL) for name in tensors):
+        reader.notes += [f"{file.name}: {said}" for said in said_of_rest(names)]
         with reading(): unet = cls.from_single_file(tensors, config=str(config), dtype=reader.dtype)
     else:
         with reading(), torch.device("meta"): unet = cls.from_config(cls.load_config(config))
@@ -447,9 +486,12 @@ def read_vae(reader: Reader, source: str, config: dict[str, Any]) -> Any:
     cls, file = diffusers_classes().AutoencoderKL, reader.located(source, "", nothing_else)
     names = header(file)
     check_types(file, names)
-    if not any("decoder.conv_in." in name for name in names):
-        raise Unusable(f"{file.name} is {kind_of(names).name}, and no VAE")
+    first = [tensor for name, tensor in names.items() if name.endswith("decoder.conv_in.weight")]
+    if not first:
+        kind = kind_of(names)
+        raise Unusable(f"{file.name} is {kind.name}{': ' + kind.refused if 'VAE' in kind.name else ', and no VAE'}")
     if "block_out_channels" not in config: raise Unusable("one file needs a model with a VAE of its own kind")
+    check_latents({**config, "latent_channels": first[0].shape[1]}, config)
     with reading(), torch.device("meta"): vae = cls.from_config(config)
     fill(vae, original_vae(tensors_in([file]), config), reader.dtype)
     check_weights(vae, file.name)
@@ -489,15 +531,41 @@ def check_files(folder: Path, names: list[str]) -> None:
         try: header(folder / name)
         except Unusable as e: raise Unusable(f"in {name.split('/')[0]}, {e}") from e
 
+UNKNOWN = "which this version of its library does not know"
+
+def odd_value(folder: Path, names: Iterable[str], error: str) -> str | None:
+    "The setting in a configuration whose value a library names in its error, in a sentence. None: there is none."
+    words, found = re.findall(r"\w+", error), []
+    for name in names:
+        if not name.endswith("config.json"): continue
+        for key, value in config_in(folder, name).items():
+            values = value if isinstance(value, list) else [value]
+            odd = [one for one in values if isinstance(one, str) and one in words]
+            if not odd or key.startswith("_"): continue
+            found.append((words.index(odd[0]), f"{name} has {key} {odd[0]!r}, {UNKNOWN}"))
+    # an error names the odd value first, and then those that there are
+    return min(found)[1] if found else None
+
+# %% ../nbs/04c_reader.ipynb #83912815
 def whole_pipeline(reader: Reader, folder: Path, names: list[str], given: dict[str, Any]) -> Any:
     "A pipeline from the files `names` of a folder, with the parts `given`, held against its files."
     reader.dtype = suited(reader.dtype, served_index(folder)["_class_name"])
     check_files(folder, names)
-    made = reader.from_folder(diffusers_classes().DiffusionPipeline, folder, names, **given)
+    try: made = reader.from_folder(diffusers_classes().DiffusionPipeline, folder, names, **given)
+    except (KeyError, TypeError, ValueError) as e:
+        odd = odd_value(folder, names, str(e))
+        raise (Unusable(odd) if odd else e) from e
     complete_parts(reader, made, folder, names)
     return made
 
 # %% ../nbs/04c_reader.ipynb #f223cc2a
+def said_of_tokenizers(names: list[str], index: dict[str, Any]) -> list[str]:
+    "Sentences about tokenizers of a folder that lack their settings."
+    there = [part for part in ("tokenizer", "tokenizer_2") if (index.get(part) or [None])[0]]
+    return [f"{part} has no tokenizer_config.json: which word fills up a short prompt is guessed" for part in there
+            if f"{part}/tokenizer_config.json" not in names]
+
+# %% ../nbs/04c_reader.ipynb #45c5deef
 def read_folder(reader: Reader, source: str, unet: str | None = None) -> tuple[Any, Path]:
     "(pipeline, folder) from a folder or repository. `unet` is another source for the UNet."
     def want(names: list[str], at: Path) -> list[str]:
@@ -509,6 +577,7 @@ def read_folder(reader: Reader, source: str, unet: str | None = None) -> tuple[A
     reader.progress.stage = "reading"
     reader.progress.file = ""
     names, index = want(names_in(folder), folder), served_index(folder)
+    reader.notes += said_of_tokenizers(names, index)
     given: dict[str, Any] = {part: None for part in UNUSED if part in index}
     given["scheduler"] = read_scheduler(reader, folder)
     if unet: given["unet"] = read_unet(reader, unet, folder / "unet")
@@ -535,6 +604,21 @@ def said_of_more(pipe: Any, file: Path) -> list[str]:
     return said
 
 # %% ../nbs/04c_reader.ipynb #774888af
+GUIDED = "cond_proj.weight"                       # the end of a tensor that only the UNet of an LCM has
+
+def guided_unet(reader: Reader, file: Path, config: Path) -> dict[str, Any]:
+    "{'unet': that of an LCM} for a checkpoint with one, else {}. Its guidance is an input, which one tensor tells."
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+    names = [name for name in header(file) if name.startswith(ORIGINAL) and name.endswith(GUIDED)]
+    if not names: return {}
+    cls, tensors = diffusers_classes().UNet2DConditionModel, tensors_in([file])
+    settings = {**cls.load_config(config / "unet"), "time_cond_proj_dim": tensors[names[0]].shape[1]}
+    with reading(), torch.device("meta"): unet = cls.from_config(settings)
+    named = {**convert_ldm_unet_checkpoint(tensors, settings), f"time_embedding.{GUIDED}": tensors[names[0]]}
+    fill(unet, named, reader.dtype)
+    return {"unet": unet}
+
+# %% ../nbs/04c_reader.ipynb #e93a4bd3
 def single_pipeline(reader: Reader, file: Path, config: Path, given: dict[str, Any]) -> Any:
     "A pipeline from one file and the folder of its configuration. Unusable when a tensor is missing."
     pipeline = getattr(diffusers_classes(), served_index(config)["_class_name"])
@@ -563,5 +647,6 @@ def read_single(reader: Reader, source: str, vae: str | None = None) -> tuple[An
         usual = config_in(config, "vae/config.json")
         given["vae"] = read_vae(reader, vae, usual)
         check_latents(given["vae"].config, usual)
+    given |= guided_unet(reader, file, config)
     reader.progress.stage = "reading"
     return single_pipeline(reader, file, config, given), file
