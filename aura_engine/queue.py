@@ -15,7 +15,7 @@ from .types import AuraError, Done, Failed, Invalid, Picture, Queued, QueueFull,
 
 # %% auto #0
 __all__ = ['LEAST_SHARERS', 'MOST_TASKS', 'Task', 'Shares', 'Paces', 'ClientLine', 'lines_of', 'fair_order', 'Lateness',
-           'OwnLineFull', 'line_full', 'Turn', 'too_late', 'check_deadline', 'TaskLine', 'Promise', 'Admission',
+           'OwnLineFull', 'line_full', 'Standing', 'too_late', 'check_deadline', 'TaskLine', 'Promise', 'Admission',
            'Queue']
 
 # %% ../nbs/08b_queue.ipynb #51706455
@@ -178,52 +178,52 @@ def line_full(there: Sequence[Entry], mine: Sequence[Entry], cost: StepCost,
 
 # %% ../nbs/08b_queue.ipynb #aee625b8
 @dataclass(frozen=True)
-class Turn:
+class Standing:
     "Where a newcomer would stand: pictures `ahead` of it, and predicted seconds."
     ahead: int
     alone: float                                    # if nobody else were there
     seconds: float                                  # until it would be finished
 
-def too_late(turn: Turn, limit: float) -> QueueFull | None:
-    "Why a newcomer with this turn cannot be promised its pictures within `limit` seconds; None: it can."
-    if not turn.ahead or turn.seconds <= limit: return None
-    said = f"{turn.ahead} pictures are ahead, so this would take about {turn.seconds:.0f} seconds"
-    return QueueFull(f"{said}; this engine promises at most {limit:g}.", retry_after=max(1.0, turn.seconds - limit))
+def too_late(standing: Standing, limit: float) -> QueueFull | None:
+    "Why a newcomer who stands there cannot be promised its pictures within `limit` seconds; None: it can."
+    if not standing.ahead or standing.seconds <= limit: return None
+    said = f"{standing.ahead} pictures are ahead, so this would take about {standing.seconds:.0f} seconds"
+    return QueueFull(f"{said}; this engine promises at most {limit:g}.", retry_after=max(1.0, standing.seconds - limit))
 
 # %% ../nbs/08b_queue.ipynb #e96638f4
-def check_deadline(asked: float, left: float, turn: Turn, most: float) -> None:
+def check_deadline(asked: float, left: float, standing: Standing, most: float) -> None:
     "A deadline of `asked` seconds, `left` of them left. Invalid: never to be kept. QueueFull: others prevent it."
-    alone = math.ceil(100 * turn.alone) / 100
+    alone = math.ceil(100 * standing.alone) / 100
     if asked > most: raise Invalid.value("deadlineSeconds", given=asked, allowed=f"at most {most:g}")
     if asked < alone:
         allowed = f"at least {alone:g}, the seconds this request takes alone on this engine"
         raise Invalid.value("deadlineSeconds", given=asked, allowed=allowed)
-    if turn.ahead and turn.seconds > left:
-        said = f"{turn.ahead} pictures are ahead, so this would take about {turn.seconds:.1f} seconds"
-        raise QueueFull(f"{said}; its deadline is {asked:g}.", retry_after=max(1.0, turn.seconds - left))
+    if standing.ahead and standing.seconds > left:
+        said = f"{standing.ahead} pictures are ahead, so this would take about {standing.seconds:.1f} seconds"
+        raise QueueFull(f"{said}; its deadline is {asked:g}.", retry_after=max(1.0, standing.seconds - left))
 
 # %% ../nbs/08b_queue.ipynb #70c7121b
 class TaskLine:
     "The pictures in the engine, and what their clients have had."
     def __init__(self):
         self.tasks: list[Task] = []
-        self.turn = threading.Condition()
+        self.changed = threading.Condition()
         self.shares, self.paces = Shares(), Paces()
         self.clock = time.monotonic
 
     def wait(self, closed: Callable[[], bool]) -> list[Task]:
         "All tasks; waits until one is due, or `closed()`."
-        with self.turn:
-            while not (any(task.due for task in self.tasks) or closed()): self.turn.wait()
+        with self.changed:
+            while not (any(task.due for task in self.tasks) or closed()): self.changed.wait()
             return self.tasks
 
     def wake(self) -> None:
         "Have whoever waits look again."
-        with self.turn: self.turn.notify_all()
+        with self.changed: self.changed.notify_all()
 
     def order(self, cost: StepCost) -> list[Task]:
         "The tasks in the order in which they should be served now."
-        with self.turn:
+        with self.changed:
             now = self.pass_time()
             return fair_order(self.tasks, cost, now, self.shares)
 
@@ -235,7 +235,7 @@ class TaskLine:
 
     def remove(self, gone: Callable[[Task], bool]) -> None:
         "Take tasks out; their clients are charged for what they have had, also when they leave early."
-        with self.turn:
+        with self.changed:
             leaving = [t for t in self.tasks if gone(t)]
             self.tasks = [t for t in self.tasks if not gone(t)]
             for task in leaving:
@@ -274,21 +274,21 @@ class Admission:
             raise QueueFull(f"{len(there)} pictures are waiting.", retry_after=5)
         if full := line_full(there, mine, cost, self.limit, pace): raise full
 
-    def turn_of(self, mine: Sequence[Task], there: Sequence[Task], cost: StepCost,
-                now: float, shares: Shares) -> Turn:
+    def standing_of(self, mine: Sequence[Task], there: Sequence[Task], cost: StepCost,
+                    now: float, shares: Shares) -> Standing:
         "Where these tasks would stand if they came now to those that are there."
         order = fair_order([*there, *mine], cost, now, shares)
         ahead = max(order.index(t) for t in mine) + 1 - len(mine)
         late = self.lateness.factor(shares.debt(mine[0].client) > 0)
-        return Turn(ahead, alone=eta(mine, mine, cost), seconds=eta(mine, order, cost) * late)
+        return Standing(ahead, alone=eta(mine, mine, cost), seconds=eta(mine, order, cost) * late)
 
-    def promise(self, job: Job, turn: Turn, now: float, owing: bool) -> Queued:
+    def promise(self, job: Job, standing: Standing, now: float, owing: bool) -> Queued:
         "The promise to a job. QueueFull and Invalid refuse it."
-        if late := too_late(turn, self.limit): raise late
+        if late := too_late(standing, self.limit): raise late
         asked = job.plan.deadline
-        if asked is not None: check_deadline(asked, job.deadline - time.monotonic(), turn, self.longest)
-        self.promises[job.id] = Promise(now, turn.seconds, owing)
-        return Queued(turn.ahead, round(turn.seconds, 3), tuple(p.seed for p in job.plan.pictures))
+        if asked is not None: check_deadline(asked, job.deadline - time.monotonic(), standing, self.longest)
+        self.promises[job.id] = Promise(now, standing.seconds, owing)
+        return Queued(standing.ahead, round(standing.seconds, 3), tuple(p.seed for p in job.plan.pictures))
 
     def learn(self, job: Job, now: float, finished: bool) -> None:
         "A job has left. If it was `finished`, see how the promise was kept."
@@ -305,17 +305,17 @@ class Queue(TaskLine):
 
     def submit(self, job: Job, tasks: list[Task], cost: StepCost) -> None:
         "Take a job in and tell it what to expect. QueueFull and Invalid refuse it."
-        with self.turn:
+        with self.changed:
             if self.stopped: raise self.stopped
             now = self.pass_time()
             there = [t for t in self.tasks if not t.job.cancelled]
             pace = self.paces.of(job.client, now, len({t.client for t in there}))
             self.admission.check_line(tasks, there, cost, pace)
-            turn = self.admission.turn_of(tasks, there, cost, now, self.shares)
-            job.emit(self.admission.promise(job, turn, now, self.shares.debt(job.client) > 0))
+            standing = self.admission.standing_of(tasks, there, cost, now, self.shares)
+            job.emit(self.admission.promise(job, standing, now, self.shares.debt(job.client) > 0))
             self.paces.begin(job.client, now)
             self.tasks = self.tasks + tasks
-            self.turn.notify_all()
+            self.changed.notify_all()
 
     def end(self, job: Job, error: AuraError | None = None) -> None:
         "Take a job out, free what it starts from, and close its log."
@@ -327,7 +327,7 @@ class Queue(TaskLine):
 
     def stop(self, error: AuraError) -> None:
         "Take no more jobs; those that wait end with `error`."
-        with self.turn:
+        with self.changed:
             self.stopped = error
-            self.turn.notify_all()
+            self.changed.notify_all()
         for job in {task.job for task in self.tasks}: self.end(job, error)
