@@ -61,12 +61,14 @@ class Album:
         self.aside: dict[str, Shot] = {}
         self._lock = threading.Lock()
 
-    def add(self, shot: Shot) -> None:
-        "Put a picture in; one that is there already stays where it is."
+    def add(self, shot: Shot) -> bool:
+        "Put a picture in -> whether it is new; one that is there already stays where it is."
         with self._lock:
             self.aside.pop(shot.id, None)
-            if all(s.id != shot.id for s in self.shots): self.shots.append(shot)
+            is_new = all(s.id != shot.id for s in self.shots)
+            if is_new: self.shots.append(shot)
             self.shots.sort(key=lambda s: s.at, reverse=True)
+        return is_new
 
     def set_aside(self, shot: Shot) -> None:
         "Keep a picture at hand without showing it."
@@ -240,6 +242,7 @@ class Desk:
         self.album = Album()
         self.works: dict[str, Work] = {}
         self.watchers: list[Callable[[], None]] = []
+        self.viewers: list[Listener] = []    # told of what is picked or deleted in another view
 
     def lay_out(self, ask: Ask, id: str = "", aside: bool = False) -> Work:
         "Work on a question, not begun yet. An id that is known gives the work that has it."
@@ -268,6 +271,19 @@ class Desk:
     def changed(self) -> None:
         "Tell the watchers."
         for watch in list(self.watchers): watch()
+
+    def pick(self, shot: Shot, viewer: Listener) -> None:
+        "Put a picture into the album, and tell the viewers other than the one that did it."
+        if self.album.add(shot): self._pass_on(shot_message(shot), viewer)
+
+    def remove(self, id: str, viewer: Listener) -> None:
+        "Take a picture out of the album, and tell the other viewers."
+        self.album.remove(id)
+        self._pass_on(Message({"type": "gone", "picture": id}), viewer)
+
+    def _pass_on(self, message: Message, viewer: Listener) -> None:
+        for hear in list(self.viewers):
+            if hear != viewer: hear(message)
 
 # %% ../nbs/13a_album.ipynb #9b716999
 def engine_in(client: AuraClient) -> Any:

@@ -101,6 +101,7 @@ class Pane(Still):
     value = T.Dict(FORM).tag(sync=True)
     choice = T.Unicode("").tag(sync=True)
     jobs = T.List().tag(sync=True)
+    keyed = T.Bool(False).tag(sync=True)            # whether an engine's key was given: never the key itself
     looking: Future[Any] | None = None              # until it was made whole: a refused one is closed, too
 
     def __init__(self, source: Any = None, every: float = 3, origin: str | None = None, **traits: Any):
@@ -112,7 +113,8 @@ class Pane(Still):
         self.doors = list(self.desk.client.aio.doors)
         first = self.doors[0].url
         both = self.desk.client.aio.mode if len(self.doors) > 1 else ""
-        super().__init__(address=first if first.startswith("http") else "", mode=both, **traits)
+        keyed = any(getattr(door, "api_key", None) for door in self.doors)
+        super().__init__(address=first if first.startswith("http") else "", mode=both, keyed=keyed, **traits)
         self.looking = self.desk.client.start(self._watch())
 
     @property
@@ -182,12 +184,13 @@ class Conversation(Pane):
         kind = message.get("type")
         album = self.desk.album
         if kind == "ask": self._ask(message, pictures)
+        if kind == "key": self._use_key(message["key"])
         if kind == "resume": self._resume(message["id"], message["job"])
         if kind == "cancel" and (work := self.desk.works.get(message["job"])): work.cancel()
-        if kind == "remove": album.remove(message["picture"])
+        if kind == "remove": self.desk.remove(message["picture"], self.hear_of_album)
         if kind == "put" and (shot := album.find(message["picture"])):
             shot.star = bool(message.get("star"))
-            album.add(shot)
+            self.desk.pick(shot, self.hear_of_album)
         if kind == "history":
             for shot in list(album.shots): self.tell(message["id"], shot_message(shot))
         if kind in ("history", "hello"): self.tell(message["id"], Message({"type": "end"}))
@@ -195,6 +198,15 @@ class Conversation(Pane):
     def tell(self, id: str, message: Message) -> None:
         "Send a message back under an id."
         self.send({"id": id, **message.body}, [message.picture] if message.picture else None)
+
+    def hear_of_album(self, message: Message) -> None:
+        "Show at once what is picked or deleted in another widget of this desk."
+        self.tell("album", message)
+
+    def _use_key(self, key: str) -> None:
+        self.keyed = True
+        for door in self.doors:
+            if isinstance(door, Remote): door.http.headers["authorization"] = f"Bearer {key}"
 
     def _ask(self, message: dict[str, Any], pictures: Sequence[bytes]) -> None:
         id = message["id"]
@@ -246,6 +258,7 @@ class Studio(Exhibit):
         super().__init__(source, value=form_of(form))
         self._heard: set[str] = set()        # ids of the work whose progress is followed
         self.desk.watchers.append(self._work_changed)
+        self.desk.viewers.append(self.hear_of_album)
         self._work_changed()
 
     def _work_changed(self) -> None:
@@ -282,7 +295,9 @@ class Studio(Exhibit):
     def close(self) -> None:
         "Stop its work and take the widget away. The engine goes on for others: `close_desks` ends that, too."
         # also called when the widget is collected, after an earlier close
-        if self._work_changed in self.desk.watchers: self.desk.watchers.remove(self._work_changed)
+        if self._work_changed in self.desk.watchers:
+            self.desk.watchers.remove(self._work_changed)
+            self.desk.viewers.remove(self.hear_of_album)
         self.stop()
         super().close()
 

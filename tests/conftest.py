@@ -109,3 +109,9 @@ def make_server(tmp_path_factory):
 def server(make_server):
     """The one default server that tests share; a test that configures or stops a server makes its own."""
     return make_server()
+
+
+@pytest.fixture(scope="session")
+def locked(make_server):
+    """A server that asks for its key, "sesame"."""
+    return make_server(AURA_API_KEY="sesame")

@@ -1,5 +1,5 @@
 """The Studio in a real JupyterLab, used by a real Chromium. `AURA_PICTURES=1` keeps the screenshots."""
-import io, json, os, random, secrets, shutil, subprocess, sys, time, urllib.request
+import io, json, os, random, re, secrets, shutil, subprocess, sys, time, urllib.request
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,13 @@ THREE_CELLS = ("import aura_engine as ae\nstudio = ae.Studio('offline', prompt='
                "grid = ae.Compare('offline', 'a fox', x=('steps', [1, 4]), seed=1)\ngrid")
 
 
+# A model that is not there, one that waits while another is loaded, and an engine that asks for a key.
+STATES = ("import os\nimport aura_engine as ae\nfrom aura_engine.loader import LOADING\nos.environ['SD_MODEL_ID'] = 'nobody/nothing'\n"
+          "ae.Studio('offline', prompt='a fox')",
+          "LOADING.acquire()\nos.environ['SD_MODEL_ID'] = 'embedded'\nstudio = ae.Studio('offline', prompt='a fox', steps=1)\nstudio",
+          "ae.Studio('{locked}', prompt='a fox', steps=1)")
+
+
 def notebook(cells):
     """A notebook file of code cells."""
     code = [{"cell_type": "code", "id": f"cell{n}", "metadata": {}, "source": source, "outputs": [], "execution_count": None}
@@ -31,12 +38,13 @@ def chromium():
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """JupyterLab on a copy of 00_start and two notebooks with the three obvious cells: gives the addresses of their pages."""
+def lab(tmp_path_factory, locked):
+    """JupyterLab on a copy of 00_start, two notebooks with the three obvious cells, and one of STATES: gives the addresses of their pages."""
     home, port, token = tmp_path_factory.mktemp("lab"), free_port(), secrets.token_hex(8)
     (home / "nbs").mkdir()
     shutil.copy(ROOT / "nbs/00_start.ipynb", home / "nbs/00_start.ipynb")
     for name in ("one", "two"): (home / f"nbs/{name}.ipynb").write_text(notebook(THREE_CELLS), encoding="utf-8")
+    (home / "nbs/states.ipynb").write_text(notebook([cell.replace("{locked}", locked.url) for cell in STATES]), encoding="utf-8")
     quiet = home / "settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
     quiet.parent.mkdir(parents=True)
     quiet.write_text('{"fetchNews": "false", "checkForUpdates": false}', encoding="utf-8")
@@ -71,15 +79,21 @@ def run_all(page):
     page.wait_for_function(IDLE)
 
 
-@pytest.fixture(scope="module")
-def page(lab, browser):
-    """00_start, opened, with all its cells run."""
+def opened(browser, url):
+    """A notebook with three widgets, with all its cells run."""
     page = browser.new_page(viewport={"width": 1200, "height": 1000})
     page.set_default_timeout(90_000)
-    page.goto(lab("00_start"))
+    page.goto(url)
     page.wait_for_function(IDLE)
     run_all(page)
     page.locator("[data-lm-suppress-shortcuts]").nth(2).wait_for(state="attached")
+    return page
+
+
+@pytest.fixture(scope="module")
+def page(lab, browser):
+    """00_start, opened, with all its cells run."""
+    page = opened(browser, lab("00_start"))
     yield page
     page.close()
 
@@ -141,12 +155,14 @@ def test_the_accessibility_tree(page, studio):
                      ("slider", "Steps"), ("group", "Receipt"), ("listbox", "Pictures"))
 
 
-def test_compare_and_the_panel_are_there(page):
+def test_compare_and_the_panel_are_there(page, studio):
     shown = page.locator("[data-lm-suppress-shortcuts]")
     compare, panel = shown.nth(1), shown.nth(2)
     compare.scroll_into_view_if_needed()
     assert compare.locator(".cell img:not(.preview)").count() == 8
+    before = tiles(studio).count()
     compare.locator(".cell").nth(3).click()
+    tiles(studio).nth(before).wait_for()                    # what is picked joins the live Studio's pictures at once
     assert compare.locator(".receipt .fact-steps dd").inner_text() == "8"
     panel.scroll_into_view_if_needed()
     for said in ("ready", "embedded"): panel.get_by_text(said).first.wait_for()          # inner_text() of a host is empty
@@ -282,6 +298,76 @@ def test_a_reload(page, studio):
     studio.locator("[name=prompt]").wait_for()
     finished(studio, before + 1)
     assert tiles(studio).count() == before + 1 and studio.locator(".receipt .fact-steps dd").inner_text() == "50"
+
+
+@pytest.fixture(scope="module")
+def states(lab, browser):
+    """The notebook of STATES, with all its cells run: gives a function from a number to the Studio of that cell."""
+    page = opened(browser, lab("states"))
+
+    def studio(n):
+        studio = page.locator("[data-lm-suppress-shortcuts]").nth(n)
+        studio.scroll_into_view_if_needed()
+        return studio
+    yield studio
+    page.close()
+
+
+def generate(studio): studio.get_by_role("button", name="Generate", exact=True).click()
+
+
+def test_the_reason_of_a_failed_model(states):
+    studio = states(0)
+    studio.locator(".state", has_text="not working").wait_for()
+    studio.locator(".alert", has_text="could not be loaded").get_by_text("nobody/nothing").wait_for()
+    assert studio.get_by_role("button", name="Generate", exact=True).is_disabled()
+
+
+def test_generate_while_loading(states):
+    """The click waits and says for what, the picture starts by itself, no error is left."""
+    studio = states(1)
+    studio.locator(".state", has_text="loading").wait_for()
+    generate(studio)
+    studio.locator(".said", has_text=re.compile(r"starts by itself\. \w+")).wait_for()         # and the loader's stage
+    assert studio.locator(".alert").is_hidden()
+    in_kernel(studio.page, "LOADING.release()")
+    finished(studio, 1)
+    assert studio.locator(".alert").is_hidden()
+
+
+def test_a_wrong_value_in_folded_settings(states):
+    """Generate opens them, marks the field, and says what is wrong."""
+    studio, page = states(1), states(1).page
+    page.set_viewport_size({"width": 800, "height": 1000})
+    in_kernel(page, "studio.value = {**studio.value, 'seed': -1}")
+    seed = studio.locator("[name=seed]")
+    assert page.evaluate("cell").startswith("ok") and seed.is_hidden()
+    before = tiles(studio).count()
+    page.wait_for_timeout(300)
+    generate(studio)
+    studio.locator(".alert", has_text="whole number").wait_for()
+    assert seed.get_attribute("aria-invalid") == "true" and seed.evaluate("e => e === e.getRootNode().activeElement")
+    seed.fill("12")
+    assert studio.locator(".alert").is_hidden()
+    generate(studio)
+    finished(studio, before + 1)
+
+
+def test_a_key(states):
+    """Missing, wrong and right are three things, and the key is not stored in the notebook."""
+    studio, page = states(2), states(2).page
+    studio.locator(".state", has_text="ready").wait_for()
+    generate(studio)
+    studio.locator(".alert", has_text="asks for its key").wait_for()
+    key = studio.get_by_label("Key", exact=True)
+    key.fill("mellon")
+    studio.get_by_role("button", name="Use key").click()
+    studio.locator(".alert", has_text="not this engine's key").wait_for()
+    key.fill("sesame")
+    key.press("Enter")
+    finished(studio, 1)
+    page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
+    assert "sesame" not in page.evaluate("JSON.stringify(window.jupyterapp.shell.currentWidget.context.model.toJSON())")
 
 
 def test_restart(page, studio):

@@ -119,6 +119,21 @@ def test_the_album(studio):
     browser.say(type="remove", picture="nothing of ours")
 
 
+def test_what_is_picked_elsewhere_is_told_once(studio):
+    """A tile of a comparison that is picked, and a picture that is deleted, reach the other views of the desk, not their own."""
+    other, picker = Browser(studio), Compare(studio.client, "a fox", x=("steps", [1])).wait(60)
+    own, shot = Browser(picker), picker.results[1, None]
+    for _ in range(2): own.say(type="put", picture=shot.id, star=False)
+    (body, (png,)), = other.of("image", "album")
+    assert body["picture"] == shot.id and png == shot.file and own.of("image", "album") == []
+    own.say(type="remove", picture=shot.id)
+    assert [b["picture"] for b, _ in other.of("gone", "album")] == [shot.id] and studio.pictures == []
+    other.say(type="put", picture=shot.id, star=False)                      # its own undo is no news to it
+    assert studio.pictures == [shot] and len(other.of("image", "album")) == 1
+    studio.close()
+    assert studio.desk.viewers == []
+
+
 def test_stop(studio):
     browser = Browser(studio)
     browser.say(type="ask", id="q", route="generate", images=[], body={"prompt": "an owl", "n": 4, "steps": 50})

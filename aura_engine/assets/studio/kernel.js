@@ -7,7 +7,10 @@ class WidgetEngine {
 	constructor(model) {
 		this.model = model;
 		this.store = new KernelStore(this);
-		model.on("msg:custom", (message, buffers) => this.talks.get(message.id)?.(message, buffers));
+		model.on("msg:custom", (message, [bytes] = []) => {
+			const blob = bytes && new Blob([bytes], { type: message.mime });
+			this.talks.get(message.id)?.({ ...message, blob });
+		});
 	}
 
 	get address() { return this.model.get("address") || undefined; }
@@ -15,8 +18,10 @@ class WidgetEngine {
 	get mode() { return this.model.get("mode"); }
 	put(name, value) { this.model.set(name, value); this.model.save_changes(); }
 	async examples() { return this.model.get("examples"); }
+	get key() { return this.model.get("keyed"); }
+	useKey(key) { this.model.send({ type: "key", key }); }
 	async health() {
-		return this.ended ? { status: "ended", code: "ended", reason: t("kernelEnded") } : this.model.get("health");
+		return this.ended ? { status: "ended", reason: t("kernelEnded") } : this.model.get("health");
 	}
 
 	/** Send a message, read what comes back. */
@@ -26,8 +31,7 @@ class WidgetEngine {
 		const put = (item) => { writer.write(item); };
 		const busy = setTimeout(() => put({ type: "waits", say: "waitKernel" }), 1500);
 		signal?.addEventListener("abort", () => put({ error: signal.reason }));
-		this.talks.set(id, (event, [bytes] = []) => (
-			put({ ...event, blob: bytes && new Blob([bytes], { type: event.mime }) })));
+		this.talks.set(id, put);
 		this.model.send({ id, ...message }, undefined, buffers);
 		try {
 			for (;;) {
@@ -87,6 +91,14 @@ class KernelStore {
 	keepForm(form) { this.engine.put("value", { ...form }); }
 }
 
+/** Another view of this kernel picked a picture, or deleted one. */
+function follow(s, event) {
+	s.pictures = s.pictures.filter(({ id }) => id !== event.picture);
+	if (event.blob) s.pictures.unshift(pictureFrom(event));
+	if (s.picture || s.running) s.touch();
+	else s.choose(s.pictures[0]?.id);
+}
+
 /** The comparison that Python makes. */
 function show(s, { jobs = [], form, xs, ys, ...axes }) {
 	const cell = (job, i) => ({ x: xs[i % xs.length], y: ys[Math.floor(i / xs.length)],
@@ -113,6 +125,7 @@ export default function widget() {
 			const engine = new WidgetEngine(model);
 			const get = (name) => model.get(name);
 			s = new Studio(engine);
+			engine.talks.set("album", (event) => follow(s, event));
 			s.addEventListener("choice", () => { if (s.picture && get("choice") !== s.chosen) engine.put("choice", s.chosen); });
 			const changes = {
 				value: () => { Object.assign(s.form, get("value")); s.touch(); },

@@ -32,7 +32,7 @@ const storage = (where) => ({
 });
 const [remembered, session] = [storage("localStorage"), storage("sessionStorage")];
 
-const away = () => new Trouble("unreachable", t("notReached"));
+const away = () => new Trouble("away", t("away"));
 
 /** Over HTTP. Work goes through /jobs: it lives on when the page goes. */
 class HttpEngine {
@@ -56,25 +56,26 @@ class HttpEngine {
 		const { status } = answer;
 		const retryAfter = Number(answer.headers.get("retry-after"));
 		const problem = await answer.json().catch(() => null);
-		if (status === 401) throw new Trouble("unauthorized", t(this.key ? "keyWrong" : "keyMissing"), { status });
 		if (problem?.detail) throw Trouble.from({ status, ...problem }, { retryAfter });
 		throw new Trouble(status > 501 ? "asleep" : "stranger", t("notOurs", { status }), { status, retryAfter });
 	}
 
+	async json(path, options) { return (await this.call(path, options)).json(); }
+
 	async health(signal) {
-		const health = await this.call("/health", { signal }).then((answer) => answer.json()).catch((trouble) => (
-			{ status: trouble.code === "asleep" ? "asleep" : "away", reason: trouble.message, trouble }));
+		const health = await this.json("/health", { signal }).catch((trouble) => (
+			{ status: trouble.code, reason: trouble.message, trouble }));
 		this.seen = { local: health };
 		return health;
 	}
 
-	async examples() { return (await (await this.call("/examples")).json()).examples; }
+	async examples() { return (await this.json("/examples")).examples; }
 	cancel(job) { return this.call(`/jobs/${job}`, { method: "DELETE" }).catch(() => {}); }
 
 	async* generate({ route, body, images }, { signal }) {
 		const sent = await Promise.all(images.map(toBase64));
 		const request = images.length ? { ...body, images: sent } : body;
-		const { id } = await (await this.call("/jobs", { body: { route, request, previews: true } })).json();
+		const { id } = await this.json("/jobs", { body: { route, request, previews: true } });
 		yield { type: "job", job: id };
 		yield* this.resume(id, { signal });
 	}
@@ -97,17 +98,13 @@ class BrowserStore {
 
 	/** What IndexedDB answers, if there is one. */
 	async ask(table, act) {
-		const answer = (asked) => new Promise((resolve, reject) => {
-			Object.assign(asked, { onsuccess: () => resolve(asked.result), onerror: reject });
+		const answer = (asked, onupgradeneeded) => new Promise((resolve, reject) => {
+			Object.assign(asked, { onupgradeneeded, onsuccess: () => resolve(asked.result), onerror: reject });
 		});
-		const open = () => {
-			const asked = indexedDB.open("aura-studio", 1);
-			const tables = () => ["pictures", "jobs", "start"].map((name) => (
-				asked.result.createObjectStore(name, { keyPath: "id" })));
-			return answer(Object.assign(asked, { onupgradeneeded: tables }));
-		};
+		const tables = ({ target }) => ["pictures", "jobs", "start"].map((name) => (
+			target.result.createObjectStore(name, { keyPath: "id" })));
 		try {
-			const db = await (this.db ??= open());
+			const db = await (this.db ??= answer(indexedDB.open("aura-studio", 1), tables));
 			return await answer(act(db.transaction(table, "readwrite").objectStore(table)));
 		} catch { return []; }
 	}
@@ -125,23 +122,16 @@ function receiptOfLink(hash) {
 	try { return JSON.parse(decodeURIComponent(/^#r=(.+)/.exec(hash)[1])); } catch { return null; }
 }
 
-async function openPage(host, styles) {
-	const s = new Studio(new HttpEngine());
-	mount(host, s, { styles });
-	const receipt = receiptOfLink(location.hash);
-	const run = () => {
-		history.replaceState(null, "", location.pathname);
-		s.run({ route: "replay", images: [], body: { receipt } });
-	};
-	if (receipt) s.offer = { say: t("shared", receipt), act: "makeIt", run };
-	await s.begin();
-	s.touch({ focus: "prompt" });
-}
-
 const load = (name) => fetch(new URL(name, import.meta.url));
-const host = document.getElementById("studio");
-if (host) {
-	const [styles, texts] = await Promise.all([load("studio.css"), load("texts.json")]);
-	Object.assign(TEXTS, await texts.json());
-	openPage(host, await styles.text());
-}
+const [styles, texts] = await Promise.all([load("studio.css"), load("texts.json")]);
+Object.assign(TEXTS, await texts.json());
+const s = new Studio(new HttpEngine());
+mount(document.getElementById("studio"), s, { styles: await styles.text() });
+const receipt = receiptOfLink(location.hash);
+const run = () => {
+	history.replaceState(null, "", location.pathname);
+	s.run({ route: "replay", images: [], body: { receipt } });
+};
+if (receipt) s.offer = { say: t("shared", receipt), act: "makeIt", run };
+await s.begin();
+s.focusOn("prompt");

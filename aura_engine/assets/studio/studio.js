@@ -29,7 +29,7 @@ export function sleep(seconds, signal) {
 
 /** `code` is for the program, the message for people, `fields` for the form. */
 export class Trouble extends Error {
-	constructor(code, message, more) { Object.assign(super(message), { code, status: 0, fields: [], ...more }); }
+	constructor(code, message, more) { Object.assign(super(message), { code, fields: [], ...more }); }
 
 	static from({ type = "", detail, title, status, errors: fields }, more) {
 		return new Trouble(type.replace("urn:aura:", ""), detail ?? title, { status, fields, ...more });
@@ -45,10 +45,9 @@ export const FORM = { prompt: "", negative: "", aspect: "1:1", n: 1, seed: null,
 	temperature: 0.7, strength: null, lora: null, high: false };
 
 /** What the model allows, [least, its own, most]; at first, what the API allows. */
-export function limitsOf(health) {
-	return { native: 512, loras: health?.loras ?? [], gpu: health?.gpu ?? false,
-		steps: [1, null, 100], guidance: [0, null, 30], seed: [0, null, Number.MAX_SAFE_INTEGER],
-		temperature: [0, FORM.temperature, 2], strength: [0.05, 0.5, 1], ...health?.limits };
+export function limitsOf({ loras = [], gpu = false, limits } = {}) {
+	return { native: 512, loras, gpu, steps: [1, null, 100], guidance: [0, null, 30], seed: [0, null, Number.MAX_SAFE_INTEGER],
+		temperature: [0, FORM.temperature, 2], strength: [0.05, 0.5, 1], ...limits };
 }
 
 const within = ([low, own, high], value) => (value === null ? own : clamp(value, low, high));
@@ -156,8 +155,12 @@ function drawMask(canvas, { strokes = [] }, colour) {
 	return pen;
 }
 
-const COMES_BACK = { not_ready: "waitLoading", queue_full: "waitBusy", unreachable: "waitAway", asleep: "waitAsleep",
-	shutting_down: "waitAway", not_found: "asking" };
+const COMES_BACK = { not_ready: "waitLoading", queue_full: "waitBusy", unreachable: "waitAway", away: "waitAway",
+	asleep: "waitAsleep", shutting_down: "waitAway", draining: "waitAway", not_found: "asking" };
+
+const isOver = ({ status }) => ["failed", "ended"].includes(status);
+const troubleOf = ({ status, reason: why, trouble }) => (
+	trouble ?? new Trouble(status, status === "failed" ? t("modelFailed", { why }) : why));
 
 /** The events of a run. Waits through what passes by itself. */
 async function* patiently(engine, run) {
@@ -165,8 +168,7 @@ async function* patiently(engine, run) {
 	for (let pause = 2;; pause = Math.min(1.5 * pause, 10)) {
 		try {
 			for (let health; !run.job && !(health = await engine.health(signal)).ready;) {
-				if (health.status === "failed") throw new Trouble("failed", t("modelFailed", { why: health.reason }));
-				if (health.status !== "loading") throw health.trouble ?? new Trouble(health.code ?? "unreachable", health.reason);
+				if (health.status !== "loading") throw troubleOf(health);
 				yield { type: "waits", say: "waitLoading", loading: health.loading };
 				await sleep(0.7, signal);
 			}
@@ -236,11 +238,10 @@ export class Studio extends EventTarget {
 	async look() {
 		const before = this.health;
 		const health = await this.engine.health();
-		const { status, ready, reason, model } = health;
+		const { ready, model } = health;
 		this.touch({ health, ...(model && { limits: limitsOf(health) }) });
 		if (ready && this.trouble?.code === "failed") this.fail(null);
-		const why = { failed: t("modelFailed", { why: reason }), ended: reason }[status];
-		if (why && !this.trouble) this.fail(new Trouble(status, why));
+		if (isOver(health) && !this.trouble) this.fail(troubleOf(health));
 		if (!ready || (before.ready && model === before.model)) return;
 		this.touch({ examples: await this.engine.examples().catch(() => []) });
 	}
@@ -253,6 +254,7 @@ export class Studio extends EventTarget {
 
 	fail(trouble, again) {
 		const known = !trouble || trouble instanceof Trouble;
+		if (trouble?.status === 401) trouble.message = t(this.engine.key ? "keyWrong" : "keyMissing");
 		this.trouble = known ? trouble : new Trouble("broken", t("broken", { why: trouble.message }));
 		this.wrong = (trouble?.fields ?? []).map(({ loc }) => loc.split(".").pop()).map((name) => FIELDS[name] ?? name);
 		this.open ||= this.wrong.some((name) => name !== "prompt");
@@ -425,7 +427,8 @@ export class Studio extends EventTarget {
 
 	stop(run = this.running ?? this.runs[0]) { run?.stop.abort(); }
 
-	again({ receipt, start } = this.picture) {
+	again() {
+		const { receipt, start } = this.picture;
 		if (receipt.strength && !start) return this.fail(new Trouble("lost", t("lost")));
 		return this.run(requestOf({ ...formOf(receipt, this.limits), seed: null }, this.limits, start), start);
 	}
@@ -436,14 +439,16 @@ export class Studio extends EventTarget {
 		this.set(formOf(receipt, this.limits));
 	}
 
-	startFrom({ blob, receipt } = this.picture) { return this.take(blob, receipt.prompt); }
+	startFrom() { return this.take(this.picture.blob, this.picture.receipt.prompt); }
 
-	save(picture = this.picture) {
+	save() {
+		const { picture } = this;
 		const anchor = document.createElement("a");
 		Object.assign(anchor, { href: this.url(picture), download: fileName(picture.receipt) }).click();
 	}
 
-	keep(picture = this.picture) {
+	keep() {
+		const { picture } = this;
 		picture.star = !picture.star;
 		this.store.put("pictures", picture);
 		this.touch();
@@ -461,7 +466,7 @@ export class Studio extends EventTarget {
 		const forgotten = this.#forget(gone);
 		if (!this.picture) this.choose((this.pictures[at] ?? this.pictures[at - 1])?.id);
 		await forgotten;
-		this.say(t(gone.length > 1 ? "cleared" : "removed"), () => {
+		this.say(t("removed"), () => {
 			this.pictures = [...this.pictures.filter((p) => !before.includes(p)), ...before];
 			gone.forEach((picture) => this.store.put("pictures", picture));
 			this.choose(gone[0].id);
@@ -469,16 +474,14 @@ export class Studio extends EventTarget {
 		});
 	}
 
-	compare(picture = this.picture) {
-		const form = picture ? formOf(picture.receipt, this.limits)
-			: { ...this.form, n: 1, seed: this.form.seed ?? newSeed() };
-		if (!form.prompt.trim()) return this.fail(Trouble.of("prompt", "noPrompt"));
+	compare() {
+		const { receipt, start } = this.picture;
+		const form = formOf(receipt, this.limits);
 		const usual = (axis) => AXES[axis](form).filter((value) => this.allows(axis, value)).join(", ");
 		const text = Object.fromEntries(Object.keys(AXES).map((axis) => [axis, usual(axis)]));
-		this.comparing = { form, start: (picture ?? this).start, x: "steps", y: "temperature", xs: [], ys: [], cells: [],
-			text };
+		this.comparing = { form, start, y: "temperature", xs: [], ys: [], cells: [], text };
 		[this.comparing.x] = this.axes;
-		return this.touch({ painting: false });
+		this.touch({ painting: false });
 	}
 
 	get axes() {
@@ -500,7 +503,8 @@ export class Studio extends EventTarget {
 		return values.length && values.length <= 8 && values.every((value) => this.allows(axis, value)) ? values : null;
 	}
 
-	async fill(c = this.comparing) {
+	async fill() {
+		const c = this.comparing;
 		const [xs, ys] = [this.values(c.x), this.values(c.y)];
 		if (!xs || !ys) {
 			const axis = xs ? c.y : c.x;
@@ -527,8 +531,7 @@ export class Studio extends EventTarget {
 	}
 
 	endCompare() {
-		const { cells = [] } = this.comparing ?? {};
-		cells.forEach(({ run }) => run.made.length || run.stop.abort());
+		this.comparing?.cells.forEach(({ run }) => run.made.length || run.stop.abort());
 		this.touch({ comparing: null });
 	}
 }
@@ -552,7 +555,7 @@ function setProp(el, name, value) {
 	const aria = name.startsWith("aria");
 	if (name.startsWith("on")) el[name] = value;
 	else if (name.startsWith("--")) el.style.setProperty(name, value);
-	else if (value === undefined || value === null || (value === false && !aria)) el.removeAttribute(name);
+	else if ((value ?? false) === false && !aria) el.removeAttribute(name);
 	else if (el.getAttribute(name) !== String(value)) el.setAttribute(name, value === true && !aria ? "" : value);
 }
 
@@ -631,7 +634,6 @@ const sentence = ({ say, loading, until, ...said }) => t(say, until ? { n: whole
 	+ (loading ? ` ${progressOf(loading)}` : "");
 const shareOf = ({ steps, n, made, said: { loading } }) => (loading?.bytesTotal ? loading.bytesDone / loading.bytesTotal
 	: sum(upTo(n).map((i) => (made[i] ? 1 : 0.95 * (steps[i] ?? 0)))) / n);
-const inWork = (queue) => (queue?.length ? ` · ${t("work", { n: queue.length })}` : "");
 const runName = ({ request }) => t("making", { prompt: promptOf(request) });
 
 function headView(s) {
@@ -640,7 +642,8 @@ function headView(s) {
 		h("span.dim.which", model && t("on", { model: last(model), device: gpuName ?? device ?? "…" })), SPACE,
 		h("button.quiet.state", { "data-state": status, "aria-expanded": Boolean(s.panel),
 			onclick: () => s.touch({ panel: !s.panel }) }, DOT,
-		h("span", t(status) + (status === "loading" && loading ? ` · ${progressOf(loading)}` : inWork(queue)))));
+		h("span", [t(status), status === "loading" && loading && progressOf(loading),
+			queue?.length > 0 && t("work", { n: queue.length })].filter(Boolean).join(" · "))));
 }
 
 function alertView(s) {
@@ -675,14 +678,13 @@ function composerView(s) {
 			small("takeOff", "x", () => s.setStart(null))),
 		h("div.row",
 			h("label.button.quiet", { title: t("addPicture") }, icon("picture"), h("input.hidden", { type: "file",
-				accept: "image/png,image/jpeg,image/webp", "aria-label": t("addPicture"), onchange: file })),
+				accept: "image/*", "aria-label": t("addPicture"), onchange: file })),
 			h("button.quiet.fold", { key: "fold", title: t("settings"), "aria-expanded": Boolean(s.open),
 				onclick: () => s.touch({ open: !s.open }) },
 			h("span", [!start && form.aspect, steps].filter(Boolean).join(" · ")), icon("down")), SPACE,
-			h("button.main.go", { key: "go", type: "submit", title: "Ctrl+Enter", "aria-keyshortcuts": "Control+Enter",
-				disabled: ["failed", "ended"].includes(s.health.status) }, face("generate")))),
+			h("button.main", { key: "go", type: "submit", ...keyed("generate"), disabled: isOver(s.health) }, face("generate")))),
 	alertView(s),
-	offer && h("div.offer", { key: "offer" }, h("span.grow", offer.say),
+	offer && h("div.row.offer", { key: "offer" }, h("span.grow", offer.say),
 		button(offer.act, end(offer.run)), small("close", "x", end())),
 	chipsView(s), settingsView(s));
 }
@@ -782,11 +784,11 @@ function meterView(s, run) {
 	const said = sentence(run.said);
 	return h("div.actions.meter", { key: "meter" },
 		h("progress", { "aria-label": runName(run), "aria-valuetext": said, max: 1, value: shareOf(run) }),
-		h("span.said", said), button("stop", () => s.stop(run), { title: "Escape" }));
+		h("span.said", said), button("stop", () => s.stop(run), keyed("stop")));
 }
 
-const KEYS = { paint: "P", again: "V", startFrom: "E", compare: "C", recall: "R", save: "S", keep: "F",
-	remove: "Delete" };
+const KEYS = { generate: "Control+Enter", stop: "Escape", prompt: "/", history: "← →", paint: "P", again: "V",
+	startFrom: "E", compare: "C", recall: "R", save: "S", keep: "F", remove: "Delete" };
 const keyed = (name) => ({ title: `${t(name)} (${KEYS[name]})`, "aria-keyshortcuts": KEYS[name] });
 
 function actionsView(s, { star }) {
@@ -799,7 +801,7 @@ function actionsView(s, { star }) {
 function compareView(s, edit = true) {
 	const c = s.comparing;
 	if (!c) return null;
-	const title = (name, value) => (name && isNaN(value) ? value : name && `${t(name).toLowerCase()} ${number(value)}`);
+	const title = (name, value) => name && (isNaN(value) ? value : `${t(name).toLowerCase()} ${number(value)}`);
 	const axis = (which, other, names) => {
 		const name = c[which];
 		const free = names.filter((one) => !one || one !== c[other]);
@@ -877,12 +879,12 @@ function receiptView(s) {
 		time: seconds && t("seconds", { n: number(seconds, 1) }),
 		mask: r.maskSha256?.slice(0, 8), closeUp: r.paddingMaskCrop && `${r.paddingMaskCrop} px`,
 		notes: r.corrections };
-	const kinds = [address && !r.strength && "link", address && "curl", "python", "json"].filter(Boolean);
+	const kinds = [address && !r.strength && "link", address && "curl", "python", "json"];
 	return card("receipt", { class: `card receipt ${s.picture ? "" : "old"}` },
 		h("h2", t("receipt")), h("p", r.prompt), factList(facts),
-		h("div.row", button("recall", () => s.recall(picture), keyed("recall")), dim(t("copy")),
-			kinds.map((kind) => link(kind, () => copy(kind))), address && r.strength && dim(t("noLink"))),
-		s.copied && h("textarea", { name: "copied", key: "copied", readonly: true, "aria-label": t("copyThis"),
+		h("div.row", button("recall", () => s.recall(picture), keyed("recall")), h("div.row", dim(t("copy")),
+			kinds.map((kind) => kind && link(kind, () => copy(kind)))), address && r.strength && dim(t("noLink"))),
+		s.copied && h("textarea", { name: "copied", key: "copied", readonly: true, "aria-label": t("copy"),
 			value: s.copied, onfocus: (e) => e.target.select() }));
 }
 
@@ -890,9 +892,9 @@ const SHOWN = "status reason advice url model device loras scheduler precision q
 	+ "warnings lately";
 
 function engineFacts(health) {
-	const { status, device, gpuName, queue, memory } = health;
+	const { device, gpuName, queue, memory } = health;
 	const gib = (bytes) => t("gib", { n: number(bytes / 2 ** 30, 1) });
-	const said = { ...health, status: t(status) + inWork(queue), device: gpuName ?? device,
+	const said = { ...health, status: t(health.status), device: gpuName ?? device,
 		queue: queue && t("queueIs", queue),
 		memory: memory && [gib(memory.rss), memory.gpu && `GPU ${gib(memory.gpu)}`] };
 	return Object.fromEntries(SHOWN.split(" ").map((name) => [name, said[name]]));
@@ -915,7 +917,7 @@ function engineView(s, always) {
 		mode && radios("which", mode, ["local", "cloud", "auto"].map((name) => [name, t(name)]),
 			(to) => s.engine.put("mode", to)),
 		h("div.engines", Object.entries(seen).map(one)),
-		!always && h("p.dim", t("keys"), Object.keys(KEYS).map((name) => ` · ${KEYS[name]}: ${t(name)}`)));
+		!always && h("p.dim", Object.keys(KEYS).map((name) => `${KEYS[name]}: ${t(name)}`).join(" · ")));
 }
 
 function noteView(s) {
@@ -963,8 +965,7 @@ function actionOf(e, s, target) {
 }
 
 /** Show one of the VIEWS. Returns what ends it. */
-export function mount(host, s, { styles, isDark = systemDark, view = "studio", texts } = {}) {
-	Object.assign(TEXTS, texts);
+export function mount(host, s, { styles, isDark = systemDark, view = "studio" }) {
 	const root = host.shadowRoot ?? host.attachShadow({ mode: "open" });
 	const sheet = new CSSStyleSheet();
 	sheet.replaceSync(styles);
