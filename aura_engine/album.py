@@ -25,7 +25,8 @@ from .types import AuraError, Cancelled, Done, Event, Image, Preview, Queued, Re
 
 # %% auto #0
 __all__ = ['Listener', 'KEPT', 'Shot', 'Album', 'Message', 'preview_file', 'shot_message', 'message_of', 'WorkRecord',
-           'pictures_of_ask', 'Work', 'Desk', 'engine_in', 'is_alike', 'is_successor', 'desk_of', 'close_desks']
+           'pictures_of_ask', 'Work', 'Gallery', 'Desk', 'engine_in', 'is_alike', 'is_successor', 'desk_of',
+           'close_desks']
 
 # %% ../nbs/13a_album.ipynb #4dfc70c6
 @dataclass(eq=False)
@@ -232,17 +233,36 @@ class Work:
         if self.error: raise self.error
         return self.shots
 
+# %% ../nbs/13a_album.ipynb #841c6e47
+class Gallery:
+    "An album and its viewers, each told of what is picked or deleted in another one."
+    def __init__(self) -> None:
+        self.album = Album()
+        self.viewers: list[Listener] = []
+
+    def pick(self, shot: Shot, viewer: Listener) -> None:
+        "Put a picture into the album, and tell the viewers other than the one that did it."
+        if self.album.add(shot): self._pass_on(shot_message(shot), viewer)
+
+    def remove(self, id: str, viewer: Listener) -> None:
+        "Take a picture out of the album, and tell the other viewers."
+        self.album.remove(id)
+        self._pass_on(Message({"type": "gone", "picture": id}), viewer)
+
+    def _pass_on(self, message: Message, viewer: Listener) -> None:
+        for hear in list(self.viewers):
+            if hear != viewer: hear(message)
+
 # %% ../nbs/13a_album.ipynb #eb5e2f16
 KEPT = 64                                    # ended work that can be asked for: a full comparison
 
-class Desk:
+class Desk(Gallery):
     "A client with its album and the work under way. `changed` is called when work begins or ends."
     def __init__(self, client: AuraClient):
+        super().__init__()
         self.client = client
-        self.album = Album()
         self.works: dict[str, Work] = {}
         self.watchers: list[Callable[[], None]] = []
-        self.viewers: list[Listener] = []    # told of what is picked or deleted in another view
 
     def lay_out(self, ask: Ask, id: str = "", aside: bool = False) -> Work:
         "Work on a question, not begun yet. An id that is known gives the work that has it."
@@ -271,19 +291,6 @@ class Desk:
     def changed(self) -> None:
         "Tell the watchers."
         for watch in list(self.watchers): watch()
-
-    def pick(self, shot: Shot, viewer: Listener) -> None:
-        "Put a picture into the album, and tell the viewers other than the one that did it."
-        if self.album.add(shot): self._pass_on(shot_message(shot), viewer)
-
-    def remove(self, id: str, viewer: Listener) -> None:
-        "Take a picture out of the album, and tell the other viewers."
-        self.album.remove(id)
-        self._pass_on(Message({"type": "gone", "picture": id}), viewer)
-
-    def _pass_on(self, message: Message, viewer: Listener) -> None:
-        for hear in list(self.viewers):
-            if hear != viewer: hear(message)
 
 # %% ../nbs/13a_album.ipynb #9b716999
 def engine_in(client: AuraClient) -> Any:

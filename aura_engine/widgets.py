@@ -24,8 +24,8 @@ STUDIO_FOLDER = _HERE / "assets/studio"
 
 # %% auto #0
 __all__ = ['STUDIO_FOLDER', 'FORM', 'VARIED', 'Axis', 'form_of', 'ask_of', 'asked_by', 'shown_of', 'Still', 'module_text', 'Pane',
-           'account_of', 'examples_from', 'Conversation', 'Exhibit', 'Studio', 'EngineStatus', 'checked_axis', 'Axes',
-           'Compare']
+           'account_of', 'examples_from', 'Line', 'Conversation', 'Exhibit', 'Studio', 'EngineStatus', 'checked_axis',
+           'Axes', 'Compare']
 
 # %% ../nbs/13b_widgets.ipynb #a1cd870a
 FORM: dict[str, Any] = {
@@ -101,7 +101,6 @@ class Pane(Still):
     value = T.Dict(FORM).tag(sync=True)
     choice = T.Unicode("").tag(sync=True)
     jobs = T.List().tag(sync=True)
-    keyed = T.Bool(False).tag(sync=True)            # whether an engine's key was given: never the key itself
     looking: Future[Any] | None = None              # until it was made whole: a refused one is closed, too
 
     def __init__(self, source: Any = None, every: float = 3, origin: str | None = None, **traits: Any):
@@ -113,8 +112,7 @@ class Pane(Still):
         self.doors = list(self.desk.client.aio.doors)
         first = self.doors[0].url
         both = self.desk.client.aio.mode if len(self.doors) > 1 else ""
-        keyed = any(getattr(door, "api_key", None) for door in self.doors)
-        super().__init__(address=first if first.startswith("http") else "", mode=both, keyed=keyed, **traits)
+        super().__init__(address=first if first.startswith("http") else "", mode=both, **traits)
         self.looking = self.desk.client.start(self._watch())
 
     @property
@@ -174,26 +172,13 @@ async def examples_from(client: AuraClient) -> list[str]:
     except Exception: return []
 
 # %% ../nbs/13b_widgets.ipynb #aeccc632
-class Conversation(Pane):
-    "A pane that the browser talks to: it asks, stops, listens again, and changes the album."
+class Line(Pane):
+    "A pane that tells its browser what happens, and gives its engines the key that the browser was asked for."
+    keyed = T.Bool(False).tag(sync=True)            # whether a key was given: never the key itself
+
     def __init__(self, *args: Any, **more: Any):
         super().__init__(*args, **more)
-        self.on_msg(self._hear)
-
-    def _hear(self, _: Any, message: dict[str, Any], pictures: Sequence[bytes]) -> None:
-        kind = message.get("type")
-        album = self.desk.album
-        if kind == "ask": self._ask(message, pictures)
-        if kind == "key": self._use_key(message["key"])
-        if kind == "resume": self._resume(message["id"], message["job"])
-        if kind == "cancel" and (work := self.desk.works.get(message["job"])): work.cancel()
-        if kind == "remove": self.desk.remove(message["picture"], self.hear_of_album)
-        if kind == "put" and (shot := album.find(message["picture"])):
-            shot.star = bool(message.get("star"))
-            self.desk.pick(shot, self.hear_of_album)
-        if kind == "history":
-            for shot in list(album.shots): self.tell(message["id"], shot_message(shot))
-        if kind in ("history", "hello"): self.tell(message["id"], Message({"type": "end"}))
+        self.keyed = any(getattr(door, "api_key", None) for door in self.doors)
 
     def tell(self, id: str, message: Message) -> None:
         "Send a message back under an id."
@@ -203,10 +188,33 @@ class Conversation(Pane):
         "Show at once what is picked or deleted in another widget of this desk."
         self.tell("album", message)
 
-    def _use_key(self, key: str) -> None:
+    def use_key(self, key: str) -> None:
+        "Send this key with every question from now on."
         self.keyed = True
         for door in self.doors:
             if isinstance(door, Remote): door.http.headers["authorization"] = f"Bearer {key}"
+
+# %% ../nbs/13b_widgets.ipynb #5d95034c
+class Conversation(Line):
+    "A pane that the browser talks to: it asks, stops, listens again, and changes the album."
+    def __init__(self, *args: Any, **more: Any):
+        super().__init__(*args, **more)
+        self.on_msg(self._hear)
+
+    def _hear(self, _: Any, message: dict[str, Any], pictures: Sequence[bytes]) -> None:
+        kind = message.get("type")
+        album = self.desk.album
+        if kind == "ask": self._ask(message, pictures)
+        if kind == "key": self.use_key(message["key"])
+        if kind == "resume": self._resume(message["id"], message["job"])
+        if kind == "cancel" and (work := self.desk.works.get(message["job"])): work.cancel()
+        if kind == "remove": self.desk.remove(message["picture"], self.hear_of_album)
+        if kind == "put" and (shot := album.find(message["picture"])):
+            shot.star = bool(message.get("star"))
+            self.desk.pick(shot, self.hear_of_album)
+        if kind == "history":
+            for shot in list(album.shots): self.tell(message["id"], shot_message(shot))
+        if kind in ("history", "hello"): self.tell(message["id"], Message({"type": "end"}))
 
     def _ask(self, message: dict[str, Any], pictures: Sequence[bytes]) -> None:
         id = message["id"]
