@@ -233,7 +233,7 @@ class FarJobs(FarReader):
                 async for frame in frames: yield frame
         finally:
             far.readers -= 1
-            if not far.readers:
+            if not far.readers and far.task:
                 far.task.cancel()
                 self.followed.pop(far.id, None)
 
