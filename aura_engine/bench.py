@@ -708,8 +708,10 @@ QUICK_RESULTS = Path("bench/quick.json")
 
 def bench_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     "The command line of `python -m aura_engine.bench`."
-    ap = argparse.ArgumentParser(description="Compare the engine with a pipeline behind a lock and with "
-                                             "request-level batching.")
+    ap = argparse.ArgumentParser(
+        description="Compare the engine with a pipeline behind a lock and with request-level batching.",
+        epilog="An engine that runs already: aura bench --url ADDRESS. Two results: aura bench --compare A B. "
+               "Their options: aura bench --url --help.")
     add = ap.add_argument
     add("--quick", action="store_true",
         help="in five minutes: four steps, closed loops, medians of three runs")

@@ -4,14 +4,18 @@
 
 # %% ../nbs/19_many_engines.ipynb #22c2c041
 from __future__ import annotations
-import asyncio, random
+import argparse, asyncio, json, random, sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 import httpx
-from .types import Health
+from rich.console import Console
+from rich.markdown import Markdown as Rendered
+from .transport import engine_url
+from .types import Health, Invalid
 
 # %% auto #0
-__all__ = ['Look', 'look_at_all', 'fleet_table', 'StepCurve', 'SimulatedEngine', 'waits', 'engines_for']
+__all__ = ['Look', 'look_at_all', 'fleet_table', 'fleet_json', 'main', 'StepCurve', 'SimulatedEngine', 'waits', 'engines_for']
 
 # %% ../nbs/19_many_engines.ipynb #bffcd989
 @dataclass(frozen=True)
@@ -21,12 +25,18 @@ class Look:
     health: Health | None = None
     problem: str = ""
 
+    @property
+    def ready(self) -> bool:
+        "Whether it answered and makes pictures now."
+        return self.health is not None and self.health.ready
+
 async def _look(http: httpx.AsyncClient, url: str) -> Look:
     try: return Look(url, Health.from_json((await http.get(url.rstrip("/") + "/health")).json()))
     except (httpx.HTTPError, ValueError) as error: return Look(url, problem=str(error) or type(error).__name__)
 
 async def look_at_all(urls: Iterable[str], seconds: float = 5) -> list[Look]:
-    "Ask each engine how it is, all at once. One that does not answer within `seconds` says why."
+    "Ask each engine how it is, all at once; one that does not within `seconds` says why. Invalid: no address."
+    urls = [engine_url(url, "URL") for url in urls]
     async with httpx.AsyncClient(timeout=seconds, trust_env=False) as http:
         return list(await asyncio.gather(*(_look(http, url) for url in urls)))
 
@@ -46,6 +56,29 @@ def fleet_table(looks: Iterable[Look]) -> str:
         rows.append(f"| {' | '.join(map(str, cells))} |")
     rows.append(f"| together | | | | {length} | {seconds:.1f} | |")
     return "\n".join(rows)
+
+# %% ../nbs/19_many_engines.ipynb #1bdb35de
+def fleet_json(looks: Iterable[Look]) -> list[dict[str, Any]]:
+    "Each engine's address with what /health said, or with its problem."
+    said = [(look.url, look.health.to_json() if look.health else {"problem": look.problem}) for look in looks]
+    return [{"url": url, **facts} for url, facts in said]
+
+# %% ../nbs/19_many_engines.ipynb #6a1f05c9
+def main(argv: list[str] | None = None) -> None:
+    "`aura fleet URL …`: the table, or `--json`. The exit status is 1 unless all engines are ready."
+    ap = argparse.ArgumentParser(description="Several engines side by side: state, model, queue, version.")
+    ap.add_argument("urls", nargs="+", metavar="URL", help="an engine's address")
+    ap.add_argument("--json", action="store_true", help="what /health of each says, as a JSON list")
+    a = ap.parse_args(argv)
+    try: looks = asyncio.run(look_at_all(a.urls))
+    except Invalid as e: sys.exit(f"aura fleet: {e.detail}")
+    if a.json: print(json.dumps(fleet_json(looks)))
+    else: Console().print(Rendered(fleet_table(looks)))
+    sys.exit(not all(look.ready for look in looks))
+
+# %% ../nbs/19_many_engines.ipynb #d9590e29
+#| eval: false
+if __name__ == "__main__": main()
 
 # %% ../nbs/19_many_engines.ipynb #7822b4c9
 @dataclass(frozen=True)

@@ -100,6 +100,32 @@ def test_health(aura, server):
     assert json.loads(aura("health", "--local", server.url, "--json")[1])["local"]["ready"]
 
 
+def test_several_engines(aura, server):
+    """A row each, and the exit status says whether all are ready."""
+    status, out, _ = aura("fleet", server.url, server.url)
+    assert status == 0 and out.count("ready") == 2 and "together" in out
+    nobody = f"http://127.0.0.1:{free_port()}"
+    status, out, _ = aura("fleet", server.url, nobody, "--json")
+    assert status == 1 and [e["url"] for e in json.loads(out)] == [server.url, nobody] and "problem" in json.loads(out)[1]
+    status, _, err = aura("fleet", "not an address")
+    assert status == 1 and "aura fleet" in err and "not an address" in err
+
+
+def test_a_load_on_an_engine(aura, server, tmp_path):
+    """`aura bench --url` counts pictures and refusals apart, and `--compare` reads what it wrote."""
+    load = ("bench", "--url", server.url, "--clients", 2, "--requests", 4, "--runs", 1, "--steps", 1)
+    status, out, err = aura(*load, "--door", "openai", "--out", "a.json")
+    row, = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert status == 0 and row["without"] == {} and row["throughput"]["median"] > 0 and "pictures/s" in out, err
+    status, out, _ = aura("bench", "--compare", "a.json", "a.json")
+    assert status == 0 and "1.00" in out and "the ranges touch" in out
+    status, out, _ = aura("bench", "--url", f"http://127.0.0.1:{free_port()}", *load[3:])
+    assert status == 0 and "4 × ConnectError" in out
+    for wrong, said in ((("--url", server.url, "--door", "back"), "door"), (("--compare", "a.json", "b.json"), "b.json"), (("--url", "no address"), "--url")):
+        status, out, err = aura("bench", *wrong)
+        assert status == 1 and said in err and "Traceback" not in err, err
+
+
 def test_the_cloud_address_of_the_guide(aura, server, tmp_path):
     (tmp_path / ".env.local").write_text(f"VITE_CLOUD_ENGINE_URL={server.url}\n")
     status, out, _ = aura("generate", "a fox", "--json", "--local", f"http://127.0.0.1:{free_port()}")

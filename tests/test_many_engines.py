@@ -8,6 +8,7 @@ from aura_engine.shared_jobs import StoreUnreachable, shared_jobs
 from conftest import ROOT, free_port, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (shutil.which("nginx") and shutil.which("redis-server")), reason="nginx and redis-server are not installed")]
+STARTED = ("running", "succeeded", "failed")
 LONG = {"route": "generate", "request": {"prompt": "an owl", "steps": 50, "n": 2, "seed": 7}}
 
 
@@ -83,8 +84,7 @@ def test_a_job_is_found_behind_the_balancer_and_on_the_other_engine(house):
 def test_the_other_engine_streams_and_cancels(house):
     with house.of("e1") as e1, house.of("e2") as e2:
         id = post(e1)["id"]
-        time.sleep(0.6)
-        assert e2.get(f"/jobs/{id}").json()["status"] == "running"
+        assert wait(e2, id, over=STARTED).json()["status"] == "running"
         with e2.stream("GET", f"/jobs/{id}/events") as stream:
             seen = [line[7:] for line in stream.iter_lines() if line.startswith("event: ")]
         assert seen[0] == "queued" and seen[-1] == "done" and seen.count("step") == 100 and seen.count("image") == 2
@@ -92,7 +92,7 @@ def test_the_other_engine_streams_and_cancels(house):
         assert last.status_code == 204
 
         id = post(e1)["id"]
-        time.sleep(0.6)
+        wait(e2, id, over=STARTED)
         assert e2.delete(f"/jobs/{id}").json()["status"] == "cancelled"
         assert e1.get(f"/jobs/{id}").status_code == e2.get(f"/jobs/{id}").status_code == 410
         assert e2.get("/jobs/e1-" + "0" * 32).status_code == 404
@@ -115,7 +115,7 @@ def ask_all(house, count, during):
 def test_a_killed_engine_loses_no_request_and_its_jobs_say_so(house):
     with house.of("e1") as e1, house.of("e2") as e2:
         job = post(e1)
-        time.sleep(0.6)
+        wait(e2, job["id"], over=STARTED)
         answers = ask_all(house, 8, house.engines["e1"].process.kill)
         assert answers == [(200, "application/json")] * 8
         gone = wait(e2, job["id"], seconds=40)
@@ -130,9 +130,9 @@ def test_a_killed_engine_loses_no_request_and_its_jobs_say_so(house):
 def test_an_engine_that_is_told_to_stop_finishes_its_jobs(house):
     with house.of("e1") as e1, house.of("e2") as e2:
         id = post(e1)["id"]
-        time.sleep(.4)
+        wait(e2, id, over=STARTED)
         assert ask_all(house, 4, house.engines["e1"].process.terminate) == [(200, "application/json")] * 4
-        assert house.engines["e1"].process.wait(40) == 0
+        assert house.engines["e1"].process.wait(100) == 0
         assert len(wait(e2, id).json()["result"]["images"]) == 2
     house.engines["e1"] = house.engine("e1")                  # while it loads, the other one serves
     assert all(house.door.get("/ready").status_code == 200 for _ in range(4))
