@@ -27,7 +27,7 @@ class House:
         return subprocess.Popen(["redis-server", "--port", str(self.redis_port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"], stdout=subprocess.DEVNULL)
 
     def engine(self, name):
-        env = {"AURA_REPLICA": name, "AURA_PROXIES": "127.0.0.1", "AURA_REDIS_URL": f"redis://127.0.0.1:{self.redis_port}/0"}
+        env = {"AURA_REPLICA": name, "AURA_PROXIES": "127.0.0.1", "AURA_GRACE_SECONDS": 90, "AURA_REDIS_URL": f"redis://127.0.0.1:{self.redis_port}/0"}
         log = self.folder / f"{name}-{time.monotonic_ns()}.log"
         return start([sys.executable, "app.py"], log, port=self.ports[name], **env)
 
@@ -132,7 +132,7 @@ def test_an_engine_that_is_told_to_stop_finishes_its_jobs(house):
         id = post(e1)["id"]
         wait(e2, id, over=STARTED)
         assert ask_all(house, 4, house.engines["e1"].process.terminate) == [(200, "application/json")] * 4
-        assert house.engines["e1"].process.wait(100) == 0
+        assert house.engines["e1"].process.wait(120) == 0
         assert len(wait(e2, id).json()["result"]["images"]) == 2
     house.engines["e1"] = house.engine("e1")                  # while it loads, the other one serves
     assert all(house.door.get("/ready").status_code == 200 for _ in range(4))
