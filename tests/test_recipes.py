@@ -97,21 +97,16 @@ def ours(row, bases, tmp_path):
     return folder, loaded(folder)
 
 
-STOCK = {}                                        # folder: its stock pipeline, read once
-
-
 def theirs(folder, parts, recipe):
-    """The stock pipeline of a folder, with the scheduler of a recipe and the UNet of a row."""
+    """The stock pipeline of a folder, with the scheduler of a recipe."""
     cls, config, _ = recipe
     official = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     scheduler = getattr(diffusers, cls or official["_class_name"]).from_config(official, **config)
     xl = (folder / "text_encoder_2").exists()
     more = dict(add_watermarker=False) if xl else dict(safety_checker=None, requires_safety_checker=False)
-    if folder not in STOCK:
-        STOCK[folder] = diffusers.DiffusionPipeline.from_pretrained(folder, unet=parts.unet, dtype=torch.float32, **more)
-        STOCK[folder].set_progress_bar_config(disable=True)
-    STOCK[folder].register_modules(unet=parts.unet, scheduler=scheduler)
-    return STOCK[folder]
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, unet=parts.unet, scheduler=scheduler, dtype=torch.float32, **more)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 @pytest.mark.parametrize("name", CARDS)
