@@ -48,6 +48,10 @@ class DeployError(Exception):
         "Say more: what was done about it, what it costs."
         self.args = ("\n".join([str(self), *lines]),)
 
+    def while_doing(self, what: str) -> None:
+        "Say first what was being done."
+        self.args = (f"{what}: {self}",)
+
 # %% ../nbs/15a_bundle.ipynb #20586a75
 UPLOAD = (
     "Dockerfile",

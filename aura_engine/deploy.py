@@ -13,15 +13,16 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['DECLINED', 'ADDRESS', 'BackStep', 'HOW_ON', 'NOT_WAITED', 'PICTURE', 'set_one', 'commit_files', 'without_volumes',
-           'create_space', 'apply_plan', 'set_line', 'swap_file', 'write_env', 'without_line', 'forget_env',
-           'DeployJournal', 'journal_of', 'DeployReceipt', 'DeployRecord', 'unfinished_run', 'unfinished_run_of',
-           'begun_text', 'left_paid', 'restore_settings', 'restore_files', 'roll_back', 'gone_secrets',
-           'may_be_rebuilt', 'take_back', 'print_step', 'deploy_cleaner', 'checked_files', 'bill', 'smoke_questions',
-           'check_plan', 'check_number', 'DeployPlanning', 'DeployChanging', 'DeployApplying', 'superseded',
-           'DeployGuarding', 'DeployProving', 'DeployReturning', 'record_address', 'Deployment', 'deploy_space',
-           'DeployWatch', 'SpacePanel', 'live_health', 'hour_text', 'space_status', 'hardware_panel', 'drift',
-           'settings_panel', 'diagnose', 'json_steps', 'run_deploy', 'main', 'per_thousand']
+__all__ = ['DECLINED', 'ADDRESS', 'BackStep', 'HOW_ON', 'NOT_WAITED', 'PICTURE', 'NO_DRIFT', 'LINE', 'SHORTEST', 'set_one',
+           'commit_files', 'without_volumes', 'create_space', 'apply_plan', 'set_line', 'swap_file', 'write_env',
+           'without_line', 'forget_env', 'DeployJournal', 'journal_of', 'DeployReceipt', 'DeployRecord',
+           'unfinished_run', 'unfinished_run_of', 'begun_text', 'left_paid', 'restore_settings', 'restore_files',
+           'roll_back', 'gone_secrets', 'may_be_rebuilt', 'take_back', 'print_step', 'deploy_cleaner', 'check_env_file',
+           'checked_files', 'bill', 'smoke_questions', 'check_plan', 'check_number', 'DeployPlanning', 'DeployChanging',
+           'DeployApplying', 'superseded', 'DeployGuarding', 'DeployProving', 'DeployReturning', 'record_address',
+           'Deployment', 'deploy_space', 'DeployWatch', 'SpacePanel', 'live_health', 'health_if_awake', 'hour_text',
+           'engine_text', 'space_status', 'hardware_panel', 'drift', 'settings_panel', 'commit_lines', 'diagnose',
+           'json_steps', 'full_commit', 'run_deploy', 'main', 'per_thousand']
 
 # %% ../nbs/15e_deploy.ipynb #d2d92913
 import httpx
@@ -98,7 +99,9 @@ def apply_plan(hub: SpaceHub, plan: DeployPlan, o: DeployOptions, head: str, say
         elif plan.state.head:               # a new Space has its settings already
             try: set_one(hub, change, plan, o)
             except DeployError as e:
-                if change.what != "volumes": raise
+                if change.what != "volumes":
+                    e.while_doing(f"{change.verb} {change.what} {change.name}")
+                    raise
                 say("plan", without_volumes(e, plan, o))
     return head
 
@@ -290,7 +293,7 @@ def begun_text(journal: DeployJournal) -> str:
     begun += [f"variable {name}" for name in journal.variables] + [f"secret {name}" for name in journal.secrets]
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(journal.time))
     what = ", ".join(begun) or "files"
-    how = "it failed, was cut off, or did not wait"
+    how = "it failed, was cut off, did not wait, or is still under way"
     return f"an earlier run, of {when}, was not proven: {how}. It had started to change: {what}"
 
 # %% ../nbs/15e_deploy.ipynb #22c7a202
@@ -424,19 +427,28 @@ def deploy_cleaner(o: DeployOptions | None = None) -> Cleaner:
     return redactor(*secrets)
 
 # %% ../nbs/15e_deploy.ipynb #8604c336
+def check_env_file(env_file: str) -> None:
+    "DeployError 'preflight' when this file could not be read and replaced at the end; '': there is none."
+    path = Path(env_file).resolve()
+    wrong = ""
+    if not path.parent.is_dir(): wrong = "there is no such folder"
+    elif path.exists() and not path.is_file(): wrong = "it is not a file"
+    elif path.exists() and not os.access(path, os.R_OK): wrong = "it cannot be read"
+    elif not os.access(path.parent, os.W_OK): wrong = "its folder cannot be written to"
+    if env_file and wrong: raise DeployError("preflight", f"--env-file {env_file}: {wrong}; '' writes none")
+
+# %% ../nbs/15e_deploy.ipynb #b244e991
 def checked_files(o: DeployOptions, say: Say) -> dict[str, bytes]:
     "The files to upload. DeployError 'preflight' with everything that is wrong here."
     files = upload_set(o.source)
     wrong = faults(files, o.source)
     if wrong: raise DeployError("preflight", "not fit to be uploaded:\n" + "\n".join(wrong))
     megabytes = sum(map(len, files.values())) / 1e6
-    say("check", f"{len(files)} files, {megabytes:.1f} MB, build {build_id(files)}")
+    say("check", f"{len(files)} files and README.md, {megabytes:.1f} MB, build {build_id(files)}")
     age = lock_age(files["requirements.lock"].decode(), date.today())
     how_old = "does not say how old it is" if age is None else f"is {age} days old"
     if age is None or age > LOCK_DAYS: say("check", f"requirements.lock {how_old}; {LOCK_AGAIN}")
-    folder = Path(o.env_file).resolve().parent
-    if o.env_file and not os.access(folder, os.W_OK):
-        raise DeployError("preflight", f"--env-file: {folder.name or folder} cannot be written to")
+    check_env_file(o.env_file)
     return files
 
 # %% ../nbs/15e_deploy.ipynb #2c5c3971
@@ -505,6 +517,7 @@ class DeployPlanning:
     def check(self) -> None:
         self.files = checked_files(self.o, self.say)
         self.hub = SpaceHub(self.o.space_id, find_token(), self.o.poll, deploy_cleaner(self.o))
+        self.hub.tell = partial(self.say, "hub")
         if self.o.bucket: self.hub.check_bucket(self.o.bucket)
 
     def make_plan(self) -> None:
@@ -572,6 +585,7 @@ class DeployChanging(DeployPlanning):
         try: back = take_back(self.hub, self.plan, self.journal, self.made)
         except DeployError as second: return e.add(str(second))
         self.record.write(known)
+        if not back and e.kind != "network": e.add("nothing was changed")
         if back:
             e.add(f"put back as it was: {', '.join(back)}")
             e.code += ROLLED_BACK
@@ -679,7 +693,9 @@ class DeployReturning(DeployProving):
 
 # %% ../nbs/15e_deploy.ipynb #6cab7432
 def record_address(env_file: str, visibility: str, host: str, say: Say) -> None:
-    "Write the Space's address into the env file, or take a private one's out; `env_file` '': nothing."
+    """Write the Space's address into the env file, or take a private one's out; `env_file` '': nothing.
+
+    OSError when the file cannot be read or written."""
     if not env_file: return
     name = Path(env_file).name
     if visibility != "private":
@@ -727,7 +743,11 @@ class Deployment(DeployReturning):
 
     def remember(self) -> None:
         if why := self.record.write(self.receipt.to_json()): self.say("record", why)
-        record_address(self.o.env_file, self.plan.target.visibility, self.receipt.host, self.say)
+        host = self.receipt.host
+        try: record_address(self.o.env_file, self.plan.target.visibility, host, self.say)
+        except OSError as e:
+            # The Space is proven all the same, and the line can be written by hand.
+            self.say("record", f"{self.o.env_file}: {e.strerror or e}; the address is {ADDRESS}={host}")
         text = f"{self.receipt.host} runs {(self.receipt.oid or '')[:12]}"
         if not self.receipt.changes: text += ", up to date"
         self.say("done", "\n".join([text, *bill(self.hub)]))
@@ -785,28 +805,42 @@ class SpacePanel(dict):
 def live_health(host: str, token: str | None) -> dict[str, Any]:
     "What /health says now, without waiting; {} when nobody answers. `token`: the Hub's, for a private Space."
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    try: return httpx.get(host + "/health", timeout=10, headers=headers).json()
+    try: said = httpx.get(host + "/health", timeout=10, headers=headers).json()
     except (httpx.HTTPError, ValueError): return {}
+    return said if isinstance(said, dict) else {}       # another app's may be anything
+
+
+def health_if_awake(hub: SpaceHub, info: Any, stage: str) -> dict[str, Any]:
+    "What /health says of a Space that is awake by its `stage`; {} without asking when it is not."
+    if not stage.startswith("RUNNING"): return {}
+    return live_health(info.host, hub.token if info.private else None)
 
 # %% ../nbs/15e_deploy.ipynb #a9df0d3e
 def hour_text(price: float) -> str: return f"${price:.2f} an hour" if price else "free"
 
 # %% ../nbs/15e_deploy.ipynb #29c3632c
-def space_status(hub: SpaceHub) -> SpacePanel:
-    "Stage, commit, hardware with its price, address and what /health says."
+def engine_text(stage: str, health: Mapping[str, Any]) -> str:
+    "The engine's state, model and build, in one line."
+    if stage == "SLEEPING": return "asleep; it was not asked, because a visit wakes it"
+    words = [health.get("status", "no answer"), health.get("model"), health.get("buildId")]
+    return " ".join(str(word) for word in words if word)
+
+
+def space_status(hub: SpaceHub, health: Mapping[str, Any] | None = None) -> SpacePanel:
+    "Stage, commit, hardware with its price, address and what /health says. `health`: what it said just now."
     info = hub.info()
     run = hub.runtime()
-    health = live_health(info.host, hub.token if info.private else None)
+    stage = str(run.raw["stage"])
+    if health is None: health = health_if_awake(hub, info, stage)
     hardware = run.hardware or run.requested_hardware
-    engine = [health.get("status", "no answer"), health.get("model", ""), health.get("buildId") or ""]
     return SpacePanel({
         "space": hub.id,
-        "stage": run.raw["stage"],
+        "stage": stage,
         "runs": run.raw.get("sha"),
         "head": info.sha,
         "hardware": f"{hardware}, {hour_text(hub.prices().get(hardware, 0))}",
         "address": info.host,
-        "engine": " ".join(engine).strip(),
+        "engine": engine_text(stage, health),
     })
 
 # %% ../nbs/15e_deploy.ipynb #9ddb1dc4
@@ -831,7 +865,9 @@ def _settings_advice(state: SpaceState) -> Iterator[str]:
 
 # %% ../nbs/15e_deploy.ipynb #f1f1d6e8
 def _running_advice(state: SpaceState, health: Mapping[str, Any]) -> Iterator[str]:
-    if not is_ours(state): yield "this is another app; --take-over would replace it"
+    if state.sdk != "docker":
+        yield f"this is a {state.sdk} Space, and the engine needs a Docker Space: take another name"
+    elif not is_ours(state): yield "this is another app; --take-over would replace it"
     if state.visibility == "private": yield HIDDEN
     if every_origin(state.variables.get("ALLOW_ORIGINS")): yield OPEN
     if state.stage.startswith("RUNNING") and state.running != state.head:
@@ -844,21 +880,27 @@ def _running_advice(state: SpaceState, health: Mapping[str, Any]) -> Iterator[st
     yield from (f"the engine warns: {text}" for text in health.get("warnings") or ())
 
 # %% ../nbs/15e_deploy.ipynb #b95571e4
+NO_DRIFT = "none: it has what this folder would give it"
+
+
 def drift(state: SpaceState, o: DeployOptions) -> str:
     "How the Space differs from this checkout, in one sentence."
+    if state.sdk != "docker": return f"not compared: this is a {state.sdk} Space"
     files = upload_set(o.source)
     wrong = faults(files, o.source)
     if wrong: return f"this folder cannot be deployed: {wrong[0]}"
     plan = plan_deployment(state, files, o)
-    if not plan.changes: return "none: it has what this folder would give it"
+    if not plan.changes: return NO_DRIFT
     return "; ".join(" ".join(row).strip() for row in plan_rows(plan))
 
 # %% ../nbs/15e_deploy.ipynb #ade75cb7
 def settings_panel(state: SpaceState) -> SpacePanel:
     "Sleep time, visibility, volumes, variables and the names of the secrets."
     variables = [f"{name}={value}" for name, value in sorted(state.variables.items())]
+    seconds = state.sleep_time or -1
+    hours = f" ({seconds / 3600:.0f} h)" if seconds >= 7200 else ""
     return SpacePanel({
-        "sleeps": f"after {state.sleep_time} s" if (state.sleep_time or -1) > 0 else "never",
+        "sleeps": f"after {seconds} s{hours}" if seconds > 0 else "never",
         "visibility": state.visibility,
         "volumes": volumes_text(state.volumes),
         "variables": ", ".join(variables) or "none",
@@ -871,26 +913,39 @@ def _end_advice(hub: SpaceHub, state: SpaceState) -> list[str]:
         price = state.prices.get(state.machine, 0)
         costs = f" --yes, and {state.machine} then costs {hour_text(price)}" if price else ""
         return [f"it is {state.stage} until somebody starts it: --restart{costs}"]
+    # Nothing that could run was ever uploaded, so there is no log either.
+    if state.stage == "NO_APP_FILE": return ["it has no app yet"]
     if state.stage not in DEAD: return []
     log = "build" if state.stage == "BUILD_ERROR" else "run"
-    return [f"it ended in {state.stage}; the {log} log says:", *log_causes(hub, log)]
+    causes = log_causes(hub, log)
+    return [f"it ended in {state.stage}; the {log} log {'says:' if causes else 'is empty'}", *causes]
 
 # %% ../nbs/15e_deploy.ipynb #496f607e
+def commit_lines(commits: Mapping[str, str], most: int) -> list[str]:
+    "The newest of these commits, one a line, for `--rollback-to`."
+    return [f"{oid}  {about}" for oid, about in list(commits.items())[:most]]
+
+# %% ../nbs/15e_deploy.ipynb #2da14d38
+LINE = "\n            "           # a further line of a cell, under its first one
+
+
 def diagnose(hub: SpaceHub, o: DeployOptions) -> SpacePanel:
     """Everything about the Space that explains how it behaves, and what to do. Writes nothing.
 
     DeployError 'preflight' when there is no such Space."""
     state = look_at(hub)
     if state.head is None: raise DeployError("preflight", f"there is no Space {hub.id} for this token")
-    info = hub.info()
-    health = live_health(info.host, hub.token if info.private else None)
+    health = health_if_awake(hub, hub.info(), state.stage)
     earlier = unfinished_run(DeployRecord(o))
     begun = [begun_text(earlier)] if earlier else []
     advice = [*begun, *_settings_advice(state), *_running_advice(state, health), *_end_advice(hub, state)]
-    facts = space_status(hub) | settings_panel(state)
+    facts = space_status(hub, health) | settings_panel(state)
     facts["device"] = health.get("device", "unknown")
+    facts["commits"] = LINE.join(commit_lines(hub.commits(), 3))
     facts["drift"] = drift(state, o)
-    facts["advice"] = "\n            ".join(advice) or "nothing is wrong"
+    may_deploy = state.sdk == "docker" and is_ours(state)
+    if may_deploy and facts["drift"] != NO_DRIFT: advice.append("the same line without doctor ends the drift")
+    facts["advice"] = LINE.join(advice) or "nothing is wrong"
     return SpacePanel(facts)
 
 # %% ../nbs/15e_deploy.ipynb #bcee3e36
@@ -905,26 +960,46 @@ def _cleaned(value: Any, clean: Cleaner) -> Any:
 def json_steps(clean: Cleaner) -> Say:
     "The listener for programs: one JSON object per line, cleaned of secrets."
     def say(step: str, text: str, **data: Any) -> None:
+        if "plan" in data: data["number"] = data["plan"].number
         if "plan" in data: data["plan"] = [asdict(change) for change in data["plan"].changes]
         print(json.dumps(_cleaned({"step": step, "text": text, **data}, clean)), flush=True)
     return say
 
 # %% ../nbs/15e_deploy.ipynb #fdc996fc
+SHORTEST = 7            # characters of a commit's id that are enough, as git has it
+
+
+def full_commit(hub: SpaceHub, given: str) -> str:
+    "The commit whose id begins with `given`. DeployError 'preflight' with the newest ones when that is not one."
+    commits = hub.commits()
+    found = [oid for oid in commits if oid.startswith(given) and len(given) >= SHORTEST]
+    if len(found) == 1: return found[0]
+    text = f"--rollback-to {given}: {hub.id} has no such commit. Its newest are"
+    raise DeployError("preflight", "\n".join([text, *commit_lines(commits, 8)]))
+
+
 def _restart_or_go_back(hub: SpaceHub, o: DeployOptions, a: argparse.Namespace, say: Say) -> None:
     state = look_at(hub)
     check_restart(state, o)
     then = f"go back to {a.rollback_to[:12]}" if a.rollback_to else "be restarted"
     if o.dry_run: return say("done", f"nothing was changed; without --dry-run {o.space_id} would {then}")
-    if a.rollback_to: roll_back(hub, a.rollback_to, None, o, say)
+    if a.rollback_to:
+        roll_back(hub, full_commit(hub, a.rollback_to), None, o, say)
     else: say("restart", hub.restart())
     for line in bill(hub): say("done", line)
 
 # %% ../nbs/15e_deploy.ipynb #53fbf93d
+def _say_panel(say: Say, step: str, panel: SpacePanel, clean: Cleaner) -> None:
+    facts = {name: clean(str(value)) for name, value in panel.items()}
+    say(step, clean(str(panel)), facts=facts)
+
+
 def _look_or_restart(o: DeployOptions, a: argparse.Namespace, say: Say) -> None:
     clean = deploy_cleaner(o)
     hub = SpaceHub(o.space_id, find_token(), o.poll, clean)
-    if a.action == "doctor": say("doctor", clean(str(diagnose(hub, o))))
-    if a.status: say("status", clean(str(space_status(hub))))
+    hub.tell = partial(say, "hub")
+    if a.action == "doctor": _say_panel(say, "doctor", diagnose(hub, o), clean)
+    if a.status: _say_panel(say, "status", space_status(hub), clean)
     if a.logs:
         hub.info()          # a Space that does not exist has an empty log, too
         say(a.logs, clean("\n".join(log_lines(hub, a.logs))) or "the log is empty")
@@ -945,11 +1020,11 @@ def run_deploy(argv: Sequence[str] | None = None) -> int:
     "The command, as a function: its exit status."
     warnings.filterwarnings("ignore", module="huggingface_hub")
     clean = deploy_cleaner()
-    in_json = False
+    # A program wants JSON of a wrong option, too.
+    in_json = "--json" in (sys.argv[1:] if argv is None else argv)
     try:
         o, a = parse_deploy(argv)
         clean = deploy_cleaner(o)
-        in_json = a.json
         return _dispatch(o, a, json_steps(clean) if in_json else print_step)
     except DeployError as e:
         code = e.code
@@ -969,6 +1044,10 @@ def run_deploy(argv: Sequence[str] | None = None) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     "The command; ends the process with its exit status."
     sys.exit(run_deploy(argv))
+
+# %% ../nbs/15e_deploy.ipynb #edd8c54e
+#| eval: false
+if __name__ == "__main__": main()
 
 # %% ../nbs/15e_deploy.ipynb #94a2d992
 def per_thousand(dollars_an_hour: float, pictures_a_second: float) -> float:

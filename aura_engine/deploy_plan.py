@@ -4,7 +4,7 @@
 
 # %% ../nbs/15c_deploy_plan.ipynb #0a0b31db
 from __future__ import annotations
-import argparse, difflib, getpass, hashlib, json, os, re, sys, textwrap
+import argparse, difflib, getpass, hashlib, itertools, json, os, re, sys, textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,18 +13,20 @@ from urllib.parse import urlsplit
 
 # %% auto #0
 __all__ = ['KEPT', 'OPENVINO', 'CUDA_WHEELS', 'PRESETS', 'BUILT_IN', 'OF_THE_IMAGE', 'WHEELS', 'DEPLOY_FLAGS', 'DEPLOY_EPILOG',
-           'SLEEP', 'SHELF', 'FOR_A_GPU', 'TAG', 'SUGGESTED', 'SHOWN', 'CONVERTS', 'DOWNLOADS', 'HIDDEN', 'OPEN',
-           'Preset', 'preset_table', 'DeployOptions', 'slips', 'wrong_places', 'exposed', 'wrong_builds',
-           'wrong_settings', 'check_known', 'every_origin', 'check_origins', 'check_sleep', 'check_options',
-           'DeployParser', 'project_folder', 'parse_deploy', 'hardware_for', 'sleep_for', 'has_gpu', 'right_wheels',
-           'model_repos', 'model_volumes', 'volumes_for', 'SpaceTarget', 'stale_names', 'target_for', 'other_variables',
-           'other_settings', 'moved_since', 'slow_start', 'needed_settings', 'front_matter', 'merged_models',
-           'merged_settings', 'changed_head', 'written_readme', 'space_readme', 'is_ours', 'check_restart',
-           'objections', 'SpaceChange', 'DeployPlan', 'plan_rows', 'file_groups', 'file_rows', 'file_lists', 'aligned',
-           'volumes_text', 'machine_text', 'all_changes', 'price_text', 'plan_deployment']
+           'SLEEP', 'SHELF', 'FOR_A_GPU', 'TAG', 'SUGGESTED', 'SHOWN', 'WIDEST', 'CONVERTS', 'DOWNLOADS', 'HIDDEN',
+           'OPEN', 'Preset', 'preset_table', 'DeployOptions', 'slips', 'wrong_places', 'exposed', 'wrong_builds',
+           'wrong_settings', 'check_known', 'every_origin', 'check_origins', 'check_sleep', 'check_space_id',
+           'check_times', 'check_options', 'DeployParser', 'project_folder', 'parse_deploy', 'hardware_for',
+           'sleep_for', 'has_gpu', 'right_wheels', 'model_repos', 'model_volumes', 'volumes_for', 'SpaceTarget',
+           'stale_names', 'target_for', 'other_variables', 'other_settings', 'moved_since', 'slow_start',
+           'needed_settings', 'front_matter', 'merged_models', 'merged_settings', 'changed_head', 'written_readme',
+           'space_readme', 'is_ours', 'check_restart', 'objections', 'SpaceChange', 'DeployPlan', 'plan_rows',
+           'file_groups', 'file_rows', 'file_lists', 'folded', 'aligned', 'volumes_text', 'machine_text', 'all_changes',
+           'price_text', 'plan_deployment']
 
 # %% ../nbs/15c_deploy_plan.ipynb #d950f918
 import yaml
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from packaging.requirements import InvalidRequirement, Requirement
 from .config import (SECRETS, SettingsError, load_settings, parse_origins, setting_names,
                                 unknown_settings)
@@ -230,14 +232,30 @@ def check_sleep(seconds: int | None) -> None:
     text = f"--sleep-time {seconds}: write seconds, 1 or more, or -1 for hardware that never sleeps"
     raise DeployError("usage", text)
 
+
+def check_space_id(space_id: str) -> None:
+    "DeployError 'usage' for what cannot be a Space's name."
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", space_id):
+        raise DeployError("usage", f"--space-id {space_id!r}: write owner/name")
+    try: validate_repo_id(space_id)
+    except HFValidationError as e: raise DeployError("usage", f"--space-id {space_id}: {e}") from None
+
+
+def check_times(o: DeployOptions) -> None:
+    "DeployError 'usage' for a time limit or a pause that is none."
+    for name, seconds in (("--timeout", o.timeout), ("--poll", o.poll)):
+        # Not a number is not above 0, either.
+        if seconds is not None and not 0 < seconds < float("inf"):
+            raise DeployError("usage", f"{name} {seconds:g}: write seconds, more than 0")
+
 # %% ../nbs/15c_deploy_plan.ipynb #1845a7b2
 def check_options(o: DeployOptions) -> None:
     "DeployError 'usage' for options that cannot be meant."
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", o.space_id):
-        raise DeployError("usage", f"--space-id {o.space_id!r}: write owner/name")
+    check_space_id(o.space_id)
     if o.bucket and not re.fullmatch(r"[\w.-]+/[\w.-]+", o.bucket):
         raise DeployError("usage", f"--bucket {o.bucket!r}: write owner/name")
     check_sleep(o.sleep_time)
+    check_times(o)
     variables = o.variables()
     both = ", ".join(sorted(set(variables) & set(o.secret)))
     if both:
@@ -317,7 +335,16 @@ exit status: {_EXIT_LIST}; {ROLLED_BACK}+n: n, and the version before it is back
 class DeployParser(argparse.ArgumentParser):
     "argparse, whose errors are DeployErrors."
     def error(self, message: str) -> NoReturn:
-        raise DeployError("usage", f"{message}\n{self.format_usage().strip()}")
+        raise DeployError("usage", f"{message}\n{self.prog} -h lists every option")
+
+    def check_names(self, argv: Sequence[str]) -> None:
+        "DeployError 'usage' for an option that does not exist, with the one that was meant."
+        known = list(self._option_string_actions)
+        for word in argv:
+            name = word.partition("=")[0]
+            if not name.startswith("--") or name in known: continue
+            close = difflib.get_close_matches(name, known, 1)
+            self.error(f"there is no {name}" + (f"; did you mean {close[0]}?" if close else ""))
 
 # %% ../nbs/15c_deploy_plan.ipynb #71697278
 def _parser() -> DeployParser:
@@ -374,10 +401,18 @@ def project_folder() -> Path:
     return Path(__file__).resolve().parent.parent
 
 # %% ../nbs/15c_deploy_plan.ipynb #9dd54bf7
+def _given(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    parser.check_names(sys.argv[1:] if argv is None else argv)
+    a = parser.parse_args(argv)
+    if a.detailed_exitcode and not a.dry_run: parser.error("--detailed-exitcode goes with --dry-run")
+    return a
+
+# %% ../nbs/15c_deploy_plan.ipynb #d26c9c94
 def parse_deploy(argv: Sequence[str] | None = None,
                  env: Mapping[str, str] | None = None) -> tuple[DeployOptions, argparse.Namespace]:
     "Command line -> (options, everything that was given). DeployError 'usage' for what cannot be meant."
-    a = _parser().parse_args(argv)
+    a = _given(argv)
     if a.model: _check_model(a.model)
     options = DeployOptions(
         space_id=a.space_id, origins=_origins(a), preset=a.preset, model=a.model, var=_pairs(a),
@@ -851,14 +886,24 @@ def file_lists(plan: DeployPlan) -> list[str]:
     return out
 
 # %% ../nbs/15c_deploy_plan.ipynb #3ef0413a
+WIDEST = 44             # characters of a column
+
+
+def folded(row: Sequence[str]) -> list[tuple[str, ...]]:
+    "A row of long cells as several rows. A word stays whole."
+    cells = [textwrap.wrap(cell, WIDEST, break_long_words=False, break_on_hyphens=False) for cell in row]
+    return list(itertools.zip_longest(*cells, fillvalue=""))
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     "Rows as lines of text, their columns aligned."
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = []
-    for row in rows:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
-        lines.append("  ".join(cells).rstrip())
-    return lines
+    lines = [line for row in rows for line in folded(row)]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    out = []
+    for line in lines:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths)]
+        out.append("  ".join(cells).rstrip())
+    return out
 
 # %% ../nbs/15c_deploy_plan.ipynb #208fdfc6
 def volumes_text(volumes: Sequence[SpaceVolume]) -> str:

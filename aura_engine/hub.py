@@ -45,11 +45,13 @@ def redactor(*secrets: str) -> Cleaner:
 # %% ../nbs/15b_hub.ipynb #7fb8b377
 HUB_WORDS = {
     401: "the token is not accepted: make one with write access and put it into HF_TOKEN, or run `hf auth login`",
-    402: "this costs money: a Docker Space needs a paid plan (PRO, Team, Enterprise), paid hardware billing",
+    402: "the Hub asks for money: a Docker Space needs a paid plan (PRO, Team, Enterprise), "
+         "paid hardware a payment method",
     403: "the token may not write there",
     404: "not found, or not visible to this token",
     409: "the name is taken, or another operation is under way",
     412: "somebody else committed to the Space meanwhile",
+    429: "the Hub gets too many requests from here (status 429)",
 }
 
 # %% ../nbs/15b_hub.ipynb #c4353282
@@ -72,7 +74,7 @@ def find_token() -> str:
 def hub_refusal(e: HfHubHTTPError, clean: Cleaner) -> str:
     "The words for a Hub that is busy. DeployError for a refusal that will not change."
     status = e.response.status_code
-    text = HUB_WORDS.get(status) or f"status {status}"
+    text = HUB_WORDS.get(status) or f"the Hub answered with status {status}"
     said = clean(e.server_message or "")[:300]
     if said: text += f" (the Hub says: {said})"
     if status == 429 or status >= 500: return text
@@ -90,6 +92,7 @@ class PatientHub:
         self.poll = poll                # seconds between two looks at the Space
         self.clean = clean or redactor(token)
         self.changed = False            # was any change asked for?
+        self.tell: Callable[[str], None] = lambda text: None        # hears why it waits
         self.endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
         self.api = HfApi(endpoint=self.endpoint, token=token, library_name="aura_engine")
         limit = httpx2.Timeout(60, connect=15)
@@ -99,18 +102,25 @@ class PatientHub:
     def ask(self, call: Callable[[HfApi], _Answer]) -> _Answer:
         "call(api), again while the Hub is busy. DeployError 'network' when it stays busy."
         text = ""
-        for pause in (1, 2, 4, 0):
+        for pause in (1, 2, 4, None):
             after = ""
             try: return call(self.api)
             except HfHubHTTPError as e:
                 text = hub_refusal(e, self.clean)
                 after = e.response.headers.get("retry-after", "")
             except (httpx2.HTTPError, OSError) as e: text = f"no answer from {self.endpoint} ({type(e).__name__})"
+            except json.JSONDecodeError:
+                text = f"{self.endpoint} answered with something else than JSON: a proxy's page, or maintenance"
             except ValueError as e: raise DeployError("preflight", self.clean(str(e))[:300]) from None
-            if pause: time.sleep(min(float(after), 60) if after.isdigit() else pause * self.poll)
+            if pause: self.wait(text, min(float(after), 60) if after.isdigit() else pause * self.poll)
         done = "nothing was changed"
         if self.changed: done = "what was done so far stays, and the same command carries on from there"
         raise DeployError("network", f"{text}; {done}")
+
+    def wait(self, why: str, seconds: float) -> None:
+        "Wait, and say so."
+        self.tell(f"{why}; the next try is in {seconds:.0f} s")
+        time.sleep(seconds)
 
     def change(self, call: Callable[[HfApi], _Answer]) -> _Answer:
         "As `ask`, for a call that changes the Space."
@@ -135,6 +145,11 @@ class SpaceFiles(PatientHub):
             return list(api.list_repo_tree(self.id, repo_type="space", recursive=True, revision=revision))
         files = [row for row in self.ask(listed) if hasattr(row, "blob_id")]
         return {row.path: row.lfs.sha256 if row.lfs else row.blob_id for row in files}
+
+    def commits(self) -> dict[str, str]:
+        "The commits of the Space, the newest first: id -> title and time."
+        rows = self.ask(lambda api: api.list_repo_commits(self.id, repo_type="space"))
+        return {row.commit_id: f"{row.title}, {row.created_at:%Y-%m-%d %H:%M}" for row in rows}
 
 # %% ../nbs/15b_hub.ipynb #03a616a6
 @dataclass(frozen=True)

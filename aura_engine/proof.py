@@ -229,6 +229,7 @@ def check_health(web: httpx.Client, build: str | None, age: Callable[[], float] 
     # Half a second: the clock of the Space starts a little before its process does.
     if age and h.get("uptimeSeconds", 0) > age() + 0.5:
         raise NotYet("the process from before the change still answers")
+    if h.get("status") == "loading": raise NotYet("the engine is loading; --timeout SECONDS waits longer")
     if not h.get("ready"): raise NotYet(f"the engine is {h.get('status')}")
     return h
 

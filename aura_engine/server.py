@@ -314,3 +314,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     engine.start()
     threading.Thread(target=settle, args=(engine,), name="settle", daemon=True).start()
     Server(server_config(app, settings, host), engine, app.state.jobs).run()
+
+# %% ../nbs/11_server.ipynb #04f06210
+#| eval: false
+if __name__ == "__main__": main()

@@ -85,6 +85,7 @@ class Space:
     secrets: dict = field(default_factory=dict)
     volumes: list = field(default_factory=list)     # as the API speaks of them
     commits: dict = field(default_factory=dict)     # oid -> {path: Blob}, in order
+    titles: dict = field(default_factory=dict)      # oid -> what the commit says about itself
     run: Run | None = None
     forced: str | None = None                       # a stage that overrides the clock: PAUSED, SLEEPING
     logs: dict = field(default_factory=lambda: {"build": [], "run": []})
@@ -244,7 +245,7 @@ class Hub:
             ("POST", "/spaces/{owner}/{name}.git/info/lfs/objects/batch", self._lfs_batch), ("GET", "/spaces/{owner}/{name}/resolve/{rev}/{path:path}", resolve),
             ("GET", one, self._info), ("GET", one + "/revision/{rev}", self._info), ("GET", one + "/runtime", lambda r, s: self.runtime(s)),
             ("GET", one + "/tree/{rev}", lambda r, s: [b.row(p) for p, b in tree_of(r, s).items()]), ("POST", one + "/paths-info/{rev}", paths_info),
-            ("POST", one + "/preupload/{rev}", preupload), ("POST", one + "/commit/{rev}", self._commit), ("GET", one + "/logs/{kind}", self._logs),
+            ("GET", one + "/commits/{rev}", commit_list), ("POST", one + "/preupload/{rev}", preupload), ("POST", one + "/commit/{rev}", self._commit), ("GET", one + "/logs/{kind}", self._logs),
             ("GET POST DELETE", one + "/variables", self._settings("variables")), ("GET POST DELETE", one + "/secrets", self._settings("secrets")),
             ("POST", one + "/hardware", self._hardware), ("POST", one + "/sleeptime", self._sleep), ("POST", one + "/restart", self._restart), ("PUT", one + "/settings", self._visibility), ("PUT DELETE", one + "/volumes", self._volumes), ("POST", one + "/pause", self._pause),
         ]
@@ -284,7 +285,7 @@ class Hub:
             if line["key"] == "lfsFile": tree[v["path"]] = Blob(self.lfs[v["oid"]], True)
             if line["key"] == "deletedFile": del tree[v["path"]]
         oid = secrets.token_hex(20)
-        s.commits[oid] = tree
+        s.commits[oid], s.titles[oid] = tree, head["value"]["summary"]
         self._trigger(s)
         return {"success": True, "commitOid": oid, "commitUrl": f"{self.url}/spaces/{s.id}/commit/{oid}", "hookOutput": ""}
 
@@ -424,6 +425,11 @@ async def validate_yaml(request):
     if card.get("sdk") not in ("docker", "gradio", "static"): wrong.append('"sdk" must be one of [gradio, docker, static]')
     if len(card.get("short_description", "")) > 60: wrong.append('"short_description" length must be less than or equal to 60 characters long')
     return JSONResponse({"errors": [{"message": w} for w in wrong], "warnings": []}, 400 if wrong else 200)
+
+
+def commit_list(request, s):
+    row = lambda oid: {"id": oid, "title": s.titles.get(oid, "initial commit"), "message": "", "date": "2026-11-27T12:00:00.000Z", "authors": [{"user": s.id.split("/")[0]}]}
+    return [row(oid) for oid in reversed(s.commits)]
 
 
 def tree_of(request, s): return s.commits.get(request.path_params["rev"], s.tree)

@@ -245,8 +245,30 @@ def test_status_logs_restart_and_back(hub, tree):
     assert "serving with" in call(hub, tree, "--logs", "run")
     for look in (("--logs", "run"), ("--status",)): assert "not found" in call(hub, tree, *look, "--space-id", "ada/none", code=3)
     call(hub, tree, "--restart")
-    call(hub, tree, "--rollback-to", first)
+    before = len(hub.writes)
+    for wrong in ("main", first[:6], "f" * 40): assert f"{first}  initial commit" in call(hub, tree, "--rollback-to", wrong, code=3)
+    assert len(hub.writes) == before
+    call(hub, tree, "--rollback-to", first[:7])
     assert space.tree == space.commits[first] and space.head != first
+
+
+@pytest.mark.parametrize("look", ["--status", "doctor"])
+def test_a_look_wakes_nobody(hub, tree, look):
+    """The first visit to a Space that sleeps wakes it, and its hardware is paid for again."""
+    space = running(hub, tree, hardware="t4-small", sleep_time=600)
+    space.forced = "SLEEPING"
+    out = call(hub, tree, look)
+    assert "asleep; it was not asked" in out and space.forced == "SLEEPING" and not [p for _, p in hub.requests if p.startswith("host:")]
+
+
+def test_programs_get_facts(hub, tree):
+    running(hub, tree)
+    for look in ("doctor", "--status"):
+        said = json.loads(call(hub, tree, look, "--json"))
+        assert said["facts"]["stage"] == "RUNNING" and said["facts"]["engine"].startswith("ready")
+    plan = next(line for line in map(json.loads, call(hub, tree, "--var", "X=1", "--dry-run", "--json").splitlines()) if "plan" in line)
+    call(hub, tree, "--var", "X=1", "--plan", plan["number"], "--no-wait")
+    assert hub.spaces[SPACE].variables["X"]["value"] == "1"
 
 
 # what goes wrong
@@ -1049,8 +1071,16 @@ def test_the_doctor_explains_and_changes_nothing(hub, tree):
     space.sleep_time, space.run.image = 600, {"TORCH_INDEX_URL": "cu126"}
     edit(tree)
     out = call(hub, tree, "doctor", "--json")
-    assert "nothing is wrong" in out and re.search("replace files app.py, Dockerfile|replace files Dockerfile, app.py", out) and not hub.writes
+    assert "the same line without doctor ends the drift" in out and re.search("replace files app.py, Dockerfile|replace files Dockerfile, app.py", out) and not hub.writes
     assert "there is no Space ada/none" in call(hub, tree, "doctor", "--space-id", "ada/none", code=3)
+
+
+def test_the_doctor_knows_what_cannot_be_deployed_to(hub, tree):
+    hub.space("ada/cells", {"app.py": b"import gradio"}, sdk="gradio")
+    out = call(hub, tree, "doctor", "--space-id", "ada/cells")
+    assert "needs a Docker Space: take another name" in out and "not compared" in out and "--take-over" not in out
+    hub.space("ada/empty")
+    assert "it has no app yet" in call(hub, tree, "doctor", "--space-id", "ada/empty")
 
 
 def rows(**values): return {name: {"key": name, "value": text} for name, text in values.items()}
@@ -1154,6 +1184,46 @@ def test_a_hub_that_breaks_down_says_what_was_done(hub, tree):
     edit(tree)
     hub.fail("POST", "/commit/", *[(500, {"error": "oh"})] * 4)
     assert "what was done so far stays" in call(hub, tree, "--origins", "https://a.site", "--no-rollback", code=9)
+
+
+def test_a_wait_for_the_hub_is_said(hub, tree):
+    """A Hub that is down, in no mood for more, or hidden behind a page: why, for how long, and in the end whose fault it was."""
+    running(hub, tree)
+    hub.fail("GET", "whoami", (500, "<h1>oops</h1>"), (429, {"error": "slow down"}, {"retry-after": "0"}), (200, "<h1>maintenance</h1>"))
+    out = call(hub, tree, "--dry-run")
+    for why in ("the Hub answered with status 500", "too many requests from here", "something else than JSON"): assert re.search(f"hub  .*{why}.*; the next try is in 0 s", out), out
+    hub.fail("GET", "whoami", *[(200, "<h1>maintenance</h1>")] * 4)
+    assert "something else than JSON: a proxy's page, or maintenance; nothing was changed" in call(hub, tree, code=9)
+
+
+def test_a_refused_write_says_which(hub, tree):
+    space = running(hub, tree)
+    hub.fail("POST", "/hardware", (402, {"error": "Payment required"}))
+    out = call(hub, tree, "--preset", "t4", "--yes", code=3)
+    assert re.search("set hardware t4-small: .*paid hardware a payment method.*Payment required", out) and "nothing was changed" in out
+    hub.refuse = lambda method, path, phase: phase == "before" and hub.key == "SD_PRECISION"
+    assert "set variable SD_PRECISION: the token may not write there" in call(hub, tree, "--var", "SD_PRECISION=fp32", code=3)
+    assert set(space.variables) == {"ALLOW_ORIGINS"}
+
+
+def test_an_env_file_that_could_not_be_written_is_refused_first(hub, tree, monkeypatch):
+    (tree / "folder").mkdir()
+    for name, says in (("folder", "it is not a file"), ("none/x", "there is no such folder")):
+        assert says in call(hub, tree, *GUIDE, "--env-file", name, code=3) and not hub.writes
+    def full(*_): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(deploy, "swap_file", full)
+    running(hub, tree)
+    monkeypatch.setattr(deploy.DeployRecord, "write", lambda *_: "")
+    assert f"No space left on device; the address is {NAME}=http" in call(hub, tree)
+
+
+@pytest.mark.parametrize("args, says", [(["--presett", "t4"], "there is no --presett; did you mean --preset?"), (["--dry"], "did you mean --"), (["docter"], "choose from 'doctor'"), (["--poll=-1"], "--poll -1: write seconds"),
+                                        (["--timeout", "nan"], "--timeout nan: write seconds"), (["--detailed-exitcode"], "goes with --dry-run"), (["--space-id", "ada/-x"], "cannot start or end with '-'")])
+def test_a_slip_is_answered_in_a_line(args, says, capsys):
+    assert deploy.run_deploy(["--space-id", SPACE, *args]) == 2
+    said = capsys.readouterr().err
+    assert says in said and "usage:" not in said and len(said.strip().splitlines()) <= 2
+    assert deploy.run_deploy(["--space-id", SPACE, *args, "--json"]) == 2 and says in json.loads(capsys.readouterr().out)["text"]
 
 
 def test_the_address_of_a_space_that_became_private_is_taken_out(hub, tree):
