@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 # %% auto #0
-__all__ = ['DECLINED', 'ADDRESS', 'BackStep', 'HOW_ON', 'NOT_WAITED', 'PICTURE', 'NO_DRIFT', 'LINE', 'SHORTEST', 'set_one',
+__all__ = ['DECLINED', 'ADDRESS', 'BackStep', 'HOW_ON', 'NOT_WAITED', 'PICTURE', 'LINE', 'NO_DRIFT', 'SHORTEST', 'set_one',
            'commit_files', 'without_volumes', 'create_space', 'apply_plan', 'set_line', 'swap_file', 'write_env',
            'without_line', 'forget_env', 'DeployJournal', 'journal_of', 'DeployReceipt', 'DeployRecord',
            'unfinished_run', 'unfinished_run_of', 'begun_text', 'left_paid', 'restore_settings', 'restore_files',
            'roll_back', 'gone_secrets', 'may_be_rebuilt', 'take_back', 'print_step', 'deploy_cleaner', 'check_env_file',
-           'checked_files', 'bill', 'smoke_questions', 'check_plan', 'check_number', 'DeployPlanning', 'DeployChanging',
-           'DeployApplying', 'superseded', 'DeployGuarding', 'DeployProving', 'DeployReturning', 'record_address',
-           'Deployment', 'deploy_space', 'DeployWatch', 'SpacePanel', 'live_health', 'health_if_awake', 'hour_text',
-           'engine_text', 'space_status', 'hardware_panel', 'drift', 'settings_panel', 'commit_lines', 'diagnose',
-           'json_steps', 'full_commit', 'run_deploy', 'main', 'per_thousand']
+           'checked_files', 'bill', 'smoke_questions', 'check_plan', 'check_number', 'hub_for', 'DeployPlanning',
+           'say_undone', 'DeployChanging', 'DeployApplying', 'superseded', 'DeployGuarding', 'DeployProving',
+           'DeployReturning', 'record_address', 'Deployment', 'deploy_space', 'DeployWatch', 'SpacePanel',
+           'live_health', 'health_if_awake', 'hour_text', 'engine_text', 'space_status', 'hardware_panel', 'drift',
+           'settings_panel', 'commit_lines', 'diagnose', 'json_steps', 'full_commit', 'run_deploy', 'main',
+           'per_thousand']
 
 # %% ../nbs/15e_deploy.ipynb #d2d92913
 import httpx
@@ -500,6 +501,13 @@ def check_number(plan: DeployPlan, o: DeployOptions) -> None:
     raise DeployError("conflict", text)
 
 # %% ../nbs/15e_deploy.ipynb #56e080c6
+def hub_for(o: DeployOptions, say: Say) -> SpaceHub:
+    "The Hub for the Space that is meant, which says why it waits. DeployError 'preflight' without a token."
+    hub = SpaceHub(o.space_id, find_token(), o.poll, deploy_cleaner(o))
+    hub.tell = partial(say, "hub")
+    return hub
+
+# %% ../nbs/15e_deploy.ipynb #2e60b20b
 class DeployPlanning:
     "The first phase: what is here, what is there, what to do."
     hub: SpaceHub
@@ -516,8 +524,7 @@ class DeployPlanning:
 
     def check(self) -> None:
         self.files = checked_files(self.o, self.say)
-        self.hub = SpaceHub(self.o.space_id, find_token(), self.o.poll, deploy_cleaner(self.o))
-        self.hub.tell = partial(self.say, "hub")
+        self.hub = hub_for(self.o, self.say)
         if self.o.bucket: self.hub.check_bucket(self.o.bucket)
 
     def make_plan(self) -> None:
@@ -550,6 +557,15 @@ class DeployPlanning:
         self.journal = journal_of(self.plan, good, cut) if self.plan.changes else cut
 
 # %% ../nbs/15e_deploy.ipynb #104a2df0
+def say_undone(e: DeployError, back: Sequence[str]) -> None:
+    "Say at the end of error `e` what was put back; its code then tells it, too."
+    # A Hub that does not answer: the error says already whether anything was changed.
+    if not back and e.kind != "network": e.add("nothing was changed")
+    if not back: return
+    e.add(f"put back as it was: {', '.join(back)}")
+    e.code += ROLLED_BACK
+
+# %% ../nbs/15e_deploy.ipynb #7c768400
 class DeployChanging(DeployPlanning):
     "The second phase begins: the plan is carried out once, or undone."
     gone: tuple[str, ...] = ()                  # secrets whose old values are gone
@@ -585,10 +601,7 @@ class DeployChanging(DeployPlanning):
         try: back = take_back(self.hub, self.plan, self.journal, self.made)
         except DeployError as second: return e.add(str(second))
         self.record.write(known)
-        if not back and e.kind != "network": e.add("nothing was changed")
-        if back:
-            e.add(f"put back as it was: {', '.join(back)}")
-            e.code += ROLLED_BACK
+        say_undone(e, back)
 
 # %% ../nbs/15e_deploy.ipynb #4e7f2f75
 class DeployApplying(DeployChanging):
@@ -793,10 +806,14 @@ class DeployWatch:
         display(self.box)
 
 # %% ../nbs/15e_deploy.ipynb #36d2edd2
+LINE = "\n            "           # a further line of a cell, under its first one
+
+
 class SpacePanel(dict):
     "Facts about a Space; a table in a notebook, lines in a terminal."
     def _repr_markdown_(self) -> str:
-        rows = [f"| {name} | {value} |" for name, value in self.items()]
+        # A line that ends would end the row.
+        rows = [f"| {name} | {str(value).replace(LINE, '<br>')} |" for name, value in self.items()]
         return "\n".join(["| | |", "| --- | --- |", *rows])
 
     def __str__(self) -> str: return "\n".join(f"{name:>10}  {value}" for name, value in self.items())
@@ -926,9 +943,6 @@ def commit_lines(commits: Mapping[str, str], most: int) -> list[str]:
     return [f"{oid}  {about}" for oid, about in list(commits.items())[:most]]
 
 # %% ../nbs/15e_deploy.ipynb #2da14d38
-LINE = "\n            "           # a further line of a cell, under its first one
-
-
 def diagnose(hub: SpaceHub, o: DeployOptions) -> SpacePanel:
     """Everything about the Space that explains how it behaves, and what to do. Writes nothing.
 
@@ -996,8 +1010,7 @@ def _say_panel(say: Say, step: str, panel: SpacePanel, clean: Cleaner) -> None:
 
 def _look_or_restart(o: DeployOptions, a: argparse.Namespace, say: Say) -> None:
     clean = deploy_cleaner(o)
-    hub = SpaceHub(o.space_id, find_token(), o.poll, clean)
-    hub.tell = partial(say, "hub")
+    hub = hub_for(o, say)
     if a.action == "doctor": _say_panel(say, "doctor", diagnose(hub, o), clean)
     if a.status: _say_panel(say, "status", space_status(hub), clean)
     if a.logs:
