@@ -706,10 +706,15 @@ class DeployReturning(DeployProving):
 
 # %% ../nbs/15e_deploy.ipynb #6cab7432
 def record_address(env_file: str, visibility: str, host: str, say: Say) -> None:
-    """Write the Space's address into the env file, or take a private one's out; `env_file` '': nothing.
+    "Write the Space's address into the env file, or take a private one's out; `env_file` '': nothing."
+    try:
+        if env_file: _write_address(env_file, visibility, host, say)
+    except OSError as e:
+        # The Space is proven all the same, and the line can be written by hand.
+        say("record", f"{env_file}: {e.strerror or e}; the address is {ADDRESS}={host}")
 
-    OSError when the file cannot be read or written."""
-    if not env_file: return
+
+def _write_address(env_file: str, visibility: str, host: str, say: Say) -> None:
     name = Path(env_file).name
     if visibility != "private":
         if write_env(env_file, ADDRESS, host): say("record", f"{name}: {ADDRESS}={host}")
@@ -756,11 +761,7 @@ class Deployment(DeployReturning):
 
     def remember(self) -> None:
         if why := self.record.write(self.receipt.to_json()): self.say("record", why)
-        host = self.receipt.host
-        try: record_address(self.o.env_file, self.plan.target.visibility, host, self.say)
-        except OSError as e:
-            # The Space is proven all the same, and the line can be written by hand.
-            self.say("record", f"{self.o.env_file}: {e.strerror or e}; the address is {ADDRESS}={host}")
+        record_address(self.o.env_file, self.plan.target.visibility, self.receipt.host, self.say)
         text = f"{self.receipt.host} runs {(self.receipt.oid or '')[:12]}"
         if not self.receipt.changes: text += ", up to date"
         self.say("done", "\n".join([text, *bill(self.hub)]))

@@ -11,10 +11,10 @@ from typing import Any, Literal, TypeVar, cast
 from urllib.parse import quote
 
 # %% auto #0
-__all__ = ['Cleaner', 'HUB_WORDS', 'redactor', 'stored_token', 'find_token', 'hub_refusal', 'PatientHub', 'SpaceFiles',
-           'SpaceVolume', 'found_volume', 'volumes_of', 'SpaceReads', 'secret_mark', 'creation_settings',
-           'SpaceSettings', 'SpaceHub', 'SpaceState', 'look_at', 'git_oid', 'same_file', 'log_events', 'LogFollower',
-           'log_lines', 'log_causes']
+__all__ = ['Cleaner', 'HUB_WORDS', 'redactor', 'stored_token', 'find_token', 'hub_refusal', 'why_busy', 'asked_pause',
+           'PatientHub', 'SpaceFiles', 'SpaceVolume', 'found_volume', 'volumes_of', 'SpaceReads', 'secret_mark',
+           'creation_settings', 'SpaceSettings', 'SpaceHub', 'SpaceState', 'look_at', 'git_oid', 'same_file',
+           'log_events', 'LogFollower', 'log_lines', 'log_causes']
 
 # %% ../nbs/15b_hub.ipynb #f8f5a898
 import httpx, httpx2
@@ -80,6 +80,21 @@ def hub_refusal(e: HfHubHTTPError, clean: Cleaner) -> str:
     if status == 429 or status >= 500: return text
     raise DeployError("conflict" if status in (409, 412) else "preflight", text, status) from None
 
+# %% ../nbs/15b_hub.ipynb #94c4004b
+def why_busy(e: Exception, endpoint: str, clean: Cleaner) -> str:
+    "The words for a call that may be made again. DeployError for any other."
+    if isinstance(e, HfHubHTTPError): return hub_refusal(e, clean)
+    if isinstance(e, json.JSONDecodeError):
+        return f"{endpoint} answered with something else than JSON: a proxy's page, or maintenance"
+    if isinstance(e, ValueError): raise DeployError("preflight", clean(str(e))[:300]) from None
+    return f"no answer from {endpoint} ({type(e).__name__})"
+
+
+def asked_pause(e: Exception) -> float | None:
+    "The seconds that the Hub asks to wait, at most a minute; None: it says nothing about that."
+    said = e.response.headers.get("retry-after", "") if isinstance(e, HfHubHTTPError) else ""
+    return min(float(said), 60.0) if said.isdigit() else None
+
 # %% ../nbs/15b_hub.ipynb #c666c4b5
 _Answer = TypeVar("_Answer")
 
@@ -103,16 +118,11 @@ class PatientHub:
         "call(api), again while the Hub is busy. DeployError 'network' when it stays busy."
         text = ""
         for pause in (1, 2, 4, None):
-            after = ""
             try: return call(self.api)
-            except HfHubHTTPError as e:
-                text = hub_refusal(e, self.clean)
-                after = e.response.headers.get("retry-after", "")
-            except (httpx2.HTTPError, OSError) as e: text = f"no answer from {self.endpoint} ({type(e).__name__})"
-            except json.JSONDecodeError:
-                text = f"{self.endpoint} answered with something else than JSON: a proxy's page, or maintenance"
-            except ValueError as e: raise DeployError("preflight", self.clean(str(e))[:300]) from None
-            if pause: self.wait(text, min(float(after), 60) if after.isdigit() else pause * self.poll)
+            except (httpx2.HTTPError, OSError, ValueError) as e:
+                text = why_busy(e, self.endpoint, self.clean)
+                seconds = asked_pause(e)
+            if pause: self.wait(text, pause * self.poll if seconds is None else seconds)
         done = "nothing was changed"
         if self.changed: done = "what was done so far stays, and the same command carries on from there"
         raise DeployError("network", f"{text}; {done}")
