@@ -145,7 +145,7 @@ def test_metrics_and_docs(web):
 
 @pytest.mark.parametrize("body, field, given, allowed", [
     ({"prompt": "x", "temperature": 3}, "temperature", "3", "at most 2"), ({"prompt": "x", "resolution": "huge"}, "resolution", "'huge'", "'high' or 'standard'"),
-    ({"prompt": "x", "aspectRatio": "9:1"}, "aspectRatio", "'9:1'", "1:3"), ({"prompt": "x", "colour": 1}, "colour", "1", "no such field"), ({}, "prompt", "None", "required")])
+    ({"prompt": "x", "aspectRatio": "9:1"}, "aspectRatio", "'9:1'", "1:3"), ({"prompt": "x", "colour": 1}, "colour", "1", "no such field"), ({}, "prompt", "nothing", "required")])
 def test_a_wrong_value_is_named(web, body, field, given, allowed):
     r = web.post("/generate", json=body)
     assert r.status_code == 422 and r.headers["content-type"] == "application/problem+json"
