@@ -268,7 +268,7 @@ XL_ROWS = (
               note=_NOT_FREE,
               figures="card: 512 px, 1 step, up to 4, guidance 0; scheduler_config.json: EulerAncestral, trailing"),
     replace(_sdxl, name="dreamshaper-xl-v2-turbo", sampler="dpm-sde", steps=(3, 6, 8), guidance=(1, 2.0, 4),
-            ids=("Lykon/dreamshaper-xl-v2-turbo",), note="model card: DPM++ SDE, 3 to 8 steps, guidance 2",
+            ids=("Lykon/dreamshaper-xl-v2-turbo",), note="DPM++ SDE Karras, 3 to 8 steps, guidance 2",
             figures="card: 6 steps in its example, guidance 2; its page on Civitai: DPM++ SDE Karras"),
     _ssd,
     lcm_lora(_ssd, "latent-consistency/lcm-lora-ssd-1b"),

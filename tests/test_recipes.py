@@ -109,12 +109,17 @@ def theirs(folder, parts, recipe):
     return pipe
 
 
-@pytest.mark.parametrize("name", CARDS)
-def test_a_row_is_drawn_as_its_card_says(bases, tmp_path, name):
+# One step hides what a sampler does between two: rows of one step that may take more are run with the most, too.
+ALSO = {name: ROWS[name].steps[2] for name, (_, steps, _) in CARDS.items() if steps == 1 < ROWS[name].steps[2]}
+
+
+@pytest.mark.parametrize("name, more", [*((name, None) for name in CARDS), *ALSO.items()])
+def test_a_row_is_drawn_as_its_card_says(bases, tmp_path, name, more):
     recipe, steps, guidance = CARDS[name]
     row, call = ROWS[name], recipe[2]
     folder, parts = ours(row, bases, tmp_path)
     assert (parts.row.name, parts.row.steps[1], parts.row.guidance[1]) == (name, steps, guidance)
+    steps = more or steps
     pipe = theirs(folder, parts, recipe)
     run = call if "timesteps" in call else {"num_inference_steps": steps, **call}
     want = pipe(FOX.prompt, width=128, height=128, guidance_scale=guidance, generator=torch.Generator().manual_seed(FOX.seed), output_type="latent", **run).images
