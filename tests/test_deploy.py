@@ -1057,7 +1057,7 @@ def test_the_slower_of_two_deployments_ends(hub, tree):
 def test_a_wait_is_not_silent_and_a_failure_brings_its_log(hub, tree):
     edit(tree, "FAIL_LOADING")
     out = call(hub, tree, *GUIDE, "--timeout", "1", code=8)
-    assert re.search(r"smoke +not yet: the engine is loading \(\d+ s\)", out) and "Downloading shards" in out
+    assert re.search(r"smoke +not yet: the engine is loading; --timeout SECONDS waits longer \(\d+ s\)", out) and "Downloading shards" in out
 
 
 def test_the_doctor_explains_and_changes_nothing(hub, tree):
