@@ -73,7 +73,8 @@ def error_response(error: AuraError, request_id: str = "", shape: Shape | None =
     headers = error_headers(error)
     if shape is None:
         problem = error.problem(request_id)
-        headers["x-error-message"] = json.dumps(error.detail[:300])[1:-1]      # ASCII, and one line
+        # ASCII, one line, and no space at an end: a header with one is not sent, nor is its answer
+        headers["x-error-message"] = json.dumps(error.detail[:300].strip())[1:-1]
         return JSONResponse(problem, error.status, headers, media_type="application/problem+json")
     status, body = shape(error)
     return JSONResponse(body, status, headers)
