@@ -1653,6 +1653,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'aura_engine.load_test.Target.health': ('load_test.html#target.health', 'aura_engine/load_test.py'),
                                        'aura_engine.load_test.TargetRow': ('load_test.html#targetrow', 'aura_engine/load_test.py'),
                                        'aura_engine.load_test.door_steps': ('load_test.html#door_steps', 'aura_engine/load_test.py'),
+                                       'aura_engine.load_test.keep_text': ('load_test.html#keep_text', 'aura_engine/load_test.py'),
                                        'aura_engine.load_test.load_arguments': ( 'load_test.html#load_arguments',
                                                                                  'aura_engine/load_test.py'),
                                        'aura_engine.load_test.load_compared': ('load_test.html#load_compared', 'aura_engine/load_test.py'),

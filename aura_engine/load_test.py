@@ -24,7 +24,7 @@ from .types import Invalid
 # %% auto #0
 __all__ = ['DOOR_BODIES', 'Asked', 'questions', 'door_steps', 'Answered', 'Target', 'LoadRun', 'put_load', 'TargetRow', 'row_of',
            'load_test', 'load_table', 'rows_by_load', 'load_compared', 'results_in', 'load_arguments', 'positive',
-           'measured_far', 'main']
+           'keep_text', 'measured_far', 'main']
 
 # %% ../nbs/14c_load_test.ipynb #8e79fdbf
 @dataclass(frozen=True)
@@ -201,14 +201,21 @@ def positive(text: str) -> int:
     return number
 
 # %% ../nbs/14c_load_test.ipynb #498cfae0
+def keep_text(file: Path, text: str) -> None:
+    "Write a file; missing folders are made. Invalid when it cannot be written."
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding="utf-8")
+    except OSError as e: raise Invalid(f"--out: {file} cannot be written: {e.strerror or e}.") from None
+
+# %% ../nbs/14c_load_test.ipynb #67f0b93e
 def measured_far(a: argparse.Namespace) -> str:
     "Put the loads on the engine that the arguments name, keep the results -> their table. Invalid: a wrong value."
     target = Target(a.url, a.door, a.api_key)
+    if a.out: keep_text(a.out, "")
     results = load_test(target, a.clients, a.requests, a.runs, a.steps)
     target.close()
-    if a.out:
-        a.out.parent.mkdir(parents=True, exist_ok=True)
-        a.out.write_text(json.dumps(results, indent=1) + "\n")
+    if a.out: keep_text(a.out, json.dumps(results, indent=1) + "\n")
     return load_table(results)
 
 def main(argv: list[str] | None = None) -> None:

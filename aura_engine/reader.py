@@ -21,7 +21,7 @@ from .models import INCLUDED, KLEIN, PICKLED, ROWS, SD15_ID, Z_IMAGE, is_local
 # %% auto #0
 __all__ = ['PARTS', 'UNUSED', 'SERVED', 'WEIGHTS', 'NO_PICKLES', 'USUAL', 'FORMATS', 'CLASSES', 'LOADING', 'NO_VAE',
            'NO_PICKLED_FILE', 'NO_DIFFUSERS', 'PART_WORDS', 'HARMLESS', 'WRITTEN', 'EMA', 'SCHEDULERS', 'ON_BETAS',
-           'ORIGINAL', 'USUAL_SCALE', 'UNKNOWN', 'GUIDED', 'whole_sets', 'no_whole_set', 'weight_files',
+           'ORIGINAL', 'USUAL_SCALE', 'UNKNOWN', 'GUIDED', 'ASSUMED', 'whole_sets', 'no_whole_set', 'weight_files',
            'check_classes', 'parts_of', 'check_parts', 'served_index', 'pipeline_files', 'quiet', 'reading',
            'diffusers_classes', 'Checkpoint', 'recognise', 'nothing_else', 'config_and_weights', 'check_numbers',
            'lone_class', 'unwrapped', 'bare', 'tensors_in', 'fill', 'check_weights', 'said_of_tensors',
@@ -635,6 +635,8 @@ def single_pipeline(reader: Reader, file: Path, config: Path, given: dict[str, A
     return made
 
 # %% ../nbs/04c_reader.ipynb #9f5a5b0d
+ASSUMED = "SD_VAE_ID={}: its file does not say for which family it is made, and {} has no VAE to hold it against"
+
 def read_single(reader: Reader, source: str, vae: str | None = None) -> tuple[Any, Path]:
     "(pipeline, file) from one original-layout .safetensors file. `vae`: where one comes from that the file lacks."
     file = reader.located(source, "", nothing_else)
@@ -647,6 +649,7 @@ def read_single(reader: Reader, source: str, vae: str | None = None) -> tuple[An
         usual = config_in(config, "vae/config.json")
         given["vae"] = read_vae(reader, vae, usual)
         check_latents(given["vae"].config, usual)
+        if vae.endswith(".safetensors"): reader.notes.append(ASSUMED.format(vae, file.name))
     given |= guided_unet(reader, file, config)
     reader.progress.stage = "reading"
     return single_pipeline(reader, file, config, given), file

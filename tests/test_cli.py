@@ -121,7 +121,7 @@ def test_a_load_on_an_engine(aura, server, tmp_path):
     assert status == 0 and "1.00" in out and "the ranges touch" in out
     status, out, _ = aura("bench", "--url", f"http://127.0.0.1:{free_port()}", *load[3:])
     assert status == 0 and "4 × ConnectError" in out
-    for wrong, said in ((("--url", server.url, "--door", "back"), "door"), (("--compare", "a.json", "b.json"), "b.json"), (("--url", "no address"), "--url")):
+    for wrong, said in ((("--url", server.url, "--door", "back"), "door"), (("--compare", "a.json", "b.json"), "b.json"), (("--url", "no address"), "--url"), (("--url", server.url, "--out", "/proc/a.json"), "/proc/a.json cannot be written")):
         status, out, err = aura("bench", *wrong)
         assert status == 1 and said in err and "Traceback" not in err, err
 

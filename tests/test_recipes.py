@@ -98,13 +98,17 @@ def ours(row, bases, tmp_path):
 
 
 def theirs(folder, parts, recipe):
-    """The stock pipeline of a folder, with the scheduler of a recipe."""
+    """The stock pipeline of a folder, with the scheduler of a recipe.
+
+    It reads the folder itself. Only a UNet that is changed or replaced is ours: test_lora_arithmetic holds LoRAs against
+    matrix products, and test_checkpoints lone UNets against their files."""
     cls, config, _ = recipe
     official = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     scheduler = getattr(diffusers, cls or official["_class_name"]).from_config(official, **config)
     xl = (folder / "text_encoder_2").exists()
     more = dict(add_watermarker=False) if xl else dict(safety_checker=None, requires_safety_checker=False)
-    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, unet=parts.unet, scheduler=scheduler, dtype=torch.float32, **more)
+    if parts.row.lora or parts.row.unet: more["unet"] = parts.unet
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, scheduler=scheduler, dtype=torch.float32, **more)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -198,7 +198,9 @@ def test_a_vae_in_one_file(at):
         got = loaded(at / "sd", SD_VAE_ID=str(file)).vae.state_dict()
         assert all(torch.equal(got[k], v) for k, v in want.items()), file
     bare = single(at, "novae", lambda s: {k: v for k, v in s.items() if not k.startswith(stem)})
-    assert torch.equal(loaded(bare, SD_VAE_ID=str(files[1])).vae.state_dict()["decoder.conv_in.weight"], want["decoder.conv_in.weight"])
+    parts = loaded(bare, SD_VAE_ID=str(files[1]))
+    assert torch.equal(parts.vae.state_dict()["decoder.conv_in.weight"], want["decoder.conv_in.weight"])
+    assert any("has no VAE to hold it against" in note for note in parts.notes), parts.notes
     for source, words in ((at / "style.safetensors", "style.safetensors is a LoRA, and no VAE"), (at / "sd", "it holds a whole model; name the folder of the part in it")):
         with pytest.raises(AuraError, match=words): loaded(at / "sd", SD_VAE_ID=str(source))
     with pytest.raises(AuraError, match="is a VAE: it belongs into SD_VAE_ID"): loaded(files[1])
