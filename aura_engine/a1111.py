@@ -36,15 +36,15 @@ from .answers import Api, Files, begin, files_of, preview_jpeg
 from .app import MAKING, Route
 from .config import Settings
 from .dialects import (
-    LONG_PROMPT, MOST_PICTURES, Dialect, Pixels, Size, Wish, own_shape, refusal, remade_mask, renamed, shortened,
-    size_made, translated, unused)
+    LONG_PROMPT, MOST_PICTURES, Dialect, Pixels, Size, Wish, own_shape, refusal, remade_mask,
+    renamed, shortened, size_made, translated, unused)
 from .images import MAX_PARTS, PNG_SIGNATURE, from_base64, png_parts, to_base64
 from .infotext import A1111_SAMPLERS, infotext, settings_of
 from .intake import LARGE
 from .models import Row
 from .types import (
-    MAX_N, VISIBLE, WHOLE, AuraError, GenerateRequest, Image, Invalid, Note, Preview, Receipt, RefineConfig,
-    RefineRequest, Step, Words, shown)
+    MAX_N, VISIBLE, WHOLE, AuraError, GenerateRequest, Image, Invalid, Note, Preview, Receipt,
+    RefineConfig, RefineRequest, Step, Words, shown)
 from .walls import client_behind
 
 log = logging.getLogger("aura_engine.a1111")
@@ -169,7 +169,8 @@ def understood_ask(ask: Txt2Img, row: Row, settings: Settings) -> Understood:
     negative = shortened(ask.negative_prompt, notes, "negative_prompt", most)
     scheduler = scheduler_for(ask, row, notes)
     wanted = ask.override_settings.get("sd_model_checkpoint")
-    if wanted and wanted != model: notes.append(unused("sd_model_checkpoint", wanted, f"this engine holds {model}"))
+    if wanted and wanted != model:
+        notes.append(unused("sd_model_checkpoint", wanted, f"this engine holds {model}"))
     numbers = {"steps": ask.steps and min(ask.steps, 100), "guidanceScale": ask.cfg_scale, "negativePrompt": negative,
                "seed": ask.seed if ask.seed >= 0 else None, "lora": lora,
                "temperature": 1.0}                            # as in the web UI, only the seed decides
@@ -398,7 +399,8 @@ class LiveProgress(BaseModel):
 async def post_live_progress(request: Request, body: TaskName) -> Response:
     "The same for programs that ask as the web UI's page does."
     task = tasks_of(request).of(client_behind(request), body.id_task)
-    if task is None: return JSONResponse(LiveProgress(active=False, queued=False, completed=True).model_dump())
+    if task is None:
+        return JSONResponse(LiveProgress(active=False, queued=False, completed=True).model_dump())
     said, pixels = progress_of(task), task.preview() if body.live_preview else None
     # a task that has not taken a step waits in line
     begun = said.state.sampling_step > 0
@@ -514,7 +516,8 @@ async def post_options(request: Request, body: A1111Options) -> Response:
     given = {"sd_model_checkpoint": body.sd_model_checkpoint} | (body.model_extra or {})
     now = options_of(api)
     other = [name for name, value in given.items() if value is not None and now.get(name) != value]
-    if other: log.info("options have no effect", extra={"options": [shown(name, 40) for name in other[:20]]})
+    if other:
+        log.info("options have no effect", extra={"options": [shown(name, 40) for name in other[:20]]})
     return JSONResponse({})
 
 # %% ../nbs/10c_a1111.ipynb #1b697ad5

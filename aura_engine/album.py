@@ -153,7 +153,8 @@ class WorkRecord:
 
     def progress(self, pictures: int) -> float:
         "How far a question for so many pictures is, 0 to 1."
-        with self._lock: steps = {m.body["index"]: m.body for m in self.messages if m.body["type"] == "step"}
+        with self._lock:
+            steps = {m.body["index"]: m.body for m in self.messages if m.body["type"] == "step"}
         shares = [s["step"] / s["steps"] for s in steps.values()]
         return sum(shares) / max(len(shares), pictures) if shares else 0.0
 

@@ -25,7 +25,8 @@ __all__ = ['log', 'T', 'REASONS', 'LONG_WAITS', 'MOST_KINDS', 'STEPS', 'Finish',
 
 # %% ../nbs/09d_answers.ipynb #824b34f6
 from PIL import Image as Pillow
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client import (CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector,
+    generate_latest)
 from starlette.background import BackgroundTask
 from .config import Settings
 from .errors import Shape, as_error, in_config, request_id
@@ -34,8 +35,9 @@ from .intake import Arrivals, DecodeCost, FairPool, PictureLine, hung_up
 from .models import Row
 from .planning import ReplayRequest, differences, plan, prepare, replay_plan
 from .types import (
-    COME_BACK, AuraError, Cancelled, DeadlineExceeded, Done, EngineState, Event, Failed, GenerateRequest, Health,
-    Image, Invalid, NotReady, Plan, Preview, Queued, Receipt, RefineRequest, ShuttingDown, Step)
+    COME_BACK, AuraError, Cancelled, DeadlineExceeded, Done, EngineState, Event, Failed,
+    GenerateRequest, Health, Image, Invalid, NotReady, Plan, Preview, Queued, Receipt,
+    RefineRequest, ShuttingDown, Step)
 from .walls import arrival, client_behind
 
 log = logging.getLogger("aura_engine.answers")
@@ -204,7 +206,8 @@ def pictures_in(ask: Ask) -> dict[str, str]:
     "The pictures of a request that have to be decoded, as base64, by the path of their field."
     if isinstance(ask, GenerateRequest): return {}
     given = [("mask", ask.mask)]
-    if isinstance(ask, RefineRequest): given += [(f"images.{i}", text) for i, text in enumerate(ask.images)]
+    if isinstance(ask, RefineRequest):
+        given += [(f"images.{i}", text) for i, text in enumerate(ask.images)]
     else: given.append(("init", ask.init))
     return {loc: text for loc, text in given if text}
 
@@ -318,7 +321,8 @@ async def files_of(api: Api, work: OrderedJob, request: Request | None = None) -
     async with aclosing(follow(api, work.job, request)) as events:
         async for event in events:
             if isinstance(event, Failed): raise event.error
-            if isinstance(event, Image): done[event.index] = await api.encode(client, file_of, event, order.output)
+            if isinstance(event, Image):
+                done[event.index] = await api.encode(client, file_of, event, order.output)
     files, receipts = zip(*(done[i] for i in sorted(done)), strict=True)
     return Files(order.output.format, list(files), list(receipts), [*work.job.warnings, *order.differs(receipts[0])])
 
@@ -387,7 +391,8 @@ async def tell(api: Api, work: OrderedJob, request_id: str = "") -> AsyncGenerat
         async with aclosing(follow(api, work.job)) as events:
             async for event in events:
                 if isinstance(event, Failed): api.metrics.failed(event.error)
-                if isinstance(event, Image) and event.receipt: differs = work.order.differs(event.receipt)
+                if isinstance(event, Image) and event.receipt:
+                    differs = work.order.differs(event.receipt)
                 if isinstance(event, Done): event = replace(event, warnings=(*event.warnings, *differs))
                 yield await told(api, event, work, request_id)
     except Exception:

@@ -164,14 +164,16 @@ def frames_of(model: type[BaseModel]) -> dict[str, Any]:
 def responses(route: Route) -> dict[int | str, dict[str, Any]]:
     "The answers of a route as OpenAPI wants them."
     good: dict[str, Any] = {"description": "Done", "content": {}}
-    for media in route.media: good["content"] |= content(media, FILE if media.startswith("image/") else TEXT)
+    for media in route.media:
+        good["content"] |= content(media, FILE if media.startswith("image/") else TEXT)
     if route.events: good["content"] |= content("text/event-stream", frames_of(route.events))
     model = {"model": route.ok} if route.ok else {}
     out: dict[int | str, dict[str, Any]] = {route.status: good | model}
     for code in route.alike: out[code] = {"description": "Ended"} | model
     kind = "application/problem+json" if route.fault is Problem else "application/json"
     problem = {"description": "A problem", "content": content(kind, named_schema(route.fault))}
-    for code in (*route.errors, "4XX"): out[code] = problem   # without it FastAPI adds a shape of its own for 422
+    for code in (*route.errors, "4XX"):
+        out[code] = problem  # without it FastAPI adds a shape of its own for 422
     return out
 
 # %% ../nbs/09f_app.ipynb #caad54ae
@@ -217,7 +219,8 @@ async def parsed_body(request: Request, most: int, adapter: TypeAdapter) -> Any:
     check_type(request)
     with api.arrivals.body(client_behind(request)) as arriving:
         data = await read_body(request, most, api.arrivals, arriving)
-        if len(data) > SMALL: api.line.rest_soon()            # its memory is given back, also when it is refused
+        if len(data) > SMALL:
+            api.line.rest_soon()  # its memory is given back, also when it is refused
         if len(data) <= INLINE: return checked_body(adapter, data)
         return await api.read(checked_body, adapter, data)
 

@@ -34,7 +34,8 @@ class Curve(dict[int, float]):
         found = self.bucket(least)
         for b in self:
             # a larger bucket has to be 5 % better: it makes everybody in it wait longer
-            if b > found and self[b] / min(b, waiting) < 0.95 * self[found] / min(found, waiting): found = b
+            if b > found and self[b] / min(b, waiting) < 0.95 * self[found] / min(found, waiting):
+                found = b
         return found
 
     def per_row(self, waiting: int) -> float:

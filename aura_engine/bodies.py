@@ -35,7 +35,8 @@ def _in_json(hint: Any) -> Any:
     if get_origin(hint) is tuple: return list[parts[0]]
     if get_origin(hint) is dict: return dict[parts[0], parts[1]]
     if get_origin(hint) is list: return list[parts[0]]
-    if type(None) in get_args(hint): return _in_json(next(p for p in get_args(hint) if p is not type(None))) | None
+    if type(None) in get_args(hint):
+        return _in_json(next(p for p in get_args(hint) if p is not type(None))) | None
     return hint
 
 # %% ../nbs/02c_bodies.ipynb #3f55af57

@@ -86,7 +86,8 @@ def upload_set(source: str | Path) -> dict[str, bytes]:
         for path in root.glob(pattern):
             if path.is_file() and not _stays(path.relative_to(root)): found.add(path)
     out = {}
-    for path in sorted(found): out[path.relative_to(root).as_posix()] = _with_plain_newlines(path.read_bytes())
+    for path in sorted(found):
+        out[path.relative_to(root).as_posix()] = _with_plain_newlines(path.read_bytes())
     return out
 
 # %% ../nbs/15a_bundle.ipynb #e7b104c4
@@ -279,7 +280,8 @@ def _code_faults(files: Mapping[str, bytes]) -> Iterator[str]:
     where = distributions_here()
     for module, path in modules.items():
         distributions = {plain_name(name) for name in where.get(module, [module])}
-        if not have & distributions: yield f"{path} imports {module}, which no line of requirements.txt installs"
+        if not have & distributions:
+            yield f"{path} imports {module}, which no line of requirements.txt installs"
 
 # %% ../nbs/15a_bundle.ipynb #3181d67d
 def faults(files: Mapping[str, bytes], source: str | Path) -> list[str]:

@@ -21,9 +21,9 @@ from .images import encode, grid
 from .transport import (
     CLOUD_VARIABLE, Ask, Broken, Door, GenerateOptions, InProcess, Remote, Replay,
     cloud_url, engine_url, generation, refinement, repetition)
-from aura_engine.types import (
-    AuraError, Done, EngineState, Event, Failed, GenerateRequest, Health, Image, Invalid, Queued, Receipt,
-    Unreachable)
+from .types import (
+    AuraError, Done, EngineState, Event, Failed, GenerateRequest, Health, Image, Invalid, Queued,
+    Receipt, Unreachable)
 
 # %% auto #0
 __all__ = ['SUFFIXES', 'LOCAL', 'OFFLINE', 'MODES', 'COMES_BACK', 'LastMade', 'HINTS', 'ADVICE', 'OnEvent', 'SET_ONE',
@@ -142,7 +142,8 @@ def with_seeds(ask: Ask, event: Event) -> Ask:
     "The request with the seed that an engine chose for it, once `queued` tells."
     if not isinstance(event, Queued) or not event.seeds or isinstance(ask, Replay): return ask
     chosen = {"seed": event.seeds[0]}
-    if isinstance(ask, GenerateRequest): return ask if ask.seed is not None else ask.model_copy(update=chosen)
+    if isinstance(ask, GenerateRequest):
+        return ask if ask.seed is not None else ask.model_copy(update=chosen)
     if ask.config.seed is not None: return ask
     return ask.model_copy(update={"config": ask.config.model_copy(update=chosen)})
 

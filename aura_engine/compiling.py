@@ -94,9 +94,11 @@ def record(unet: Any, given: UNetInput, pool: Any) -> Recording | None:
     try:
         graph = torch.cuda.CUDAGraph()
         # thread_local: other threads may use the GPU meanwhile
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"): out = inputs.call(unet)
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            out = inputs.call(unet)
         graph.replay()
-        if torch.allclose(out, inputs.call(unet), rtol=2e-2, atol=2e-2): return Recording(graph, inputs, out)
+        if torch.allclose(out, inputs.call(unet), rtol=2e-2, atol=2e-2):
+            return Recording(graph, inputs, out)
         raise RuntimeError("the recording's output differs from the call's")
     except Exception:                       # not enough memory for a recording, or something that cannot be recorded
         log.exception("a call could not be recorded as a CUDA graph")
@@ -130,7 +132,8 @@ class GraphedUNet:
         given = UNetInput.of_call(*values, **more)
         shapes = tuple(tuple(value.shape) for value in given.named().values())
         if shapes not in self.met:
-            if len(self.met) >= 16 * self.keep: self.met.clear()         # so many that they do not come again
+            if len(self.met) >= 16 * self.keep:
+                self.met.clear()  # so many that they do not come again
             self.met.add(shapes)
             return (given.call(self.unet),)
         if shapes not in self.recorded: self.recorded[shapes] = self.first_recording(given)

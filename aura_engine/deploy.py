@@ -29,16 +29,16 @@ __all__ = ['DECLINED', 'ADDRESS', 'BackStep', 'HOW_ON', 'NOT_WAITED', 'PICTURE',
 import httpx
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 from .config import parse_origins
-from .bundle import (EXITS, LOCK_AGAIN, LOCK_DAYS, ROLLED_BACK, DeployError, build_id, faults, lock_age,
-                                upload_set)
-from .hub import (Cleaner, SpaceHub, SpaceState, SpaceVolume, creation_settings, find_token, git_oid,
-                             log_causes, log_lines, look_at, redactor, stored_token)
+from .bundle import (EXITS, LOCK_AGAIN, LOCK_DAYS, ROLLED_BACK, DeployError, build_id,
+    faults, lock_age, upload_set)
+from .hub import (Cleaner, SpaceHub, SpaceState, SpaceVolume, creation_settings, find_token,
+    git_oid, log_causes, log_lines, look_at, redactor, stored_token)
 from .deploy_plan import (BUILT_IN, DOWNLOADS, HIDDEN, SHELF, DeployOptions, DeployPlan,
-                                     OPEN, SpaceChange, check_restart, every_origin, exposed, has_gpu, is_ours,
-                                     model_repos, moved_since, objections, other_settings, other_variables,
-                                     parse_deploy, plan_deployment, plan_rows, price_text, right_wheels, slow_start,
-                                     target_for, volumes_text, wrong_settings)
-from .proof import DEAD, Say, SmokeResult, SmokeTest, check_newest, smoke_test, wait_for_commit
+    OPEN, SpaceChange, check_restart, every_origin, exposed, has_gpu, is_ours, model_repos, moved_since,
+    objections, other_settings, other_variables, parse_deploy, plan_deployment, plan_rows, price_text,
+    right_wheels, slow_start, target_for, volumes_text, wrong_settings)
+from aura_engine.proof import (DEAD, Say, SmokeResult, SmokeTest, check_newest, smoke_test,
+    wait_for_commit)
 
 # %% ../nbs/15e_deploy.ipynb #583accf3
 def set_one(hub: SpaceHub, change: SpaceChange, plan: DeployPlan, o: DeployOptions) -> None:
@@ -316,7 +316,8 @@ BackStep = Callable[[], None]
 def _machine_back(hub: SpaceHub, journal: DeployJournal, now: SpaceState) -> Iterator[tuple[str, BackStep]]:
     hardware = journal.hardware or now.machine
     sleep_time = journal.sleep_time if now.prices.get(hardware) else None       # free hardware has none of its own
-    if now.machine != hardware: yield f"hardware {hardware}", partial(hub.set_hardware, hardware, sleep_time)
+    if now.machine != hardware:
+        yield f"hardware {hardware}", partial(hub.set_hardware, hardware, sleep_time)
     elif sleep_time and now.sleep_time != sleep_time:
         yield f"sleep time {sleep_time}", partial(hub.set_sleep_time, sleep_time)
     if journal.visibility and now.visibility != journal.visibility:
@@ -436,7 +437,8 @@ def check_env_file(env_file: str) -> None:
     elif path.exists() and not path.is_file(): wrong = "it is not a file"
     elif path.exists() and not os.access(path, os.R_OK): wrong = "it cannot be read"
     elif not os.access(path.parent, os.W_OK): wrong = "its folder cannot be written to"
-    if env_file and wrong: raise DeployError("preflight", f"--env-file {env_file}: {wrong}; '' writes none")
+    if env_file and wrong:
+        raise DeployError("preflight", f"--env-file {env_file}: {wrong}; '' writes none")
 
 # %% ../nbs/15e_deploy.ipynb #b244e991
 def checked_files(o: DeployOptions, say: Say) -> dict[str, bytes]:
@@ -471,7 +473,8 @@ def smoke_questions(hub: SpaceHub, o: DeployOptions, plan: DeployPlan, oid: str,
     `meanwhile` is called while it waits, and may raise."""
     info = hub.info()
     origins = o.origins or ()
-    with contextlib.suppress(ValueError): origins = parse_origins(plan.target.variables.get("ALLOW_ORIGINS"))
+    with contextlib.suppress(ValueError):
+        origins = parse_origins(plan.target.variables.get("ALLOW_ORIGINS"))
     def newest() -> None:
         check_newest(hub.info().sha, oid, plan.state.head)
         meanwhile()
@@ -959,7 +962,8 @@ def diagnose(hub: SpaceHub, o: DeployOptions) -> SpacePanel:
     facts["commits"] = LINE.join(commit_lines(hub.commits(), 3))
     facts["drift"] = drift(state, o)
     may_deploy = state.sdk == "docker" and is_ours(state)
-    if may_deploy and facts["drift"] != NO_DRIFT: advice.append("the same line without doctor ends the drift")
+    if may_deploy and facts["drift"] != NO_DRIFT:
+        advice.append("the same line without doctor ends the drift")
     facts["advice"] = LINE.join(advice) or "nothing is wrong"
     return SpacePanel(facts)
 
@@ -1017,7 +1021,8 @@ def _look_or_restart(o: DeployOptions, a: argparse.Namespace, say: Say) -> None:
     if a.logs:
         hub.info()          # a Space that does not exist has an empty log, too
         say(a.logs, clean("\n".join(log_lines(hub, a.logs))) or "the log is empty")
-    if a.restart or a.rollback_to: _restart_or_go_back(hub, o, a, lambda step, text, **_: say(step, clean(text)))
+    if a.restart or a.rollback_to:
+        _restart_or_go_back(hub, o, a, lambda step, text, **_: say(step, clean(text)))
 
 # %% ../nbs/15e_deploy.ipynb #a8707ecf
 def _dispatch(o: DeployOptions, a: argparse.Namespace, say: Say) -> int:

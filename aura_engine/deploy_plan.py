@@ -186,8 +186,10 @@ def wrong_builds(variables: Mapping[str, str]) -> list[str]:
     if not _is_index(index):
         out.append(f"TORCH_INDEX_URL: given {index!r}; allowed: {', '.join(WHEELS)}, or an index's https address")
     for word in variables.get("EXTRA_PACKAGES", "").split():
-        if not _is_package(word): out.append(f"EXTRA_PACKAGES: given {word!r}; allowed: packages, separated by spaces")
-    if not _IMAGE.fullmatch(base): out.append(f"BASE_IMAGE: given {base!r}; allowed: an image's name, with its digest")
+        if not _is_package(word):
+            out.append(f"EXTRA_PACKAGES: given {word!r}; allowed: packages, separated by spaces")
+    if not _IMAGE.fullmatch(base):
+        out.append(f"BASE_IMAGE: given {base!r}; allowed: an image's name, with its digest")
     return out
 
 # %% ../nbs/15c_deploy_plan.ipynb #bb65eb0c
@@ -363,7 +365,8 @@ def _origins(a: argparse.Namespace) -> tuple[str, ...] | None:
     if a.origins is None: return None
     try: origins = parse_origins(a.origins)
     except ValueError as e: raise DeployError("usage", f"--origins: {e}") from None
-    if not origins: raise DeployError("usage", "--origins is empty; leave it out to keep the Space's own")
+    if not origins:
+        raise DeployError("usage", "--origins is empty; leave it out to keep the Space's own")
     return origins
 
 # %% ../nbs/15c_deploy_plan.ipynb #beee0ecb
@@ -518,7 +521,8 @@ def stale_names(state: SpaceState, o: DeployOptions, hardware: str) -> frozenset
     if o.bucket == "": names.add("XDG_CACHE_HOME")
     if has_gpu(state.machine) and not has_gpu(hardware): names |= FOR_A_GPU
     # packages of your own are no preset's
-    if not state.variables.get("EXTRA_PACKAGES", "").startswith(OPENVINO): names.discard("EXTRA_PACKAGES")
+    if not state.variables.get("EXTRA_PACKAGES", "").startswith(OPENVINO):
+        names.discard("EXTRA_PACKAGES")
     return frozenset(names & set(state.variables) - set(o.variables()))
 
 # %% ../nbs/15c_deploy_plan.ipynb #3615526f
@@ -678,7 +682,8 @@ def written_readme(settings: Mapping[str, Any], text: str, existing: str = "") -
     "A README of these settings and this text, with as many lines as possible of the `existing` one."
     found = _HEAD.match(existing.replace("\r\n", "\n"))
     head = changed_head(found[1], front_matter(existing)[0], settings) if found else ""
-    if _settings_in(head) != settings: head = "\n".join(_setting_line(*item) for item in settings.items())
+    if _settings_in(head) != settings:
+        head = "\n".join(_setting_line(*item) for item in settings.items())
     return f"---\n{head}\n---\n\n{text.strip()}\n".encode()
 
 # %% ../nbs/15c_deploy_plan.ipynb #5568950d
@@ -741,7 +746,8 @@ def is_ours(state: SpaceState) -> bool:
 # %% ../nbs/15c_deploy_plan.ipynb #d2801371
 def check_restart(state: SpaceState, o: DeployOptions) -> None:
     "DeployError 'preflight' when the Space is not ours to restart, or when that costs money to which nobody agreed."
-    if state.head is None: raise DeployError("preflight", f"there is no Space {o.space_id} for this token")
+    if state.head is None:
+        raise DeployError("preflight", f"there is no Space {o.space_id} for this token")
     if not is_ours(state) and not o.take_over:
         text = f"{o.space_id} holds another app, so nothing was done; say --take-over if it is meant"
         raise DeployError("preflight", text)
@@ -752,11 +758,13 @@ def check_restart(state: SpaceState, o: DeployOptions) -> None:
 
 # %% ../nbs/15c_deploy_plan.ipynb #46ce13cb
 def _about_space(state: SpaceState, o: DeployOptions, files: Sequence[str]) -> Iterator[str]:
-    if state.sdk and state.sdk != "docker": yield f"{o.space_id} is a {state.sdk} Space; take another name"
+    if state.sdk and state.sdk != "docker":
+        yield f"{o.space_id} is a {state.sdk} Space; take another name"
     if state.stage in ("PAUSED", "STOPPED", "DELETING"):
         yield f"the Space is {state.stage}; restart it first (--restart), if that is meant"
     clash = ", ".join(sorted(set(state.variables) & set(state.secrets) - set(o.variables()) - set(o.secret)))
-    if clash: yield f"{clash} is a variable and a secret of the Space; delete one of them in its settings"
+    if clash:
+        yield f"{clash} is a variable and a secret of the Space; delete one of them in its settings"
     if not is_ours(state) and not o.take_over:
         replaced = ", ".join(name for name in files if name in state.tree)
         yield (f"{o.space_id} holds another app, of which this would replace {replaced or 'the configuration'}; "
@@ -936,7 +944,8 @@ def _settings(state: SpaceState, target: SpaceTarget, o: DeployOptions) -> Itera
         yield SpaceChange("delete", "variable", name, "(hidden)" if name in o.secret else state.variables[name])
     for name, value in target.wanted.items():
         now = state.variables.get(name)
-        if now != value and name not in state.secrets: yield SpaceChange("set", "variable", name, now or "", value)
+        if now != value and name not in state.secrets:
+            yield SpaceChange("set", "variable", name, now or "", value)
     for name in o.secret:
         if name not in state.secrets: yield SpaceChange("set", "secret", name, "", "(hidden)")
 
@@ -945,7 +954,8 @@ def _file_changes(state: SpaceState, files: Mapping[str, bytes]) -> Iterator[Spa
     for path, data in files.items():
         if not same_file(data, state.tree.get(path)): yield SpaceChange("upload", "file", path)
     for path in sorted(state.tree):
-        if path.startswith("aura_engine/") and path not in files: yield SpaceChange("delete", "file", path)
+        if path.startswith("aura_engine/") and path not in files:
+            yield SpaceChange("delete", "file", path)
 
 # %% ../nbs/15c_deploy_plan.ipynb #922339ad
 def _final_settings(state: SpaceState, target: SpaceTarget, o: DeployOptions) -> Iterator[SpaceChange]:
@@ -1004,7 +1014,8 @@ def _notes(state: SpaceState, o: DeployOptions, target: SpaceTarget) -> Iterator
     if o.preset: yield PRESETS[o.preset].note
     moved = resolve_id(o.model)[1] if o.model else None
     if moved: yield moved
-    if model_repos(target.variables) and not any(v.folder.startswith(SHELF) for v in target.volumes): yield DOWNLOADS
+    if model_repos(target.variables) and not any(v.folder.startswith(SHELF) for v in target.volumes):
+        yield DOWNLOADS
     kept = any(volume.folder == KEPT for volume in target.volumes)
     if target.variables.get("SD_BACKEND") == "openvino" and not kept: yield CONVERTS
     if target.visibility == "private": yield HIDDEN

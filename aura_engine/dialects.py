@@ -25,7 +25,8 @@ from .images import (
     decode_cost, encode, essential, facts_of, from_base64, jpeg_parts, png_parts, to_base64, webp_parts)
 from .intake import DecodeCost
 from .models import Row
-from .types import MAX_PROMPT, MAX_SEED, WHOLE, FieldError, Invalid, Note, NotFound, Picture, Words, shown
+from .types import (MAX_PROMPT, MAX_SEED, WHOLE, FieldError, Invalid, Note, NotFound,
+    Picture, Words, shown)
 from .walls import client_behind
 
 Asked = TypeVar("Asked", bound=BaseModel)
@@ -39,7 +40,8 @@ def size_asked(text: str) -> Size | None:
     "'640x480' -> (640, 480), 'auto' -> None. Invalid unless both sides are 64 to 2048."
     if text == "auto": return None
     found = re.fullmatch(f"{SIDE}x{SIDE}", text)
-    if not found: raise Invalid.value("size", given=text[:30], allowed="auto, or WxH with sides of 64 to 2048")
+    if not found:
+        raise Invalid.value("size", given=text[:30], allowed="auto, or WxH with sides of 64 to 2048")
     return int(found[1]), int(found[2])
 
 # %% ../nbs/10_dialects.ipynb #c8dc2ca5

@@ -104,7 +104,8 @@ def true_cause(error: BaseException) -> str:
         if said: return said
     for name, words in CAUSES.items():
         if name in names: return words
-    if answer is not None: return STATUSES.get(answer.status_code, f"the Hub answered {answer.status_code}")
+    if answer is not None:
+        return STATUSES.get(answer.status_code, f"the Hub answered {answer.status_code}")
     for part, words in MEANINGS.items():
         if any(part in str(cause) for cause in chain): return words
     said = " ".join(str(chain[-1]).split())[:100]
@@ -159,7 +160,8 @@ def bar_for(progress: Progress, finished: int) -> type:
             progress.total = max(progress.total, finished + (total or 0))
 
         def update(self, n: float = 1) -> None: progress.add(n)
-        def update_transfer(self, n: float = 1) -> None: "Bytes on the line, which are fewer than bytes of the file."
+        def update_transfer(self, n: float = 1) -> None:
+            "Bytes on the line, which are fewer than bytes of the file."
         def close(self, *_, **__) -> None: "Nothing to close."
         def __enter__(self): return self
         def __exit__(self, *_) -> None: self.close()

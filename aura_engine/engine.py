@@ -21,11 +21,11 @@ from .optimize import cache_folder
 from .queue import Queue, Task
 from .trajectory import Decoded
 from .static_graphs import tidy
-from .runner import (Runner, cut_short, few_kernels, left_out, one_heap, pasted, prepare_runner,
-                                receipt_of_task)
-from .types import (COME_BACK, AuraError, Cancelled, DeadlineExceeded, Degenerate, EngineFailed, EngineState,
-                               Health, Image,
-                               NotReady, OutOfMemory, Plan, Preview, QueueLoad, ShuttingDown, Step)
+from .runner import (Runner, cut_short, few_kernels, left_out, one_heap, pasted,
+    prepare_runner, receipt_of_task)
+from .types import (COME_BACK, AuraError, Cancelled, DeadlineExceeded, Degenerate,
+    EngineFailed, EngineState, Health, Image, NotReady, OutOfMemory, Plan, Preview, QueueLoad,
+    ShuttingDown, Step)
 
 log = logging.getLogger("aura_engine")
 
@@ -151,7 +151,8 @@ class Turns:
         self._end_overdue()
         spared = self.ladder.spared
         if spared and spared not in self.queue.tasks: self.ladder.save_memory(None)
-        for task in [task for task in self.queue.tasks if task.pasting and task.due]: self.take_pasted(task)
+        for task in [task for task in self.queue.tasks if task.pasting and task.due]:
+            self.take_pasted(task)
         cost = self.runner.cost
         waiting = [task for task in self.queue.order(cost) if not task.pasting]
         if not waiting: return
@@ -331,7 +332,8 @@ class Engine(EngineView):
         Raises NotReady, ShuttingDown, QueueFull; Invalid for an impossible deadline."""
         if self.status is EngineState.draining:
             raise stopping("The engine is stopping; ask another or come back.")
-        if self.status is EngineState.failed: raise NotReady(self.reason, retry_after=COME_BACK[self.status])
+        if self.status is EngineState.failed:
+            raise NotReady(self.reason, retry_after=COME_BACK[self.status])
         runner = self.runner
         job = Job(plan, previews, plan.deadline or self.settings.deadline_seconds, client, arrived)
         self.queue.submit(job, runner.tasks_of(job), runner.cost)

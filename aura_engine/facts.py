@@ -106,7 +106,8 @@ def header(file: Path) -> dict[str, Tensor]:
     except (TypeError, KeyError, IndexError) as e: raise Unusable(f"{file.name} {UNREADABLE}") from e
     whole, size = start + max((tensor.end for tensor in tensors.values()), default=0), file.stat().st_size
     if size < whole: raise Unusable(f"{file.name} is damaged: it has {size:,} of its {whole:,} bytes")
-    if size > whole: raise Unusable(f"{file.name} is damaged: {size - whole:,} bytes follow its {whole:,}")
+    if size > whole:
+        raise Unusable(f"{file.name} is damaged: {size - whole:,} bytes follow its {whole:,}")
     return tensors
 
 def metadata(file: Path) -> dict[str, str]:
@@ -228,7 +229,8 @@ def check_kind(file: Path, table: Mapping[str, Tensor]) -> Kind:
     if kind.refused: raise Unusable(f"{file.name} is {kind.name}: {kind.refused}")
     takes = table[_FIRST].shape[1] if _FIRST in table else 4
     # 9: an inpainting model, whose UNet takes a mask and a picture's latents besides its own
-    if takes not in (4, 9): raise Unusable(f"{file.name} is an editing model: its UNet takes {takes} channels")
+    if takes not in (4, 9):
+        raise Unusable(f"{file.name} is an editing model: its UNet takes {takes} channels")
     return kind
 
 # %% ../nbs/04b_facts.ipynb #906ee21e
@@ -257,7 +259,8 @@ class Facts:
 
     def said(self) -> str:
         "The facts in one sentence."
-        if self.scheduler.startswith("FlowMatch"): return f"{self.what} that goes straight from noise to a picture"
+        if self.scheduler.startswith("FlowMatch"):
+            return f"{self.what} that goes straight from noise to a picture"
         end = "ends in pure noise" if self.pure_noise else f"ends at sigma {self.last_sigma:.1f}"
         made = f", made for {self.scheduler}" if self.scheduler else ""
         return f"{self.what} that predicts {self.prediction}, with a schedule that {end}{made}"
@@ -280,7 +283,8 @@ def facts_of_header(table: Mapping[str, Tensor], words: Mapping[str, str] | None
     words, said = words or {}, {}
     v = "v_pred" in table or words.get("modelspec.prediction_type", "").lower() in ("v", "v_prediction")
     if v or words.get("ss_v_parameterization") == "True": said["prediction_type"] = "v_prediction"
-    if "ztsnr" in table or words.get("ss_zero_terminal_snr") == "True": said["rescale_betas_zero_snr"] = True
+    if "ztsnr" in table or words.get("ss_zero_terminal_snr") == "True":
+        said["rescale_betas_zero_snr"] = True
     return said
 
 # %% ../nbs/04b_facts.ipynb #9e036d50
@@ -294,7 +298,8 @@ def unused_in(table: Mapping[str, Tensor]) -> list[str]:
     for name, tensor in table.items():
         group, dot, _ = without_words(name).partition(".")
         schedule = not dot and math.prod(tensor.shape) <= LONGEST or group == "denoiser"
-        if not schedule and not without_words(name).startswith(READ): groups.setdefault(group, []).append(tensor)
+        if not schedule and not without_words(name).startswith(READ):
+            groups.setdefault(group, []).append(tensor)
     said = []
     for group, tensors in sorted(groups.items()):
         size = sum(math.prod(t.shape) * BYTES.get(t.dtype, 1) for t in tensors) / 1e6
@@ -327,7 +332,8 @@ def read_json(file: Path) -> dict[str, Any]:
         raise Unusable(f"{name} is a text in UTF-16: save it in UTF-8")
     try: config = json.loads(file.read_text(encoding="utf-8"), parse_constant=constant_in_json)
     except ValueError as e: raise Unusable(f"{name} is damaged: it is no JSON ({e})") from e
-    if not isinstance(config, dict): raise Unusable(f"{name} is no configuration: it holds a {type(config).__name__}")
+    if not isinstance(config, dict):
+        raise Unusable(f"{name} is no configuration: it holds a {type(config).__name__}")
     return config
 
 # %% ../nbs/04b_facts.ipynb #5430f552

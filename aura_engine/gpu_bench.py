@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 import numpy as np, torch
 from .bench import Bar, Baseline, Contender, Stepwise, stock_pipeline
-from .bench import bars_table, closed_loop, decode_curve, machine, markdown_table, median_seconds, summary
+from .bench import (bars_table, closed_loop, decode_curve, machine, markdown_table,
+    median_seconds, summary)
 from .engine import Engine
 from .loader import Components, quiet
 from .compiling import CompiledUNet, GraphedUNet

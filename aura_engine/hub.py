@@ -253,13 +253,15 @@ class SpaceSettings(SpaceReads):
     def set_variable(self, name: str, value: str) -> None:
         self.change(lambda api: api.add_space_variable(self.id, name, value))
 
-    def delete_variable(self, name: str) -> None: self.change(lambda api: api.delete_space_variable(self.id, name))
+    def delete_variable(self, name: str) -> None:
+        self.change(lambda api: api.delete_space_variable(self.id, name))
 
     def set_secret(self, name: str, value: str) -> None:
         mark = secret_mark(self.id, name, value)
         self.change(lambda api: api.add_space_secret(self.id, name, value, description=mark))
 
-    def delete_secret(self, name: str) -> None: self.change(lambda api: api.delete_space_secret(self.id, name))
+    def delete_secret(self, name: str) -> None:
+        self.change(lambda api: api.delete_space_secret(self.id, name))
 
     def set_hardware(self, name: str, sleep_time: int | None = None) -> None:
         "Ask for hardware, and in the same request for the seconds after which it sleeps: it is never without."
@@ -267,7 +269,8 @@ class SpaceSettings(SpaceReads):
         hardware = cast(SpaceHardware, name)
         self.change(lambda api: api.request_space_hardware(self.id, hardware, sleep_time=sleep_time))
 
-    def set_sleep_time(self, seconds: int) -> None: self.change(lambda api: api.set_space_sleep_time(self.id, seconds))
+    def set_sleep_time(self, seconds: int) -> None:
+        self.change(lambda api: api.set_space_sleep_time(self.id, seconds))
 
     def set_volumes(self, volumes: Sequence[SpaceVolume]) -> None:
         "Mount these and no others."
@@ -409,7 +412,8 @@ class LogFollower(threading.Thread):
     def causes(self, seconds: float = 2) -> list[str]:
         "The lines that look like the reason of a failure, else the last ones. Waits so long for one to come."
         end = time.monotonic() + seconds
-        while time.monotonic() < end and not any(_BAD.search(line) for line in self.lines): time.sleep(0.05)
+        while time.monotonic() < end and not any(_BAD.search(line) for line in self.lines):
+            time.sleep(0.05)
         bad = [line for line in self.lines if _BAD.search(line)]
         return (bad or self.lines)[-8:]
 

@@ -12,9 +12,9 @@ from fastapi.responses import Response
 from pydantic import Field, TypeAdapter
 from .answers import answer_kind, begin, files_of
 from .app import FILE, MAKING, Route, parsed_body
-from aura_engine.dialects import (
-    LONG_PROMPT, Dialect, Pixels, Size, Wish, own_shape, renamed, shortened, translated, unknown_fields, unused,
-    warning_header)
+from .dialects import (
+    LONG_PROMPT, Dialect, Pixels, Size, Wish, own_shape, renamed, shortened, translated,
+    unknown_fields, unused, warning_header)
 from .images import JPEG_SIGNATURE, MIME, PNG_SIGNATURE, receipt_of, to_base64
 from .intake import LARGE, check_type, read_body
 from .types import (
@@ -96,7 +96,8 @@ def ask_in_bytes(data: bytes, prompt: str | None) -> HfAsk:
 async def read_hf(request: Request) -> HfAsk:
     "What a request asks, in JSON or as a bare picture."
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind and kind not in BARE: return ask_in_json(await parsed_body(request, LARGE, TypeAdapter(HfRequest)))
+    if kind and kind not in BARE:
+        return ask_in_json(await parsed_body(request, LARGE, TypeAdapter(HfRequest)))
     api = request.app.state.api
     with api.arrivals.body(client_behind(request)) as arriving:
         data = await read_body(request, LARGE, api.arrivals, arriving)

@@ -480,7 +480,8 @@ def receipt_of(data: bytes, loc: str = "image") -> Receipt:
 def _read_receipt(data: bytes, part: Part, loc: str) -> Receipt:
     text = data[part.body + len(_RECEIPT_CHUNK) + 4:part.end - 4]
     checked = data[part.start + 4:part.end - 4]                # kind and body
-    if len(text) > MAX_RECEIPT or zlib.crc32(checked) != number_at(data, part.end - 4, 4): _no_receipt(data, loc)
+    if len(text) > MAX_RECEIPT or zlib.crc32(checked) != number_at(data, part.end - 4, 4):
+        _no_receipt(data, loc)
     try: return Receipt.from_json(json.loads(text))
     except (ValueError, TypeError, AttributeError, RecursionError, Invalid): _no_receipt(data, loc)
 

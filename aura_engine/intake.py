@@ -82,10 +82,12 @@ class Arrivals:
         "Count `size` more bytes of a body; BodiesFull when neither it nor another can make room for them."
         body.size += size
         of_client = sum(b.size for b in self.bodies if b.client == body.client)
-        if of_client > self.most // 2: raise BodiesFull("Your other uploads have to be read first.", retry_after=5)
+        if of_client > self.most // 2:
+            raise BodiesFull("Your other uploads have to be read first.", retry_after=5)
         while sum(b.size for b in self.bodies) > self.most:
             victim = slowest(self.bodies, self.grace)
-            if victim in (None, body): raise BodiesFull("Other uploads have to be read first.", retry_after=5)
+            if victim in (None, body):
+                raise BodiesFull("Other uploads have to be read first.", retry_after=5)
             self.bodies.discard(victim)
             victim.oust()
 
@@ -103,7 +105,8 @@ async def read_body(request: Request, most: int, arrivals: Arrivals, body: Arriv
     try:
         while True:
             message = await request.receive()
-            if message["type"] != "http.request": raise Malformed("The connection ended before the body did.")
+            if message["type"] != "http.request":
+                raise Malformed("The connection ended before the body did.")
             parts.append(message.get("body", b""))
             size += len(parts[-1])
             if size > most: raise too_large(most)

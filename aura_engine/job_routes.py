@@ -248,8 +248,10 @@ class JobStore:
         self.sweep(1)
         running = [kept for kept in self.kept.values() if not kept.ended]
         mine = sum(kept.client == client for kept in running)
-        if mine >= self.most // 4: raise JobsFull(f"{mine} of your jobs are running; wait for one.", retry_after=5)
-        if len(self.kept) >= self.most: raise JobsFull(f"{len(running)} jobs are running; wait for one.", retry_after=5)
+        if mine >= self.most // 4:
+            raise JobsFull(f"{mine} of your jobs are running; wait for one.", retry_after=5)
+        if len(self.kept) >= self.most:
+            raise JobsFull(f"{len(running)} jobs are running; wait for one.", retry_after=5)
 
     def add(self, work: OrderedJob, client: str, ask: dict[str, Any] | None = None) -> KeptJob:
         "Keep a job that the engine has taken."

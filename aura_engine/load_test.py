@@ -63,7 +63,8 @@ class Answered:
 class Target:
     "An engine to be asked through one of its doors. Invalid for an address that is none, or an unknown door."
     def __init__(self, url: str, door: str = "generate", api_key: str | None = None, timeout: float = 600):
-        if door not in DOOR_BODIES: raise Invalid.value("door", given=door, allowed=", ".join(DOOR_BODIES))
+        if door not in DOOR_BODIES:
+            raise Invalid.value("door", given=door, allowed=", ".join(DOOR_BODIES))
         self.url = engine_url(url, "--url")
         self.path, self.body = DOOR_BODIES[door]
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
@@ -166,7 +167,8 @@ def load_compared(before: dict[str, Any], after: dict[str, Any]) -> str:
         apart = one.most < two.least or two.most < one.least
         ratio = f"{two.median / one.median:.2f}" if one.median else "–"
         rows.append([key[0], key[1], str(one), str(two), ratio, "yes" if apart else "no, the ranges touch"])
-    if not rows: raise Invalid("The two files have no load in common: measure both with the same --clients.")
+    if not rows:
+        raise Invalid("The two files have no load in common: measure both with the same --clients.")
     return markdown_table(["", "clients", "before, pictures/s", "after", "after / before", "a difference?"], rows)
 
 # %% ../nbs/14c_load_test.ipynb #78d76495

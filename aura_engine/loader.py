@@ -14,11 +14,12 @@ from .config import Settings
 from .downloads import Progress, Unusable, blame, true_cause
 from .facts import SIGMAS, config_in, facts_of_configs, row_by_facts
 from .loras import Loras, fuse_lora, keep_loras
-from aura_engine.models import (
-    SAMPLERS, SD, VAES, Row, Sampler, check_source, detect, detect_flow, is_local, is_named, is_whole, resolve_id,
-    row_for)
+from .models import (
+    SAMPLERS, SD, VAES, Row, Sampler, check_source, detect, detect_flow, is_local, is_named,
+    is_whole, resolve_id, row_for)
 from .reader import LOADING, quiet, reading              # noqa: F401  whoever loads may need them
-from .reader import Reader, diffusers_classes, check_latents, read_folder, read_single, read_vae
+from aura_engine.reader import (Reader, diffusers_classes, check_latents, read_folder, read_single,
+    read_vae)
 from .types import Invalid, ModelError
 
 # %% auto #0
@@ -209,7 +210,8 @@ def check_inputs(config: Any, pooled: int) -> None:
     if config.get("class_embed_type") or config.get("num_class_embeds"):
         raise Unusable("its UNet wants a class besides words, and is given none here")
     more = config.get("addition_embed_type") or config.get("encoder_hid_dim_type") or ""
-    if "image" in more: raise Unusable(f"its UNet wants a picture besides words ({more}), and is given none here")
+    if "image" in more:
+        raise Unusable(f"its UNet wants a picture besides words ({more}), and is given none here")
     if more != "text_time": return
     wanted, given = config.projection_class_embeddings_input_dim, 6 * config.addition_time_embed_dim + pooled
     if wanted != given:
@@ -222,7 +224,8 @@ def check_unet(pipe: Any) -> None:
     if config.in_channels not in (own, 2 * own + 1):
         raise Unusable(f"its UNet takes {config.in_channels} channels: neither a noisy picture alone, "
                        "nor a mask with it")
-    if config.out_channels != own: raise Unusable(f"its UNet gives {config.out_channels} channels, its VAE takes {own}")
+    if config.out_channels != own:
+        raise Unusable(f"its UNet gives {config.out_channels} channels, its VAE takes {own}")
     given = sum(encoder.config.hidden_size for encoder in encoders_of(pipe, "text_encoder"))
     taken, sdxl = config.cross_attention_dim, config.get("addition_embed_type") == "text_time"
     second = getattr(pipe, "text_encoder_2", None)
@@ -253,7 +256,8 @@ def check_words(pipe: Any) -> list[str]:
             raise Unusable(f"its tokenizer has {words:,} words and its text encoder {places:,}: "
                            "files of the tokenizer are missing (vocab.json, merges.txt), or it is another model's")
         check_merges(tokenizer)
-        if words < places: notes.append(f"the tokenizer has {words:,} words, the text encoder {places:,}")
+        if words < places:
+            notes.append(f"the tokenizer has {words:,} words, the text encoder {places:,}")
         tokenizer.model_max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
     return notes
 
@@ -285,7 +289,8 @@ def through(encoder: Any, decoder: Any, picture: torch.Tensor) -> torch.Tensor:
     out = encoder.encode(picture)
     tiny = hasattr(out, "latents")                   # a tiny VAE's latents are scaled already
     latents = out.latents if tiny else out.latent_dist.mean * encoder.config.scaling_factor
-    if "encoder_block_out_channels" not in decoder.config: latents = latents / decoder.config.scaling_factor
+    if "encoder_block_out_channels" not in decoder.config:
+        latents = latents / decoder.config.scaling_factor
     return decoder.decode(latents).sample
 
 # %% ../nbs/04e_loader.ipynb #6252b152
@@ -344,7 +349,8 @@ def recognised(row: Row | None, pipe: Any, settings: Settings) -> tuple[Row, lis
 def default_within(name: str, given: float, bounds: tuple[float, float, float]) -> tuple[Any, Any, Any]:
     "`bounds` with another default. Invalid when it is outside of them."
     least, _, most = bounds
-    if not least <= given <= most: raise Invalid.value(name, given=given, allowed=f"{least:g} to {most:g}")
+    if not least <= given <= most:
+        raise Invalid.value(name, given=given, allowed=f"{least:g} to {most:g}")
     return least, given, most
 
 # %% ../nbs/04e_loader.ipynb #40da281b
@@ -361,7 +367,8 @@ def row_by_settings(row: Row, settings: Settings) -> tuple[Row, list[str]]:
     if settings.sampler:
         check_sampler(settings.sampler, row)
         changed["sampler"] = settings.sampler
-    if settings.steps is not None: changed["steps"] = default_within("SD_STEPS", settings.steps, row.steps)
+    if settings.steps is not None:
+        changed["steps"] = default_within("SD_STEPS", settings.steps, row.steps)
     if settings.guidance is not None:
         changed["guidance"] = default_within("SD_GUIDANCE", settings.guidance, row.guidance)
     if not changed: return row, []
@@ -400,7 +407,8 @@ def check_flow(row: Row, pipe: Any, settings: Settings, device: torch.device) ->
     if settings.lcm_lora_id or settings.loras:
         name, given = ("SD_LORAS", settings.loras) if settings.loras else ("SD_LCM_LORA_ID", settings.lcm_lora_id)
         raise Invalid.value(name, given=given, allowed=f"none for {row.name}: LoRAs are served for UNets")
-    if settings.vae_id: raise Invalid.value("SD_VAE_ID", given=settings.vae_id, allowed=f"none for {row.name}")
+    if settings.vae_id:
+        raise Invalid.value("SD_VAE_ID", given=settings.vae_id, allowed=f"none for {row.name}")
     if settings.precision == "fp16" and device.type != "cpu":
         allowed = f"{', '.join(row.precisions)} for {row.name}: in fp16 its numbers overflow and pictures are black"
         raise Invalid.value("SD_PRECISION", given="fp16", allowed=allowed)
@@ -427,7 +435,8 @@ def load(settings: Settings, progress: Progress | None = None) -> Components:
                     dtype=DTYPES[precision], prediction=settings.prediction)
     lora = settings.lcm_lora_id
     row = row_for(model, lora, explicit=settings.sampler is not None)
-    with blame("SD_MODEL_ID", settings.model_id): pipe, where = read_pipeline(reader, model, row, settings)
+    with blame("SD_MODEL_ID", settings.model_id):
+        pipe, where = read_pipeline(reader, model, row, settings)
     row, said = recognised(row, pipe, settings)
     notes += said
     check_flow(row, pipe, settings, device)
@@ -444,7 +453,8 @@ def load(settings: Settings, progress: Progress | None = None) -> Components:
 # %% ../nbs/04e_loader.ipynb #a548009d
 def placed(made: Components, where: Path) -> Components:
     "The components read from `where`, on their device and ready to run, with their facts and native size."
-    for module in (made.unet, made.vae, *made.text_encoders): module.to(made.device).eval().requires_grad_(False)
+    for module in (made.unet, made.vae, *made.text_encoders):
+        module.to(made.device).eval().requires_grad_(False)
     made.vae.to(memory_format=torch.channels_last)
     found = facts_of_configs(made.schedule, made.unet.config, made.vae.config)
     made.facts = replace(found, what="a single file" if where.is_file() else found.what).said()

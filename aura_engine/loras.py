@@ -55,7 +55,8 @@ def lora_file(reader: Reader, source: str, row: Row | None = None) -> Path:
     listing = patiently(lambda: HfApi().model_info(source, timeout=10), reader.progress)
     names = [f.rfilename for f in listing.siblings or ()]
     only = only_file(names, source)
-    if only == PEFT and PEFT_SETTINGS in names: reader.located(f"{source}/{PEFT_SETTINGS}", "", nothing_else)
+    if only == PEFT and PEFT_SETTINGS in names:
+        reader.located(f"{source}/{PEFT_SETTINGS}", "", nothing_else)
     return reader.located(f"{source}/{only}", "", nothing_else)
 
 # %% ../nbs/04d_loras.ipynb #3ae62a4f
@@ -155,7 +156,8 @@ def layers_of(model: nn.Module) -> dict[str, str]:
         name = path.removesuffix(".base_layer")                    # inside a layer that has a LoRA beside it
         short = name.removeprefix("text_model.")
         original = original_name(name, count if isinstance(count, int) else 2, plain)
-        for spelling in (name, short, f"text_model.{short}", original): names[spelling.replace(".", "_")] = name
+        for spelling in (name, short, f"text_model.{short}", original):
+            names[spelling.replace(".", "_")] = name
     return names
 
 # %% ../nbs/04d_loras.ipynb #e39f9a71
@@ -179,7 +181,8 @@ class LoraFile:
         if words: notes.append(f"{len(words)} tensors of words for prompts (bundle_emb) come with it and are not used")
         if self.guessed:
             notes.append(f"its strength is taken as 1: it is peft's own file, and {PEFT_SETTINGS} is not beside it")
-        if rest: notes.append(f"{len(rest)} tensors are no part of a LoRA and are not used ({rest[0]} …)")
+        if rest:
+            notes.append(f"{len(rest)} tensors are no part of a LoRA and are not used ({rest[0]} …)")
         if not any(layer.adds for layer in self.layers.values()): notes.append("all it adds is zero")
         return notes
 
@@ -195,7 +198,8 @@ def lora_layer(tensors: dict[str, torch.Tensor], settings: Mapping[str, Any], na
     "Layer `name` from its tensors; None when one side is missing. `settings`: peft's, where the file has them."
     if "down" not in tensors or "up" not in tensors: return None
     down, up = tensors["down"], tensors["up"]
-    if "mid" in tensors: down = torch.einsum("rshw,si->rihw", tensors["mid"].float(), down.float().flatten(1))
+    if "mid" in tensors:
+        down = torch.einsum("rshw,si->rihw", tensors["mid"].float(), down.float().flatten(1))
     rank = len(down)
     alpha = tensors["alpha"].item() if "alpha" in tensors else alpha_of(name, rank, settings)
     root = math.sqrt(rank) if settings.get("use_rslora") else rank
@@ -218,10 +222,13 @@ def sorted_tensors(file: Path) -> tuple[dict[Place, dict[str, torch.Tensor]], li
         if found is None: rest.append(name)
         else:
             place, role = place_of(found[0]), found[1]
-            if role in layers.setdefault(place, {}): raise Unusable(f"it holds {place[0]} {place[1]} twice ({name} …)")
+            if role in layers.setdefault(place, {}):
+                raise Unusable(f"it holds {place[0]} {place[1]} twice ({name} …)")
             layers[place][role] = tensor
-        if not tensor.is_floating_point(): raise Unusable(f"it holds whole numbers ({name}), for another program")
-        if not torch.isfinite(tensor.float()).all(): raise Unusable("it holds values that are no numbers")
+        if not tensor.is_floating_point():
+            raise Unusable(f"it holds whole numbers ({name}), for another program")
+        if not torch.isfinite(tensor.float()).all():
+            raise Unusable("it holds values that are no numbers")
     return layers, rest
 
 # %% ../nbs/04d_loras.ipynb #de43b39a
@@ -272,8 +279,10 @@ def read_lora(file: Path, pipe: Any) -> LoraFile:
             raise Unusable(f"{DOES_NOT_FIT}: {sizes_of(layer, weights_of(pipe, part, name), f'{part} {name}')}")
         else: found.layers[part, name] = layer
     fitting, n = len(found.layers), len(found.layers) + len(found.strangers)
-    if not fitting: raise Unusable(FOR_A_TRANSFORMER if is_for_a_transformer(found.strangers) else DOES_NOT_FIT)
-    if fitting < SHARE * n: raise Unusable(f"only {fitting} of its {n} layers are in this model: {DOES_NOT_FIT}")
+    if not fitting:
+        raise Unusable(FOR_A_TRANSFORMER if is_for_a_transformer(found.strangers) else DOES_NOT_FIT)
+    if fitting < SHARE * n:
+        raise Unusable(f"only {fitting} of its {n} layers are in this model: {DOES_NOT_FIT}")
     return found
 
 # %% ../nbs/04d_loras.ipynb #2f05868c
@@ -358,7 +367,8 @@ def keep_lora(reader: Reader, pipe: Any, alias: str, source: str) -> set[str]:
     for part, layers in parts.items():
         model = getattr(pipe, part)
         with reading(): inject_adapter_in_model(peft_config(layers, dora), model, name)
-        for layer_name, layer in layers.items(): fill_layer(model.get_submodule(layer_name), name, layer, reader.dtype)
+        for layer_name, layer in layers.items():
+            fill_layer(model.get_submodule(layer_name), name, layer, reader.dtype)
     reader.notes += [f"SD_LORAS={alias}={source}: {said}" for said in found.said()]
     return set(parts)
 

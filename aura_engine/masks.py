@@ -87,7 +87,8 @@ class Inpainting:
 
     def part_mask(self, size: Size) -> Image.Image:
         "The mask of that part, at `size`."
-        if size not in self._masks: self._masks[size] = self.mask.crop(self.box).resize(size, Image.Resampling.LANCZOS)
+        if size not in self._masks:
+            self._masks[size] = self.mask.crop(self.box).resize(size, Image.Resampling.LANCZOS)
         return self._masks[size]
 
     def paste(self, drawn: Image.Image) -> Image.Image:

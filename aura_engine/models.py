@@ -412,15 +412,18 @@ def _why_not(path: Path) -> str:
     if not path.exists(): return "there is no such file or folder here"
     if path.suffix != ".safetensors" and path.suffix.lower() == ".safetensors":
         return "libraries know such a file by small letters: rename it to .safetensors"
-    if path.is_file(): return "it is none of these; a .safetensors file that lost its ending is to be given it again"
+    if path.is_file():
+        return "it is none of these; a .safetensors file that lost its ending is to be given it again"
     if path.suffix == ".safetensors": return "it is a folder with the ending of a file: rename it"
     inside = sorted(path.iterdir())
-    if (path / "unet").is_dir(): return "it has a folder unet and no model_index.json, which says what belongs to it"
+    if (path / "unet").is_dir():
+        return "it has a folder unet and no model_index.json, which says what belongs to it"
     if (path / "snapshots").is_dir():
         versions = [one.name for one in (path / "snapshots").iterdir()] or ["…"]
         return f"it is a folder of the Hub's cache: name a version in it, as snapshots/{versions[0]}"
     models = [one.name for one in inside if _is_model(one)]
-    if models: return f"it is a folder of {len(models)} models: name one of them, as {path.name}/{models[0]}"
+    if models:
+        return f"it is a folder of {len(models)} models: name one of them, as {path.name}/{models[0]}"
     if not inside: return "the folder is empty"
     return _model_inside(path)
 
@@ -434,7 +437,8 @@ def _why_no_name(model_id: str) -> str:
     page = model_id.partition("huggingface.co/")[2].replace("/blob/main", "").replace("/resolve/main", "")
     if model_id.startswith(("$", "%")): return "write the path itself: variables are not filled in"
     cached = model_id.removeprefix("models--").split("--")
-    if model_id.startswith("models--"): return f"it is a folder's name in the Hub's cache: write {'/'.join(cached)}"
+    if model_id.startswith("models--"):
+        return f"it is a folder's name in the Hub's cache: write {'/'.join(cached)}"
     if page: return f"write what follows the Hub's address: {page.partition('?')[0]}"
     if "://" in model_id: return "download the file, and name it here"
     return "a name on the Hub has an owner: owner/name" if model_id and "/" not in model_id else "it is none of these"
@@ -521,7 +525,8 @@ def detect(pipeline: str, unet: dict[str, Any], lora: str | None, tokens: int = 
            explicit: bool = False) -> Row:
     "The row of a model that is known by its configuration only: pipeline class name and UNet config."
     row = ROWS["sdxl" if pipeline.startswith("StableDiffusionXL") else "sd15"]
-    if unet.get("time_cond_proj_dim"): row = ROWS[row.name + "-lcm"]      # guidance is an input of this UNet
+    if unet.get("time_cond_proj_dim"):
+        row = ROWS[row.name + "-lcm"]  # guidance is an input of this UNet
     size = unet.get("sample_size") or row.native // 8
     side = size if isinstance(size, int) else max(size)
     row = replace(row, native=side * multiple, token_limit=tokens, multiple=max(multiple, 8), ids=())

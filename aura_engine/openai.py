@@ -26,20 +26,21 @@ __all__ = ['QUALITY', 'MEANINGLESS', 'THEIR_NAMES', 'NO_USAGE', 'NOT_COMPOSED', 
            'post_edits', 'post_variations', 'get_models', 'get_model', 'in_form', 'edit_form']
 
 # %% ../nbs/10a_openai.ipynb #da5ba244
-from .answers import Api, Files, OrderedJob, begin, event_stream, file_of, files_of, follow, sse_frame
+from aura_engine.answers import (Api, Files, OrderedJob, begin, event_stream, file_of, files_of, follow,
+    sse_frame)
 from .app import FILE, MAKING, Route, parsed_body
 from .bodies import ReceiptBody
 from .config import Settings
 from .dialects import (
-    LONG_PROMPT, MOST_PICTURES, SIDE, Dialect, Size, Wish, own_shape, refusal, remade_mask, renamed, shortened,
-    size_asked, size_made, to_size, translated, unknown_fields, unused)
+    LONG_PROMPT, MOST_PICTURES, SIDE, Dialect, Size, Wish, own_shape, refusal, remade_mask, renamed,
+    shortened, size_asked, size_made, to_size, translated, unknown_fields, unused)
 from .errors import as_error, invalid
 from .images import MIME, encode, to_base64
 from .intake import LARGE, read_form
 from .models import Row
 from .types import (
-    MAX_N, VISIBLE, WHOLE, AuraError, Failed, GenerateRequest, Image, Invalid, Lora, Note, NotFound, Preview,
-    RefineConfig, RefineRequest, Seed, Step, Steps, Words, shown)
+    MAX_N, VISIBLE, WHOLE, AuraError, Failed, GenerateRequest, Image, Invalid, Lora, Note, NotFound,
+    Preview, RefineConfig, RefineRequest, Seed, Step, Steps, Words, shown)
 from .walls import client_behind
 
 # %% ../nbs/10a_openai.ipynb #c2d86564
@@ -95,7 +96,8 @@ def steps_for(ask: ImagesRequest, row: Row, notes: list[Note]) -> int | None:
     factor = QUALITY.get(ask.quality)
     if factor == 1.0: return None
     if factor is None: notes.append(unused("quality", ask.quality, f"known are {', '.join(QUALITY)}"))
-    elif row.fixed: notes.append(unused("quality", ask.quality, f"this model always takes {row.steps[1]} steps"))
+    elif row.fixed:
+        notes.append(unused("quality", ask.quality, f"this model always takes {row.steps[1]} steps"))
     else: return min(max(row.steps[0], round(factor * row.steps[1])), row.steps[2])
     return None
 
@@ -251,7 +253,8 @@ class Shelf:
         now = time.monotonic()
         # few are kept, so a look at all of them costs nothing beside a picture
         for name in [name for name, p in self.kept.items() if p.until < now]: del self.kept[name]
-        while sum(len(p.data) for p in self.kept.values()) > self.most: del self.kept[self._first_of_greediest()]
+        while sum(len(p.data) for p in self.kept.values()) > self.most:
+            del self.kept[self._first_of_greediest()]
 
     def _first_of_greediest(self) -> str:
         held: dict[str, int] = {}
@@ -330,10 +333,12 @@ async def openai_events(api: Api, work: OrderedJob, ask: ImagesRequest,
         async for event in events:
             if isinstance(event, Failed): raise event.error
             if isinstance(event, Step): partials.steps[event.index] = event
-            if isinstance(event, Image): yield await api.encode(client, completed, ask, kind, work, event)
+            if isinstance(event, Image):
+                yield await api.encode(client, completed, ask, kind, work, event)
             if not isinstance(event, Preview): continue
             number = partials.number(event.index)
-            if number is not None: yield await api.encode(client, partial_image, ask, kind, event, size, number)
+            if number is not None:
+                yield await api.encode(client, partial_image, ask, kind, event, size, number)
 
 # %% ../nbs/10a_openai.ipynb #6b916135
 async def openai_stream(api: Api, work: OrderedJob, ask: ImagesRequest, kind: str) -> AsyncGenerator[bytes]:

@@ -19,7 +19,8 @@ from .packing import can_pack, double_once, pack
 from .precision import bf16_gain, cpu_limit, model_threads
 from .reader import quiet
 from .static_graphs import cache_folder, hushed                         # noqa: F401  the engine's way to them
-from .static_graphs import DECODER, Graphs, OpenVINODecode, OpenVINOUNet, convert, input_names, saved_graph
+from aura_engine.static_graphs import (DECODER, Graphs, OpenVINODecode, OpenVINOUNet, convert,
+    input_names, saved_graph)
 from .types import ModelError
 
 log = logging.getLogger("aura_engine")
@@ -87,7 +88,8 @@ def set_threads(parts: Components, settings: Settings) -> str:
 # %% ../nbs/05f_optimize.ipynb #d87f12fd
 def can_bf16(parts: Components, settings: Settings) -> Answer:
     "Where it was chosen; under `auto`, for a large model, when a product in bf16 is faster."
-    if parts.device.type != "cpu" or parts.precision != "fp32" or settings.precision == "fp32": return False
+    if parts.device.type != "cpu" or parts.precision != "fp32" or settings.precision == "fp32":
+        return False
     if settings.precision == "bf16": return True
     if size_of(parts.unet) <= SMALL: return False
     gain = bf16_gain()
@@ -272,7 +274,8 @@ def done(technique: Technique, parts: Components, settings: Settings) -> str:
     try: return technique.apply(parts, settings)
     except Exception as e:
         log.exception("%s failed", technique.name)
-        if settings.backend == "openvino" and technique.name == "OpenVINO": raise ModelError(NO_GRAPH) from e
+        if settings.backend == "openvino" and technique.name == "OpenVINO":
+            raise ModelError(NO_GRAPH) from e
         return f"declined: {technique.name} (it failed; the log says how)"
 
 # %% ../nbs/05f_optimize.ipynb #3b57fcf3
@@ -346,7 +349,8 @@ def middle(values: list[float]) -> float:
 def measured(name: str, parts: Components, text: torch.Tensor, side: int, steps: int, rounds: int,
              first: Variant | None) -> Variant:
     "Draw `rounds` times; the first one warms up."
-    if parts.backend == "openvino": parts.vae.decode.graphs.prepare((1, parts.latent_channels, side, side))
+    if parts.backend == "openvino":
+        parts.vae.decode.graphs.prepare((1, parts.latent_channels, side, side))
     drawn = [draw(parts, text, side, steps) for _ in range(rounds)][-max(1, rounds - 1):]
     alone = len(drawn) == 1                    # then its first step is the warm-up
     step = middle([seconds for d in drawn for seconds in d.steps[alone:] or d.steps])

@@ -139,7 +139,8 @@ def summed(weight: torch.Tensor, rows=(0, 1, 2, 3), columns=(0, 1, 2, 3)) -> tor
 def doubling(conv: nn.Conv2d) -> nn.ConvTranspose2d:
     "Nearest doubling and `conv` (3x3, padding 1) in one layer."
     sizes = conv.in_channels, conv.out_channels
-    with torch.device("meta"): layer = nn.ConvTranspose2d(*sizes, 4, stride=2, padding=1, bias=conv.bias is not None)
+    with torch.device("meta"):
+        layer = nn.ConvTranspose2d(*sizes, 4, stride=2, padding=1, bias=conv.bias is not None)
     weight = summed(conv.weight.detach()).transpose(0, 1).contiguous(memory_format=torch.channels_last)
     layer.weight = nn.Parameter(weight, requires_grad=False)
     layer.bias = conv.bias

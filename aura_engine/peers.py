@@ -12,8 +12,8 @@ from pathlib import Path
 from threading import Event, Thread
 from typing import Any
 import httpx, numpy as np
-from .bench import (AS_IT_COMES, ENGINE, Bar, Spread, allow, bars_table, closed_loop, free_address, machine,
-                               markdown_table, mixture, quick_rows, server_process, summary, wait_for)
+from .bench import (AS_IT_COMES, ENGINE, Bar, Spread, allow, bars_table, closed_loop,
+    free_address, machine, markdown_table, mixture, quick_rows, server_process, summary, wait_for)
 from .models import EMBEDDED
 from .types import Picture
 

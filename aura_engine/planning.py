@@ -17,10 +17,12 @@ from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, 
 from pydantic import model_validator
 from .images import decode, decode_mask, from_base64, receipt_of
 from .masks import Region, Inpainting, box_around, fitted_mask, is_white, widened
-from .models import EMBEDDED, NARROWEST, SAMPLERS, Row, executed_steps, fit_size, last_steps, makes, size_for
+from .models import (EMBEDDED, NARROWEST, SAMPLERS, Row, executed_steps, fit_size,
+    last_steps, makes, size_for)
 from .prompt_weights import has_weights, plain_text
-from .types import (MAX_PROMPT, MAX_SEED, WHOLE, FieldError, GenerateRequest, Invalid, Note, Padding,
-    Picture, Plan, Prompt, Receipt, RefineConfig, RefineRequest, RequestModel, Seed, Steps, Words, field_errors, shown)
+from .types import (MAX_PROMPT, MAX_SEED, WHOLE, FieldError, GenerateRequest, Invalid, Note,
+    Padding, Picture, Plan, Prompt, Receipt, RefineConfig, RefineRequest, RequestModel, Seed, Steps,
+    Words, field_errors, shown)
 
 # %% auto #0
 __all__ = ['CLOSELY', 'MOST_HELPED', 'STRENGTH', 'MOST_VERSIONS', 'Label', 'SamplerName', 'Side', 'COMPARED', 'MOST_DIFFERENCES',

@@ -189,7 +189,8 @@ def ask_until(patience: Patience, check: Callable[[], _Checked]) -> _Checked:
         except NotYet as e: why = str(e)
         except httpx.HTTPError as e: why = f"no answer ({type(e).__name__})"
         waited = time.monotonic() - start
-        if waited > patience.seconds: raise DeployError("smoke", f"the Space runs but does not do its work: {why}")
+        if waited > patience.seconds:
+            raise DeployError("smoke", f"the Space runs but does not do its work: {why}")
         patience.meanwhile(why, waited)
         time.sleep(patience.poll)
 
@@ -225,11 +226,13 @@ def check_health(web: httpx.Client, build: str | None, age: Callable[[], float] 
     h = app_answer(web.get("/health")).json()
     if h.get("status") == "failed":
         raise DeployError("smoke", f"the engine could not load its model: {h.get('reason')}")
-    if build and h.get("buildId") != build: raise NotYet(f"/health is of build {h.get('buildId')}, not {build}")
+    if build and h.get("buildId") != build:
+        raise NotYet(f"/health is of build {h.get('buildId')}, not {build}")
     # Half a second: the clock of the Space starts a little before its process does.
     if age and h.get("uptimeSeconds", 0) > age() + 0.5:
         raise NotYet("the process from before the change still answers")
-    if h.get("status") == "loading": raise NotYet("the engine is loading; --timeout SECONDS waits longer")
+    if h.get("status") == "loading":
+        raise NotYet("the engine is loading; --timeout SECONDS waits longer")
     if not h.get("ready"): raise NotYet(f"the engine is {h.get('status')}")
     return h
 

@@ -286,7 +286,8 @@ class Admission:
         "The promise to a job. QueueFull and Invalid refuse it."
         if late := too_late(standing, self.limit): raise late
         asked = job.plan.deadline
-        if asked is not None: check_deadline(asked, job.deadline - time.monotonic(), standing, self.longest)
+        if asked is not None:
+            check_deadline(asked, job.deadline - time.monotonic(), standing, self.longest)
         self.promises[job.id] = Promise(now, standing.seconds, owing)
         return Queued(standing.ahead, round(standing.seconds, 3), tuple(p.seed for p in job.plan.pictures))
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from .downloads import Progress, Unusable, Want, class_names, fetch, names_in, true_cause
 from .facts import (
-    READ, SIGMAS, Tensor, check_facts, check_kind, check_types, config_in, facts_of_configs, facts_of_header, header,
-    kind_of, metadata, read_json, said_by_file, unused_in, without_words)
+    READ, SIGMAS, Tensor, check_facts, check_kind, check_types, config_in, facts_of_configs,
+    facts_of_header, header, kind_of, metadata, read_json, said_by_file, unused_in, without_words)
 from .models import INCLUDED, KLEIN, PICKLED, ROWS, SD15_ID, Z_IMAGE, is_local
 
 # %% auto #0
@@ -47,7 +47,8 @@ def whole_sets(names: list[str]) -> dict[bool, list[str]]:
     whole: dict[bool, list[str]] = {}
     for (half, count), files in sets.items():
         if len(files) != count: continue
-        if half in whole: raise Unusable(f"the same weights are there twice, as {files[0]} and as {whole[half][0]}")
+        if half in whole:
+            raise Unusable(f"the same weights are there twice, as {files[0]} and as {whole[half][0]}")
         whole[half] = files
     return whole
 
@@ -96,7 +97,8 @@ def check_classes(index: dict) -> None:
     "Unusable when a model_index.json names a part of a class that this engine does not build."
     for part, allowed in CLASSES.items():
         library, named = index.get(part) or [None, None]
-        if named and named not in allowed: raise Unusable(f"its {part} is a {named}; allowed: {', '.join(allowed)}")
+        if named and named not in allowed:
+            raise Unusable(f"its {part} is a {named}; allowed: {', '.join(allowed)}")
         if named and library not in ("diffusers", "transformers"):
             raise Unusable(f"its {part} needs a program of its own ({library}), and such programs are not run")
 
@@ -232,7 +234,8 @@ def lone_class(folder: Path) -> str:
     config = read_json(folder / "config.json")
     check_numbers(config, folder.name)
     named, allowed = config.get("_class_name", ""), CLASSES["unet"] + CLASSES["vae"]
-    if named not in allowed: raise Unusable(f"its config.json names a {named}; allowed: {', '.join(allowed)}")
+    if named not in allowed:
+        raise Unusable(f"its config.json names a {named}; allowed: {', '.join(allowed)}")
     return named
 
 # %% ../nbs/04c_reader.ipynb #6b690bc2
@@ -261,7 +264,8 @@ def fill(module: Any, tensors: dict[str, torch.Tensor], dtype: torch.dtype) -> N
     mine = {name: there[bare(name)].to(dtype) for name in wanted if bare(name) in there}
     for name, tensor in mine.items():
         given, own = list(tensor.shape), list(wanted[name].shape)
-        if given != own: raise Unusable(f"its tensor {name} has the shape {given}, in this model it has {own}")
+        if given != own:
+            raise Unusable(f"its tensor {name} has the shape {given}, in this model it has {own}")
     module.load_state_dict(mine, strict=False, assign=True)
 
 # %% ../nbs/04c_reader.ipynb #9e4f2ca4
@@ -430,7 +434,8 @@ def read_scheduler(reader: Reader, folder: Path, more: dict[str, Any] | None = N
     kinds = [getattr(diffusers_classes(), name) for name in SCHEDULERS]
     reader.notes += said_of_config(config, kinds, "scheduler_config.json")
     strange = [name for name in found.sigmas if name != "use_karras_sigmas"]
-    if strange: reader.notes.append(f"{', '.join(strange)}: not used, our sampler decides how steps are spaced")
+    if strange:
+        reader.notes.append(f"{', '.join(strange)}: not used, our sampler decides how steps are spaced")
     cls = getattr(diffusers_classes(), config.get("_class_name", ""), None)
     if cls is None: raise Unusable(f"its scheduler, {config.get('_class_name')}, is unknown")
     if hasattr(cls, "_backends") and config["_class_name"] in ON_BETAS:
@@ -490,7 +495,8 @@ def read_vae(reader: Reader, source: str, config: dict[str, Any]) -> Any:
     if not first:
         kind = kind_of(names)
         raise Unusable(f"{file.name} is {kind.name}{': ' + kind.refused if 'VAE' in kind.name else ', and no VAE'}")
-    if "block_out_channels" not in config: raise Unusable("one file needs a model with a VAE of its own kind")
+    if "block_out_channels" not in config:
+        raise Unusable("one file needs a model with a VAE of its own kind")
     check_latents({**config, "latent_channels": first[0].shape[1]}, config)
     with reading(), torch.device("meta"): vae = cls.from_config(config)
     fill(vae, original_vae(tensors_in([file]), config), reader.dtype)
@@ -504,7 +510,8 @@ def latents_of(config: Mapping[str, Any]) -> dict[str, Any]:
     "What a VAE's configuration says about its latents."
     blocks = config.get("block_out_channels") or config["encoder_block_out_channels"]
     said = {"channels": config["latent_channels"], "pixels a side": 2 ** (len(blocks) - 1)}
-    if "encoder_block_out_channels" in config: return said             # a tiny VAE has no scale of its own
+    if "encoder_block_out_channels" in config:
+        return said  # a tiny VAE has no scale of its own
     scale = {"scaling_factor": config.get("scaling_factor", USUAL_SCALE)}
     return {**said, **scale, **{name: config.get(name) for name in ("shift_factor", "latents_mean", "latents_std")}}
 

@@ -20,7 +20,8 @@ from .loader import Components
 from .masks import Inpainting
 from .optimize import cache_folder, seal
 from .queue import Task
-from .trajectory import Decoded, Noise, TextCache, Trajectory, advance, decode_batch, decode_latents, encode_picture
+from .trajectory import (Decoded, Noise, TextCache, Trajectory, advance, decode_batch,
+    decode_latents, encode_picture)
 from .types import Degenerate, Picture, Receipt
 from .unet_input import NetInput
 

@@ -39,7 +39,8 @@ class JsonLines(logging.Formatter):
         line = {"time": f"{at}.{int(record.msecs):03d}Z", "level": record.levelname.lower(), "logger": record.name,
                 "event": record.getMessage()}
         line |= {name: value for name, value in record.__dict__.items() if name not in _STANDARD}
-        if record.exc_info: line["exception"] = "".join(traceback.format_exception(*record.exc_info))[-4000:]
+        if record.exc_info:
+            line["exception"] = "".join(traceback.format_exception(*record.exc_info))[-4000:]
         return _SECRET.sub("(secret)", json.dumps(line, default=str))
 
 # %% ../nbs/11_server.ipynb #2529578c
@@ -81,7 +82,8 @@ class Punctual(H11Protocol):
     def _check(self) -> None:
         self._timer, idle = None, self.conn.their_state is h11.IDLE
         if not self._expected() or self.transport.is_closing(): return
-        if idle and self.timeout_keep_alive_task: return      # between two requests uvicorn has a timer of its own
+        if idle and self.timeout_keep_alive_task:
+            return  # between two requests uvicorn has a timer of its own
         if idle or self._got < self.rate * self.window: self.transport.abort()
         else: self._watch()
 
@@ -206,7 +208,8 @@ def create_server(settings: Settings) -> tuple[FastAPI, Any]:
 # %% ../nbs/11_server.ipynb #f8503016
 def reach(host: str, keyed: bool, proxies: Sequence[str] = ()) -> str:
     "Who can reach a server that listens on `host`, as a sentence."
-    if host in ("127.0.0.1", "::1", "localhost"): who = "Only programs of this machine can reach the engine."
+    if host in ("127.0.0.1", "::1", "localhost"):
+        who = "Only programs of this machine can reach the engine."
     else: who = "Every machine that can reach this one can reach the engine."
     key = "They need the API key." if keyed else "No API key is set (AURA_API_KEY)."
     believed = f" X-Forwarded headers are believed from {', '.join(proxies)}." if proxies else ""

@@ -301,7 +301,8 @@ class WrittenJobs(JobStore):
         "Write how the last jobs ended."
         if self._task: self._task.cancel()
         running = [kept.task for kept in self.kept.values() if kept.task]
-        if running: await asyncio.wait(running)               # the engine drains: each ends within its grace
+        if running:
+            await asyncio.wait(running)  # the engine drains: each ends within its grace
         await self.exchange()
         await self.redis.aclose()
 

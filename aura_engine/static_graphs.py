@@ -242,7 +242,8 @@ def convert(module: Any, names: tuple[str, ...], notes: list[str], folder: Path 
     start = time.monotonic()
     example = example_inputs(module, names)
     whole = module if module.dtype == torch.float32 else module.float()
-    with hushed(), projected(module): model = ov.convert_model(Traced(whole, names), example_input=example)
+    with hushed(), projected(module):
+        model = ov.convert_model(Traced(whole, names), example_input=example)
     for port, name in zip(model.inputs, names): port.get_tensor().set_names({name})
     log.info("converted for OpenVINO", extra={"seconds": round(time.monotonic() - start, 1)})
     try: save_graph(model, saved)
@@ -431,7 +432,8 @@ class Graphs(StaticGraphs):
     def seal(self) -> None:
         "The warm-up is over. The dynamic graph is compiled now where it is small, else when needed."
         self.sealed = True
-        if self.dynamic is None and 2 * weight_bytes(self.model) < self.held.budget: self.dynamic = self.compiler()
+        if self.dynamic is None and 2 * weight_bytes(self.model) < self.held.budget:
+            self.dynamic = self.compiler()
 
     def call_dynamic(self, shapes: Shapes, values: Sequence[torch.Tensor]) -> torch.Tensor:
         "The same on the dynamic graph. Shapes that have earned a static graph get it, beside serving."
@@ -486,7 +488,8 @@ class OpenVINODecode:
 
     def __call__(self, z: torch.Tensor, return_dict: bool = True, **more) -> Any:
         other = z.dtype != self.dtype or self.vae.dtype != self.dtype
-        if other or getattr(self.vae, "use_tiling", False): return self.plain(z, return_dict=return_dict, **more)
+        if other or getattr(self.vae, "use_tiling", False):
+            return self.plain(z, return_dict=return_dict, **more)
         out = self.graphs(z)
         if not return_dict: return (out,)
         from diffusers.models.autoencoders.vae import DecoderOutput

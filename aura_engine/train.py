@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
-from .art import BACKDROPS, COLOURS, LAYOUTS, LIGHTS, POSES, SQUARE, STYLES, Art, Column, Scene
+from aura_engine.art import (BACKDROPS, COLOURS, LAYOUTS, LIGHTS, POSES, SQUARE, STYLES, Art, Column,
+    Scene)
 from .art import compose, crowds, every_pose, every_single, make_art, random_scenes
 from .captions import Said, caption, learned_words, make_fillers, says
 from .nets import CELLS, LIGHT_DECODER, TOKENS, WIDTH, cells, uncells

@@ -319,7 +319,8 @@ def latent_mask(mask: Image.Image, scale: int) -> np.ndarray:
 def mask_tensor(parts: Components, p: Picture) -> torch.Tensor:
     "The mask of a picture at latent resolution [1, 1, h, w]; 1 where it is drawn, which is everywhere without a mask."
     scale = denoiser_of(parts).side
-    if p.inpainting is None: return torch.ones(1, 1, p.height // scale, p.width // scale, device=parts.device)
+    if p.inpainting is None:
+        return torch.ones(1, 1, p.height // scale, p.width // scale, device=parts.device)
     seen = latent_mask(p.inpainting.part_mask((p.width, p.height)), scale)
     return torch.from_numpy(seen.astype(np.float32))[None, None].to(parts.device)
 

@@ -21,11 +21,13 @@ from dotenv import dotenv_values, find_dotenv
 from httpx_sse import EventSource
 from PIL import Image as Pillow
 from pydantic import BaseModel, ValidationError
-from .images import decode, encode, from_base64, from_pil, mask_from_pil, receipt_of, to_base64
+from aura_engine.images import (decode, encode, from_base64, from_pil, mask_from_pil, receipt_of,
+    to_base64)
 from .planning import ReplayRequest, differences, plan, prepare, replay_plan
 from .types import (
-    Asleep, AuraError, Done, Event, Failed, FieldError, GenerateRequest, Health, Image, Invalid, NotReady, Plan,
-    Preview, Queued, Receipt, RefineConfig, RefineRequest, Step, Unreachable, error_tree, field_errors, shown)
+    Asleep, AuraError, Done, Event, Failed, FieldError, GenerateRequest, Health, Image, Invalid,
+    NotReady, Plan, Preview, Queued, Receipt, RefineConfig, RefineRequest, Step, Unreachable,
+    error_tree, field_errors, shown)
 
 # %% auto #0
 __all__ = ['Ask', 'ROUTES', 'GUIDE', 'SPACE_PAGE', 'AN_ADDRESS', 'CLOUD_VARIABLE', 'QUICK', 'PATIENT', 'BROKEN', 'Replay',
@@ -139,7 +141,8 @@ def error_from(problem: dict[str, Any], retry_after: float | None = None) -> Aur
     return error
 
 # %% ../nbs/12a_transport.ipynb #9084b7cf
-def _field(said: dict[str, Any]) -> FieldError: return FieldError(*(str(said.get(k, "")) for k in _FIELD))
+def _field(said: dict[str, Any]) -> FieldError:
+    return FieldError(*(str(said.get(k, "")) for k in _FIELD))
 
 # %% ../nbs/12a_transport.ipynb #8ba6acd0
 def error_in(r: httpx.Response, name: str) -> AuraError:

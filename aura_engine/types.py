@@ -311,7 +311,8 @@ def _field_error(row: Mapping[str, Any], skip: int) -> FieldError:
     given = None if row["type"] == "missing" else row.get("input")
     if row["type"].startswith("union_tag"):                   # which of several bodies it is, a field of it says
         loc, given = row["ctx"]["discriminator"].strip("'"), row["ctx"].get("tag")
-    if row["type"] == "too_long": given = Words(f"{len(row['input'])} items")      # a message has no room for them
+    if row["type"] == "too_long":
+        given = Words(f"{len(row['input'])} items")  # a message has no room for them
     return FieldError.value(loc, given=given, allowed=_allowed(row))
 
 # %% ../nbs/01_types.ipynb #25729e3e

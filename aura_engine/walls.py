@@ -196,7 +196,8 @@ class Guard:
         except Exception as exc:
             if not isinstance(exc, AuraError):
                 log.exception("unforeseen", extra={"requestId": request_id(request)})
-            if exchange.started: return                       # an answer that has begun cannot become another one
+            if exchange.started:
+                return  # an answer that has begun cannot become another one
             await self.answer(request, exc)(scope, exchange.receive, exchange.send)
 
 # %% ../nbs/09b_walls.ipynb #8a64b793

@@ -15,8 +15,8 @@ import traitlets as T
 from .album import Message, Shot, Work, pictures_of_ask, desk_of, shot_message
 from .client import AuraClient, EngineReport, report_of
 from .images import Grid, grid, to_base64
-from .transport import (Ask, InProcess, Remote, Replay, checked, generation, json_body, refinement,
-                                   repetition)
+from .transport import (Ask, InProcess, Remote, Replay, checked, generation, json_body,
+    refinement, repetition)
 from .types import AuraError, GenerateRequest, Invalid, Receipt, RefineConfig, RefineRequest
 
 _HERE = Path(__file__).parent if "__file__" in globals() else Path("../aura_engine")
@@ -35,7 +35,8 @@ FORM: dict[str, Any] = {
 def form_of(given: dict[str, Any]) -> dict[str, Any]:
     "A whole form from some of its fields. Invalid for a field that it does not have."
     for name in given:
-        if name not in FORM: raise Invalid.value(name, given=given[name], allowed=", ".join(FORM), why="not a field")
+        if name not in FORM:
+            raise Invalid.value(name, given=given[name], allowed=", ".join(FORM), why="not a field")
     return FORM | given
 
 # %% ../nbs/13b_widgets.ipynb #84f1918b
@@ -293,7 +294,8 @@ class Studio(Exhibit):
 
     def compare(self, x: tuple[str, Sequence[Any]], y: tuple[str, Sequence[Any]] = ("", ())) -> Compare:
         "The chosen picture again, with one or two settings varied: `compare(x=(\"steps\", [1, 2, 4]))`."
-        if self.chosen is None or self.chosen.receipt is None: raise Invalid("There is no picture to compare yet.")
+        if self.chosen is None or self.chosen.receipt is None:
+            raise Invalid("There is no picture to compare yet.")
         return Compare(self.client, self.chosen.receipt, x=x, y=y)
 
     def stop(self) -> None:
