@@ -16,13 +16,14 @@ from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 # %% auto #0
-__all__ = ['PEOPLE', 'SYMBOLS', 'WHOLE', 'PARTS', 'GROUPS', 'VARIANTS', 'NOT_A_VARIANT', 'UNWANTED', 'LIVING', 'THINGS', 'STYLES',
-           'SIDE', 'SHAPE_NAMES', 'COLOURS', 'SQUARE', 'SMALL', 'ARRANGEMENTS', 'BESIDE', 'BACKDROPS', 'LAYOUTS', 'DAY',
-           'NIGHT', 'LIGHTS', 'POSES', 'Emoji', 'plain_code', 'all_emoji', 'is_wanted', 'synonyms', 'named', 'Icon',
-           'flat_art', 'solid_art', 'draw_icon', 'small_picture', 'png_bytes', 'make_art', 'resized', 'Art',
-           'draw_shape', 'make_shapes', 'Scene', 'Column', 'Place', 'cell', 'backdrop_masks', 'backdrops', 'places',
-           'lay_over', 'Layout', 'Pose', 'pose_matrix', 'warped', 'posed_sprites', 'compose', 'lay_posed',
-           'as_pictures', 'held_out', 'kept_apart', 'every_single', 'every_pose', 'crowds', 'random_scenes']
+__all__ = ['PEOPLE', 'SYMBOLS', 'WHOLE', 'PARTS', 'GROUPS', 'VARIANTS', 'NOT_A_VARIANT', 'UNWANTED', 'LIVING', 'THINGS',
+           'TAGS_THAT_NAME', 'STYLES', 'SIDE', 'SHAPE_NAMES', 'COLOURS', 'SQUARE', 'SMALL', 'ARRANGEMENTS', 'BESIDE',
+           'BACKDROPS', 'LAYOUTS', 'DAY', 'NIGHT', 'LIGHTS', 'POSES', 'Emoji', 'plain_code', 'all_emoji', 'is_wanted',
+           'synonyms', 'named', 'Icon', 'flat_art', 'solid_art', 'draw_icon', 'small_picture', 'png_bytes', 'make_art',
+           'resized', 'Art', 'draw_shape', 'make_shapes', 'Scene', 'Column', 'Place', 'cell', 'backdrop_masks',
+           'backdrops', 'places', 'lay_over', 'Layout', 'Pose', 'pose_matrix', 'warped', 'posed_sprites', 'compose',
+           'lay_posed', 'as_pictures', 'held_out', 'kept_apart', 'every_single', 'every_pose', 'crowds',
+           'random_scenes']
 
 # %% ../nbs/90a_art.ipynb #43caa035
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ grinning face: smiley, happy face; face with tears of joy: laughing face
 slightly smiling face: smile; crying face: sad face; pile of poo: poop; alien monster: space invader
 mage: wizard; merperson: sea person; thumbs up: like; flexed biceps: strong arm, muscle
 eyes: pair of eyes; santa claus: santa, father christmas; technologist: programmer; cook: chef
-baby angel: cherub; health worker: doctor, nurse; police officer: policeman; dog face: dog head
+baby angel: cherub; person with crown: king, queen; health worker: doctor, nurse; police officer: policeman; dog face: dog head
 cat face: cat head, kitten face; dog: hound; service dog: assistance dog; rabbit: bunny
 chipmunk: squirrel; bear: brown bear; rhinoceros: rhino; hippopotamus: hippo; baby chick: chick
 crocodile: alligator; turtle: tortoise; sauropod: dinosaur; t-rex: tyrannosaurus
@@ -93,6 +94,7 @@ cooked rice: rice
 
 # %% ../nbs/90a_art.ipynb #9914bbf5
 THINGS = """
+beach with umbrella: beach; cityscape at dusk: city, skyline; crossed swords: sword
 snow-capped mountain: mountain; desert island: island; locomotive: steam train
 fire engine: fire truck; automobile: car; racing car: race car; motorcycle: motorbike
 motor scooter: scooter; bicycle: bike; airplane: plane; rocket: spaceship; flying saucer: ufo
@@ -111,6 +113,31 @@ wrapped candy: bonbon; game die: dice; pool 8 ball: billiard ball; water pistol:
 video game: game controller
 """
 
+# %% ../nbs/90a_art.ipynb #46ac5936
+TAGS_THAT_NAME = {*"""
+    cowboy cowgirl nerd geek moustache mustache monocle imp crossbones poo turd clown cupid
+    dracula sorcerer sorceress pixie hero villain neptune poseidon triton merwoman djinn
+    son daughter grandson granddaughter grandfather grandpa grandma grandmother granny grandparent
+    professor instructor gardener rancher electrician engineer physicist coder developer rockstar
+    cop sleuth monarch turban tuxedo veil skullcap footprint kitty feline alpaca burro mule elk wisent
+    sow snout lamb dromedary grizzly ape paw crow raven terrapin brontosaurus brachiosaurus diplodocus
+    conch shell bumblebee ladybird grasshopper roach maggot earthworm amoeba buttercup dandelion
+    lavender lilac violet sapling sprout evergreen maple grape cantaloupe nectarine bilberry capsicum
+    pickle lettuce kale peanut ginger pea soybean edamame loaf toast pita naan hotcake drumstick steak
+    porkchop pepperoni frankfurter sausage hotdog wrap gyro meatball casserole paella stew cereal
+    oatmeal porridge bento cracker curry noodle ramen pho pasta tempura empanada pierogi icecream
+    pudding teacup wine martini mug pint ale whiskey whisky scotch soda boba iceberg plate jug africa
+    europe asia boulder log timber yurt shelter masjid shrine tower bridge carousel playground van
+    subway lorry pickup tire road highway buoy yacht motorboat jet suitcase copter hurricane typhoon
+    twister whirlwind thunderstorm thunderbolt dynamite confetti prize futbol rugby puck shuttlecock
+    golf sled sledge sleigh toboggan dart target pistol revolver gun handgun wand controller jigsaw
+    puzzle teddy plush spool rope eyeglasses vest tshirt denim stocking blouse pouch rucksack satchel
+    slipper stiletto comb necklace gem jewel earbud sax piano piccolo calculator desktop monitor
+    camcorder bulb torch diya tag invoice parcel notepad trash cabinet hatchet cog cogwheel horseshoe
+    antenna bath mousetrap lotion shampoo sunscreen cask vat cart tombstone grave urn talisman license
+    die spade uniform
+""".split()}
+
 # %% ../nbs/90a_art.ipynb #219142ed
 def synonyms() -> dict[str, list[str]]:
     "Label -> further names, as written above."
@@ -125,13 +152,13 @@ def _straight(text: str) -> str:
 
 # %% ../nbs/90a_art.ipynb #3ba9f472
 def named(emojis: list[Emoji]) -> dict[str, list[str]]:
-    "Label -> the names it goes by, the label first: our synonyms, then tags that no other thing has."
+    "Label -> the names it goes by, the label first: our synonyms, then tags that name it alone."
     said = synonyms()
     tags = Counter(tag for e in emojis for tag in set(e.tags))
     labels = [_straight(e.label) for e in emojis]
     taken = {*labels}.union(*said.values())
     def is_own(tag: str) -> bool:
-        return tags[tag] == 1 and tag not in taken and tag.isalpha() and len(tag) > 2
+        return tags[tag] == 1 and tag not in taken and tag in TAGS_THAT_NAME
     names = {}
     for label, emoji in zip(labels, emojis):
         more = [w for w in said.get(label, ()) if w not in labels]

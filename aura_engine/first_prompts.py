@@ -109,8 +109,8 @@ def first_prompts() -> list[FirstPrompt]:
 # %% ../nbs/90f_first_prompts.ipynb #77b3f5a2
 def answering(word: str, names: list[list[str]]) -> set[int]:
     "The objects of the art that a word may mean, by number; none if the word is unknown."
-    exact = {word, plural(word), word + " face"}
-    found = {k for k, those in enumerate(names) if not exact.isdisjoint(those)}
+    exact = {word, word + " face"}
+    found = {k for k, those in enumerate(names) if those[0] == plural(word) or not exact.isdisjoint(those)}
     if found: return found
     return {k for k, those in enumerate(names) if any(name.endswith(" " + word) for name in those)}
 
