@@ -76,7 +76,8 @@ grinning face: smiley, happy face; face with tears of joy: laughing face
 slightly smiling face: smile; crying face: sad face; pile of poo: poop; alien monster: space invader
 mage: wizard; merperson: sea person; thumbs up: like; flexed biceps: strong arm, muscle
 eyes: pair of eyes; santa claus: santa, father christmas; technologist: programmer; cook: chef
-baby angel: cherub; person with crown: king, queen; health worker: doctor, nurse; police officer: policeman; dog face: dog head
+baby angel: cherub; person with crown: king, queen; health worker: doctor, nurse
+police officer: policeman; dog face: dog head
 cat face: cat head, kitten face; dog: hound; service dog: assistance dog; rabbit: bunny
 chipmunk: squirrel; bear: brown bear; rhinoceros: rhino; hippopotamus: hippo; baby chick: chick
 crocodile: alligator; turtle: tortoise; sauropod: dinosaur; t-rex: tyrannosaurus
