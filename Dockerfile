@@ -12,7 +12,8 @@ WORKDIR /home/user/app
 
 # Which wheels of torch: cpu, cu126 and the like (names of its own indexes), an index's address, or pypi for pip's usual one.
 # A Space variable of this name reaches the build. A CUDA torch is several GB more, and runs on older drivers the lower its number is.
-# Wheels that have a lock (tools/lock.py) are installed by hash, the others by version.
+# Wheels that have a lock (tools/lock.py) are installed by hash: torch from its own index, which may have other files under the names
+# of what it needs, and those from pip's usual one. Others are installed by version.
 ARG TORCH_INDEX_URL=cpu
 COPY locks ./locks
 # hadolint ignore=DL3013
@@ -21,11 +22,14 @@ RUN case "$TORCH_INDEX_URL" in \
       *://*) name=; index="$TORCH_INDEX_URL" ;; \
       *) name="$TORCH_INDEX_URL"; index="https://download.pytorch.org/whl/$TORCH_INDEX_URL" ;; \
     esac; \
-    if [ "$(uname -m)" = x86_64 ] && [ -f "locks/torch-$name.lock" ]; \
-      then set -- --no-deps --require-hashes -r "locks/torch-$name.lock"; \
-      else set -- torch==2.13.0; \
-    fi; \
-    PIP_INDEX_URL="$index" pip install --no-cache-dir "$@"
+    if [ "$(uname -m)" != x86_64 ] || [ ! -f "locks/torch-$name.lock" ]; then \
+      PIP_INDEX_URL="$index" pip install --no-cache-dir torch==2.13.0; \
+    else \
+      PIP_INDEX_URL="$index" pip install --no-cache-dir --no-deps --require-hashes -r "locks/torch-$name.lock" && \
+      if [ -f "locks/cuda-$name.lock" ]; then \
+        pip install --no-cache-dir --no-deps --require-hashes -r "locks/cuda-$name.lock"; \
+      fi; \
+    fi
 
 # Everything else by version and hash, so that this commit gives the same image in a year.
 COPY requirements.lock ./

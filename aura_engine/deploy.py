@@ -17,13 +17,13 @@ __all__ = ['DECLINED', 'ADDRESS', 'BackStep', 'HOW_ON', 'NOT_WAITED', 'PICTURE',
            'commit_files', 'without_volumes', 'create_space', 'apply_plan', 'set_line', 'swap_file', 'write_env',
            'without_line', 'forget_env', 'DeployJournal', 'journal_of', 'DeployReceipt', 'DeployRecord',
            'unfinished_run', 'unfinished_run_of', 'begun_text', 'left_paid', 'restore_settings', 'restore_files',
-           'roll_back', 'gone_secrets', 'may_be_rebuilt', 'take_back', 'print_step', 'deploy_cleaner', 'check_env_file',
-           'checked_files', 'bill', 'smoke_questions', 'check_plan', 'check_number', 'hub_for', 'DeployPlanning',
-           'say_undone', 'DeployChanging', 'DeployApplying', 'superseded', 'DeployGuarding', 'DeployProving',
-           'DeployReturning', 'record_address', 'Deployment', 'deploy_space', 'DeployWatch', 'SpacePanel',
-           'live_health', 'health_if_awake', 'hour_text', 'engine_text', 'space_status', 'hardware_panel', 'drift',
-           'settings_panel', 'commit_lines', 'diagnose', 'json_steps', 'full_commit', 'run_deploy', 'main',
-           'per_thousand']
+           'old_version_questions', 'roll_back', 'gone_secrets', 'may_be_rebuilt', 'take_back', 'print_step',
+           'deploy_cleaner', 'check_env_file', 'checked_files', 'bill', 'smoke_questions', 'check_plan', 'check_number',
+           'hub_for', 'DeployPlanning', 'say_undone', 'DeployChanging', 'DeployApplying', 'superseded',
+           'DeployGuarding', 'DeployProving', 'DeployReturning', 'record_address', 'sleeps_on', 'wake_text',
+           'DeployEnding', 'Deployment', 'deploy_space', 'DeployWatch', 'SpacePanel', 'live_health', 'health_if_awake',
+           'hour_text', 'engine_text', 'space_status', 'hardware_panel', 'drift', 'settings_panel', 'commit_lines',
+           'diagnose', 'json_steps', 'full_commit', 'run_deploy', 'main', 'per_thousand']
 
 # %% ../nbs/15e_deploy.ipynb #d2d92913
 import httpx
@@ -226,7 +226,10 @@ def journal_of(plan: DeployPlan, good: str | None, cut: DeployJournal | None = N
 # %% ../nbs/15e_deploy.ipynb #088b880e
 @dataclass(frozen=True)
 class DeployReceipt:
-    "What a deployment did. Without waiting, or in a dry run, `host` and what follows it are empty."
+    """What a deployment did.
+
+    `host` and what follows it are empty when nothing was tested: in a dry run, without waiting,
+    or when a Space that costs money was left asleep."""
     space: str
     build: str                                  # the build id of the files
     changes: int                                # how many the plan had
@@ -365,6 +368,15 @@ def restore_files(hub: SpaceHub, good: str) -> str:
     return hub.commit(operations, f"Roll back to {good[:12]}", head)
 
 # %% ../nbs/15e_deploy.ipynb #4db4400d
+def old_version_questions(hub: SpaceHub, o: DeployOptions) -> SmokeTest:
+    "The smoke test for a version that was put back: any build, its page and health, and its device on a GPU."
+    info = hub.info()
+    run = hub.runtime()
+    hardware = run.requested_hardware or run.hardware or "cpu-basic"
+    return SmokeTest(info.host, None, full=False, token=hub.token if info.private else None, poll=o.poll,
+                     gpu=hardware if has_gpu(hardware) else None)
+
+# %% ../nbs/15e_deploy.ipynb #6ff3d420
 def roll_back(hub: SpaceHub, good: str, journal: DeployJournal | None, o: DeployOptions, say: Say) -> None:
     "Restore commit `good` and the settings, wait for it, ask its health."
     say("rollback", f"putting back {good[:12]}")
@@ -374,9 +386,7 @@ def roll_back(hub: SpaceHub, good: str, journal: DeployJournal | None, o: Deploy
     if oid == head and journal and BUILT_IN & set(journal.variables): hub.restart(rebuild=True)
     if journal and journal.lost: say("rollback", f"stays as it is now: {', '.join(journal.lost)}")
     wait_for_commit(hub, oid, "settings" if oid == head else "commit", o.timeout or 1800, say, before=head)
-    info = hub.info()
-    asked = SmokeTest(info.host, None, full=False, token=hub.token if info.private else None, poll=o.poll)
-    smoke_test(asked, say, o.timeout or 300)
+    smoke_test(old_version_questions(hub, o), say, o.timeout or 300)
 
 # %% ../nbs/15e_deploy.ipynb #5be0f775
 def gone_secrets(hub: SpaceHub, plan: DeployPlan) -> list[str]:
@@ -702,6 +712,7 @@ class DeployReturning(DeployProving):
         self.say("failed", str(e))
         try: roll_back(self.hub, self.journal.previous, self.journal, self.o, self.say)
         except DeployError as second:
+            if second.kind == "smoke": return e.add(f"the version before it was put back and fails its test: {second}")
             return e.add(f"and the version before it could not be put back: {second}")
         self.record.drop_journal()
         e.add(f"the version before it, {self.journal.previous[:12]}, is back and answers")
@@ -725,11 +736,49 @@ def _write_address(env_file: str, visibility: str, host: str, say: Say) -> None:
     done = f"{ADDRESS} is taken out" if forget_env(env_file, ADDRESS, host) else "stays as it is"
     say("record", f"{name}: {done}: {HIDDEN}")
 
+# %% ../nbs/15e_deploy.ipynb #f89d4d6b
+def sleeps_on(plan: DeployPlan, o: DeployOptions) -> bool:
+    "Whether nothing is to change, and the test would wake a Space that costs money."
+    state = plan.state
+    asleep = state.stage == "SLEEPING" and state.running in (None, state.head)      # the Hub may not say what runs
+    tested = o.wait and o.smoke != "none"
+    return asleep and tested and not o.prove and not plan.changes and plan.target.price > 0
+
+# %% ../nbs/15e_deploy.ipynb #102440a6
+def wake_text(hardware: str, price: float, sleep_time: int | None) -> str:
+    "How to test a Space that was left asleep, and what that costs."
+    text = f"--prove wakes and tests it: {price_text(hardware, price, sleep_time)}"
+    if not sleep_time or sleep_time < 0: return text
+    return f"{text}, so that costs ${max(price * sleep_time / 3600, 0.01):.2f} or more"
+
 # %% ../nbs/15e_deploy.ipynb #2a86eae8
+class DeployEnding(DeployReturning):
+    "The last phase: what is remembered here, and the last words."
+    def remember(self) -> None:
+        if why := self.record.write(self.receipt.to_json()): self.say("record", why)
+        record_address(self.o.env_file, self.plan.target.visibility, self.receipt.host, self.say)
+        text = f"{self.receipt.host} runs {(self.receipt.oid or '')[:12]}"
+        if not self.receipt.changes: text += ", up to date"
+        self.say("done", "\n".join([text, *bill(self.hub)]))
+
+    def leave_asleep(self) -> DeployReceipt:
+        "Say that the Space sleeps, and what is known about it, without a visit."
+        host = self.hub.info().host
+        known = self.record.read()
+        tested = known.get("oid") == self.receipt.oid and known.get("build") == self.receipt.build
+        if tested: record_address(self.o.env_file, self.plan.target.visibility, host, self.say)
+        state = self.plan.state
+        self.say("done", "\n".join([
+            f"{host} has {(self.receipt.oid or '')[:12]}, up to date. It sleeps, and was not woken",
+            f"this commit was {'tested from this folder before' if tested else 'not tested from this folder'}",
+            wake_text(state.machine, self.plan.target.price, state.sleep_time)]))
+        return self.receipt
+
+# %% ../nbs/15e_deploy.ipynb #58115667
 NOT_WAITED = "the Hub has it. Whether it runs was not checked: run the same command without --no-wait"
 
 
-class Deployment(DeployReturning):
+class Deployment(DeployEnding):
     "One deployment: `run` it, or take its steps one by one. Each step raises DeployError."
     def run(self) -> DeployReceipt:
         start = time.monotonic()
@@ -738,6 +787,7 @@ class Deployment(DeployReturning):
         if self.o.dry_run:
             if self.plan.changes: self.say("done", HOW_ON.format(self.plan.number))
             return self.receipt
+        if self.journal is None and sleeps_on(self.plan, self.o): return self.leave_asleep()
         try:
             self.apply()
             if self.o.wait: self.prove_or_go_back()
@@ -761,13 +811,6 @@ class Deployment(DeployReturning):
                 self.check_ours()
                 self.undo(e)
             raise
-
-    def remember(self) -> None:
-        if why := self.record.write(self.receipt.to_json()): self.say("record", why)
-        record_address(self.o.env_file, self.plan.target.visibility, self.receipt.host, self.say)
-        text = f"{self.receipt.host} runs {(self.receipt.oid or '')[:12]}"
-        if not self.receipt.changes: text += ", up to date"
-        self.say("done", "\n".join([text, *bill(self.hub)]))
 
 # %% ../nbs/15e_deploy.ipynb #4270f255
 def deploy_space(o: DeployOptions, say: Say = print_step) -> DeployReceipt:

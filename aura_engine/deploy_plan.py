@@ -16,9 +16,9 @@ __all__ = ['KEPT', 'OPENVINO', 'CUDA_WHEELS', 'PRESETS', 'BUILT_IN', 'OF_THE_IMA
            'SLEEP', 'SHELF', 'FOR_A_GPU', 'TAG', 'SUGGESTED', 'SHOWN', 'WIDEST', 'CONVERTS', 'DOWNLOADS', 'HIDDEN',
            'OPEN', 'Preset', 'preset_table', 'DeployOptions', 'slips', 'wrong_places', 'exposed', 'wrong_builds',
            'wrong_settings', 'check_known', 'every_origin', 'check_origins', 'check_sleep', 'check_space_id',
-           'check_times', 'check_options', 'DeployParser', 'project_folder', 'parse_deploy', 'hardware_for',
-           'sleep_for', 'has_gpu', 'right_wheels', 'model_repos', 'model_volumes', 'volumes_for', 'SpaceTarget',
-           'stale_names', 'target_for', 'other_variables', 'other_settings', 'moved_since', 'slow_start',
+           'check_times', 'check_prove', 'check_options', 'DeployParser', 'project_folder', 'parse_deploy',
+           'hardware_for', 'sleep_for', 'has_gpu', 'right_wheels', 'model_repos', 'model_volumes', 'volumes_for',
+           'SpaceTarget', 'stale_names', 'target_for', 'other_variables', 'other_settings', 'moved_since', 'slow_start',
            'needed_settings', 'front_matter', 'merged_models', 'merged_settings', 'changed_head', 'written_readme',
            'space_readme', 'is_ours', 'check_restart', 'objections', 'SpaceChange', 'DeployPlan', 'plan_rows',
            'file_groups', 'file_rows', 'file_lists', 'folded', 'aligned', 'volumes_text', 'machine_text', 'all_changes',
@@ -106,6 +106,7 @@ class DeployOptions:
     bucket: str | None = None                                   # owner/name, for what is kept; '': none; None: as it is
     any_origin: bool = False                                    # every web page may use the engine
     plan: str | None = None                                     # the number of the only plan to carry out
+    prove: bool = False                                         # wake a Space that costs money, to test it
 
     def __post_init__(self) -> None: check_options(self)
 
@@ -250,6 +251,13 @@ def check_times(o: DeployOptions) -> None:
         if seconds is not None and not 0 < seconds < float("inf"):
             raise DeployError("usage", f"{name} {seconds:g}: write seconds, more than 0")
 
+# %% ../nbs/15c_deploy_plan.ipynb #82118932
+def check_prove(o: DeployOptions) -> None:
+    "DeployError 'usage' when the Space is to be woken for a test that is not made."
+    if not o.prove or o.wait and o.smoke != "none": return
+    given = "--smoke none" if o.wait else "--no-wait"
+    raise DeployError("usage", f"--prove tests the Space, and {given} does not: leave one of them out")
+
 # %% ../nbs/15c_deploy_plan.ipynb #1845a7b2
 def check_options(o: DeployOptions) -> None:
     "DeployError 'usage' for options that cannot be meant."
@@ -258,6 +266,7 @@ def check_options(o: DeployOptions) -> None:
         raise DeployError("usage", f"--bucket {o.bucket!r}: write owner/name")
     check_sleep(o.sleep_time)
     check_times(o)
+    check_prove(o)
     variables = o.variables()
     both = ", ".join(sorted(set(variables) & set(o.secret)))
     if both:
@@ -309,6 +318,7 @@ _HOW = [
     ("--poll", "between two looks at the Space (default: 5)", {"type": float, "default": 5.0, "metavar": "SECONDS"}),
     ("--smoke", "what the live Space is asked: full (default: a picture too), health, none",
      {"choices": ["full", "health", "none"], "default": "full", "metavar": "HOW"}),
+    ("--prove", "wake a Space that costs money and has nothing to change, and test it", _flag),
     ("--no-rollback", "leave a version that failed, and do without a journal where none can be written", _flag),
     ("--env-file", "gets VITE_CLOUD_ENGINE_URL when the Space answers (default: .env.local; '' for none)",
      {"default": ".env.local", "metavar": "FILE"}),
@@ -423,7 +433,7 @@ def parse_deploy(argv: Sequence[str] | None = None,
         visibility=a.visibility, source=a.source or project_folder(), env_file=a.env_file, dry_run=a.dry_run,
         wait=not a.no_wait, timeout=a.timeout, smoke=a.smoke, rollback=not a.no_rollback, yes=a.yes, poll=a.poll,
         take_over=a.take_over, rebuild=a.rebuild, any_model=a.any_model, volumes=not a.no_volumes, bucket=a.bucket,
-        any_origin=a.any_origin, plan=a.plan)
+        any_origin=a.any_origin, plan=a.plan, prove=a.prove)
     return options, a
 
 # %% ../nbs/15c_deploy_plan.ipynb #3770631f

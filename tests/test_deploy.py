@@ -2,9 +2,11 @@
 
 What a person would do is run as a process; variations call the same `main` in this one, which saves the imports.
 """
-import contextlib, io, json, multiprocessing, os, re, shutil, signal, stat, subprocess, sys, time
+import contextlib, hashlib, io, json, multiprocessing, os, re, shutil, signal, stat, subprocess, sys, threading, time, zipfile
 from dataclasses import replace
 from datetime import date
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import metadata
 from pathlib import Path
 from unittest.mock import patch
@@ -261,6 +263,37 @@ def test_a_look_wakes_nobody(hub, tree, look):
     assert "asleep; it was not asked" in out and space.forced == "SLEEPING" and not [p for _, p in hub.requests if p.startswith("host:")]
 
 
+def visits(hub): return [path for _, path in hub.requests if path.startswith("host:")]
+
+
+def test_a_space_that_costs_sleeps_on_when_nothing_is_to_change(hub, tree):
+    """It is said, with what a test would cost; --prove asks for it. A folder that has tested this commit knows its address, another one does not."""
+    again = (*GUIDE, "--preset", "t4", "--sleep-time", "600")
+    call(hub, tree, *again, "--yes")
+    space, written, seen = hub.spaces[SPACE], len(hub.writes), len(visits(hub))
+    space.forced = "SLEEPING"
+    (tree / ".env.local").unlink()
+    out = call(hub, tree, *again)
+    assert "It sleeps, and was not woken" in out and "tested from this folder before" in out and "so that costs $0.07 or more" in out
+    assert space.host in (tree / ".env.local").read_text()
+    shutil.rmtree(tree / "build")
+    (tree / ".env.local").unlink()
+    said = [json.loads(line) for line in call(hub, tree, *again, "--json").splitlines()]
+    assert "was not tested from this folder" in said[-2]["text"] and "host" not in said[-1] and not (tree / ".env.local").exists()
+    assert space.forced == "SLEEPING" and len(visits(hub)) == seen and len(hub.writes) == written
+    assert "a picture came" in call(hub, tree, *again, "--prove") and not space.forced and len(hub.writes) == written
+
+
+def test_a_run_that_is_not_over_wakes_the_space_that_it_changed(hub, tree):
+    """Somebody who did not wait comes back for the proof."""
+    space = running(hub, tree, hardware="t4-small", sleep_time=600, variables=rows(TORCH_INDEX_URL="cu126"))
+    edit(tree)
+    call(hub, tree, "--no-wait")
+    while hub.stage(space)[0] != "RUNNING": time.sleep(0.05)
+    space.forced = "SLEEPING"
+    assert "a picture came" in call(hub, tree)
+
+
 def test_programs_get_facts(hub, tree):
     running(hub, tree)
     for look in ("doctor", "--status"):
@@ -321,13 +354,15 @@ def test_the_lock_is_what_the_image_installs():
     assert complete and not bring - of_torch - set(locked) - elsewhere and "torch" not in locked
     docker = (ROOT / "Dockerfile").read_text()
     assert re.findall(r"pip install --no-cache-dir (.*?)(?:;.*)?$", docker, re.M) == [
-        '"$@"', "--no-deps --require-hashes -r requirements.lock", '--no-deps --require-hashes -r "locks/$name.lock"', "$rest"]
+        "torch==2.13.0", '--no-deps --require-hashes -r "locks/torch-$name.lock" && \\', '--no-deps --require-hashes -r "locks/cuda-$name.lock"', "--no-deps --require-hashes -r requirements.lock",
+        '--no-deps --require-hashes -r "locks/$name.lock"', "$rest"]
     assert bundle.lock_age((ROOT / "requirements.lock").read_text(), date(2027, 1, 1)) < 366
 
 
-def dockerfile_step(begin):
+def dockerfile_step(begin, text=None):
     """The RUN step of the Dockerfile that begins so."""
-    return re.search(rf"^RUN ({begin}.*\n(?:.*\\\n)*.*)$", (ROOT / "Dockerfile").read_text(), re.M)[1]
+    text = text or (ROOT / "Dockerfile").read_text()
+    return re.search(rf"^RUN ({begin}.*\n(?:.*\\\n)*.*)$", text, re.M)[1]
 
 
 def dry_step(folder, begin, programs=("pip",), **env):
@@ -360,40 +395,115 @@ def test_a_compiler_is_in_the_image_for_a_gpu_only(tmp_path, cuda):
     assert any("gcc g++" in line for line in said) == (cuda != "None")
 
 
-@pytest.mark.parametrize("named, words", [
-    ("cpu", "--no-deps --require-hashes -r locks/torch-cpu.lock"), ("pypi", "--no-deps --require-hashes -r locks/torch-pypi.lock"),
-    ("cu999", "torch==2.13.0"), ("https://my.wheels/cpu", "torch==2.13.0")])
-def test_the_dockerfile_takes_the_lock_of_the_wheels(tmp_path, named, words):
-    """Its own lines, run by sh: a name with a lock is installed by hash, another one, or an index of your own, by version."""
-    (tmp_path / "pip").write_text('#!/bin/sh\necho "$PIP_INDEX_URL $@"\n')
+@pytest.mark.parametrize("named, locks", [
+    ("cpu", ["torch-cpu"]), ("cu126", ["torch-cu126", "cuda-cu126"]), ("cu130", ["torch-cu130", "cuda-cu130"]), ("pypi", ["torch-pypi"]),
+    ("cu999", []), ("https://my.wheels/cpu", [])])
+def test_the_dockerfile_takes_the_lock_of_the_wheels(tmp_path, named, locks):
+    """Its own lines, run by sh: every name that a deployment may give is installed by hash, torch from its index and what it needs from the usual
+    one. Another name, or an index of your own, is installed by version."""
+    (tmp_path / "pip").write_text('#!/bin/sh\necho "${PIP_INDEX_URL-usual} $@"\n')
     (tmp_path / "uname").write_text("#!/bin/sh\necho x86_64\n")
     for name in ("pip", "uname"): (tmp_path / name).chmod(0o755)
     env = {"PATH": f"{tmp_path}:/bin:/usr/bin", "TORCH_INDEX_URL": named}
     done = subprocess.run(["sh", "-c", dockerfile_step("case")], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     index = {"pypi": "", "https://my.wheels/cpu": named}.get(named, lock.torch_index((ROOT / "Dockerfile").read_text(), named))
-    assert done.stdout.strip() == f"{index} install --no-cache-dir {words}".strip()
+    words = [f"--no-deps --require-hashes -r locks/{name}.lock" for name in locks] or ["torch==2.13.0"]
+    assert done.stdout.splitlines() == [f"{index if n == 0 else 'usual'} install --no-cache-dir {asked}" for n, asked in enumerate(words)]
+    assert named in deploy_plan.WHEELS or not locks
+
+
+def tiny_wheel(folder, name, version, text, needs=""):
+    """A wheel with one module, whose content is `text` -> its sha256."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    info = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(path, "w") as z:
+        z.writestr(f"{name}.py", f"said = {text!r}\n")
+        z.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}")
+        z.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        z.writestr(f"{info}/RECORD", "")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def indexes(tmp_path):
+    """Two package indexes on this machine: pip's usual one, and one of torch's wheels that has another triton too. Their wheels have a line each."""
+    web = tmp_path / "web"
+    sums = {"torch": tiny_wheel(web / "whl/cu126/torch", "torch", "2.13.0+cu126", "torch of its index", "Requires-Dist: triton==3.7.1\n"),
+            "triton": tiny_wheel(web / "usual/triton", "triton", "3.7.1", "triton of the usual index")}
+    tiny_wheel(web / "whl/cu126/triton", "triton", "3.7.1", "another triton")
+    tiny_wheel(web / "usual/torch", "torch", "2.13.0", "torch of the usual index")
+    quiet = type("Quiet", (SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(quiet, directory=web)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        here = f"http://127.0.0.1:{server.server_port}"
+        docker = (ROOT / "Dockerfile").read_text()
+        yield {"web": web, "sums": sums, "usual": f"{here}/usual", "docker": docker.replace(lock.torch_index(docker, ""), f"{here}/whl/")}
+        server.shutdown()
+
+
+def test_the_locks_are_made_from_two_indexes(indexes, tmp_path, monkeypatch, capsys):
+    """tools/lock.py: torch's hash is that of its own index, even if the usual one has a torch, and the others have the usual one's. An index without
+    this torch leaves its locks alone."""
+    (tmp_path / "locks").mkdir()
+    (tmp_path / "locks/torch-cu130.lock").write_text("mine\n")
+    for name, value in {"ROOT": tmp_path, "WHEELS": ("cu126", "cu130")}.items(): monkeypatch.setattr(lock, name, value)
+    for name, value in {"UV_DEFAULT_INDEX": indexes["usual"], "UV_CACHE_DIR": str(tmp_path / "uv"), "UV_NO_CONFIG": "1"}.items(): monkeypatch.setenv(name, value)
+    for name in ("UV_INDEX_URL", "UV_EXTRA_INDEX_URL", "UV_INDEX", "UV_FIND_LINKS"): monkeypatch.delenv(name, raising=False)
+    lock.write_torch_locks(indexes["docker"], date(2026, 11, 27))
+    sums = indexes["sums"]
+    assert (tmp_path / "locks/torch-cu126.lock").read_text().splitlines()[1:] == ["torch==2.13.0+cu126 \\", f"    --hash=sha256:{sums['torch']}"]
+    assert (tmp_path / "locks/cuda-cu126.lock").read_text().splitlines()[1:] == ["triton==3.7.1 \\", f"    --hash=sha256:{sums['triton']}"]
+    assert "torch-cu130.lock stays as it is" in capsys.readouterr().out and (tmp_path / "locks/torch-cu130.lock").read_text() == "mine\n"
+
+
+@pytest.mark.parametrize("index_has", ["the locked torch", "another torch"])
+def test_the_locks_of_two_indexes_are_installed_by_a_real_pip(indexes, tmp_path, index_has):
+    """The step of the Dockerfile for `cu126`. A wheel that was exchanged since stops it."""
+    sums = indexes["sums"]
+    if index_has == "another torch": tiny_wheel(indexes["web"] / "whl/cu126/torch", "torch", "2.13.0+cu126", "changed since")
+    (tmp_path / "locks").mkdir()
+    (tmp_path / "locks/torch-cu126.lock").write_text(f"torch==2.13.0+cu126 --hash=sha256:{sums['torch']}\n")
+    (tmp_path / "locks/cuda-cu126.lock").write_text(f"triton==3.7.1 --hash=sha256:{sums['triton']}\n")
+    (tmp_path / "pip").write_text(f'#!/bin/sh\nexec {sys.executable} -m pip "$@" --target {tmp_path}/site --disable-pip-version-check\n')
+    (tmp_path / "uname").write_text("#!/bin/sh\necho x86_64\n")
+    for program in ("pip", "uname"): (tmp_path / program).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/bin:/usr/bin", "TORCH_INDEX_URL": "cu126", "PIP_INDEX_URL": indexes["usual"], "PIP_CONFIG_FILE": os.devnull, "HOME": str(tmp_path)}
+    done = subprocess.run(["sh", "-c", dockerfile_step("case", indexes["docker"])], cwd=tmp_path, env=env, capture_output=True, text=True)
+    if index_has == "another torch":
+        assert done.returncode and "DO NOT MATCH THE HASHES" in done.stderr and not (tmp_path / "site").exists()
+    else:
+        assert not done.returncode, done.stderr
+        assert {n: (tmp_path / f"site/{n}.py").read_text() for n in sums} == {"torch": "said = 'torch of its index'\n", "triton": "said = 'triton of the usual index'\n"}
 
 
 def test_each_lock_of_torch_is_whole():
-    """torch of the Dockerfile's version and what only it needs, each with its hashes; the CUDA ones with NVIDIA's libraries."""
+    """torch of the Dockerfile's version and what only it needs, each with its hashes; the CUDA ones with NVIDIA's libraries. Every name has one."""
     pin = lock.torch_pin((ROOT / "Dockerfile").read_text())
-    found = {path.stem.removeprefix("torch-"): bundle.locked_versions(path.read_text()) for path in (ROOT / "locks").glob("torch-*")}
-    assert {"cpu", "pypi"} <= set(found) <= set(lock.WHEELS)
-    for name, locked in found.items():
-        assert f"torch=={locked['torch'].partition('+')[0]}" == pin and ("triton" in locked) == (name != "cpu"), name
-        assert any(package.startswith("nvidia-cublas") for package in locked) == (name != "cpu"), name
+    assert {path.stem for path in (ROOT / "locks").glob("torch-*")} == {f"torch-{name}" for name in deploy_plan.WHEELS} and lock.WHEELS == deploy_plan.WHEELS
+    for name in deploy_plan.WHEELS:
+        files = [path for path in (ROOT / f"locks/torch-{name}.lock", ROOT / f"locks/cuda-{name}.lock") if path.exists()]
+        texts = [path.read_text() for path in files]
+        blocks = re.findall(r"(?m)^[^#\s].*(?:\n[ \t]+.*)*", "".join(texts))
+        assert all(re.search(r"--hash=sha256:[0-9a-f]{64}$", block) for block in blocks), name
+        locked = {package: version for text in texts for package, version in bundle.locked_versions(text).items()}
+        assert locked["torch"] == pin.removeprefix("torch==") + ("" if name == "pypi" else f"+{name}") and len(blocks) == len(locked)
+        assert ("triton" in locked) == (name != "cpu") == any(package.startswith("nvidia-cublas") for package in locked), name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["torch-pypi", "openvino"])
+@pytest.mark.parametrize("name", ["torch-pypi", "cuda-cu126", "cuda-cu130", "openvino"])
 def test_a_lock_has_the_hashes_of_its_index(name):
-    """What the index offers today under the locked versions has the locked hashes. The index of the other wheels cannot be asked everywhere."""
+    """What PyPI offers today under the locked versions has the locked hashes, and needs nothing that is not locked. torch's own index cannot be
+    asked everywhere."""
     text = (ROOT / f"locks/{name}.lock").read_text()
     try: lock.compiled("packaging")
     except RuntimeError as e: pytest.skip(f"no package index: {e}")
-    pins = "\n".join(f"{package}=={version}" for package, version in bundle.locked_versions(text).items())
-    offered = set(re.findall("sha256:[0-9a-f]{64}", "\n".join(lock.compiled(pins))))
-    assert set(re.findall("sha256:[0-9a-f]{64}", text)) <= offered
+    blocks = re.findall(r"(?m)^[^#\s].*(?:\n[ \t]+.*)*", text)
+    offered = lock.compiled("\n".join(block.partition(" ")[0] for block in blocks))
+    assert set(re.findall("sha256:[0-9a-f]{64}", "".join(blocks))) <= set(re.findall("sha256:[0-9a-f]{64}", "".join(offered)))
+    elsewhere = bundle.locked_versions((ROOT / "requirements.lock").read_text())
+    assert {lock.named(block) for block in offered} - set(elsewhere) == {lock.named(block) for block in blocks}
 
 
 def test_the_base_is_named_by_its_digest(tmp_path, monkeypatch):
@@ -432,7 +542,7 @@ def test_files_that_must_stay_at_home_do(tree):
     assert set(bundle.upload_set(tree)) == set(FILES) | {"Dockerfile"}
 
 
-@pytest.mark.parametrize("args", [["--space-id", "aura"], ["--origins", "my.site"], ["--origins", "*"], ["--var", "A"], ["--model", "model.ckpt"], ["--secret", "NOT_SET"], ["--spaceid", "x"],
+@pytest.mark.parametrize("args", [["--space-id", "aura"], ["--prove", "--no-wait"], ["--prove", "--smoke", "none"], ["--origins", "my.site"], ["--origins", "*"], ["--var", "A"], ["--model", "model.ckpt"], ["--secret", "NOT_SET"], ["--spaceid", "x"],
                                   ["--preset", "t9"], ["--var", "SD_DEVCE=cuda"], ["--var", "TORCH_COMPLIE=1"], ["--var", "ALOW_ORIGINS=x"], ["--var", "EXTRA_PACKAGE=x"], ["--var", "SD_PRECISION=fp99"], ["--model", "black-forest-labs/FLUX.1-dev"],
                                   ["--var", "SD_MODEL_ID=someone/else"], ["--var", "ALLOW_ORIGINS=*"], ["--var", "ALLOW_ORIGINS=https://a.b,*"], ["--secret", "ALLOW_ORIGINS"],
                                   ["--var", "TORCH_INDEX_URL=nonsense"], ["--var", "TORCH_INDEX_URL=http://my.wheels/cpu"], ["--var", "EXTRA_PACKAGES=--pre x"], ["--var", "BASE_IMAGE=a b"], ["--secret", "EXTRA_PACKAGES"],
@@ -1033,6 +1143,17 @@ def test_a_preset_that_is_rolled_back_gives_its_hardware_back(hub, tree):
     edit(tree, "FAIL_RUN")
     assert "costs" not in call(hub, tree, *GPU, code=27).splitlines()[-1]
     assert state_of(space) == before
+
+
+@pytest.mark.parametrize("wheels, codes", [("cu126", (27, 0)), ("https://my.wheels/too-new", (7, 8))])
+def test_what_comes_back_on_a_gpu_has_to_use_it(hub, tree, wheels, codes):
+    """After a rollback, by itself and by hand. Some wheels are too new for a driver, and draw on the CPU at a GPU's price."""
+    space = running(hub, tree, hardware="t4-small", sleep_time=600, variables=rows(TORCH_INDEX_URL=wheels))
+    first, wrong = space.head, "t4-small has a GPU, but the engine answers device: cpu"
+    edit(tree, "FAIL_RUN")
+    out = call(hub, tree, code=codes[0])
+    assert (f"was put back and fails its test: {wrong}" if codes[1] else f"{first[:12]}, is back and answers") in out and space.tree == space.commits[first]
+    assert (wrong in call(hub, tree, "--rollback-to", first, code=codes[1])) == bool(codes[1])
 
 
 def test_a_checkout_with_crlf(hub, tree):

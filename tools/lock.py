@@ -1,9 +1,10 @@
 """The locks: every package of the image by version and hash, so that the same commit builds the same image next year.
 
 `python tools/lock.py` writes requirements.lock anew from requirements.txt, with uv, for Python 3.11 on Linux. torch and what
-only torch needs depend on the hardware. They are in locks/, a file for each index of torch's wheels that could be asked; the
-others stay as they are, and the Dockerfile installs wheels without a lock by version. So are the extras that an image may have
-(OpenVINO), with what they need beside requirements.lock. Where skopeo or docker is installed, the Dockerfile's base image gets
+only torch needs depend on the hardware. They are in locks/: torch-NAME.lock for each index of torch's wheels, and cuda-NAME.lock
+for what that torch needs from the usual index. Where an index cannot be asked, its locks stay as they are, and the Dockerfile
+installs wheels without a lock by version. The extras that an image may have (OpenVINO) are there, too, with what they need beside
+requirements.lock. Where skopeo or docker is installed, the Dockerfile's base image gets
 its digest of today. `python tools/lock.py sbom` writes all packages of the CPU image as CycloneDX JSON into build/sbom.json.
 """
 import configparser, datetime, os, re, shutil, subprocess, sys
@@ -12,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PLATFORM = ["--python-version", "3.11", "--python-platform", "x86_64-manylinux_2_28"]
 OF_TORCH = re.compile(r"(torch|triton|nvidia-[\w-]+|cuda-[\w-]+)==")         # they come with torch's own wheels
-WHEELS = ("cpu", "cu126", "pypi")           # names that TORCH_INDEX_URL may have in the Dockerfile; pypi is pip's usual index
+WHEELS = ("cpu", "cu126", "cu130", "pypi")  # names that TORCH_INDEX_URL may have in the Dockerfile; pypi is pip's usual index
 
 
 EXTRAS = ("openvino",)                      # words that EXTRA_PACKAGES may have; the extras of these names in settings.ini
@@ -26,7 +27,7 @@ def torch_pin(dockerfile):
 def torch_index(dockerfile, name):
     """The address of the index with the wheels called `name`, as the Dockerfile makes it; None for pip's usual one."""
     if name == "pypi": return None
-    address, = re.findall(r'index="(https.*?)\$TORCH_INDEX_URL"', dockerfile)
+    address, = re.findall(r'index="(http.*?)\$TORCH_INDEX_URL"', dockerfile)
     return address + name
 
 
@@ -50,16 +51,38 @@ def lock_text(blocks, today, what):
     return head + "\n".join(blocks) + "\n"
 
 
+def write_lock(name, blocks, today, what):
+    """locks/NAME.lock; a line about it."""
+    (ROOT / f"locks/{name}.lock").write_text(lock_text(blocks, today, what))
+    print(f"{name}.lock is written")
+
+
+def torch_blocks(dockerfile, name):
+    """What torch's wheels called `name` need, torch by itself: (its block, the others'). RuntimeError when the index does not have it.
+
+    torch's own index may have other files under the names of the others: those are looked up in the usual one."""
+    blocks = [b for b in compiled(torch_pin(dockerfile), torch_index(dockerfile, name)) if OF_TORCH.match(b)]
+    torch = [block for block in blocks if named(block) == "torch"]
+    # uv goes on to the usual index for what the first one lacks; its torch has no "+cu126" in its version.
+    if name != "pypi" and f"+{name}" not in torch[0]: raise RuntimeError(f"no torch of {name}")
+    pins = [re.split(r"[\s;]", block)[0] for block in blocks if block not in torch]
+    return torch, compiled("\n".join(pins)) if pins else []
+
+
 def write_torch_locks(dockerfile, today):
-    """locks/torch-NAME.lock for each index that answers; a line for each."""
+    """locks/torch-NAME.lock for each index that answers, and locks/cuda-NAME.lock for what its torch needs; a line for each."""
     for name in WHEELS:
-        path = ROOT / f"locks/torch-{name}.lock"
-        try: blocks = compiled(torch_pin(dockerfile), torch_index(dockerfile, name))
+        try: torch, others = torch_blocks(dockerfile, name)
         except RuntimeError:
-            print(f"{path.name} {'stays as it is' if path.exists() else 'is not there'}: its index does not answer")
+            path = ROOT / f"locks/torch-{name}.lock"
+            print(f"{path.name} {'stays as it is' if path.exists() else 'is not there'}: its index does not answer, or lacks {torch_pin(dockerfile)}")
             continue
-        path.write_text(lock_text(filter(OF_TORCH.match, blocks), today, f"torch's wheels called {name}."))
-        print(f"{path.name} is written")
+        if name == "pypi":
+            write_lock(f"torch-{name}", sorted(torch + others), today, f"torch's wheels called {name}.")
+            continue
+        write_lock(f"torch-{name}", torch, today, f"torch's wheel called {name}, from its own index.")
+        what = f"What torch's wheel called {name} needs, from pip's usual index."
+        if others: write_lock(f"cuda-{name}", others, today, what)
 
 
 def named(block):
@@ -79,9 +102,7 @@ def extra_blocks(name, lock):
 def write_extra_locks(lock, today):
     """locks/NAME.lock for each extra that an image may have."""
     for name in EXTRAS:
-        text = lock_text(extra_blocks(name, lock), today, f"{name}, and what it needs beside requirements.lock.")
-        (ROOT / f"locks/{name}.lock").write_text(text)
-        print(f"{name}.lock is written")
+        write_lock(name, extra_blocks(name, lock), today, f"{name}, and what it needs beside requirements.lock.")
 
 
 BASE = re.compile(r"(?m)^ARG BASE_IMAGE=([\w.:/-]+)@(sha256:[0-9a-f]{64})$")
