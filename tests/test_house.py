@@ -263,7 +263,7 @@ def docker_problems(root=ROOT):
         out += [f"COPY {s}: not in the repository" for s in sources if not (root / s).exists()]
         out += [f"COPY {s}: .dockerignore keeps it out" for s in sources if not any(fnmatch(s, a) for a in allowed)]
     pin = re.search(r"torch==[\d.]+", (root / "Makefile").read_text(encoding="utf-8"))[0]
-    for want in ("EXPOSE 7860", "USER 1000", 'CMD ["python", "app.py"]', f"set -- {pin};", "ARG TORCH_INDEX_URL="):
+    for want in ("EXPOSE 7860", "USER 1000", 'CMD ["python", "app.py"]', f"--no-cache-dir {pin};", "ARG TORCH_INDEX_URL="):
         if want not in text: out.append(f"Dockerfile lacks {want!r}")
     return out
 
