@@ -14,6 +14,7 @@ import numpy as np, torch
 from . import __version__
 from .batching import write_whole
 from .config import Settings
+from .downloads import read_small
 from .loader import Components, has_bf16
 from .optimize import SMALL, can_openvino, optimize, size_of
 from .precision import model_threads, processor
@@ -206,7 +207,7 @@ class TrialsFile:
         try:
             rows = [weighed_from(row) for row in self._all().get(name, ())]
             return rows if rows and rows[0].candidate == REFERENCE else []
-        except (TypeError, ValueError, KeyError): return []
+        except (TypeError, ValueError, KeyError, OverflowError): return []
 
     def write(self, name: str, rows: Sequence[Weighed]) -> None:
         "Keep rows; a disk that is full or read-only means that the next start measures again."
@@ -217,7 +218,7 @@ class TrialsFile:
         except OSError as e: log.warning("measured precisions could not be kept", extra={"reason": e.strerror})
 
     def _all(self) -> dict[str, Any]:
-        try: data = json.loads(self.path.read_text())
+        try: data = json.loads(read_small(self.path))
         except (OSError, ValueError, RecursionError): return {}
         return data if isinstance(data, dict) else {}
 
