@@ -4,17 +4,19 @@
 
 # %% ../nbs/07_batching.ipynb #6a5fb9b1
 from __future__ import annotations
-import json, math, time, uuid
+import json, time, uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from .downloads import read_small
 
 # %% auto #0
-__all__ = ['BUCKETS', 'Key', 'MOST_KEYS', 'AGEING', 'E', 'OWES_MORE', 'GUEST_SLOWS', 'Curve', 'corrected', 'area',
-           'forget_oldest', 'Curves', 'Beginnings', 'StepCost', 'median_of_calls', 'measure_curve', 'curve_from',
-           'write_whole', 'read_curves', 'CurveFile', 'Entry', 'remaining', 'predict', 'urgency', 'mates_of', 'rows_in',
-           'room_for', 'choose', 'work', 'eta']
+__all__ = ['BUCKETS', 'Key', 'MOST_KEYS', 'GROWTH', 'LONGEST', 'AGEING', 'E', 'OWES_MORE', 'GUEST_SLOWS', 'Curve', 'corrected',
+           'area', 'forget_oldest', 'Curves', 'Beginnings', 'StepCost', 'median_of_calls', 'smoothed', 'measure_curve',
+           'curve_from', 'write_whole', 'read_curves', 'CurveFile', 'Entry', 'remaining', 'predict', 'urgency',
+           'mates_of', 'rows_in', 'room_for', 'choose', 'work', 'eta']
 
 # %% ../nbs/07_batching.ipynb #f5d2786e
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
@@ -127,6 +129,18 @@ def median_of_calls(call: Callable[[int], Any], rows: int, repeats: int,
     return sorted(times)[len(times) // 2]
 
 # %% ../nbs/07_batching.ipynb #9f2fc906
+GROWTH = 4.0                                        # most that a call may take longer for twice the rows
+LONGEST = 24 * 3600.0                               # seconds that a call may take
+
+def smoothed(curve: dict[int, float]) -> Curve:
+    "A measured curve without what a busy machine did to it: it grows with the rows, and not too fast."
+    out: dict[int, float] = {}
+    for b in curve:
+        least = min(s for c, s in curve.items() if c >= b)
+        out[b] = min(least, GROWTH * out.get(b // 2, least))
+    return Curve(out)
+
+# %% ../nbs/07_batching.ipynb #55a90948
 def measure_curve(call: Callable[[int], Any], most: int, repeats: int = 3,
                   clock: Callable[[], float] = time.perf_counter) -> Curve:
     "Median seconds of `call(rows)` for buckets up to `most`."
@@ -140,26 +154,27 @@ def measure_curve(call: Callable[[int], Any], most: int, repeats: int = 3,
         except torch.OutOfMemoryError: break
         half = curve.get(b // 2)
         if half and half > 0.5 and curve[b] > 0.95 * 2 * half: break
-    smooth = {b: min(s for c, s in curve.items() if c >= b) for b in curve}
-    return Curve(smooth or {1: 1.0})
+    return smoothed(curve or {1: 1.0})
 
 # %% ../nbs/07_batching.ipynb #0e02f7fc
 def curve_from(data: Any) -> Curve | None:
-    "A curve as JSON holds it: positive seconds for the buckets 1, 2, 4 … in order. None: this cannot be one."
-    if not isinstance(data, dict): return None
-    try: curve = Curve({int(b): float(s) for b, s in data.items()})
-    except (TypeError, ValueError): return None
-    sizes = tuple(curve)
-    in_order = bool(sizes) and sizes == BUCKETS[:len(sizes)]
-    return curve if in_order and all(0 < s < math.inf for s in curve.values()) else None
+    "A curve as JSON holds it: growing seconds for the buckets 1, 2, 4 … in order. None: this cannot be one."
+    if not isinstance(data, dict) or not data: return None
+    seconds = list(data.values())
+    if list(data) != [str(b) for b in BUCKETS[:len(data)]]: return None
+    if not all(type(s) in (int, float) and 0 < s < LONGEST for s in seconds): return None
+    if not all(a <= b <= GROWTH * a for a, b in zip(seconds, seconds[1:])): return None
+    return Curve(zip(BUCKETS, map(float, seconds)))
 
 # %% ../nbs/07_batching.ipynb #e1c7fc1f
 def write_whole(path: Path, text: str) -> None:
     "Write `text` to `path`; a reader sees the old file or the new one. OSError leaves no part behind."
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in path.parent.glob(f"{path.name}.*.part"):
-        # of a process that died
-        if time.time() - old.stat().st_mtime > 3600: old.unlink(missing_ok=True)
+        with suppress(OSError):                     # another server deletes it too
+            # of a process that died
+            if time.time() - old.stat().st_mtime > 3600: old.unlink()
+    with suppress(OSError): path.rmdir()            # an empty folder, as a container makes for a missing mount
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
         part.write_text(text)
@@ -169,7 +184,7 @@ def write_whole(path: Path, text: str) -> None:
 # %% ../nbs/07_batching.ipynb #6e90ed0b
 def read_curves(path: Path) -> tuple[dict[str, Curve], bool]:
     "The curves that a JSON file holds, oldest first, and whether the file was whole."
-    try: data = json.loads(path.read_text())
+    try: data = json.loads(read_small(path))
     except FileNotFoundError: return {}, True
     except (OSError, ValueError, RecursionError): return {}, False
     if not isinstance(data, dict): return {}, False
@@ -206,7 +221,8 @@ class CurveFile:
     def _write(self, curves: dict[str, Curve]) -> None:
         try: write_whole(self.path, json.dumps(curves))
         except OSError as e:
-            self._note(f"measured times could not be kept ({e.strerror}); every start measures again")
+            said = f"{self.path.name} in the cache could not be written ({e.strerror})"
+            self._note(f"{said}: measured times are not kept, and every start measures again")
 
     def _note(self, text: str) -> None:
         if text not in self.notes: self.notes.append(text)

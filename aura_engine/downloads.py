@@ -4,12 +4,12 @@
 
 # %% ../nbs/04a_downloads.ipynb #a550a7d2
 from __future__ import annotations
-import errno, hashlib, logging, os, time
+import errno, hashlib, logging, os, stat, time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from .models import WITHDRAWN, WITHDRAWN_WORDS
 from .types import AuraError, ModelError
 
@@ -19,8 +19,8 @@ T = TypeVar("T")
 # %% auto #0
 __all__ = ['log', 'T', 'CAUSES', 'STATUSES', 'MEANINGS', 'DISK_FULL', 'FORBIDDEN', 'BUSY', 'SHA256', 'Want', 'Unusable', 'causes',
            'class_names', 'response_of', 'forbidden', 'proxy_trouble', 'true_cause', 'blame', 'Progress', 'bar_for',
-           'passing', 'patiently', 'Blob', 'blob_of', 'go_on', 'get_file', 'sha256_of', 'file_sizes', 'names_in',
-           'fetch']
+           'passing', 'patiently', 'Blob', 'blob_of', 'go_on', 'get_file', 'open_file', 'sha256_of', 'read_small',
+           'file_sizes', 'names_in', 'fetch']
 
 # %% ../nbs/04a_downloads.ipynb #cfc0690b
 class Unusable(Exception):
@@ -267,9 +267,25 @@ def get_file(repo: str, name: str, revision: str | None, progress: Progress) -> 
     raise Unusable(f"{name} arrives damaged: its content does not have the hash that the Hub gives for it")
 
 # %% ../nbs/04a_downloads.ipynb #f8a6f74c
+def open_file(path: Path) -> BinaryIO:
+    "Open an ordinary file for reading. OSError where something else has its name."
+    now = getattr(os, "O_NONBLOCK", 0)                      # Windows has no pipes among its files
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | now))
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode): return file
+    file.close()
+    raise OSError(errno.EINVAL, "not a file")
+
+# %% ../nbs/04a_downloads.ipynb #7126cf92
 def sha256_of(path: Path) -> str:
-    "The SHA-256 of a file's bytes, in hex."
-    with path.open("rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    "The SHA-256 of a file's bytes, in hex. OSError where there is no file."
+    with open_file(path) as f: return hashlib.file_digest(f, "sha256").hexdigest()
+
+# %% ../nbs/04a_downloads.ipynb #b61397ac
+def read_small(path: Path, most: int = 2**20) -> str:
+    "The text of a file of at most `most` bytes. OSError, ValueError: it is none."
+    with open_file(path) as f: data = f.read(most + 1)
+    if len(data) > most: raise ValueError(f"more than {most} bytes")
+    return data.decode()
 
 # %% ../nbs/04a_downloads.ipynb #244e89ff
 Want = Callable[[list[str], Path], list[str]]     # (names of the files there are, folder) -> names of those to read

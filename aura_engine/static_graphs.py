@@ -4,11 +4,12 @@
 
 # %% ../nbs/05c_static_graphs.ipynb #97712ded
 from __future__ import annotations
-import hashlib, logging, os, platform, shutil, sys, tempfile, threading, time, warnings
+import hashlib, logging, os, platform, shutil, stat, sys, tempfile, threading, time, warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
+from functools import cache
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,7 @@ from uuid import uuid4
 
 import psutil, torch
 from torch import nn
-from .downloads import sha256_of
+from .downloads import read_small, sha256_of
 from .packing import summed
 from .reader import quiet
 from .unet_input import UNetInput
@@ -26,12 +27,13 @@ log = logging.getLogger("aura_engine")
 
 # %% auto #0
 __all__ = ['log', 'DECODER', 'SAMPLES', 'GRAPH', 'WEIGHTS', 'DIGESTS', 'ABANDONED', 'UNUSED', 'PAIR', 'MOST_GRAPHS', 'MOST_BYTES',
-           'DAMAGED', 'UNSAVED', 'Shapes', 'EXACT', 'HALF', 'ONE_AT_A_TIME', 'LIMITS', 'AT_LEAST', 'AT_MOST',
-           'COMPILING', 'input_names', 'Traced', 'example_inputs', 'projected', 'cache_folder', 'fingerprint',
-           'saved_graph', 'digests', 'is_whole_graph', 'weight_bytes', 'save_graph', 'whole_weights', 'Stored',
-           'stored_in', 'left_over', 'tidy', 'read_graph', 'hushed', 'convert', 'doubled_before', 'bias_after',
-           'double_graph', 'memory_limit', 'Earned', 'Held', 'infer', 'Compiler', 'StaticGraphs', 'Graphs',
-           'OpenVINOUNet', 'OpenVINODecode', 'quantize', 'HeardGraphs']
+           'DAMAGED', 'PATIENCE', 'UNSAVED', 'Shapes', 'EXACT', 'HALF', 'ONE_AT_A_TIME', 'LIMITS', 'AT_LEAST',
+           'AT_MOST', 'COMPILING', 'input_names', 'Traced', 'example_inputs', 'projected', 'cache_folder',
+           'temporary_folder', 'fingerprint', 'saved_graph', 'digests', 'is_whole_graph', 'weight_bytes', 'save_graph',
+           'whole_weights', 'Stored', 'discard', 'stored_in', 'left_over', 'tidy', 'read_graph', 'hushed', 'take_lock',
+           'alone', 'converted', 'convert', 'doubled_before', 'bias_after', 'double_graph', 'memory_limit', 'Earned',
+           'Held', 'infer', 'Compiler', 'StaticGraphs', 'Graphs', 'OpenVINOUNet', 'OpenVINODecode', 'quantize',
+           'HeardGraphs']
 
 # %% ../nbs/05c_static_graphs.ipynb #e8b71b61
 DECODER = ("z",)
@@ -87,12 +89,24 @@ def projected(model: Any) -> Iterator[None]:
 # %% ../nbs/05c_static_graphs.ipynb #45dcd14b
 def cache_folder() -> Path:
     "Where things made once are kept: $XDG_CACHE_HOME/aura_engine, or a temporary folder when that cannot be written."
-    elsewhere = Path(tempfile.gettempdir()) / "aura_engine"
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aura_engine"
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError): return elsewhere           # a user of a container may have no home at all
-    return folder if os.access(folder, os.W_OK) else elsewhere
+    except (OSError, RuntimeError): return temporary_folder()  # a user of a container may have no home at all
+    return folder if os.access(folder, os.W_OK) else temporary_folder()
+
+@cache
+def temporary_folder() -> Path:
+    "A folder of this user below the system's temporary one. Others may have taken its name; what they put there is not read."
+    user = getattr(os, "getuid", int)()                        # Windows has a temporary folder for each user
+    folder = Path(tempfile.gettempdir()) / f"aura_engine-{user}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        known = folder.lstat()
+        if stat.S_ISDIR(known.st_mode) and known.st_uid == user: return folder
+    except OSError: pass
+    try: return Path(tempfile.mkdtemp(prefix="aura_engine-"))
+    except OSError: return folder                              # a disk that is full: nothing will be kept
 
 # %% ../nbs/05c_static_graphs.ipynb #24292da9
 SAMPLES = 64                                     # values of each tensor that a fingerprint looks at
@@ -122,7 +136,7 @@ def digests(saved: Path) -> str:
 
 def is_whole_graph(saved: Path) -> bool:
     "Whether a saved graph is what was once written."
-    try: return (saved / DIGESTS).read_text() == digests(saved)
+    try: return read_small(saved / DIGESTS) == digests(saved)
     except (OSError, ValueError): return False
 
 # %% ../nbs/05c_static_graphs.ipynb #3c5ed270
@@ -164,14 +178,20 @@ class Stored:
 
     def delete(self) -> None:
         "Remove it. Another server may be doing the same."
-        if self.path.is_dir(): return shutil.rmtree(self.path, ignore_errors=True)
-        with suppress(OSError): self.path.unlink()
+        discard(self.path)
+
+def discard(path: Path) -> None:
+    "Delete a folder, a file or what else has this name, as far as it can be."
+    if path.is_dir() and not path.is_symlink(): return shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError): path.unlink()
 
 # %% ../nbs/05c_static_graphs.ipynb #af83c4a1
 def stored_in(folder: Path) -> list[Stored]:
-    "What is in a folder of graphs, latest use first."
+    "What is in a folder of graphs, latest use first; nothing if it cannot be read."
     found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
+    try: paths = list(folder.iterdir())
+    except OSError: return []
+    for path in paths:
         with suppress(OSError):                      # another server has just deleted it
             files = path.iterdir() if path.is_dir() else (path,)
             size = sum(file.stat().st_size for file in files)
@@ -212,11 +232,11 @@ DAMAGED = "a saved OpenVINO graph was damaged; it was deleted and made again"
 def read_graph(saved: Path, notes: list[str]) -> Any:
     "A saved graph, or None when there is none or it is damaged. A damaged one is deleted and noted."
     import openvino as ov
-    if not saved.exists(): return None
+    if not os.path.lexists(saved): return None
     if is_whole_graph(saved):
-        os.utime(saved)
+        with suppress(OSError): os.utime(saved)                # it may belong to another user
         return ov.Core().read_model(saved / GRAPH)
-    shutil.rmtree(saved, ignore_errors=True)
+    discard(saved)
     if DAMAGED not in notes: notes.append(DAMAGED)
     log.warning("a saved graph is damaged", extra={"graph": saved.name})
     return None
@@ -229,16 +249,41 @@ def hushed() -> Iterator[None]:
         warnings.simplefilter("ignore")
         yield
 
-# %% ../nbs/05c_static_graphs.ipynb #6026c110
-UNSAVED = "a converted OpenVINO graph could not be saved; every start converts it again"
+# %% ../nbs/05c_static_graphs.ipynb #ebff1d75
+PATIENCE = 600.0                                 # seconds
 
+def take_lock(file: int, patience: float) -> bool:
+    "Lock an open file for this process; False after `patience` seconds, or where that is not possible."
+    try: import fcntl
+    except ImportError: return False             # Windows
+    end = time.monotonic() + patience
+    while True:
+        try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError: pass
+        except OSError: return False             # some network disks
+        else: return True
+        if time.monotonic() > end: return False
+        time.sleep(0.2)
+
+# %% ../nbs/05c_static_graphs.ipynb #cc0a69d8
+@contextmanager
+def alone(path: Path, patience: float = PATIENCE) -> Iterator[None]:
+    "Hold the lock of a file while the block runs. Without it, if it cannot be had."
+    file = None
+    with suppress(OSError):                      # a disk that is full, or cannot be written
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0))
+    try:
+        if file is not None: take_lock(file, patience)
+        yield
+    finally:
+        if file is not None: os.close(file)
+
+# %% ../nbs/05c_static_graphs.ipynb #7dbf92d7
 @torch.inference_mode()
-def convert(module: Any, names: tuple[str, ...], notes: list[str], folder: Path | None = None) -> Any:
-    "A UNet or VAE (fp32, CPU) as an OpenVINO model with inputs `names`: as it was saved, else converted and saved."
+def converted(module: Any, names: tuple[str, ...]) -> Any:
+    "A UNet or VAE (fp32, CPU) as an OpenVINO model with inputs `names`."
     import openvino as ov
-    saved = saved_graph(module, names, folder)
-    found = read_graph(saved, notes)
-    if found is not None: return found
     start = time.monotonic()
     example = example_inputs(module, names)
     whole = module if module.dtype == torch.float32 else module.float()
@@ -246,10 +291,24 @@ def convert(module: Any, names: tuple[str, ...], notes: list[str], folder: Path 
         model = ov.convert_model(Traced(whole, names), example_input=example)
     for port, name in zip(model.inputs, names): port.get_tensor().set_names({name})
     log.info("converted for OpenVINO", extra={"seconds": round(time.monotonic() - start, 1)})
-    try: save_graph(model, saved)
-    except (OSError, RuntimeError) as e:
-        log.warning("a converted graph could not be saved", extra={"reason": str(e)[:200]})
-        if UNSAVED not in notes: notes.append(UNSAVED)
+    return model
+
+# %% ../nbs/05c_static_graphs.ipynb #6026c110
+UNSAVED = "a converted OpenVINO graph could not be saved; every start converts it again"
+
+def convert(module: Any, names: tuple[str, ...], notes: list[str], folder: Path | None = None) -> Any:
+    "A UNet or VAE as an OpenVINO model: as it was saved, else converted and saved."
+    saved = saved_graph(module, names, folder)
+    found = read_graph(saved, notes)
+    if found is not None: return found
+    with alone(saved.with_name(f"{saved.name}.lock")):
+        found = read_graph(saved, notes)         # another server may have made it meanwhile
+        if found is not None: return found
+        model = converted(module, names)
+        try: save_graph(model, saved)
+        except (OSError, RuntimeError) as e:
+            log.warning("a converted graph could not be saved", extra={"reason": str(e)[:200]})
+            if UNSAVED not in notes: notes.append(UNSAVED)
     return model
 
 # %% ../nbs/05c_static_graphs.ipynb #e6bc65fe

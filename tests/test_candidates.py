@@ -75,7 +75,9 @@ def test_what_is_measured_is_kept_and_followed(loaded, file, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["", "[]", "{", '{"NAME": 1}', '{"NAME": [1]}', '{"NAME": [{"backend": "torch", "precision": "fp32", "seconds": 0, "psnr": 99, "company": 0}]}',
-                                    '{"NAME": [{"backend": "torch", "precision": "bf16", "seconds": 1, "psnr": 50, "company": 0}]}'])
+                                    '{"NAME": [{"backend": "torch", "precision": "bf16", "seconds": 1, "psnr": 50, "company": 0}]}',
+                                    '{"NAME": [{"backend": "torch", "precision": "fp32", "seconds": 1, "psnr": 99, "company": 1e999}]}',
+                                    '{"NAME": [{"backend": "torch", "precision": "fp32", "seconds": 1%s, "psnr": 99, "company": 0}]}' % ("0" * 400)])
 def test_a_damaged_file_is_one_measurement(file, damage):
     file.path.write_text(damage.replace("NAME", "name"))
     assert file.read("name") == []

@@ -272,7 +272,7 @@ def little(tmp_path_factory):
     return model
 
 
-@pytest.mark.parametrize("damage", ["half zeros", "cut", "empty", "no digest", "no weights"])
+@pytest.mark.parametrize("damage", ["half zeros", "cut", "empty", "no digest", "no weights", "a pipe", "a folder", "a file", "a loop"])
 def test_a_damaged_graph_is_deleted_and_told(little, tmp_path, damage):
     """Power cuts and full disks leave such files."""
     saved = tmp_path / "a"
@@ -284,6 +284,12 @@ def test_a_damaged_graph_is_deleted_and_told(little, tmp_path, damage):
     elif damage == "cut": weights.write_bytes(data[:100])
     elif damage == "empty": (saved / "graph.xml").write_bytes(b"")
     elif damage == "no digest": (saved / "graph.sha256").unlink()
+    elif damage in ("a pipe", "a folder"):
+        (saved / "graph.sha256").unlink()
+        os.mkfifo(saved / "graph.sha256") if damage == "a pipe" else (saved / "graph.sha256").mkdir()
+    elif damage in ("a file", "a loop"):
+        saved.rename(tmp_path.with_name(f"{tmp_path.name} kept"))
+        saved.write_bytes(data) if damage == "a file" else saved.symlink_to(saved)
     else: weights.unlink()
     assert static_graphs.read_graph(saved, notes) is None
     assert notes == ["a saved OpenVINO graph was damaged; it was deleted and made again"] and list(tmp_path.iterdir()) == []

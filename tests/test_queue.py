@@ -1,6 +1,8 @@
 """The line of the engine: whose turn it is, what is promised, what a flood can do, and files that are damaged."""
 import json
+import os
 import random
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +13,7 @@ import pytest
 from PIL import Image as Pillow
 
 from aura_engine.batching import CurveFile, Entry, StepCost, choose, curve_from, read_curves, urgency, work
+from aura_engine.candidates import TrialsFile, Weighed
 from aura_engine.config import load_settings
 from aura_engine.engine import Engine
 from aura_engine.jobs import PREVIEW_BYTES, Job
@@ -206,7 +209,9 @@ def test_health_knows_the_models_limits(engine):
 
 DAMAGE = {"a list": "[]", "null": "null", "no number": '{"1": "x"}', "a curve without numbers": '{"a": {"1": "x"}}', "cut": '{"a": {"1": 0.',
           "empty": "", "zeros": "\0" * 4096, "deep": "[" * 100_000, "negative": '{"a": {"1": -1}}', "infinite": '{"a": {"1": Infinity}}',
-          "a gap": '{"a": {"1": 1, "4": 2}}', "not text": b"\xff\xfe\xff"}
+          "a gap": '{"a": {"1": 1, "4": 2}}', "not text": b"\xff\xfe\xff", "absurd later": '{"a": {"1": 0.5, "2": 900}}',
+          "falling": '{"a": {"1": 0.5, "2": 0.1}}', "a number of 400 digits": '{"a": {"1": 1%s}}' % ("0" * 400), "texts": '{"a": {"1": "0.5"}}',
+          "huge": b" " * 2**21}
 
 
 @pytest.mark.parametrize("how", DAMAGE)
@@ -236,7 +241,34 @@ def test_the_file_of_curves_keeps_the_newest(tmp_path):
 def test_a_disk_that_takes_nothing_costs_time_only(tmp_path):
     (tmp_path / "file").write_text("in the way")
     file = CurveFile(tmp_path / "file" / "step_cost.json")
-    assert file.curve("ours", lambda rows: None, 2) and "could not be kept" in file.notes[-1]
+    assert file.curve("ours", lambda rows: None, 2) and "measured times are not kept" in file.notes[-1]
+
+
+def in_place_of(path, what):
+    """Put something that is no file where a file should be."""
+    if what == "folder": path.mkdir()
+    elif what == "full folder": (path / "more").mkdir(parents=True)
+    elif what == "pipe": os.mkfifo(path)
+    elif what == "loop": path.symlink_to(path)
+    elif what == "nowhere": path.symlink_to(path.with_name("nothing"))
+    else:
+        with socket.socket(socket.AF_UNIX) as s: s.bind(str(path))
+
+
+@pytest.mark.parametrize("what", ["folder", "full folder", "pipe", "loop", "nowhere", "socket"])
+def test_something_else_in_the_place_of_a_cache_file_heals_or_is_named(tmp_path, what):
+    """None of them is waited for. A folder that holds something is somebody's: it stays, and its name is told."""
+    path = tmp_path / "step_cost.json"
+    in_place_of(path, what)
+    file = CurveFile(path)
+    assert file.curve("ours", lambda rows: None, 2)
+    if what == "full folder": assert any("step_cost.json" in note and "directory" in note for note in file.notes)
+    else: assert path.is_file() and list(read_curves(path)[0]) == ["ours"]
+    trials = TrialsFile(tmp_path / "precision.json")
+    in_place_of(trials.path, what)
+    assert trials.read("ours") == []
+    trials.write("ours", [Weighed("torch", "fp32", 0.5, 99.0, 0)])
+    assert bool(trials.read("ours")) is (what != "full folder")
 
 
 TWO = """
