@@ -97,7 +97,7 @@ def cache_folder() -> Path:
 
 @cache
 def temporary_folder() -> Path:
-    "A folder of this user below the system's temporary one. Others may have taken its name; what they put there is not read."
+    "A folder of this user below the system's temporary one. What others put under its name is not read."
     user = getattr(os, "getuid", int)()                        # Windows has a temporary folder for each user
     folder = Path(tempfile.gettempdir()) / f"aura_engine-{user}"
     try:
