@@ -45,7 +45,8 @@ T = TypeVar("T")
 
 # %% ../nbs/09d_answers.ipynb #18f04fd8
 REASONS = {"queue_full": "rejected", "not_ready": "rejected", "shutting_down": "rejected", "cancelled": "cancelled",
-           "deadline": "timeout", "out_of_memory": "oom", "degenerate_output": "degenerate"}
+           "deadline": "timeout", "out_of_memory": "oom", "degenerate_output": "degenerate",
+           "store_unreachable": "store"}                      # the Redis of 09g
 
 # %% ../nbs/09d_answers.ipynb #afe92bd0
 LONG_WAITS = (.01, .05, .1, .5, 1, 5, 15, 60, 300)             # seconds; the buckets of histograms
@@ -182,6 +183,11 @@ class Order:
     output: Output = Output()
     replays: Receipt | None = None
 
+    def without_starts(self) -> Order:
+        "The same without the pictures to start from: the job has them too, and frees them once they are encoded."
+        pictures = tuple(replace(p, init=None) for p in self.plan.pictures)
+        return replace(self, plan=replace(self.plan, pictures=pictures))
+
     def differs(self, made: Receipt) -> list[str]:
         "Why a replayed picture may differ from the first one."
         return differences(self.replays, made) if self.replays else []
@@ -267,7 +273,7 @@ async def begin(request: Request, ask: Ask, previews: bool = False, revise: Revi
         async with asyncio.timeout(left): order = await attended(request, place_order(api, ask, client, left))
         if revise: order = revise(order, api.row())
         job = api.engine.submit(order.plan, previews=previews, client=client, arrived=arrived)
-        return OrderedJob(job, order)
+        return OrderedJob(job, order.without_starts())
     except TimeoutError: raise DeadlineExceeded("The pictures of this request were not read in time.") from None
     except Invalid as error:
         if isinstance(ask, RefineRequest): raise in_config(error) from None

@@ -19,9 +19,9 @@ T = TypeVar("T")
 
 # %% auto #0
 __all__ = ['T', 'SMALL', 'LARGE', 'LONG', 'VALUES', 'JSON_TYPE', 'REST', 'size_named', 'too_large', 'BodiesFull', 'Arriving',
-           'slowest', 'Arrivals', 'announced', 'read_body', 'hung_up', 'Carved', 'carve', 'parse_json', 'check_type',
-           'read_form', 'PicturesFull', 'DecodeCost', 'DecodeTurn', 'cost_together', 'admit', 'FairPool', 'PictureLine',
-           'give_back_memory']
+           'slowest', 'Arrivals', 'may_give_way', 'announced', 'read_body', 'hung_up', 'Carved', 'carve', 'parse_json',
+           'check_type', 'read_form', 'PicturesFull', 'DecodeCost', 'DecodeTurn', 'cost_together', 'admit', 'FairPool',
+           'PictureLine', 'give_back_memory']
 
 # %% ../nbs/09c_intake.ipynb #0da1155d
 SMALL, LARGE = 64 * 2**10, 32 * 2**20
@@ -91,6 +91,16 @@ class Arrivals:
             self.bodies.discard(victim)
             victim.oust()
 
+# %% ../nbs/09c_intake.ipynb #52532234
+@contextmanager
+def may_give_way(body: Arriving) -> Iterator[None]:
+    "The block reads a body. BodiesFull when the body was ended for the sake of others."
+    try: yield
+    except asyncio.CancelledError:
+        if not body.ousted: raise
+        raise BodiesFull("Other uploads were faster; this one had to give way.", retry_after=5) from None
+    body.task = None
+
 # %% ../nbs/09c_intake.ipynb #47ac366f
 def announced(request: Request, most: int) -> None:
     "Raise TooLarge when the request announces more than `most` bytes."
@@ -101,9 +111,9 @@ def announced(request: Request, most: int) -> None:
 async def read_body(request: Request, most: int, arrivals: Arrivals, body: Arriving) -> bytes:
     "The bytes of a request's body. Raises TooLarge, BodiesFull, or Malformed when the client has left."
     announced(request, most)
-    parts, size = [], 0
-    try:
-        while True:
+    parts, size, more = [], 0, True
+    with may_give_way(body):
+        while more:
             message = await request.receive()
             if message["type"] != "http.request":
                 raise Malformed("The connection ended before the body did.")
@@ -111,11 +121,7 @@ async def read_body(request: Request, most: int, arrivals: Arrivals, body: Arriv
             size += len(parts[-1])
             if size > most: raise too_large(most)
             if size > SMALL: arrivals.add(body, size - body.size)
-            if not message.get("more_body"): break
-    except asyncio.CancelledError:
-        if not body.ousted: raise
-        raise BodiesFull("Other uploads were faster; this one had to give way.", retry_after=5) from None
-    body.task = None
+            more = message.get("more_body", False)
     return b"".join(parts)
 
 # %% ../nbs/09c_intake.ipynb #8ae235fe
@@ -230,7 +236,11 @@ async def read_form(request: Request, most: int, arrivals: Arrivals, body: Arriv
         arrivals.add(body, len(message.get("body", b"")))
         if body.size > most: raise too_large(most)
         return message
-    async with Request(request.scope, receive).form(max_files=files, max_fields=60) as form: yield form
+    upload = Request(request.scope, receive)
+    try:
+        with may_give_way(body): form = await upload.form(max_files=files, max_fields=60)
+        yield form
+    finally: await upload.close()                             # its files
 
 # %% ../nbs/09c_intake.ipynb #b165cf12
 class PicturesFull(QueueFull): "Too many pictures are waiting to be read"

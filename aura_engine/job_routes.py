@@ -6,8 +6,8 @@
 from __future__ import annotations
 import asyncio, re, time, uuid
 from collections import Counter
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from typing import Annotated, Any, Literal
 from fastapi import Request
 from fastapi.responses import EventSourceResponse, JSONResponse, Response
@@ -22,9 +22,9 @@ from .walls import client_behind
 # %% auto #0
 __all__ = ['EVENT', 'GROWING', 'AROUND', 'AnyJob', 'SMALL_ASK', 'MOST_READERS', 'MOST_STREAMS', 'event_bytes', 'KeptEvents',
            'SentLog', 'status_told', 'KeptJob', 'held_by', 'job_address', 'job_progress', 'job_result', 'job_state',
-           'JobsFull', 'ReadersFull', 'StreamsFull', 'first_of_greediest', 'unknown_job', 'JobStore', 'GenerateJob',
-           'RefineJob', 'ReplayJob', 'watch_job', 'kept_ask', 'post_job', 'get_job', 'counted', 'get_job_events',
-           'delete_job']
+           'JobsFull', 'ReadersFull', 'StreamsFull', 'first_of_greediest', 'refuse_full', 'unknown_job', 'JobStore',
+           'GenerateJob', 'RefineJob', 'ReplayJob', 'watch_job', 'kept_ask', 'post_job', 'get_job', 'counted',
+           'get_job_events', 'delete_job']
 
 # %% ../nbs/09e_job_routes.ipynb #4c32c21b
 EVENT = 512                                                   # bytes of an event that holds nothing long, about
@@ -159,10 +159,7 @@ AROUND = 4096                                                 # bytes of a job b
 
 def held_by(kept: KeptJob) -> int:
     "Bytes that a kept job holds."
-    pictures = kept.work.order.plan.pictures if kept.work else ()
-    starts = sum(3 * p.width * p.height for p in pictures if p.init is not None)
-    starts += sum(p.inpainting.nbytes for p in pictures if p.inpainting is not None)
-    return AROUND + kept.log.bytes + starts
+    return AROUND + kept.log.bytes + (kept.work.job.start_bytes if kept.work else 0)
 
 # %% ../nbs/09e_job_routes.ipynb #7e7ebc09
 def job_address(kept: KeptJob) -> dict[str, Any]:
@@ -211,6 +208,15 @@ def first_of_greediest(ended: list[KeptJob]) -> KeptJob:
     greediest = max(held, key=lambda client: held[client])
     return next(kept for kept in ended if kept.client == greediest)
 
+# %% ../nbs/09e_job_routes.ipynb #ac521005
+def refuse_full(jobs: Sequence[KeptJob], coming: int, most: int, bytes: int, whose: str) -> None:
+    "Raise JobsFull when as many jobs run or are `coming` as may, or when those that run hold more than `bytes`."
+    running = [kept for kept in jobs if not kept.ended]
+    count, held = len(running) + coming, sum(map(held_by, running))
+    if count >= most: raise JobsFull(f"{count} {whose} are running; wait for one.", retry_after=5)
+    if held > bytes:
+        raise JobsFull(f"{count} {whose} are running and hold {held / 2**20:.0f} MiB; wait for one.", retry_after=5)
+
 # %% ../nbs/09e_job_routes.ipynb #000c7f78
 def unknown_job(id: str, seconds: float) -> NotFound:
     "The error of an id that no kept job has."
@@ -225,6 +231,7 @@ class JobStore:
         self.seconds = seconds
         self.most, self.bytes = most, bytes
         self.kept: dict[str, KeptJob] = {}
+        self.beginning = Counter()                            # places that are taken for jobs to come, by client
         self.readers = Counter()                              # of streams that are open now, by job
         self.streams = Counter()                              # the same by client
 
@@ -243,15 +250,20 @@ class JobStore:
         held = sum(held_by(kept) for kept in self.kept.values())
         return len(self.kept) + room > self.most or held > self.bytes
 
-    def open(self, client: str = "") -> None:
-        "Refuse with JobsFull when there is no room for one more of this client."
-        self.sweep(1)
-        running = [kept for kept in self.kept.values() if not kept.ended]
-        mine = sum(kept.client == client for kept in running)
-        if mine >= self.most // 4:
-            raise JobsFull(f"{mine} of your jobs are running; wait for one.", retry_after=5)
-        if len(self.kept) >= self.most:
-            raise JobsFull(f"{len(running)} jobs are running; wait for one.", retry_after=5)
+    @contextmanager
+    def place(self, client: str = "") -> Iterator[None]:
+        "A place for one more job of this client, which the block begins and adds. JobsFull when there is none."
+        coming = self.beginning.total()
+        self.sweep(1 + coming)
+        jobs = list(self.kept.values())
+        mine = [kept for kept in jobs if kept.client == client]
+        refuse_full(mine, self.beginning[client], self.most // 4, self.bytes // 2, "of your jobs")
+        refuse_full(jobs, coming, self.most, self.bytes, "jobs")
+        self.beginning[client] += 1
+        try: yield
+        finally:
+            self.beginning[client] -= 1
+            self.beginning += Counter()                       # keeps those above zero
 
     def add(self, work: OrderedJob, client: str, ask: dict[str, Any] | None = None) -> KeptJob:
         "Keep a job that the engine has taken."
@@ -320,10 +332,10 @@ async def post_job(request: Request, body: AnyJob) -> Response:
     "Start a job and answer at once: 202 with the address to ask for it."
     api, client = request.app.state.api, client_behind(request)
     store: JobStore = request.app.state.jobs
-    store.open(client)
-    try: work = await begin(request, body.request, body.previews)
-    except Invalid as error: raise Invalid.of(e.under("request.") for e in error.errors) from None
-    kept = store.add(work, client, kept_ask(body))
+    with store.place(client):
+        try: work = await begin(request, body.request, body.previews)
+        except Invalid as error: raise Invalid.of(e.under("request.") for e in error.errors) from None
+        kept = store.add(work, client, kept_ask(body))
     kept.task = asyncio.create_task(watch_job(api, kept, work))
     return JSONResponse(job_address(kept), 202, {"location": f"/jobs/{kept.id}"})
 

@@ -150,6 +150,7 @@ class Job(PixelLog):
         self.cuts: list[str] = []                           # what did not fit into the prompt's chunks
         self.warnings: tuple[str, ...] = ()
         self._finished = threading.Event()
+        self._emitting = threading.Lock()
 
     def cancel(self) -> None:
         "Ask for an end; the work stops at the next step."
@@ -159,13 +160,15 @@ class Job(PixelLog):
         "Ask for the pictures as they are at the next step; what has not been begun is left out."
         self.hurried = True
 
-    def emit(self, event: Event) -> None:
-        "Append an event (the engine's side). After Done nothing is."
-        if self.done: return
-        self.status = status_after(event, self.status)
-        if isinstance(event, Done): self.warnings = event.warnings
-        self.append(event)
-        if self.done: self._finished.set()
+    def emit(self, *events: Event) -> None:
+        "Append events (the engine's side), in one piece and from any thread. After Done nothing is appended."
+        with self._emitting:
+            if self.done: return
+            for event in events:
+                self.status = status_after(event, self.status)
+                if isinstance(event, Done): self.warnings = event.warnings
+                self.append(event)
+            if self.done: self._finished.set()
 
     def result(self, timeout: float | None = None) -> list[Image]:
         "Wait for the end (TimeoutError after `timeout` seconds) -> the pictures. Raises a failed job's error."
@@ -178,9 +181,14 @@ class Job(PixelLog):
     @property
     def nbytes(self) -> int:
         "Bytes of all pixels that this job holds: finished pictures, previews, pictures to start from."
+        return self.pixel_bytes + self.start_bytes
+
+    @property
+    def start_bytes(self) -> int:
+        "Bytes of the pictures that it starts from, those under a mask included."
         pictures = self.plan.pictures
         given = {id(pixels): pixels for p in pictures for pixels in (p.init, p.inpainting)}
-        return self.pixel_bytes + sum(map(bytes_in, given.values()))
+        return sum(map(bytes_in, given.values()))
 
     def free_inputs(self, index: int | None = None) -> None:
         "Give back the pictures that this job starts from, or that of picture `index`."

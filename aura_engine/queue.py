@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from .batching import AGEING, E, Entry, StepCost, eta, predict, work
 from .jobs import Job
 from .trajectory import Decoded, Trajectory
-from .types import AuraError, Done, Failed, Invalid, Picture, Queued, QueueFull, QueueLoad
+from .types import AuraError, Done, Event, Failed, Invalid, Picture, Queued, QueueFull, QueueLoad
 
 # %% auto #0
 __all__ = ['LEAST_SHARERS', 'MOST_TASKS', 'Task', 'Shares', 'Paces', 'ClientLine', 'lines_of', 'fair_order', 'Lateness',
            'OwnLineFull', 'line_full', 'Standing', 'too_late', 'check_deadline', 'TaskLine', 'Promise', 'Admission',
-           'Queue']
+           'last_events', 'Queue']
 
 # %% ../nbs/08b_queue.ipynb #51706455
 @dataclass(eq=False, kw_only=True)
@@ -297,6 +297,12 @@ class Admission:
         if given and finished: self.lateness.observe(given.owing, given.seconds, now - given.at)
 
 # %% ../nbs/08b_queue.ipynb #362aaffa
+def last_events(job: Job, error: AuraError | None) -> list[Event]:
+    "How a job's log ends: with the error, where there is one, and with Done and all that its warnings say."
+    done = Done((*map(str, job.plan.notes), *dict.fromkeys(job.cuts)))
+    return [done] if error is None else [Failed(error), done]
+
+# %% ../nbs/08b_queue.ipynb #1f3b3cee
 class Queue(TaskLine):
     "The engine's line: jobs in and out."
     def __init__(self, limit: float, longest: float):
@@ -322,9 +328,8 @@ class Queue(TaskLine):
         "Take a job out, free what it starts from, and close its log."
         self.remove(lambda task: task.job is job)
         self.admission.learn(job, self.clock(), finished=error is None and not job.hurried)
-        if error is not None: job.emit(Failed(error))
         job.free_inputs()
-        job.emit(Done((*map(str, job.plan.notes), *dict.fromkeys(job.cuts))))
+        job.emit(*last_events(job, error))
 
     def stop(self, error: AuraError) -> None:
         "Take no more jobs; those that wait end with `error`."

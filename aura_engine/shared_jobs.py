@@ -16,10 +16,10 @@ from .types import AuraError, NotReady
 log = logging.getLogger("aura_engine.shared_jobs")
 
 # %% auto #0
-__all__ = ['log', 'SHARED_ID', 'Entries', 'EVERY', 'ALIVE_SECONDS', 'HOUR', 'WAIT', 'stream_of', 'alive_key', 'cancel_key',
-           'entry_of', 'told_in', 'EngineGone', 'StoreUnreachable', 'FarJob', 'far_job', 'number_of', 'with_seed',
-           'lose', 'Written', 'Writer', 'redis_reached', 'entries_read', 'FarReader', 'FarJobs', 'WrittenJobs',
-           'SharedJobs', 'shared_jobs']
+__all__ = ['log', 'SHARED_ID', 'Entries', 'EVERY', 'ALIVE_SECONDS', 'HOUR', 'WAIT', 'MOST_KNOWN', 'KNOWN_BYTES', 'stream_of',
+           'alive_key', 'cancel_key', 'entry_of', 'told_in', 'EngineGone', 'StoreUnreachable', 'FarJob', 'far_job',
+           'number_of', 'with_seed', 'lose', 'Written', 'Writer', 'redis_reached', 'entries_read', 'FarReader',
+           'KnownJobs', 'FarJobs', 'WrittenJobs', 'SharedJobs', 'shared_jobs']
 
 # %% ../nbs/09g_shared_jobs.ipynb #522955db
 def stream_of(id: str) -> str:
@@ -76,6 +76,7 @@ class FarJob(KeptJob):
             else: self._tell(number_of(id), told_in(entry))
 
     def _tell(self, number: int, event: Told) -> None:
+        if number <= len(self.log.events): return             # somebody else has read it meanwhile
         while len(self.log.events) < number - 1: self.log.add(None)      # previews have numbers too
         self.tell(event)
         if event.name == "done": self.end()
@@ -199,6 +200,16 @@ class FarReader:
         if not (far.ended or far.deleted or await self.lives(far.process)): lose(far)
         return far
 
+    async def news(self, far: FarJob) -> bool:
+        "Bring a job that was read before up to date -> whether its stream is still there."
+        key = stream_of(far.id)
+        new = await self.redis.xrange(key, min=f"({far.last}")
+        far.take(new)
+        if far.log.closed: return True
+        if not new and not await self.redis.exists(key): return False
+        if not await self.lives(far.process): lose(far)
+        return True
+
     async def go_on(self, far: FarJob) -> None:
         "Wait a moment for new entries and take them. A job whose stream or process is gone ends."
         key = stream_of(far.id)
@@ -213,15 +224,45 @@ class FarReader:
         return bool(await self.redis.exists(alive_key(process)))
 
 # %% ../nbs/09g_shared_jobs.ipynb #e9210247
+MOST_KNOWN = 256
+KNOWN_BYTES = 64 * 2**20
+
+class KnownJobs:
+    "Running jobs of other processes, as they were read last. The one that was asked for longest ago goes first."
+    def __init__(self) -> None:
+        self.jobs: dict[str, FarJob] = {}
+
+    def get(self, id: str) -> FarJob | None:
+        "What is known of a job that runs; None: read it from its beginning."
+        far = self.jobs.get(id)
+        # of one that has ended, was deleted or lost its reader the log is closed
+        return far if far and not far.log.closed else None
+
+    def keep(self, id: str, far: FarJob | None) -> None:
+        "Remember what was read, while it may grow."
+        self.jobs.pop(id, None)
+        if far and not far.log.closed: self.jobs[id] = far
+        while len(self.jobs) > MOST_KNOWN or self._bytes() > KNOWN_BYTES: del self.jobs[next(iter(self.jobs))]
+
+    def _bytes(self) -> int:
+        return sum(far.log.bytes for far in self.jobs.values())
+
+# %% ../nbs/09g_shared_jobs.ipynb #8cf13cff
 class FarJobs(FarReader):
     "The jobs of other processes. StoreUnreachable when Redis does not answer."
     def __init__(self, redis: Any):
         super().__init__(redis)
         self.followed: dict[str, FarJob] = {}
+        self.known = KnownJobs()
 
     async def job(self, id: str) -> FarJob | None:
         "The job of an id; None when there is none."
-        with redis_reached(): return await self.whole(id)
+        far = self.known.get(id)
+        with redis_reached():
+            if far is None: far = await self.whole(id)
+            elif not await self.news(far): far = None
+        self.known.keep(id, far)
+        return far
 
     async def follow(self, far: FarJob, after: int) -> AsyncGenerator[bytes]:
         "The events of a job with numbers above `after`, as frames, as they happen."

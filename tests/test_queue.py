@@ -18,7 +18,8 @@ from aura_engine.config import load_settings
 from aura_engine.engine import Engine
 from aura_engine.jobs import PREVIEW_BYTES, Job
 from aura_engine.queue import MOST_TASKS, Queue, Shares, Task, fair_order
-from aura_engine.types import Done, Failed, Image, Invalid, JobStatus, Picture, Plan, Preview, Queued, QueueFull, Step
+from aura_engine.types import (
+    Done, Failed, Image, Invalid, JobStatus, Picture, Plan, Preview, Queued, QueueFull, ShuttingDown, Step)
 
 SHAPE = (4, 64, 64, 77, None)
 GPU = StepCost(SHAPE, {1: .020, 2: .022, 4: .026, 8: .040, 16: .072}, {1: .030, 2: .036, 4: .050, 8: .090})
@@ -298,3 +299,25 @@ def test_an_engine_starts_on_a_damaged_cache_and_says_so(tmp_path, monkeypatch):
         with Engine(load_settings(SD_MODEL_ID="embedded", SD_DEVICE="cpu", SD_BACKEND="torch", AURA_MAX_BATCH="2")).start() as engine:
             assert engine.wait_ready(300), engine.reason
             assert any("damaged" in w for w in engine.health().warnings) == noted
+
+
+def test_nothing_follows_the_end_of_a_job_that_two_threads_write():
+    """The engine is closed while its thread is about to append a step."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Slow(Job):
+        def append(self, event):
+            if isinstance(event, Step):
+                inside.set()
+                go_on.wait(.2)                    # the other thread runs now
+            super().append(event)
+
+    queue, job = Queue(limit=120, longest=600), Slow(Plan((APPLE,)))
+    stepping = threading.Thread(target=job.emit, args=(Step(0, 1, 4),))
+    stepping.start()
+    assert inside.wait(10)
+    queue.end(job, ShuttingDown("closed"))
+    go_on.set()
+    stepping.join()
+    assert [type(e) for e in job.log[-2:]] == [Failed, Done] and job.status is JobStatus.failed
+    with pytest.raises(ShuttingDown): job.result(0)

@@ -92,3 +92,53 @@ def test_a_far_job_that_ends_otherwise_ends_its_streams(port, end):
         assert not far.followed and len([t for t in asyncio.all_tasks() if not t.done()]) <= 2
         await redis.aclose()
     asyncio.run(go())
+
+
+def test_a_running_far_job_is_read_once_however_often_it_is_asked_for(port):
+    async def go():
+        redis = await connected(port)
+        writer, kept, far = Writer(redis, 60), KeptJob(ID, ask={"route": "generate", "request": {"prompt": "x"}}), FarJobs(redis)
+        await writer.say_alive()
+        await told(writer, kept, Told("queued", {"position": 0, "etaSeconds": 1.0, "seeds": [7]}), Told("image", {"index": 0, "image": PICTURE}, 0))
+        await far.job(ID)
+        sent = (await redis.info("stats"))["total_net_output_bytes"]
+        for step in range(20):
+            await told(writer, kept, Told("step", {"index": 1, "step": step, "steps": 20}, 1))
+            seen = await far.job(ID)
+            assert [event.name for event in seen.told] == ["queued", "image", *["step"] * (step + 1)]
+        await asyncio.gather(*(far.job(ID) for _ in range(5)))           # at the same time: each event is taken once
+        assert len(seen.told) == 22
+        sent = (await redis.info("stats"))["total_net_output_bytes"] - sent
+        assert sent < len(PICTURE), sent
+        await told(writer, kept, Told("done", {"warnings": []}))
+        kept.end()
+        assert (await far.job(ID)).status == "succeeded" and not far.known.jobs
+        kept.forget()
+        await writer.write(kept)
+        assert (await far.job(ID)).deleted
+        await writer.forget({})
+        assert await far.job(ID) is None
+        await redis.aclose()
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("end", ["deleted", "forgotten", "engine gone"])
+def test_a_far_job_that_ends_between_two_questions(port, end):
+    async def go():
+        redis = await connected(port)
+        writer, kept, far = Writer(redis, 60), KeptJob(ID, ask={"route": "generate", "request": {"prompt": "x"}}), FarJobs(redis)
+        await writer.say_alive()
+        await told(writer, kept, Told("queued", {"position": 0, "etaSeconds": 1.0, "seeds": [7]}))
+        assert (await far.job(ID)).status == "queued" and far.known.jobs
+        if end == "deleted": kept.forget(); await writer.write(kept)
+        if end == "forgotten": await writer.forget({})
+        if end == "engine gone": await redis.delete(f"aura:alive:{writer.process}")
+        seen = await far.job(ID)
+        assert (seen is None) == (end == "forgotten") and not far.known.jobs
+        if seen: assert (seen.deleted, seen.lost) == (end == "deleted", end == "engine gone")
+        await writer.say_alive()
+        if end == "engine gone":                              # it was only slow: its job goes on
+            await told(writer, kept, Told("step", {"index": 0, "step": 1, "steps": 4}, 0))
+            assert (await far.job(ID)).status == "running"
+        await redis.aclose()
+    asyncio.run(go())

@@ -1,0 +1,111 @@
+"""What comes in at the same time: forms that give way, posts that race for a place, and what a job holds meanwhile."""
+import asyncio
+from dataclasses import dataclass, replace
+
+import pytest
+from PIL import Image as Pillow
+
+from aura_engine.answers import Metrics, Order, OrderedJob
+from aura_engine.intake import LARGE, Arrivals, BodiesFull, read_form
+from aura_engine.job_routes import JobsFull, JobStore, held_by
+from aura_engine.jobs import Job
+from aura_engine.shared_jobs import StoreUnreachable
+from aura_engine.types import EngineFailed, Picture, Plan
+
+APPLE = Picture("a red apple", 512, 512, steps=4, guidance_scale=1.0, seed=7)
+HEAD = b'--xyz\r\ncontent-disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
+HEADERS = [(b"content-type", b"multipart/form-data; boundary=xyz")]
+
+
+class Form:
+    """A client that sends `parts` of a form; a `stuck` one stalls before the end."""
+    def __init__(self, *parts, stuck=False):
+        self.scope, self.headers = {"type": "http", "headers": HEADERS}, {"content-type": HEADERS[0][1].decode()}
+        self.parts, self.stuck = list(parts), stuck
+
+    async def receive(self):
+        if not self.parts: await asyncio.sleep(60)
+        return {"type": "http.request", "body": self.parts.pop(0), "more_body": bool(self.parts) or self.stuck}
+
+
+async def sent(room, client, form, work=0.0):
+    with room.body(client) as body:
+        async with read_form(form, LARGE, room, body, 4) as fields:
+            await asyncio.sleep(work)                         # its pictures are handled
+            return len(await fields["image"].read())
+
+
+def test_a_form_that_gives_way_is_told_so():
+    async def go():
+        room = Arrivals(most=850_000, grace=.05)
+        slow = [asyncio.create_task(sent(room, f"10.0.0.{i}", Form(HEAD + b"x" * 100_000, stuck=True))) for i in range(8)]
+        await asyncio.sleep(.1)
+        assert await sent(room, "192.0.2.1", Form(HEAD + b"x" * 100_000, b"\r\n--xyz--\r\n")) == 100_000
+        await asyncio.sleep(.05)
+        ended = [task for task in slow if task.done()]
+        for task in slow: task.cancel()
+        assert len(ended) == 1 and not ended[0].cancelled() and isinstance(ended[0].exception(), BodiesFull)
+    asyncio.run(go())
+
+
+def test_a_form_that_has_come_is_left_alone():
+    async def go():
+        room, end = Arrivals(most=850_000, grace=.02), b"\r\n--xyz--\r\n"
+        whole = [asyncio.create_task(sent(room, f"10.0.0.{i}", Form(HEAD + b"x" * 100_000, end), work=.2)) for i in range(8)]
+        await asyncio.sleep(.1)
+        with pytest.raises(BodiesFull): await sent(room, "192.0.2.1", Form(HEAD + b"x" * 100_000, end))
+        assert await asyncio.gather(*whole) == [100_000] * 8
+    asyncio.run(go())
+
+
+@dataclass
+class Taken:
+    """A job of the engine, as far as the store looks at it."""
+    id: str
+    start_bytes: int = 0
+
+
+def test_posts_that_come_together_take_no_more_places_than_there_are():
+    async def go():
+        store, full = JobStore(replica="e1", most=8), 0
+
+        async def post(n, breaks=False):
+            nonlocal full
+            try:
+                with store.place("greedy"):
+                    await asyncio.sleep(.01)                  # its pictures are read
+                    if breaks: raise ValueError("its request was wrong")
+                    store.add(OrderedJob(Taken(f"{n}"), Order(Plan(()))), "greedy")
+            except JobsFull: full += 1
+            except ValueError: pass
+        await asyncio.gather(*(post(n, breaks=True) for n in range(2)))
+        await asyncio.gather(*(post(n) for n in range(9)))
+        assert (len(store.kept), full) == (2, 7) and not store.beginning      # a quarter of eight
+    asyncio.run(go())
+
+
+def test_running_jobs_that_hold_too_much_leave_no_place():
+    store = JobStore(replica="e1", bytes=10_000_000)
+    store.add(OrderedJob(Taken("a", 6_000_000), Order(Plan(()))), "greedy")
+    with pytest.raises(JobsFull, match="of your jobs are running and hold 6 MiB"):
+        with store.place("greedy"): pass
+    with store.place("modest"): pass                          # half of the room is for the others
+    store.kept["e1-a"].end()
+    with store.place("greedy"): pass
+
+
+def test_what_a_job_starts_from_is_freed_while_it_runs():
+    job = Job(Plan((replace(APPLE, init=Pillow.new("RGB", (512, 512))),)))
+    store = JobStore(replica="e1")
+    kept = store.add(OrderedJob(job, Order(job.plan).without_starts()), "me")
+    assert kept.work.order.plan.pictures[0].init is None and held_by(kept) > 3 * 512 * 512
+    job.free_inputs()                                         # it is encoded
+    assert held_by(kept) < 10_000
+
+
+def test_a_redis_that_is_away_is_not_counted_as_a_bug():
+    metrics = Metrics()
+    metrics.failed(StoreUnreachable("Redis is away"))
+    metrics.failed(EngineFailed("a bug"))
+    said = metrics.text().decode()
+    assert 'reason="store"} 1.0' in said and 'reason="internal"} 1.0' in said
