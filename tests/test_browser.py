@@ -357,6 +357,11 @@ def test_pictures_in(page, how):
     assert max(width, height) <= 256 and abs(width / height - 1.5) < 0.02
     give(page, "drop", b"not a picture")
     expect(page.get_by_role("alert")).to_contain_text("not a PNG")
+    give(page, "drop", noise(600, 30), "strip.png")
+    expect(page.get_by_role("img", name="strip.png")).to_be_visible()
+    expect(page.get_by_role("alert")).to_be_hidden()                         # what was wrong before is over
+    press(page, "Generate")
+    expect(page.get_by_role("alert")).to_contain_text("Start picture: sides of at least 64")
 
 
 def test_one_of_our_pictures_brings_its_settings_back(page, context, server):
@@ -427,7 +432,7 @@ def test_a_wrong_value_is_shown_where_it_is(page):
     page.route("**/jobs", lambda r: r.fulfill(status=422, content_type="application/problem+json", body=json.dumps(PROBLEM)))
     prompt(page).fill("a fox")
     press(page, "Generate")
-    expect(page.get_by_role("alert")).to_contain_text("seed: given -1")
+    expect(page.get_by_role("alert")).to_have_text("Seed: at least 0.")       # in the form's words, and nothing to try again
     expect(page.locator("[name=seed]")).to_be_focused()
     expect(page.locator("[name=seed]")).to_have_attribute("aria-invalid", "true")
     page.unroute("**/jobs")
@@ -768,10 +773,22 @@ def test_without_storage(browser, server):
         page = context.new_page()
         page.goto(server.url)
         expect(state(page)).to_contain_text("ready")
+        expect(page.locator(".note")).to_contain_text("Not stored")
         ask(page, "a fox", steps=1)
         finished(page)
         press(page, "Again")
         finished(page, 2)
+
+
+def test_a_full_browser(page):
+    """No room for a picture: it is there all the same, and a person is told to save it."""
+    page.evaluate("IDBObjectStore.prototype.put = () => { throw new DOMException('no room', 'QuotaExceededError') }")
+    ask(page, "🦊 ثعلب", steps=1)                                                # and the words read from right to left
+    expect(page.locator(".note")).to_contain_text("Save what you want to keep")
+    finished(page)
+    assert page.locator(".receipt > p").evaluate("e => getComputedStyle(e).unicodeBidi") == "plaintext"
+    with page.expect_download() as download: press(page, "Save")
+    assert re.fullmatch(r"ثعلب-\d+\.png", download.value.suggested_filename)
 
 
 def test_in_a_frame(browser, server):

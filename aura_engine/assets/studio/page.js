@@ -106,7 +106,10 @@ class BrowserStore {
 		try {
 			const db = await (this.db ??= answer(indexedDB.open("aura-studio", 1), tables));
 			return await answer(act(db.transaction(table, "readwrite").objectStore(table)));
-		} catch { return []; }
+		} catch {
+			s.say(t("notKept"));
+			return [];
+		}
 	}
 
 	async all(table) { return (await this.ask(table, (s) => s.getAll())).sort((a, b) => b.at - a.at); }

@@ -4,8 +4,7 @@
 /** Hosts fill it from texts.json. A word that it lacks stands for itself. */
 export const TEXTS = {};
 
-const number = (n, maximumFractionDigits = 2) => (
-	n.toLocaleString(undefined, { maximumFractionDigits, useGrouping: false }));
+const number = (n) => n.toLocaleString(undefined, { maximumFractionDigits: 2, useGrouping: false });
 export const t = (key, slots = {}) => (TEXTS[key] ?? String(key)).replace(/\{(\w+)\}/g, (_, name) => {
 	const value = slots[name] ?? "";
 	return typeof value === "number" ? number(value) : value;
@@ -31,8 +30,10 @@ export function sleep(seconds, signal) {
 export class Trouble extends Error {
 	constructor(code, message, more) { Object.assign(super(message), { code, fields: [], ...more }); }
 
-	static from({ type = "", detail, title, status, errors: fields }, more) {
-		return new Trouble(type.replace("urn:aura:", ""), detail ?? title, { status, fields, ...more });
+	/** Wrong fields are said in the form's words. */
+	static from({ type = "", detail, title, status, errors: fields = [] }, more) {
+		const said = fields.map(({ loc, allowed }) => allowed && t("allowed", { field: t(fieldOf(loc)), allowed }));
+		return new Trouble(type.replace("urn:aura:", ""), said.join(" ") || detail || title, { status, fields, ...more });
 	}
 
 	static of(field, key, slots) { return new Trouble("form", t(key, slots), { fields: [{ loc: field }] }); }
@@ -40,13 +41,15 @@ export class Trouble extends Error {
 
 // ---- requests, limits, receipts
 const ASPECTS = "1:1 4:3 3:2 16:9 3:4 2:3 9:16".split(" ");
-const FIELDS = { refinePrompt: "prompt", aspectRatio: "aspect", guidanceScale: "guidance", negativePrompt: "negative" };
+const FIELDS = { refinePrompt: "prompt", aspectRatio: "shape", guidanceScale: "guidance", negativePrompt: "negative" };
+/** "request.images.0" -> "images" */
+const fieldOf = (loc) => { const name = loc.split(".").findLast(isNaN); return FIELDS[name] ?? name; };
 export const FORM = { prompt: "", negative: "", aspect: "1:1", n: 1, seed: null, steps: null, guidance: null,
 	temperature: 0.7, strength: null, lora: null, high: false };
 
 /** What the model allows, [least, its own, most]; at first, what the API allows. */
 export function limitsOf({ loras = [], gpu = false, limits } = {}) {
-	return { native: 512, loras, gpu, steps: [1, null, 100], guidance: [0, null, 30], seed: [0, null, Number.MAX_SAFE_INTEGER],
+	return { native: 512, loras, gpu, steps: [1, null, 100], guidance: [0, null, 30], seed: [0, null, 2 ** 53 - 1],
 		temperature: [0, FORM.temperature, 2], strength: [0.05, 0.5, 1], ...limits };
 }
 
@@ -103,7 +106,7 @@ export async function receiptIn(blob) {
 }
 
 const fileName = ({ prompt, seed }) => (
-	`${prompt.toLowerCase().replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40)}-${seed}.png`);
+	`${(prompt.toLowerCase().match(/[\p{L}\p{N}]+/gu) ?? ["aura"]).join("-").slice(0, 40)}-${seed}.png`);
 
 function copyAs(kind, receipt, limits, address) {
 	if (kind === "json") return JSON.stringify(receipt, null, 2);
@@ -256,7 +259,7 @@ export class Studio extends EventTarget {
 		const known = !trouble || trouble instanceof Trouble;
 		if (trouble?.status === 401) trouble.message = t(this.engine.key ? "keyWrong" : "keyMissing");
 		this.trouble = known ? trouble : new Trouble("broken", t("broken", { why: trouble.message }));
-		this.wrong = (trouble?.fields ?? []).map(({ loc }) => loc.split(".").pop()).map((name) => FIELDS[name] ?? name);
+		this.wrong = (trouble?.fields ?? []).map(({ loc }) => fieldOf(loc));
 		this.open ||= this.wrong.some((name) => name !== "prompt");
 		if (trouble) this.trouble.again = again;
 		this.touch({ focus: this.wrong[0] ?? this.focus });
@@ -306,6 +309,7 @@ export class Studio extends EventTarget {
 	undo() { this.masked({ strokes: (this.start.strokes ?? []).slice(0, -1) }); }
 
 	async take(file, name) {
+		this.fail(null);
 		try {
 			const receipt = !name && await receiptIn(file);
 			this.setStart({ ...await shrunk(file, 2 * this.limits.native), name: name ?? file.name });
@@ -359,7 +363,7 @@ export class Studio extends EventTarget {
 		this.store.remove("jobs", [run.id]);
 		const [first, second] = run.made;
 		if (this.chosen === run.id) {
-			this.choose(first?.id ?? this.pictures[0]?.id);
+			this.choose(first?.id ?? this.items[0]?.id);
 			if (second) this.spread = run.made;
 		}
 		this.touch({ finished: first && t("done") });
@@ -422,10 +426,10 @@ export class Studio extends EventTarget {
 	move(by) {
 		const { items } = this;
 		const at = items.findIndex(({ id }) => id === this.chosen);
-		if (items.length) this.choose(items[clamp(at + by, 0, items.length - 1)].id);
+		this.choose(items[clamp(at + by, 0, items.length - 1)].id);
 	}
 
-	stop(run = this.running ?? this.runs[0]) { run?.stop.abort(); }
+	stop(run = this.running ?? this.runs[0]) { run.stop.abort(); }
 
 	again() {
 		const { receipt, start } = this.picture;
@@ -464,7 +468,7 @@ export class Studio extends EventTarget {
 		const before = this.pictures;
 		const at = before.indexOf(gone[0]);
 		const forgotten = this.#forget(gone);
-		if (!this.picture) this.choose((this.pictures[at] ?? this.pictures[at - 1])?.id);
+		if (!this.picture) this.choose((this.pictures[at] ?? this.items.at(-1))?.id);
 		await forgotten;
 		this.say(t("removed"), () => {
 			this.pictures = [...this.pictures.filter((p) => !before.includes(p)), ...before];
@@ -581,7 +585,7 @@ function patch(parent, kids) {
 
 const ICONS = {
 	picture: "M3 4h14v12H3zM3 13l4-4 8 7M13 8h.01", x: "M5 5l10 10M15 5L5 15", down: "M6 8l4 4 4-4",
-	dice: "M3 3h14v14H3zM7 7h.01M13 13h.01M7 13h.01M13 7h.01", generate: "M10 16V4M5 9l5-5 5 5",
+	generate: "M10 16V4M5 9l5-5 5 5",
 	again: "M16 10a6 6 0 1 1-2-4.5M16 2v4h-4", startFrom: "M16 10H4M9 5l-5 5 5 5",
 	compare: "M3 3h5v5H3zM12 3h5v5h-5zM3 12h5v5H3zM12 12h5v5h-5z", save: "M10 3v10M5 8l5 5 5-5M3 17h14",
 	remove: "M4 6h12M8 6V3h4v3M6 6v11h8V6",
@@ -592,7 +596,7 @@ const CHOSEN = "[role=option][tabindex='0']";
 const DOT = h("i.dot");
 const dim = (...kids) => h("span.dim", ...kids);
 const icon = (name) => ICONS[name] && (
-	h("svg", { viewBox: "0 0 20 20", class: "icon", "aria-hidden": true }, h("path", { d: ICONS[name] })));
+	h("svg.icon", { viewBox: "0 0 20 20", "aria-hidden": true }, h("path", { d: ICONS[name] })));
 const face = (name) => [icon(name), h("span", t(name))];
 const button = (name, onclick, props) => h("button", { onclick, ...props }, face(name));
 const link = (name, onclick, props) => h("button.link", { onclick, ...props }, t(name));
@@ -628,8 +632,8 @@ function slider(s, name, step, hidden) {
 		range(name, clamp(own ?? low, low, high), s.limits[name], step, set));
 }
 
-const progressOf = ({ stage, file, bytesDone, bytesTotal }) => (file ? t("fetching", { file: last(file) }) : stage)
-	+ (bytesTotal ? ` · ${t("bytes", { done: bytesDone / 1e9, total: bytesTotal / 1e9 })}` : "");
+const progressOf = ({ stage, file, bytesDone, bytesTotal }) => t(stage, { file: last(file) })
+	+ (file && bytesTotal ? ` · ${t("bytes", { done: bytesDone / 1e9, total: bytesTotal / 1e9 })}` : "");
 const sentence = ({ say, loading, until, ...said }) => t(say, until ? { n: whole((until - Date.now()) / 1000) } : said)
 	+ (loading ? ` ${progressOf(loading)}` : "");
 const shareOf = ({ steps, n, made, said: { loading } }) => (loading?.bytesTotal ? loading.bytesDone / loading.bytesTotal
@@ -657,7 +661,7 @@ function alertView(s) {
 	const onkeydown = (e) => e.key === "Enter" && done(() => useKey(e))(e);
 	return h("div.alert", { role: "alert", hidden: !trouble }, trouble && [h("p", trouble.message), h("div.row",
 		trouble.status === 401 ? [h("input", { type: "password", "aria-label": t("key"), placeholder: t("key"),
-			onkeydown }), button("useKey", useKey)] : trouble.again && button("retry", again),
+			onkeydown }), button("useKey", useKey)] : !s.wrong[0] && trouble.again && button("retry", again),
 		SPACE, small("close", "x", () => { close(); s.focusOn("prompt"); }))]);
 }
 
@@ -695,7 +699,7 @@ function chipsView(s) {
 	const write = (prompt) => { s.set({ prompt }); s.focusOn("prompt"); };
 	const chip = (prompt) => h("button.chip", { onclick: () => write(prompt) }, prompt);
 	return h("div.chips", { hidden: !examples.length },
-		h("button.chip.first", { onclick: surprise }, icon("dice"), t("surprise")),
+		h("button.chip.first", { onclick: surprise }, t("surprise")),
 		examples.slice(0, 4).map(chip));
 }
 
@@ -713,11 +717,9 @@ function settingsView(s) {
 		radios("shape", form.aspect, shapes, set("aspect"), Boolean(start)),
 		radios("size", form.high, [[false, t("standard")], [true, t("high")]], set("high"), !limits.gpu || Boolean(start)),
 		h("div.pair", radios("count", form.n, [1, 2, 3, 4].map((n) => [n, n]), set("n")),
-			h("div.seed",
-				field("seed", h("input", { name: "seed", inputmode: "numeric", autocomplete: "off", placeholder: t("random"),
-					oninput: onSeed, "aria-invalid": s.wrong.includes("seed"),
-					value: Number.isNaN(form.seed) ? undefined : form.seed ?? "" })),
-				small("dice", "dice", () => s.set({ seed: newSeed() })))),
+			field("seed", h("input", { name: "seed", inputmode: "numeric", autocomplete: "off", placeholder: t("random"),
+				oninput: onSeed, "aria-invalid": s.wrong.includes("seed"),
+				value: Number.isNaN(form.seed) ? undefined : form.seed ?? "" }))),
 		slider(s, "strength", 0.05, !start), slider(s, "steps", 1), slider(s, "guidance", 0.1),
 		slider(s, "temperature", 0.05),
 		field("negative", h("input", { name: "negative", value: form.negative, disabled: !acts,
@@ -836,12 +838,11 @@ function compareView(s, edit = true) {
 
 function historyView(s) {
 	const { items } = s;
-	const none = !s.running && !s.picture;
-	const option = (item, i) => {
+	const option = (item) => {
 		const { id, request, star, receipt } = item;
 		const [src, name] = request ? [Object.values(item.previews)[0], runName(item)] : [s.url(item), receipt.prompt];
 		return h("li", { key: id, role: "option", title: name, "aria-selected": id === s.chosen,
-			tabindex: id === s.chosen || (none && !i) ? 0 : -1, onclick: () => { s.choose(id); s.focusOn(CHOSEN); } },
+			tabindex: id === s.chosen ? 0 : -1, onclick: () => { s.choose(id); s.focusOn(CHOSEN); } },
 		src && h("img", { alt: "", src }), star && icon("keep"),
 		request && h("i.ring", { "--at": `${100 * shareOf(item)}%` }));
 	};
@@ -853,9 +854,10 @@ function historyView(s) {
 
 function factList(facts) {
 	const fact = ([key, value]) => {
-		const said = [value].flat().filter((one) => one || one === 0);
-		return said[0] !== undefined && h("div", { key, class: `fact-${key} ${value.length > 16 ? "wide" : ""}` },
-			h("dt", t(key)), h("dd", value.tag ? value : said.map((one) => (one.toFixed ? number(one) : one)).join("; ")));
+		const parts = [value].flat().filter((one) => one || one === 0);
+		const said = parts.map((one) => (one.toFixed ? number(one) : one)).join("; ");
+		return said && h("div", { key, class: `fact-${key} ${said.length > 16 ? "wide" : ""}` },
+			h("dt", t(key)), h("dd", value.tag ? value : said));
 	};
 	return h("dl", Object.entries(facts).map(fact));
 }
@@ -876,7 +878,7 @@ function receiptView(s) {
 		steps: r.stepsAsked > r.steps ? `${r.steps} / ${r.stepsAsked}` : r.steps, guidance: r.guidanceScale,
 		temperature: r.temperature, strength: r.strength, negative: r.negativePrompt, lora: r.loraAlias,
 		sampler: r.scheduler, model: last(r.model),
-		time: seconds && t("seconds", { n: number(seconds, 1) }),
+		time: seconds && t("seconds", { n: seconds }),
 		mask: r.maskSha256?.slice(0, 8), closeUp: r.paddingMaskCrop && `${r.paddingMaskCrop} px`,
 		notes: r.corrections };
 	const kinds = [address && !r.strength && "link", address && "curl", "python", "json"];
@@ -893,7 +895,7 @@ const SHOWN = "status reason advice url model device loras scheduler precision q
 
 function engineFacts(health) {
 	const { device, gpuName, queue, memory } = health;
-	const gib = (bytes) => t("gib", { n: number(bytes / 2 ** 30, 1) });
+	const gib = (bytes) => t("gib", { n: bytes / 2 ** 30 });
 	const said = { ...health, status: t(health.status), device: gpuName ?? device,
 		queue: queue && t("queueIs", queue),
 		memory: memory && [gib(memory.rss), memory.gpu && `GPU ${gib(memory.gpu)}`] };
@@ -911,7 +913,7 @@ function stepChart(costs = {}) {
 function engineView(s, always) {
 	if (!always && !s.panel) return null;
 	const { mode, seen } = s.engine;
-	const one = ([name, health]) => h("div", { key: name }, h("h2", { "data-state": health.status }, DOT, t(name)),
+	const one = ([name, health]) => h("div", { key: name }, h("h2", { "data-state": health.status }, DOT, " ", t(name)),
 		factList(engineFacts(health)), stepChart(health.stepCost));
 	return card("engine", {},
 		mode && radios("which", mode, ["local", "cloud", "auto"].map((name) => [name, t(name)]),
