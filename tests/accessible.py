@@ -1,4 +1,11 @@
-"""What a screen reader is told: Chromium's own accessibility tree below an element, through shadow roots."""
+"""What a screen reader is told: Chromium's own accessibility tree below an element, through shadow roots; and what axe finds.
+
+`AURA_AXE=1` lets axe look at every width, light and dark, in every state; without it, each test names what it looks at."""
+import os
+
+import pytest
+
+EVERY_WIDTH = (320, 360, 620, 1040, 1600, 1680, 3840)
 
 NAMED = {"button", "textbox", "slider", "radio", "checkbox", "combobox", "listbox", "option", "progressbar", "img",
          "table", "columnheader", "rowheader", "group", "radiogroup", "application", "link", "image"}
@@ -18,3 +25,22 @@ def check(nodes, *wanted):
     """Everything that can be used or seen has a name, and `wanted` is there."""
     assert not [role for role, name in nodes if role in NAMED and not str(name).strip()], nodes
     assert not [one for one in wanted if one not in nodes], nodes
+
+
+def violations(page, selector=None):
+    """What axe finds, within the elements of `selector`."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed").Axe()
+    found = axe.run(page, context=selector and {"include": [[selector]]}).response["violations"]
+    return [(v["id"], [n["html"][:120] for n in v["nodes"]]) for v in found]
+
+
+def no_violations(page, scheme, selector=None, schemes=("light", "dark")):
+    """axe finds nothing, light and dark. `scheme(name)` sets the theme."""
+    before = page.viewport_size
+    for width in EVERY_WIDTH if os.environ.get("AURA_AXE") else (before["width"],):
+        page.set_viewport_size({**before, "width": width})
+        for name in ("light", "dark") if os.environ.get("AURA_AXE") else schemes:
+            scheme(name)
+            page.wait_for_timeout(600)                      # the theme is looked at twice a second
+            assert violations(page, selector) == [], (width, name)
+    page.set_viewport_size(before)

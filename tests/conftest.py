@@ -1,5 +1,5 @@
 """Shared by all tests: the slow mark, no network, and servers as real processes."""
-import json, os, random, signal, socket, subprocess, sys, time, urllib.error, urllib.request
+import json, os, random, shutil, signal, socket, subprocess, sys, time, urllib.error, urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,6 +112,8 @@ def server(make_server):
 
 
 @pytest.fixture(scope="session")
-def locked(make_server):
-    """A server that asks for its key, "sesame"."""
-    return make_server(AURA_API_KEY="sesame")
+def locked(make_server, tmp_path_factory):
+    """A server that asks for its key, "sesame", and has a LoRA, "ink"."""
+    lora = tmp_path_factory.mktemp("loras") / "ink.safetensors"
+    shutil.copy(ROOT / "aura_engine/assets/embedded/lcm-lora/pytorch_lora_weights.safetensors", lora)
+    return make_server(AURA_API_KEY="sesame", SD_LORAS=f"ink={lora}")

@@ -1,11 +1,12 @@
 """The Studio as the page at `/`, in a real Chromium: what a person sees and does. `AURA_PICTURES=1` keeps the screenshots."""
-import base64, gzip, io, json, os, random, re, shutil, signal, subprocess, sys, time
+import base64, gzip, io, json, os, re, shutil, signal, subprocess, sys, time
 
 import httpx
 import pytest
 from PIL import Image
 
 import accessible
+from hands import give, narrow_sliders, noise, slide, watch_the_bar
 from conftest import ROOT, Server, clean_env, start
 from test_faults import Hub
 
@@ -53,13 +54,9 @@ def big(page): return page.locator(".frame img")
 def press(page, name): page.get_by_role("button", name=name, exact=True).click()
 
 
-def set_range(page, name, value):
-    page.locator(f"input[type=range][name={name}]").evaluate("(e, v) => { e.value = v; e.dispatchEvent(new Event('input', {bubbles: true})) }", value)
-
-
 def ask(page, text, steps=None, seed=None, n=None, shape=None):
     prompt(page).fill(text)
-    if steps: set_range(page, "steps", steps)
+    if steps: slide(page, "steps", steps)
     if seed is not None: page.locator("[name=seed]").fill(str(seed))
     if n: page.get_by_role("radio", name=str(n), exact=True).check()
     if shape: page.get_by_role("radio", name=shape, exact=True).check()
@@ -127,8 +124,10 @@ def test_one_selection(page):
 
 
 def test_several_pictures_and_a_shape(page):
-    ask(page, "a fish", steps=1, seed=10, n=3, shape="16:9")
+    watch_the_bar(page, 3)
+    ask(page, "a fish", steps=2, seed=10, n=3, shape="16:9")
     finished(page, 3)
+    assert 0 < page.evaluate("window.fullest") < 0.99                         # full only when all are there
     assert big(page).count() == 3 and big(page).first.evaluate("p => p.naturalWidth > p.naturalHeight")
     page.locator(".frame button").nth(2).click()                            # a large picture is chosen by clicking it
     expect(big(page)).to_have_count(1)
@@ -223,7 +222,7 @@ def test_start_from_a_picture(page):
     press(page, "Start from it")
     expect(page.get_by_label("What should it become?")).to_be_focused()
     page.get_by_label("What should it become?").fill("a green apple")
-    set_range(page, "strength", 0.6)
+    slide(page, "strength", 0.6)
     press(page, "Generate")
     finished(page, 2)
     assert fact(page, "strength").inner_text() == "0.6" and big(page).get_attribute("alt") == "a green apple"
@@ -323,23 +322,6 @@ def test_painting_by_touch(browser, server):
         for point in at[1:]: touches.send("Input.dispatchTouchEvent", {"type": "touchMove", "touchPoints": [point]})
         touches.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
         assert painted(page) > 8
-
-
-def give(page, how, data, name="picture.png", mime="image/png"):
-    """Drop or paste a file onto the Studio."""
-    page.evaluate("""([how, data, name, type]) => {
-        const target = document.getElementById('studio').shadowRoot.querySelector('.aura'), carried = new DataTransfer();
-        carried.items.add(new File([Uint8Array.from(atob(data), c => c.charCodeAt(0))], name, {type}));
-        const options = {bubbles: true, cancelable: true, composed: true};
-        target.dispatchEvent(how === 'drop' ? new DragEvent('drop', {...options, dataTransfer: carried}) : new ClipboardEvent('paste', {...options, clipboardData: carried}));
-    }""", [how, base64.b64encode(data).decode(), name, mime])
-
-
-def noise(width, height, format="PNG"):
-    """A picture of three bytes a pixel that no format can make smaller."""
-    out = io.BytesIO()
-    Image.frombytes("RGB", (width, height), random.Random(width).randbytes(3 * width * height)).save(out, format)
-    return out.getvalue()
 
 
 @pytest.mark.parametrize("how", ["drop", "paste", "file"])
@@ -486,8 +468,10 @@ def test_a_key(browser, locked):
         finished(page)
         page.reload()                                                       # the key is still known
         finished(page)
-        press(page, "Again")
+        page.get_by_label("Style (LoRA)").select_option("ink")
+        press(page, "Generate")
         finished(page, 2)
+        assert fact(page, "lora").inner_text() == "ink"
 
 
 def test_limits_come_from_the_model(page):
@@ -495,7 +479,7 @@ def test_limits_come_from_the_model(page):
     assert edge("steps") == [1, 50] and edge("guidance") == [1, 4] and edge("temperature") == [0, 2]
     without = page.locator("[name=negative]")
     assert without.is_disabled() and "guidance above 1" in without.get_attribute("placeholder")
-    set_range(page, "guidance", 2)
+    slide(page, "guidance", 2)
     expect(without).to_be_enabled()
     without.fill("circle")
     ask(page, "a fox", steps=2)
@@ -782,7 +766,7 @@ def test_without_storage(browser, server):
 
 def test_a_full_browser(page):
     """No room for a picture: it is there all the same, and a person is told to save it."""
-    page.evaluate("IDBObjectStore.prototype.put = () => { throw new DOMException('no room', 'QuotaExceededError') }")
+    page.evaluate("() => { IDBObjectStore.prototype.put = () => { throw new DOMException('no room', 'QuotaExceededError') } }")
     ask(page, "🦊 ثعلب", steps=1)                                                # and the words read from right to left
     expect(page.locator(".note")).to_contain_text("Save what you want to keep")
     finished(page)
@@ -844,7 +828,6 @@ def pictures_folder(tmp_path): return ROOT / "nbs/images" if os.environ.get("AUR
 @pytest.mark.parametrize("width", WIDTHS)
 def test_widths_and_themes(gallery, width, scheme, tmp_path):
     """No line of it runs out of the window; axe finds nothing; the picture of it is kept."""
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed").Axe()
     gallery.emulate_media(color_scheme=scheme, reduced_motion="reduce")
     gallery.set_viewport_size({"width": width, "height": 940})
     gallery.wait_for_function("dark => document.getElementById('studio').hasAttribute('data-dark') === dark", arg=scheme == "dark")
@@ -853,12 +836,16 @@ def test_widths_and_themes(gallery, width, scheme, tmp_path):
     wide = gallery.evaluate("""w => [...document.getElementById('studio').shadowRoot.querySelectorAll('.card, .head, .row, .actions, .options, .box')]
         .filter(e => { const b = e.getBoundingClientRect(); return b.width && (b.right > w + 1 || b.left < -1) }).map(e => e.className)""", width)
     assert wide == []
+    if gallery.locator(".fold").is_visible():
+        gallery.locator(".fold").click()
+        assert narrow_sliders(gallery) == []
+        gallery.locator(".fold").click()
     out = pictures_folder(tmp_path) / f"studio-{width}-{scheme}.webp"
     if width in (360, 620, 1040, 1600):
         Image.open(io.BytesIO(gallery.screenshot(full_page=True))).save(out, quality=80)
         assert out.stat().st_size > 5_000
-    found = axe.run(gallery).response["violations"]
-    assert not found, [(v["id"], [n["html"][:120] for n in v["nodes"]]) for v in found]
+    assert big(gallery).bounding_box()["width"] >= min(width - 56, 314)
+    assert accessible.violations(gallery) == []
 
 
 def test_the_accessibility_tree(gallery):
@@ -871,9 +858,11 @@ def test_the_accessibility_tree(gallery):
     assert roles.count("option") == len(THINGS) and "status" in roles
 
 
-@pytest.mark.parametrize("what", ["settings", "panel", "compare", "alert", "start", "brush", "empty"])
+def scheme_of(page): return lambda name: page.emulate_media(color_scheme=name, reduced_motion="reduce")
+
+
+@pytest.mark.parametrize("what", ["settings", "panel", "compare", "alert", "start", "brush", "offer", "several", "copied", "empty"])
 def test_axe_in_other_states(gallery, browser, server, what):
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed").Axe()
     page = gallery
     page.set_viewport_size({"width": 620, "height": 940})
     if what == "settings": page.locator(".fold").click()
@@ -881,20 +870,30 @@ def test_axe_in_other_states(gallery, browser, server, what):
     if what == "compare": press(page, "Compare")
     if what == "alert": prompt(page).fill(""); press(page, "Generate")
     if what in ("start", "brush"): press(page, "Start from it")
+    if what == "offer": give(page, "drop", saved(page))
+    if what == "several":
+        ask(page, "a fish", steps=1, n=2)
+        finished(page, len(THINGS) + 2)
+    if what == "copied":
+        page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined, configurable: true})")
+        press(page, "JSON")
     if what == "brush":
         press(page, "Paint what may change")
         stroke(page, (0.3, 0.3), (0.6, 0.4))
     if what == "empty":
-        page = browser.new_context(bypass_csp=True).new_page()
+        page = browser.new_context(bypass_csp=True, viewport={"width": 620, "height": 940}).new_page()
         page.goto(server.url)
         expect(state(page)).to_contain_text("ready")
-    found = axe.run(page).response["violations"]
-    assert not found, [(v["id"], [n["html"][:120] for n in v["nodes"]]) for v in found]
+    accessible.no_violations(page, scheme_of(page), schemes=("light",))
     if what == "settings": page.locator(".fold").click()
     if what == "panel": state(page).click()
     if what == "compare": page.locator(".axes").get_by_role("button", name="Close").click()
     if what == "alert": page.get_by_role("alert").get_by_role("button", name="Close").click()
-    if what in ("start", "brush"): page.get_by_role("button", name="Take the picture off").click()
+    if what in ("start", "brush", "offer"): page.get_by_role("button", name="Take the picture off").click()
+    if what == "offer": page.locator(".offer").get_by_role("button", name="Close").click()
+    if what == "several":
+        page.get_by_role("radio", name="1", exact=True).check()
+        for _ in range(2): press(page, "Delete (Delete)")
     if what == "empty": page.context.close()
 
 
@@ -915,7 +914,6 @@ STATES = {"loading": "starts by itself", "queued": "ahead of you", "running": "s
 @pytest.mark.parametrize("what", STATES)
 def test_axe_in_the_states_of_the_engine(browser, server, what):
     """What is shown while something is the matter is as accessible as the rest, light and dark."""
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed").Axe()
     with browser.new_context(viewport={"width": 620, "height": 940}, bypass_csp=True) as context, httpx.Client(base_url=server.url) as others:
         page, ahead = context.new_page(), []
         if what == "key wrong": context.add_init_script("sessionStorage.setItem('aura.key', JSON.stringify('mellon'))")
@@ -929,16 +927,12 @@ def test_axe_in_the_states_of_the_engine(browser, server, what):
         if what == "queued":
             ahead = [others.post("/jobs", json={"route": "generate", "request": {"prompt": "an owl", "steps": 50, "n": 4}}).json()["statusUrl"] for _ in range(2)]
         prompt(page).fill("a fox")
-        if what in ("queued", "running"): set_range(page, "steps", 50)
+        if what in ("queued", "running"): slide(page, "steps", 50)
         if what != "failed": press(page, "Generate")
         where = page.get_by_role("alert") if what in ("failed", "key missing", "key wrong") else page.locator(".said")
         expect(where).to_contain_text(STATES[what])
         if what == "running": expect(page.locator(".frame img.preview")).to_be_visible()
-        for scheme in SCHEMES:
-            page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
-            page.wait_for_timeout(600)                      # the theme is looked at twice a second
-            found = axe.run(page).response["violations"]
-            assert not found, [(v["id"], [n["html"][:120] for n in v["nodes"]]) for v in found]
+        accessible.no_violations(page, scheme_of(page))
         for url in ahead: others.delete(url)
         if page.locator(".meter").count() and what in ("queued", "running"): press(page, "Stop")
 

@@ -1,5 +1,5 @@
 """The widgets without a browser or a kernel: the same on an engine of this process and over HTTP."""
-import subprocess, sys, threading, time
+import json, re, subprocess, sys, threading, time
 
 import pytest
 from PIL import Image
@@ -309,6 +309,27 @@ def test_what_is_sent_stays_small(studio):
     studio.generate(start=Image.effect_noise((600, 400), 90).convert("RGB")).wait(60)
     state = studio.get_state()
     assert sum(len(str(v)) for k, v in state.items() if k not in ("_esm", "_css", "styles")) < 10_000
+
+
+def test_the_faults_name_their_tests():
+    """13b's table of faults: each has a test on the page and one in JupyterLab, or says why not, and those tests exist."""
+    text = "\n".join("".join(cell["source"]) for cell in json.loads((ROOT / "nbs/13b_widgets.ipynb").read_text(encoding="utf-8"))["cells"])
+    rows = [row.split("|")[2:4] for row in text.split("## Faults that")[1].split("\n## ")[0].splitlines() if row.startswith("| ")][2:]
+    assert len(rows) > 20
+    for cells in rows:
+        for cell, file in zip(cells, ("test_browser", "test_lab"), strict=True):
+            named = re.findall(r"`(test_\w+)`", cell)
+            there = (ROOT / f"tests/{file}.py").read_text(encoding="utf-8")
+            assert named or len(cell) > 20, cell
+            assert not [name for name in named if f"\ndef {name}(" not in there], (cell, file)
+
+
+def test_make_lab_opens_the_start():
+    """The first notebook of a newcomer makes a picture in its first code cell."""
+    assert "jupyterlab nbs/00_start.ipynb" in (ROOT / "Makefile").read_text(encoding="utf-8")
+    cells = json.loads((ROOT / "nbs/00_start.ipynb").read_text(encoding="utf-8"))["cells"]
+    first = next(cell for cell in cells if cell["cell_type"] == "code")
+    assert any("image/png" in out.get("data", {}) for out in first["outputs"])
 
 
 def test_without_torch():

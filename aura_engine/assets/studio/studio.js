@@ -11,7 +11,7 @@ export const t = (key, slots = {}) => (TEXTS[key] ?? String(key)).replace(/\{(\w
 });
 
 const newSeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
-export const newId = () => `${Date.now().toString(36)}-${newSeed().toString(36)}`;
+export const newId = () => `${Date.now()}-${newSeed()}`;
 const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
 const whole = (seconds) => Math.max(1, Math.ceil(seconds));
 const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
@@ -171,8 +171,9 @@ async function* patiently(engine, run) {
 	for (let pause = 2;; pause = Math.min(1.5 * pause, 10)) {
 		try {
 			for (let health; !run.job && !(health = await engine.health(signal)).ready;) {
-				if (health.status !== "loading") throw troubleOf(health);
-				yield { type: "waits", say: "waitLoading", loading: health.loading };
+				const { status, loading } = health;
+				if (!["loading", "connecting"].includes(status)) throw troubleOf(health);
+				yield { type: "waits", say: loading ? "waitLoading" : status, loading };
 				await sleep(0.7, signal);
 			}
 			yield* run.job ? engine.resume(run.job, { signal }) : engine.generate(run.request, { signal });
@@ -634,8 +635,11 @@ function slider(s, name, step, hidden) {
 
 const progressOf = ({ stage, file, bytesDone, bytesTotal }) => t(stage, { file: last(file) })
 	+ (file && bytesTotal ? ` · ${t("bytes", { done: bytesDone / 1e9, total: bytesTotal / 1e9 })}` : "");
-const sentence = ({ say, loading, until, ...said }) => t(say, until ? { n: whole((until - Date.now()) / 1000) } : said)
-	+ (loading ? ` ${progressOf(loading)}` : "");
+const sentence = ({ say, loading, until, ...slots }) => {
+	if (until) slots.n = whole((until - Date.now()) / 1000);
+	if (loading) slots.progress = progressOf(loading);
+	return t(say, slots);
+};
 const shareOf = ({ steps, n, made, said: { loading } }) => (loading?.bytesTotal ? loading.bytesDone / loading.bytesTotal
 	: sum(upTo(n).map((i) => (made[i] ? 1 : 0.95 * (steps[i] ?? 0)))) / n);
 const runName = ({ request }) => t("making", { prompt: promptOf(request) });
@@ -688,7 +692,7 @@ function composerView(s) {
 			h("span", [!start && form.aspect, steps].filter(Boolean).join(" · ")), icon("down")), SPACE,
 			h("button.main", { key: "go", type: "submit", ...keyed("generate"), disabled: isOver(s.health) }, face("generate")))),
 	alertView(s),
-	offer && h("div.row.offer", { key: "offer" }, h("span.grow", offer.say),
+	offer && h("div.row.offer", { key: "offer" }, h("span", offer.say), SPACE,
 		button(offer.act, end(offer.run)), small("close", "x", end())),
 	chipsView(s), settingsView(s));
 }
@@ -785,7 +789,7 @@ function paintView(s) {
 function meterView(s, run) {
 	const said = sentence(run.said);
 	return h("div.actions.meter", { key: "meter" },
-		h("progress", { "aria-label": runName(run), "aria-valuetext": said, max: 1, value: shareOf(run) }),
+		h("progress", { "aria-label": runName(run), max: 1, value: shareOf(run) }),
 		h("span.said", said), button("stop", () => s.stop(run), keyed("stop")));
 }
 
@@ -848,7 +852,7 @@ function historyView(s) {
 	};
 	return card("history", { hidden: !items.length },
 		h("div.row", h("h2", t("history")), dim(s.pictures.length), SPACE,
-			s.pictures.length > 1 && link("clear", () => s.remove(...s.pictures))),
+			s.pictures[1] && link("clear", () => s.remove(...s.pictures))),
 		h("ul.tiles", { role: "listbox", "aria-label": t("history") }, items.map(option)));
 }
 
@@ -905,7 +909,7 @@ function engineFacts(health) {
 function stepChart(costs = {}) {
 	const rows = Object.entries(costs).map(([n, seconds]) => [n, Math.round(1000 * seconds)]);
 	const most = Math.max(...Object.values(costs)) * 1000;
-	return rows.length > 0 && h("figure", h("figcaption.dim", t("stepCost")),
+	return rows[0] && h("figure", h("figcaption", t("stepCost")),
 		h("div.chart", { role: "img", "aria-label": rows.map((row) => row.join(": ")).join(", ") },
 			rows.map(([n, ms]) => h("div", ms, h("i", { "--at": `${(44 * ms) / most}px` }), n))));
 }
