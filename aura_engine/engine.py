@@ -5,9 +5,8 @@
 # %% ../nbs/08d_engine.ipynb #21925201
 from __future__ import annotations
 import gc, logging, os, re, threading, time, uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 import psutil, torch
 from . import __version__
@@ -31,8 +30,8 @@ log = logging.getLogger("aura_engine")
 
 # %% auto #0
 __all__ = ['log', 'is_out_of_memory', 'drop_caches', 'Ladder', 'hurry_up', 'Pasting', 'steps_left', 'Turns', 'reason_of',
-           'alone_in_process', 'memory', 'EngineView', 'stopping', 'ready_runner', 'Engine', 'optimizations_of',
-           'warnings_of', 'health_of', 'with_model', 'Lease', 'Engines', 'shared_engine', 'close_engines']
+           'memory', 'EngineView', 'stopping', 'ready_runner', 'Engine', 'optimizations_of', 'warnings_of', 'health_of',
+           'with_model', 'Lease', 'Engines', 'shared_engine', 'close_engines']
 
 # %% ../nbs/08d_engine.ipynb #24881fea
 def is_out_of_memory(error: Exception) -> bool:
@@ -226,15 +225,6 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {said}" if said else type(error).__name__
 
 # %% ../nbs/08d_engine.ipynb #b3727602
-@contextmanager
-def alone_in_process(progress: Progress) -> Iterator[None]:
-    "Hold the loader's lock; while another engine has it, `progress` says so."
-    if not LOADING.acquire(blocking=False):
-        progress.stage = "waiting for another model of this process"
-        LOADING.acquire()
-    try: yield
-    finally: LOADING.release()
-
 def memory() -> dict[str, int | None]:
     "Bytes in use: `rss` of main memory by this process; `gpu` by torch, None without a GPU."
     gpu = torch.cuda.memory_allocated() if torch.cuda.is_available() else None
@@ -369,7 +359,7 @@ class Engine(EngineView):
     def _prepare(self) -> Turns:
         start = time.monotonic()
         parts = load(self.settings, self.progress)
-        with alone_in_process(self.progress):
+        with LOADING:
             if self._closed: raise ShuttingDown("The engine was closed while it was loading.")
             runner = ready_runner(parts, self.settings, self.progress)
         self.turns = Turns(runner, self.queue, self.settings.max_batch)

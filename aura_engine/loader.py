@@ -433,6 +433,7 @@ def load(settings: Settings, progress: Progress | None = None) -> Components:
     if moved: notes.append(moved)
     reader = Reader(progress or Progress(), model, settings.revision, notes, settings.models,
                     dtype=DTYPES[precision], prediction=settings.prediction)
+    LOADING.follow(reader.progress)
     lora = settings.lcm_lora_id
     row = row_for(model, lora, explicit=settings.sampler is not None)
     with blame("SD_MODEL_ID", settings.model_id):

@@ -19,12 +19,12 @@ from .facts import (
 from .models import INCLUDED, KLEIN, PICKLED, ROWS, SD15_ID, Z_IMAGE, is_local
 
 # %% auto #0
-__all__ = ['PARTS', 'UNUSED', 'SERVED', 'WEIGHTS', 'NO_PICKLES', 'USUAL', 'FORMATS', 'CLASSES', 'LOADING', 'NO_VAE',
+__all__ = ['PARTS', 'UNUSED', 'SERVED', 'WEIGHTS', 'NO_PICKLES', 'USUAL', 'FORMATS', 'CLASSES', 'WAITING', 'LOADING', 'NO_VAE',
            'NO_PICKLED_FILE', 'NO_DIFFUSERS', 'PART_WORDS', 'HARMLESS', 'WRITTEN', 'EMA', 'SCHEDULERS', 'ON_BETAS',
            'ORIGINAL', 'USUAL_SCALE', 'UNKNOWN', 'GUIDED', 'ASSUMED', 'whole_sets', 'no_whole_set', 'weight_files',
-           'check_classes', 'parts_of', 'check_parts', 'served_index', 'pipeline_files', 'quiet', 'reading',
-           'diffusers_classes', 'Checkpoint', 'recognise', 'nothing_else', 'config_and_weights', 'check_numbers',
-           'lone_class', 'unwrapped', 'bare', 'tensors_in', 'fill', 'check_weights', 'said_of_tensors',
+           'check_classes', 'parts_of', 'check_parts', 'served_index', 'pipeline_files', 'quiet', 'LoadingLock',
+           'reading', 'diffusers_classes', 'Checkpoint', 'recognise', 'nothing_else', 'config_and_weights',
+           'check_numbers', 'lone_class', 'unwrapped', 'bare', 'tensors_in', 'fill', 'check_weights', 'said_of_tensors',
            'said_of_config', 'complete', 'complete_parts', 'mounted', 'broken_link', 'check_folder', 'check_alone',
            'Finder', 'Reader', 'read_scheduler', 'said_of_rest', 'read_unet', 'original_vae', 'read_vae', 'latents_of',
            'check_latents', 'suited', 'check_files', 'odd_value', 'whole_pipeline', 'said_of_tokenizers', 'read_folder',
@@ -166,7 +166,39 @@ def quiet():
             if bar: m.enable_progress_bar()
 
 # %% ../nbs/04c_reader.ipynb #8eb949d5
-LOADING = threading.RLock()                          # re-entrant: what reads a model reads its parts
+WAITING = "waiting for another model of this process"
+
+class LoadingLock:
+    "A re-entrant lock. A thread that waits for it says so in the progress that it follows."
+    def __init__(self) -> None:
+        self._lock = threading.RLock()               # re-entrant: what reads a model reads its parts
+        self._own = threading.local()
+
+    def follow(self, progress: Progress) -> None:
+        "From now on, tell `progress` when this thread waits."
+        self._own.progress = progress
+
+    def acquire(self) -> None:
+        "Wait until no other thread has it."
+        if self._lock.acquire(blocking=False): return
+        progress = getattr(self._own, "progress", Progress())
+        stage, file = progress.stage, progress.file
+        progress.stage, progress.file = WAITING, ""
+        self._lock.acquire()
+        progress.stage, progress.file = stage, file
+
+    def release(self) -> None:
+        "Let the next thread in."
+        self._lock.release()
+
+    def __enter__(self) -> LoadingLock:
+        self.acquire()
+        return self
+
+    def __exit__(self, *error: object) -> None: self.release()
+
+# %% ../nbs/04c_reader.ipynb #acda869f
+LOADING = LoadingLock()
 
 @contextmanager
 def reading():
@@ -659,4 +691,5 @@ def read_single(reader: Reader, source: str, vae: str | None = None) -> tuple[An
         if vae.endswith(".safetensors"): reader.notes.append(ASSUMED.format(vae, file.name))
     given |= guided_unet(reader, file, config)
     reader.progress.stage = "reading"
+    reader.progress.file = ""
     return single_pipeline(reader, file, config, given), file

@@ -1010,6 +1010,8 @@ def test_sizes():
     assert sum(n for name, n in size.items() if name.endswith(".js")) <= 60_000 and size["studio.css"] <= 18_000, size
     for host in ("page.js", "kernel.js"):                  # a page loads the one, a notebook the other
         assert sum(zipped[name] for name in ("studio.js", host, "studio.css", "texts.json")) <= 25_000, zipped
+    together = b"".join((STUDIO / name).read_bytes() for name in ("studio.js", "page.js", "kernel.js", "studio.css"))
+    assert len(gzip.compress(together, 9)) <= 25_000
 
 
 def test_limits_of_an_engine_that_does_not_say(module):
