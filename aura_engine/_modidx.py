@@ -2647,6 +2647,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'aura_engine.train.autocast': ('stages.html#autocast', 'aura_engine/train.py'),
                                    'aura_engine.train.autoencoder_batch': ('stages.html#autoencoder_batch', 'aura_engine/train.py'),
                                    'aura_engine.train.averaged': ('stages.html#averaged', 'aura_engine/train.py'),
+                                   'aura_engine.train.encode_in_parts': ('stages.html#encode_in_parts', 'aura_engine/train.py'),
                                    'aura_engine.train.encode_scenes': ('stages.html#encode_scenes', 'aura_engine/train.py'),
                                    'aura_engine.train.exchanged': ('stages.html#exchanged', 'aura_engine/train.py'),
                                    'aura_engine.train.fit_head': ('stages.html#fit_head', 'aura_engine/train.py'),

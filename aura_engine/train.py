@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 __all__ = ['ENDS', 'SAVE_EVERY', 'CANVASES', 'OPEN', 'NOT_OPEN', 'EARLY', 'NOISIEST', 'FEW_STEPS', 'GIVEN', 'DECIDED',
            'LORA_LAYERS', 'LEAPS', 'NO_CHECKER', 'STAGE_NAMES', 'is_large_matrix', 'matrix_of', 'Optimisers',
            'averaged', 'TrainProgress', 'Learner', 'Smooth', 'StageMeter', 'Stage', 'autocast', 'seeded',
-           'picture_loss', 'latent_loss', 'autoencoder_batch', 'train_vae', 'Pooled', 'encode_scenes', 'make_pool',
-           'Relatives', 'instead', 'open_facts', 'Mix', 'Example', 'Speaker', 'Batch', 'some_rows', 'token_ids',
-           'Wordings', 'word_loader', 'Sketcher', 'train_text', 'fresh_seed', 'adopt_text', 'normal_equations',
-           'fit_head', 'any_of', 'timesteps', 'quarter_means', 'moved_by', 'exchanged', 'agreeing', 'Diffusion',
-           'Question', 'text_states', 'text_sketch', 'Teacher', 'velocity_loss', 'new_unet', 'train_unet', 'Pupil',
-           'train_lora', 'polish_decoder', 'light_vae', 'some_noise', 'train_decoder', 'with_decoder', 'without_lora',
-           'save_lora', 'pack_model', 'plot_losses', 'Minutes', 'train_arguments', 'ready_art', 'ready_tokenizer',
-           'train_all', 'main']
+           'picture_loss', 'latent_loss', 'autoencoder_batch', 'train_vae', 'Pooled', 'encode_scenes',
+           'encode_in_parts', 'make_pool', 'Relatives', 'instead', 'open_facts', 'Mix', 'Example', 'Speaker', 'Batch',
+           'some_rows', 'token_ids', 'Wordings', 'word_loader', 'Sketcher', 'train_text', 'fresh_seed', 'adopt_text',
+           'normal_equations', 'fit_head', 'any_of', 'timesteps', 'quarter_means', 'moved_by', 'exchanged', 'agreeing',
+           'Diffusion', 'Question', 'text_states', 'text_sketch', 'Teacher', 'velocity_loss', 'new_unet', 'train_unet',
+           'Pupil', 'train_lora', 'polish_decoder', 'light_vae', 'some_noise', 'train_decoder', 'with_decoder',
+           'without_lora', 'save_lora', 'pack_model', 'plot_losses', 'Minutes', 'train_arguments', 'ready_art',
+           'ready_tokenizer', 'train_all', 'main']
 
 # %% ../nbs/90d_stages.ipynb #2566872b
 ENDS = re.compile("embedding|conv_in|conv_out|head|lora")
@@ -292,6 +292,17 @@ def encode_scenes(art: Art, vae: AutoencoderTiny, scenes: torch.Tensor, size: tu
         with autocast(art.device): out.append(vae.encoder(pictures))
     return torch.cat(out).half()
 
+# %% ../nbs/90d_stages.ipynb #fc24edbf
+def encode_in_parts(art: Art, vae: AutoencoderTiny, scenes: torch.Tensor, part: Path,
+                    at_once: int = 12800) -> torch.Tensor:
+    "`encode_scenes` of the square. It keeps what is done in the file `part`, and goes on from there."
+    done = [torch.load(part, weights_only=True)] if part.exists() else []
+    for some in scenes[sum(map(len, done)):].split(at_once):
+        done.append(encode_scenes(art, vae, some).cpu())
+        torch.save(torch.cat(done), part.with_suffix(".new"))
+        part.with_suffix(".new").replace(part)
+    return torch.cat(done).to(art.device)
+
 # %% ../nbs/90d_stages.ipynb #dd60a7f8
 def make_pool(art: Art, vae: AutoencoderTiny, crowd: int, path: Path) -> list[Pooled]:
     "Encode all single scenes, all poses, `crowd` others, then some of each canvas; kept in `path`."
@@ -301,11 +312,13 @@ def make_pool(art: Art, vae: AutoencoderTiny, crowd: int, path: Path) -> list[Po
     rng, single = seeded(2), every_single(len(art))
     alone = torch.cat([single, every_pose(len(art), rng)])
     scenes = torch.cat([alone, crowds(len(art), crowd, rng)])
-    pool = [Pooled(scenes, encode_scenes(art, vae, scenes), len(alone))]
+    part = path.with_suffix(".part")
+    pool = [Pooled(scenes, encode_in_parts(art, vae, scenes, part), len(alone))]
     for size in CANVASES:
         some = single[torch.randperm(len(single))[:max(len(single) // 24, 64)]]
         pool.append(Pooled(some, encode_scenes(art, vae, some, size), len(some)))
     torch.save([tuple(p) for p in pool], path)
+    part.unlink()
     return pool
 
 # %% ../nbs/90d_stages.ipynb #bd0f6b33

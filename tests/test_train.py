@@ -41,6 +41,20 @@ def test_every_stage_goes_on_where_it_stopped(made):
 
 
 @pytest.mark.slow
+def test_the_pool_goes_on_where_it_stopped(made, tmp_path):
+    art = train.Art(made[0] / "art.pt", "cpu")
+    vae = AutoencoderTiny.from_pretrained(made[0] / "model" / "vae").requires_grad_(False)
+    scenes = train.every_single(len(art))[:24]
+    part = tmp_path / "pool.part"
+    whole = train.encode_in_parts(art, vae, scenes, part, at_once=8)
+    torch.save(whole[:8], part)                                  # it stopped after the first eight
+    encoded = []
+    vae.encoder.register_forward_pre_hook(lambda module, given: encoded.append(len(given[0])))
+    assert torch.equal(train.encode_in_parts(art, vae, scenes, part, at_once=8), whole)
+    assert sum(encoded) == 16 and sorted(f.name for f in tmp_path.iterdir()) == ["pool.part"]
+
+
+@pytest.mark.slow
 def test_a_packed_model_can_be_gone_on_from(made, tmp_path):
     old, new = made[0] / "model", tmp_path / "model"
     shutil.copy(made[0] / "art.pt", tmp_path)
