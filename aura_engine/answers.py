@@ -229,7 +229,7 @@ def cost_of(ask: Ask, row: Row) -> DecodeCost:
     seconds, peaks = zip(*costs, strict=True) if costs else ((), ())
     held = sum(map(len, texts.values())) + max(peaks, default=0)       # the base64 of all, and one of them decoded
     if not masked: return DecodeCost(sum(seconds), held)
-    pixels = sum(one.pixels for one in facts)                 # or all of them, whole, because they are pasted into
+    pixels = sum(one.pixels for one in facts)                 # under a mask all are held whole, at 4 bytes a pixel
     return DecodeCost(sum(seconds) + MASKED * pixels, held + 4 * pixels)
 
 # %% ../nbs/09d_answers.ipynb #143a0eaa
@@ -267,7 +267,8 @@ async def begin(request: Request, ask: Ask, previews: bool = False, revise: Revi
 
     `revise` may change the order first: other front doors can say what our own requests cannot."""
     api, client, arrived = request.app.state.api, client_behind(request), arrival(request)
-    seconds = max(deadline_of(ask) or api.settings.deadline_seconds, 1.0)      # shorter ones the engine judges
+    # a deadline below a second is refused by the queue, which knows the shortest one that can be kept
+    seconds = max(deadline_of(ask) or api.settings.deadline_seconds, 1.0)
     try:
         left = arrived + seconds - time.monotonic()
         async with asyncio.timeout(left): order = await attended(request, place_order(api, ask, client, left))

@@ -118,28 +118,24 @@ async def get_page_texts(request: Request) -> Response:
 # %% ../nbs/09f_app.ipynb #7fb34e47
 @dataclass(frozen=True)
 class Route:
-    """One row of the table.
-
-    `body`: the model of the JSON it reads, of at most `most` bytes. None: it reads none, or reads it by itself.
-    `keyed`: whether the API key is asked for. The rest is for OpenAPI: the answer `ok` with its `status`, other `media`
-    types and statuses that bring it (`alike`), the model of its `events`, the statuses of `errors` and the model of one
-    (`fault`), what it `reads` by itself (a model or a schema for each media type), and `docs` that are added.
-    """
+    "One row of the table: what a route does, and what OpenAPI says about it."
+    # what it does
     method: str
     path: str
     handler: Callable
-    body: Any = None
-    most: int = SMALL
-    keyed: bool = False
-    ok: Any = None
-    errors: tuple[int | str, ...] = (500,)
-    status: int = 200
-    media: tuple[str, ...] = ()
-    alike: tuple[int, ...] = ()
-    events: type[BaseModel] | None = None
-    fault: type[BaseModel] = Problem
-    reads: dict[str, Any] = field(default_factory=dict)
-    docs: dict[str, Any] | None = None
+    body: Any = None                                          # the model of its JSON; None: none, or it reads by itself
+    most: int = SMALL                                         # bytes of its body
+    keyed: bool = False                                       # whether the API key is asked for
+    # what OpenAPI says
+    ok: Any = None                                            # the model of its answer
+    errors: tuple[int | str, ...] = (500,)                    # statuses of problems
+    status: int = 200                                         # of the answer
+    media: tuple[str, ...] = ()                               # media types of the answer besides JSON
+    alike: tuple[int, ...] = ()                               # other statuses that bring the same answer
+    events: type[BaseModel] | None = None                     # the model of its events, if it streams
+    fault: type[BaseModel] = Problem                          # the model of an error
+    reads: dict[str, Any] = field(default_factory=dict)       # what it reads by itself, by media type
+    docs: dict[str, Any] | None = None                        # what else is added
     name: str = ""                                            # of the function in generated clients; "": the handler's
     listed: bool = True                                       # whether OpenAPI names it
 

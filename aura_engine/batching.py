@@ -16,7 +16,7 @@ from .downloads import read_small
 __all__ = ['BUCKETS', 'Key', 'MOST_KEYS', 'GROWTH', 'LONGEST', 'AGEING', 'E', 'OWES_MORE', 'GUEST_SLOWS', 'Curve', 'corrected',
            'area', 'forget_oldest', 'Curves', 'Beginnings', 'StepCost', 'median_of_calls', 'smoothed', 'measure_curve',
            'curve_from', 'write_whole', 'read_curves', 'CurveFile', 'Entry', 'remaining', 'predict', 'urgency',
-           'mates_of', 'rows_in', 'room_for', 'choose', 'work', 'eta']
+           'mates_of', 'rows_in', 'is_guest', 'best_for', 'room_for', 'choose', 'work', 'eta']
 
 # %% ../nbs/07_batching.ipynb #f5d2786e
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
@@ -238,7 +238,7 @@ class Entry:
     begin: float = 0.0                  # seconds until it can step
     client: str = ""                    # whose it is
     used: float = 0.0                   # seconds of the device it has had
-    owing: float = 0.0                  # seconds that its client had beyond its share, or has in line before it
+    owing: float = 0.0                  # seconds its client has had and was not forgiven, or has in line before it
     remains: float = 0.0                # seconds of work left, alone, as `predict` saw it last
     alone: bool = False                 # it failed once, and must not share a call
     tries: int = 0
@@ -279,17 +279,26 @@ def rows_in(e: Entry) -> int:
 OWES_MORE = 4.0         # a guest owes more than this many times the work and the debt of whoever goes first
 GUEST_SLOWS = 1.5       # guests may make a call that much slower
 
+def is_guest(e: Entry, first: Entry, cost: StepCost) -> bool:
+    "Whether an entry owes so much that it is a guest in the call of `first`."
+    return e.client != first.client and e.owing > OWES_MORE * (remaining(first, cost) + first.owing)
+
+# %% ../nbs/07_batching.ipynb #33d0ad00
+def best_for(entries: Sequence[Entry], curve: Curve, most: int) -> int:
+    "The bucket that pays best for these entries, if nobody else were there."
+    return curve.best(min(sum(map(rows_in, entries)), most), rows_in(entries[0]))
+
 def room_for(mates: Sequence[Entry], curve: Curve, cost: StepCost, most: int) -> int:
-    "Rows that the next call should have, for the first of `mates` and those that join it; at most `most`, or its own."
+    """Rows that the next call should have, for the first of `mates` and those that join it.
+
+    At most `most`, but never fewer than the first one needs."""
     first = mates[0]
-    least = rows_in(first)
-    room = curve.best(min(sum(map(rows_in, mates)), most), least)
-    limit = OWES_MORE * (remaining(first, cost) + first.owing)
-    hosts = [e for e in mates if e.client == first.client or e.owing <= limit]
+    room = best_for(mates, curve, most)
+    hosts = [e for e in mates if not is_guest(e, first, cost)]          # those who would share anyhow
     if len(hosts) < len(mates):
-        among_hosts = curve.at(curve.best(min(sum(map(rows_in, hosts)), most), least))
-        room = min(room, max(b for b in curve if curve[b] <= GUEST_SLOWS * among_hosts))
-    return max(min(room, most), least)
+        longest = GUEST_SLOWS * curve.at(best_for(hosts, curve, most))
+        room = min(room, max(b for b in curve if curve[b] <= longest))  # the largest call that is not slower than that
+    return max(min(room, most), rows_in(first))
 
 # %% ../nbs/07_batching.ipynb #7df4687b
 def choose(order: Sequence[E], cost: StepCost, most: int) -> tuple[list[E], int]:

@@ -126,7 +126,8 @@ class Weighed:
     def candidate(self) -> Candidate: return Candidate(self.backend, self.precision)
 
     def __str__(self) -> str:
-        return f"{self.candidate} {1e3 * self.seconds:.0f} ms, {self.psnr:g} dB, company {self.company}"
+        figures = f"{1e3 * self.seconds:.0f} ms, {self.psnr:g} dB"
+        return f"{self.candidate} {figures}, changed by company: at most {self.company} of 255"
 
 # %% ../nbs/07b_candidates.ipynb #ec715520
 def weighing(candidate: Candidate, parts: Components, reference: np.ndarray | None) -> tuple[Weighed, np.ndarray]:

@@ -154,7 +154,7 @@ class ModelSettings(GuideSettings):
     prediction: Literal["epsilon", "v_prediction"] | None = Field(None, alias="SD_PREDICTION",
         description="what the UNet predicts, where its files do not say")
     backend: Literal["auto", "torch", "openvino"] = Field("auto", alias="SD_BACKEND",
-        description="what runs UNet and decoder; auto: for small models the faster of both, if OpenVINO is there")
+        description="what runs UNet and decoder; auto: for small models the faster of torch and OpenVINO")
     loras: Annotated[dict[str, str], NoDecode] = Field({}, alias="SD_LORAS",
         description="alias=id,alias=id: LoRAs that a request may name by alias")
     prompt_weights: bool = Field(True, alias="SD_PROMPT_WEIGHTS",
@@ -211,7 +211,7 @@ class Settings(ServerSettings):
     max_pictures: int = Field(10, alias="AURA_MAX_PICTURES", ge=1, le=10,
         description="most pictures that one request of another API (/v1, /sdapi) may ask for")
     max_prompt: int = Field(2000, alias="AURA_MAX_PROMPT", ge=100, le=2000,
-        description="characters of a prompt that are read at the doors of other APIs; the rest is cut with a warning")
+        description="characters of a prompt that are read in requests of other APIs; the rest is cut with a warning")
     replica: str | None = Field(None, alias="AURA_REPLICA", pattern=r"^[a-z0-9]{1,16}$",
         description="name of this engine among many, a-z and 0-9: ids of jobs begin with it; made up when unset")
     redis_url: SecretStr | None = Field(None, alias="AURA_REDIS_URL",

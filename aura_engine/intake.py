@@ -294,21 +294,21 @@ class FairPool:
         "Wait for a turn and run `f(*args)` in a thread."
         loop = asyncio.get_running_loop()
         self.waiting.append(me)
-        self._call()
+        self._start_next()
         try: await me.turn
         except asyncio.CancelledError:
             self._leave(me)
             raise
         start = time.monotonic()
         work = loop.run_in_executor(self.pool, f, *args)
-        work.add_done_callback(lambda done: (done.cancelled() or done.exception(), self._leave(me, start)))
-        return await asyncio.shield(work)
+        work.add_done_callback(lambda done: self._finished(me, start, done))
+        return await asyncio.shield(work)                     # a thread cannot be stopped, though its client may leave
 
     async def run(self, client: str, f: Callable[..., T], *args: Any) -> T:
         "The same for work of unknown length: a client is charged for what it took."
         return await self.turn(DecodeTurn(client, DecodeCost(), asyncio.get_running_loop().create_future()), f, *args)
 
-    def _call(self) -> None:
+    def _start_next(self) -> None:
         "Give free slots to those whose client has had the least; of these, to who came first."
         while self.waiting and len(self.running) < self.slots:
             chosen = min(self.waiting, key=lambda w: self.spent.get(w.client, 0.0))
@@ -317,12 +317,19 @@ class FairPool:
             self.spent[chosen.client] = self.spent.get(chosen.client, 0.0) + chosen.cost.seconds
             if not chosen.turn.done(): chosen.turn.set_result(None)
 
-    def _leave(self, me: DecodeTurn, start: float | None = None) -> None:
+    def _finished(self, me: DecodeTurn, start: float, done: asyncio.Future[Any]) -> None:
+        "The thread is free again."
+        # looked at, so that asyncio does not report an error that a client which left has not seen
+        if not done.cancelled(): done.exception()
+        if not me.cost.seconds: self.spent[me.client] += time.monotonic() - start      # not known before
+        self._leave(me)
+
+    def _leave(self, me: DecodeTurn) -> None:
+        "Whoever has finished, or gives up waiting, makes room for the next."
         for line in (self.waiting, self.running):
             if me in line: line.remove(me)
-        if start is not None and not me.cost.seconds: self.spent[me.client] += time.monotonic() - start
         if not self.waiting and not self.running: self._idle()
-        self._call()
+        self._start_next()
 
     def _idle(self) -> None:
         "Nothing is left to do."
@@ -356,7 +363,7 @@ class PictureLine(FairPool):
         self.rest_soon()
 
     def rest_soon(self) -> None:
-        "Give memory back when nothing has come in for a while. Also for what came in and was refused."
+        "Give memory back in a few seconds, unless something else asks for the same in the meantime."
         if self.resting: self.resting.cancel()
         self.resting = asyncio.get_running_loop().call_later(REST, self._rest)
 

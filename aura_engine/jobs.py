@@ -147,7 +147,7 @@ class Job(PixelLog):
         self.cancelled = False
         self.hurried = False                                # its pictures are wanted as they are
         self.status = JobStatus.queued
-        self.cuts: list[str] = []                           # what did not fit into the prompt's chunks
+        self.cuts: list[str] = []                           # what its warnings will say
         self.warnings: tuple[str, ...] = ()
         self._finished = threading.Event()
         self._emitting = threading.Lock()

@@ -42,10 +42,9 @@ LEAST_SHARERS = 32
 class Shares:
     "Seconds of the device that each client has had, less those that were forgiven since."
     def __init__(self):
-        self._earned = 0.0                          # seconds earned by who has had work all the time
-        # A debt is `_paid[client] - _earned`, so that all debts shrink when `_earned` grows.
-        self._paid: dict[str, float] = {}           # by client: the `_earned` at which its debt is gone
-        self._clear: dict[str, float] = {}          # by client: when its last debt was gone
+        self._earned = 0.0                          # seconds forgiven to each debt so far
+        self._debt_ends_at: dict[str, float] = {}   # by client: the `_earned` at which its debt is gone
+        self._debt_ended: dict[str, float] = {}     # by client: when its last debt was gone
         self._seen = math.nan
 
     def pass_time(self, now: float, clients: int) -> None:
@@ -53,23 +52,23 @@ class Shares:
         sharers = max(clients, LEAST_SHARERS) if clients > 1 else 1
         if now > self._seen: self._earned += (now - self._seen) / sharers
         self._seen = now
-        for client in [c for c, paid in self._paid.items() if paid <= self._earned]:
-            del self._paid[client]
-            self._clear.pop(client, None)           # so that the newest stand last
-            self._clear[client] = now
-            if len(self._clear) > 1000: self._clear.pop(next(iter(self._clear)))
+        for client in [c for c, end in self._debt_ends_at.items() if end <= self._earned]:
+            del self._debt_ends_at[client]
+            self._debt_ended.pop(client, None)      # so that the newest stand last
+            self._debt_ended[client] = now
+            if len(self._debt_ended) > 1000: self._debt_ended.pop(next(iter(self._debt_ended)))
 
     def charge(self, client: str, seconds: float) -> None:
         "A client has had so much of the device."
-        self._paid[client] = max(self._paid.get(client, 0.0), self._earned) + seconds
+        self._debt_ends_at[client] = max(self._debt_ends_at.get(client, 0.0), self._earned) + seconds
 
     def debt(self, client: str) -> float:
-        "Seconds that this client has had too much."
-        return max(0.0, self._paid.get(client, 0.0) - self._earned)
+        "Seconds that this client has had, and that were not forgiven yet."
+        return max(0.0, self._debt_ends_at.get(client, 0.0) - self._earned)
 
     def clear_since(self, client: str) -> float:
         "When this client's last debt was gone (minus infinity: it never had one)."
-        return self._clear.get(client, -math.inf)
+        return self._debt_ended.get(client, -math.inf)
 
 # %% ../nbs/08b_queue.ipynb #e950bf6d
 class Paces:
@@ -101,19 +100,19 @@ class ClientLine(list[E]):
     "One client's tasks in its own order; they are taken from the front."
     def __init__(self, owing: float, clear: float):
         super().__init__()
-        self.in_debt = owing > 0                    # the client has had too much
+        self.in_debt = owing > 0
         self.clear_since = clear                    # when its last debt was gone
-        self.front = owing                          # seconds of debt, and of work up to the next task
+        self.work_before = owing                    # seconds of debt, and of work before the next task
 
-    def weigh(self, now: float) -> float:
-        "The weight of the next task, which sets what it is `owing` and moves `front` past it."
+    def next_weight(self, now: float) -> float:
+        "The weight of the next task, which sets what it is `owing` and counts its work. Call it once a task."
         first = self[0]
-        first.owing = self.front
-        self.front += first.remains
+        first.owing = self.work_before
+        self.work_before += first.remains
         waited = 0.0 if self.in_debt else now - max(first.arrived, self.clear_since)
-        return self.front - AGEING * waited
+        return self.work_before - AGEING * waited
 
-# %% ../nbs/08b_queue.ipynb #e586ff42
+# %% ../nbs/08b_queue.ipynb #fefa84b3
 def lines_of(ordered: Sequence[E], shares: Shares) -> list[ClientLine[E]]:
     "Tasks by client."
     lines: dict[str, ClientLine[E]] = {}
@@ -122,7 +121,7 @@ def lines_of(ordered: Sequence[E], shares: Shares) -> list[ClientLine[E]]:
         if line is None:
             debt, clear = shares.debt(task.client), shares.clear_since(task.client)
             line = lines[task.client] = ClientLine(debt, clear)
-        else: line.front += task.used               # the first one's own past does not count
+        else: line.work_before += task.used
         line.append(task)
     return list(lines.values())
 
@@ -133,13 +132,13 @@ def fair_order(tasks: Sequence[E], cost: StepCost, now: float, shares: Shares) -
     ordered = sorted(tasks, key=lambda t: t.remains - AGEING * (now - t.arrived))
     lines = lines_of(ordered, shares)
     if len(lines) == 1: return ordered
-    heap = [(line.weigh(now), n, line) for n, line in enumerate(lines)]
+    heap = [(line.next_weight(now), n, line) for n, line in enumerate(lines)]
     heapq.heapify(heap)
     merged = []
     while heap:
         _, n, line = heap[0]
         merged.append(line.pop(0))
-        if line: heapq.heapreplace(heap, (line.weigh(now), n, line))
+        if line: heapq.heapreplace(heap, (line.next_weight(now), n, line))
         else: heapq.heappop(heap)
     return merged
 

@@ -217,18 +217,19 @@ def take_digests(task: Task) -> None:
     elif p.init is not None: task.init_sha256 = hashlib.sha256(p.init.tobytes()).hexdigest()
 
 # %% ../nbs/08c_runner.ipynb #15c31e47
-def begin_task(task: Task, parts: Components, texts: TextCache, text: float) -> float:
-    "Noise and first latents of a newcomer, whose text took `text` seconds -> seconds in all."
+def begin_task(task: Task, parts: Components, texts: TextCache, text_seconds: float) -> float:
+    "Noise and first latents of a newcomer, whose text took `text_seconds` -> seconds in all."
     p = task.picture
     spend(task, "queue", time.monotonic() - task.arrived, 0.0)
     take_digests(task)
     trajectory, seconds = clocked(Trajectory, parts, p, texts)
-    spend(task, "text", text + seconds, text + seconds)
+    # in a receipt, "text" is all that comes before the first step: noise, and the VAE's encoding of a given picture
+    spend(task, "text", text_seconds + seconds, text_seconds + seconds)
     task.picture = trajectory.picture = replace(p, init=None)
     task.trajectory, task.begin = trajectory, 0.0
     if p.inpainting is None: task.job.free_inputs(task.index)
     if trajectory.cut: task.job.cuts.append(f"the prompt was cut before: {trajectory.cut[:200]}")
-    return text + seconds
+    return text_seconds + seconds
 
 # %% ../nbs/08c_runner.ipynb #b045006f
 def pasted(inpainting: Inpainting, made: Decoded) -> Decoded:

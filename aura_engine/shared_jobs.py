@@ -113,7 +113,7 @@ def lose(kept: KeptJob) -> None:
 
 # %% ../nbs/09g_shared_jobs.ipynb #d0153690
 EVERY = .25                                                   # seconds between two looks
-ALIVE_SECONDS = 15
+ALIVE_SECONDS = 15                                            # of silence, after which a process is taken for lost
 HOUR = 3600
 
 # %% ../nbs/09g_shared_jobs.ipynb #d2d7f5a1

@@ -50,7 +50,7 @@ class Stamp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http": return await self.app(scope, receive, send)
-        # People join an address that ends with a slash and a path, or end a path with one. No address here does.
+        # Joined URLs often have a double slash at the start or a slash at the end. Both are removed.
         scope = {**scope, "path": "/" + scope["path"].strip("/")}
         given = Headers(scope=scope).get("x-request-id", "")
         rid = given if ID.fullmatch(given) else secrets.token_hex(8)
