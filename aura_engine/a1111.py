@@ -630,7 +630,7 @@ a1111_routes = (
     _tells("/sdapi/v1/options", post_options, A1111Options, ok=dict[str, Any]),
     _tells("/sdapi/v1/interrupt", post_interrupt, ok=dict[str, Any]),
     _tells("/internal/progress", post_live_progress, TaskName, ok=LiveProgress),
-    _reads("/sdapi/v1/progress", get_progress, ok=A1111Progress),
+    _reads("/sdapi/v1/progress", get_progress, shows=True, ok=A1111Progress),
     _reads("/sdapi/v1/options", get_options, ok=dict[str, Any]),
     _reads("/sdapi/v1/sd-models", get_sd_models, ok=list[A1111Model]),
     _reads("/sdapi/v1/samplers", get_samplers, ok=list[A1111Sampler]),

@@ -24,7 +24,7 @@ __all__ = ['SMALL_EXAMPLES', 'EXAMPLES', 'STUDIO', 'STUDIO_FILES', 'PAGE_POLICY'
            'JOB', 'routes', 'INLINE', 'JOBS', 'OWN_ID', 'post_generate', 'post_refine', 'post_replay', 'get_health',
            'get_ready', 'get_metrics', 'get_examples', 'get_page', 'get_page_file', 'get_page_texts', 'Route',
            'content', 'named_schema', 'frames_of', 'responses', 'checked_body', 'parsed_body', 'endpoint',
-           'answer_error', 'on_error', 'methods_at', 'ask_key', 'create_app', 'add_route', 'bodies_read',
+           'answer_error', 'on_error', 'methods_at', 'ask_host', 'ask_key', 'create_app', 'add_route', 'bodies_read',
            'body_schemas', 'describe_defaults', 'answer_schemas', 'openapi']
 
 # %% ../nbs/09f_app.ipynb #83d929dd
@@ -39,7 +39,7 @@ from .intake import LARGE, SMALL, check_type, parse_json, read_body
 from .job_routes import AnyJob, JobStore, delete_job, get_job, get_job_events, post_job
 from .planning import ReplayRequest
 from .types import AuraError, GenerateRequest, NotFound, RefineRequest, shown
-from .walls import Cors, Guard, Origins, Stamp, check_key, client_behind
+from .walls import Cors, Guard, Origins, Stamp, check_key, client_behind, refuse_rebound
 
 # %% ../nbs/09f_app.ipynb #d9dcd2f5
 async def post_generate(request: Request, body: GenerateRequest) -> Response:
@@ -126,6 +126,7 @@ class Route:
     body: Any = None                                          # the model of its JSON; None: none, or it reads by itself
     most: int = SMALL                                         # bytes of its body
     keyed: bool = False                                       # whether the API key is asked for
+    shows: bool = False                                       # a picture, by GET, at an address that all know
     # what OpenAPI says
     ok: Any = None                                            # the model of its answer
     errors: tuple[int | str, ...] = (500,)                    # statuses of problems
@@ -258,6 +259,10 @@ def methods_at(request: Request) -> set[str]:
 # %% ../nbs/09f_app.ipynb #f8477872
 _bearer = HTTPBearer(auto_error=False, description="AURA_API_KEY of the engine")
 
+async def ask_host(request: Request) -> None:
+    "Raise ForeignOrigin when the request came to a name that is not this engine's."
+    refuse_rebound(request, request.app.state.origins)
+
 async def ask_key(request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]) -> None:
     "Raise Unauthorized unless the request carries the engine's key."
     key = request.app.state.api.settings.api_key
@@ -279,6 +284,7 @@ def create_app(engine, extra_routes: Sequence[Route] = (), shapes: dict[str, Sha
     handlers: Any = dict.fromkeys((AuraError, RequestValidationError, HTTPException), on_error)
     app = FastAPIOffline(title="Aura engine", version=__version__, description="Text to image, image to image.",
                          middleware=walls, redirect_slashes=False, redoc_url=None, exception_handlers=handlers)
+    app.state.origins = origins
     app.state.api, app.state.jobs = api, jobs or JobStore(engine.settings.replica)
     add_gauges(api)
     for route in table: add_route(app, route, locked=engine.settings.api_key is not None)
@@ -290,6 +296,7 @@ def add_route(app: FastAPI, route: Route, locked: bool) -> None:
     "Add a row of the table; `locked`: keyed routes ask for the key."
     name = f"{route.name or route.handler.__name__}_{route.method.lower()}"
     lock = [Depends(ask_key)] if locked and route.keyed else []
+    if route.shows and not lock: lock = [Depends(ask_host)]
     # FastAPI adds a body of any shape to every answer of a JSON class, so that class is for routes that have a shape
     kind = JSONResponse if route.ok else Response
     app.add_api_route(route.path, endpoint(route), methods=[route.method], operation_id=name,

@@ -56,8 +56,9 @@ def one_heap() -> bool:
 
 # %% ../nbs/08c_runner.ipynb #d6bad0df
 def few_kernels() -> None:
-    "Let oneDNN keep 256 pieces of code, unless the environment says otherwise."
+    "Let oneDNN keep 256 pieces of code, and torch 64 descriptions, unless the environment says otherwise."
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 
 # %% ../nbs/08c_runner.ipynb #13db564b
 def by_place(z: torch.Tensor) -> np.ndarray:

@@ -22,8 +22,9 @@ log = logging.getLogger("aura_engine.walls")
 
 # %% auto #0
 __all__ = ['log', 'ID', 'QUIET', 'EXPOSED', 'REST_BYTES', 'REST_SECONDS', 'REST_PAUSE', 'HOST_SENT', 'Marked', 'Stamp', 'arrival',
-           'note_request', 'Origins', 'name_in', 'is_certain', 'Cors', 'log_foreign', 'Exchange', 'drain', 'Guard',
-           'refuse_foreign', 'refuse_compressed', 'key_given', 'check_key', 'client_group', 'client_behind']
+           'note_request', 'Origins', 'name_in', 'is_certain', 'is_private', 'Cors', 'log_foreign', 'Exchange', 'drain',
+           'Guard', 'refuse_foreign', 'refuse_rebound', 'refuse_compressed', 'key_given', 'check_key', 'client_group',
+           'client_behind']
 
 # %% ../nbs/09b_walls.ipynb #6da864fc
 ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -102,6 +103,13 @@ class Origins:
         if site == "same-origin" and name_in(place) != name_in(arrived.lower()): return False
         return place != host.lower() or not is_certain(host)
 
+    def ours(self, host: str) -> bool:
+        "Whether a page of a stranger cannot have rebound the name in a Host header."
+        if "*" in self.allowed or is_certain(host): return True
+        name = name_in(host.lower())
+        known = (*self.hosts, *(origin.partition("://")[2] for origin in self.allowed))
+        return is_private(name) or name in map(name_in, known)
+
     def line(self, origin: str) -> str:
         "The setting that would allow `origin` as well."
         return "ALLOW_ORIGINS=" + ",".join((*self.allowed, origin))
@@ -118,6 +126,10 @@ def is_certain(host: str) -> bool:
     try: ip_address(name)
     except ValueError: return False
     return True
+
+def is_private(name: str) -> bool:
+    "Whether nobody can register a name: it has no dot, or an ending that is kept for local networks."
+    return "." not in name or name.endswith((".local", ".internal", ".lan", ".home.arpa"))
 
 # %% ../nbs/09b_walls.ipynb #9c533507
 EXPOSED = ("retry-after", "x-request-id", "x-aura-engine", "x-aura-warnings", "location")
@@ -212,6 +224,15 @@ def refuse_foreign(request: Request, origins: Origins) -> None:
     log_foreign(origins, origin)
     advice = "its operator can add the origin to ALLOW_ORIGINS"
     raise ForeignOrigin(f"Pages of {shown(origin)} may not call this engine; {advice}.")
+
+# %% ../nbs/09b_walls.ipynb #6e485afc
+def refuse_rebound(request: Request, origins: Origins) -> None:
+    "Raise ForeignOrigin when the Host of a request may be the rebound name of a stranger's page."
+    host = request.headers.get("host", "")
+    if origins.ours(host): return
+    log_foreign(origins, f"http://{host}")
+    advice = "its operator can add it, with http:// or https:// before it, to ALLOW_ORIGINS, or set AURA_API_KEY"
+    raise ForeignOrigin(f"{shown(host)} is not a name of this engine; {advice}.")
 
 # %% ../nbs/09b_walls.ipynb #02986394
 def refuse_compressed(request: Request) -> None:

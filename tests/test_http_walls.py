@@ -150,6 +150,22 @@ def test_a_name_that_is_not_ours_is_no_proof(server):
     assert httpx.get(server.url + "/health", headers={"Host": "evil.example"}).status_code == 200
 
 
+BROWSER = {"User-Agent": "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36", "Accept": "*/*", "Accept-Language": "en", "Referer": "http://evil.example/"}
+
+
+def test_a_rebound_page_does_not_see_what_somebody_draws(server, guarded):
+    """A GET of the same origin has no Origin, and over http no Sec-Fetch-Site. Programs in a local network have names too."""
+    port, path = httpx.URL(server.url).port, "/sdapi/v1/progress"
+    for host, status in (("evil.example", 403), (f"evil.example:{port}", 403), ("127.0.0.1.evil.example", 403), (f"localhost:{port}", 200),
+                         (f"127.0.0.1:{port}", 200), (f"[::1]:{port}", 200), ("aura:7860", 200), ("nas.local", 200)):
+        r = httpx.get(server.url + path, headers={**BROWSER, "Host": host})
+        assert r.status_code == status, host
+    refused = httpx.get(server.url + path, headers={**BROWSER, "Host": "evil.example"}).json()
+    assert "ALLOW_ORIGINS" in json.dumps(refused) and "evil.example" in json.dumps(refused)
+    keyed = httpx.get(guarded.url + path, headers={**KEY, "Host": "any.example"})
+    assert keyed.status_code == 200 and httpx.get(guarded.url + path, headers={"Host": "any.example"}).status_code == 401
+
+
 def test_an_allowed_page_may_send_any_header_and_a_refused_one_is_logged(guarded):
     ask = {"Origin": "https://my.site", "Access-Control-Request-Method": "POST", "Access-Control-Request-Private-Network": "true",
            "Access-Control-Request-Headers": "content-type, traceparent, sentry-trace, x-stainless-os, cache-control"}
