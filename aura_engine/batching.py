@@ -199,11 +199,11 @@ class CurveFile:
         self.path, self.keep = path, keep
         self.notes: list[str] = []
 
-    def curve(self, name: str, call: Callable[[int], Any], most: int, today: float = 0.0) -> Curve:
-        "The curve called `name`: the kept one, if a call `today` (0: measure it) takes as long as then."
+    def curve(self, name: str, call: Callable[[int], Any], most: int, one_call: float = 0.0) -> Curve:
+        "The curve called `name`: the kept one, if `one_call` (its seconds now; 0: measure it) takes as long as then."
         known = self._read().get(name)
-        today = today or measure_curve(call, 1)[1]
-        if known and 0.77 < today / known[1] < 1.3: return known
+        one_call = one_call or measure_curve(call, 1)[1]
+        if known and 0.77 < one_call / known[1] < 1.3: return known
         measured = measure_curve(call, most)
         curves = self._read()                     # again: another engine may have written meanwhile
         curves.pop(name, None)

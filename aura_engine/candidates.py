@@ -26,8 +26,8 @@ log = logging.getLogger("aura_engine")
 
 # %% auto #0
 __all__ = ['log', 'REFERENCE', 'CANDIDATES', 'PROMPTS', 'BEST_PSNR', 'PATIENCE', 'Candidate', 'is_free', 'candidates_for',
-           'sample_pictures', 'Sheet', 'draw_sheet', 'closeness', 'Weighed', 'weighing', 'copy_of', 'fastest', 'Trials',
-           'trials_name', 'weighed_from', 'TrialsFile', 'reason_for', 'choose_precision']
+           'sample_pictures', 'Sheet', 'draw_sheet', 'closeness', 'Measured', 'measure_candidate', 'copy_of', 'fastest',
+           'Trials', 'trials_name', 'measured_from', 'TrialsFile', 'reason_for', 'choose_precision']
 
 # %% ../nbs/07b_candidates.ipynb #fe9c9dd5
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def closeness(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 # %% ../nbs/07b_candidates.ipynb #5c45c79c
 @dataclass(frozen=True)
-class Weighed:
+class Measured:
     """What was measured of a candidate: seconds of nine pictures, one alone and then eight together.
 
     `psnr` in dB against fp32; `company`: the most that company changes a value of 255."""
@@ -130,14 +130,15 @@ class Weighed:
         return f"{self.candidate} {figures}, changed by company: at most {self.company} of 255"
 
 # %% ../nbs/07b_candidates.ipynb #ec715520
-def weighing(candidate: Candidate, parts: Components, reference: np.ndarray | None) -> tuple[Weighed, np.ndarray]:
+def measure_candidate(candidate: Candidate, parts: Components,
+                      reference: np.ndarray | None) -> tuple[Measured, np.ndarray]:
     "Measure optimised `parts` -> figures, and the eight pictures: the reference where none is given."
     pictures = sample_pictures(parts)
     alone, together = draw_sheet(parts, pictures[:1]), draw_sheet(parts, pictures)
     company = np.abs(alone.pixels[0].astype(int) - together.pixels[0]).max()
     close = BEST_PSNR if reference is None else closeness(together.pixels, reference)
     seconds = round(alone.seconds + together.seconds, 4)
-    return Weighed(candidate.backend, candidate.precision, seconds, close, int(company)), together.pixels
+    return Measured(candidate.backend, candidate.precision, seconds, close, int(company)), together.pixels
 
 # %% ../nbs/07b_candidates.ipynb #e51ef000
 PATIENCE = 20.0                       # seconds after which no further candidate is tried
@@ -149,7 +150,7 @@ def copy_of(parts: Components) -> Components:
                    notes=[], optimizations=[])
 
 # %% ../nbs/07b_candidates.ipynb #7272efb4
-def fastest(rows: Sequence[Weighed], least: float) -> Weighed:
+def fastest(rows: Sequence[Measured], least: float) -> Measured:
     "The fastest candidate of at least `least` dB. The first is the reference, and always good enough."
     good = [row for k, row in enumerate(rows) if k == 0 or row.psnr >= least]
     return min(good, key=lambda row: row.seconds)
@@ -159,7 +160,7 @@ class Trials:
     "Candidates of a model, tried one after the other. `rows` are the figures, `best` the optimised parts to use."
     def __init__(self, parts: Components, settings: Settings):
         self.parts, self.settings = parts, settings
-        self.rows: list[Weighed] = []
+        self.rows: list[Measured] = []
         self.best: Components | None = None
         self.reference: np.ndarray | None = None
         self.complete = False                                  # all were tried
@@ -177,7 +178,7 @@ class Trials:
     def attempt(self, candidate: Candidate) -> None:
         "Try one, and keep its parts if it is the best so far."
         mine = candidate.applied(copy_of(self.parts), self.settings)
-        row, pixels = weighing(candidate, mine, self.reference)
+        row, pixels = measure_candidate(candidate, mine, self.reference)
         if self.reference is None: self.reference = pixels
         self.rows.append(row)
         if fastest(self.rows, self.settings.precision_psnr) is row: self.best = mine
@@ -189,10 +190,11 @@ def trials_name(parts: Components, candidates: Sequence[Candidate]) -> str:
     return "|".join((processor(), str(model_threads()), __version__, *weights, *map(str, candidates)))
 
 # %% ../nbs/07b_candidates.ipynb #4dec0b48
-def weighed_from(data: Any) -> Weighed:
+def measured_from(data: Any) -> Measured:
     "A row as JSON holds it. TypeError, ValueError or KeyError: this cannot be one."
-    row = Weighed(data["backend"], data["precision"], float(data["seconds"]), float(data["psnr"]), int(data["company"]))
-    if row.candidate not in CANDIDATES or not 0 < row.seconds < math.inf or not 0 <= row.psnr <= BEST_PSNR:
+    seconds, psnr = float(data["seconds"]), float(data["psnr"])
+    row = Measured(data["backend"], data["precision"], seconds, psnr, int(data["company"]))
+    if row.candidate not in CANDIDATES or not 0 < seconds < math.inf or not 0 <= psnr <= BEST_PSNR:
         raise ValueError("not a measured candidate")
     return row
 
@@ -203,14 +205,14 @@ class TrialsFile:
     path: Path
     keep: int = 64
 
-    def read(self, name: str) -> list[Weighed]:
+    def read(self, name: str) -> list[Measured]:
         "The rows that are kept under a name; none where there are none that can be used."
         try:
-            rows = [weighed_from(row) for row in self._all().get(name, ())]
+            rows = [measured_from(row) for row in self._all().get(name, ())]
             return rows if rows and rows[0].candidate == REFERENCE else []
         except (TypeError, ValueError, KeyError, OverflowError): return []
 
-    def write(self, name: str, rows: Sequence[Weighed]) -> None:
+    def write(self, name: str, rows: Sequence[Measured]) -> None:
         "Keep rows; a disk that is full or read-only means that the next start measures again."
         known = self._all()
         known.pop(name, None)
@@ -224,7 +226,7 @@ class TrialsFile:
         return data if isinstance(data, dict) else {}
 
 # %% ../nbs/07b_candidates.ipynb #6f93e4f7
-def reason_for(chosen: Weighed, rows: Sequence[Weighed], least: float) -> str:
+def reason_for(chosen: Measured, rows: Sequence[Measured], least: float) -> str:
     "Why this candidate, in words."
     others = "; ".join(str(row) for row in rows if row is not chosen)
     what = "fastest of those at least" if len(rows) > 1 else "the only candidate measured; asked for at least"

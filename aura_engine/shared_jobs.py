@@ -138,14 +138,14 @@ class Writer:
         if not known: self.written.clear()
 
     async def write(self, kept: KeptJob) -> None:
-        "Bring the stream of a job up to date."
+        "Bring the stream of a job from what is written to the end of its log, in one transaction."
         state = self.written.setdefault(kept.id, Written())
-        # a deleted job's stream is written from the beginning, without its pictures
+        # a deletion begins the stream anew, because the pictures of entries that are there cannot be freed
         if kept.deleted and not state.deleted: state = Written()
         new = kept.log.events[state.events:]
         if state.begun and not new: return
         # what is told while we wait for Redis is written the next time
-        now = Written(state.events + len(new), kept.deleted, True)
+        after_this = Written(state.events + len(new), kept.deleted, True)
         key = stream_of(kept.id)
         async with self.redis.pipeline(transaction=True) as todo:
             if not state.begun:
@@ -153,10 +153,10 @@ class Writer:
                 todo.xadd(key, {"process": self.process, "ask": json.dumps(kept.ask)}, id="0-1")
             for number, event in enumerate(new, state.events + 1):
                 if event and event.name != "preview": todo.xadd(key, entry_of(event), id=f"{number}-1")
-            if now.deleted: todo.xadd(key, {"name": "deleted"}, id=f"{now.events}-2")
+            if after_this.deleted: todo.xadd(key, {"name": "deleted"}, id=f"{after_this.events}-2")
             todo.expire(key, round(self.seconds if kept.ended else HOUR))
             await todo.execute()
-        self.written[kept.id] = now
+        self.written[kept.id] = after_this
 
     async def forget(self, kept: dict[str, KeptJob]) -> None:
         "Remove the streams of jobs that are not kept any more."

@@ -22,9 +22,9 @@ log = logging.getLogger("aura_engine.walls")
 
 # %% auto #0
 __all__ = ['log', 'ID', 'QUIET', 'EXPOSED', 'REST_BYTES', 'REST_SECONDS', 'REST_PAUSE', 'HOST_SENT', 'Marked', 'Stamp', 'arrival',
-           'note_request', 'Origins', 'name_in', 'is_certain', 'is_private', 'Cors', 'log_foreign', 'Exchange', 'drain',
-           'Guard', 'refuse_foreign', 'refuse_rebound', 'refuse_compressed', 'key_given', 'check_key', 'client_group',
-           'client_behind']
+           'note_request', 'Origins', 'name_in', 'is_certain', 'is_private', 'Cors', 'log_foreign', 'Exchange',
+           'discard_rest', 'Guard', 'refuse_foreign', 'refuse_rebound', 'refuse_compressed', 'key_given', 'check_key',
+           'client_group', 'client_behind']
 
 # %% ../nbs/09b_walls.ipynb #6da864fc
 ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -159,7 +159,7 @@ class Exchange:
         self._receive, self._send = receive, send
         self.started = self.refused = False
         self.unread = headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
-        self.waits = "expect" in headers                      # such a client sends its body only when it is asked to
+        self.sends_when_asked = "expect" in headers           # it announced `Expect: 100-continue`
 
     async def receive(self) -> Message:
         "The next message of the client."
@@ -173,18 +173,22 @@ class Exchange:
             self.started, self.refused = True, self.unread and message["status"] >= 400
             close = [(b"connection", b"close")] if self.refused else []
             message = {**message, "headers": [*message.get("headers", ()), *close]}
-        elif self.refused and not message.get("more_body"):
-            await self._send({**message, "more_body": True})
-            if not self.waits: await drain(self)
-            message = {"type": "http.response.body", "body": b""}
-        await self._send(message)
+        ends = message["type"] == "http.response.body" and not message.get("more_body")
+        if self.refused and ends: await self._end_refusal(message)
+        else: await self._send(message)
+
+    async def _end_refusal(self, message: Message) -> None:
+        # the whole answer goes out now, and its end only when the rest of the body was read
+        await self._send({**message, "more_body": True})
+        if not self.sends_when_asked: await discard_rest(self)
+        await self._send({"type": "http.response.body", "body": b""})
 
 # %% ../nbs/09b_walls.ipynb #907556a5
 REST_BYTES = 64 * 2**20                                       # of a refused body that are still read
 REST_SECONDS = 20.0                                           # for all of them: 32 MiB on a line of 13 Mbit/s
 REST_PAUSE = 2.0                                              # for the next of them
 
-async def drain(exchange: Exchange) -> None:
+async def discard_rest(exchange: Exchange) -> None:
     "Read the rest of a body and throw it away."
     left, end = REST_BYTES, time.monotonic() + REST_SECONDS
     while exchange.unread and left > 0 and time.monotonic() < end:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image as Pillow
 
 from aura_engine.batching import CurveFile, Entry, StepCost, choose, curve_from, read_curves, urgency, work
-from aura_engine.candidates import TrialsFile, Weighed
+from aura_engine.candidates import Measured, TrialsFile
 from aura_engine.config import load_settings
 from aura_engine.engine import Engine
 from aura_engine.jobs import PREVIEW_BYTES, Job
@@ -268,7 +268,7 @@ def test_something_else_in_the_place_of_a_cache_file_heals_or_is_named(tmp_path,
     trials = TrialsFile(tmp_path / "precision.json")
     in_place_of(trials.path, what)
     assert trials.read("ours") == []
-    trials.write("ours", [Weighed("torch", "fp32", 0.5, 99.0, 0)])
+    trials.write("ours", [Measured("torch", "fp32", 0.5, 99.0, 0)])
     assert bool(trials.read("ours")) is (what != "full folder")
 
 
