@@ -840,6 +840,8 @@ def test_widths_and_themes(gallery, width, scheme, tmp_path):
         gallery.locator(".fold").click()
         assert narrow_sliders(gallery) == []
         gallery.locator(".fold").click()
+        gallery.mouse.move(0, 0)                            # nothing looks pointed at
+        gallery.wait_for_timeout(200)
     out = pictures_folder(tmp_path) / f"studio-{width}-{scheme}.webp"
     if width in (360, 620, 1040, 1600):
         Image.open(io.BytesIO(gallery.screenshot(full_page=True))).save(out, quality=80)
@@ -976,6 +978,18 @@ def test_form_request_receipt_round_trip(module):
             receipt = {"prompt": picture.prompt, "negativePrompt": picture.negative_prompt, "width": picture.width, "height": picture.height, "steps": picture.steps, "guidanceScale": picture.guidance_scale,
                        "strength": None, "seed": picture.seed, "temperature": picture.temperature, "loraAlias": None}
             assert module("m.formOf(a[0], a[1])", receipt, limits) == form, (row.name, aspect)
+
+
+def test_generate_before_anything_is_known(module):
+    """In a notebook the kernel may not have looked at its engine yet: the picture waits, nothing has failed."""
+    code = """(async () => { let looks = 0, asked = 0;
+        const store = {form: () => null, keepForm() {}, put() {}, remove() {}};
+        const engine = {store, health: async () => (looks++ ? {ready: true} : {status: "connecting"}), async* generate() { asked++; }};
+        const s = new m.Studio(engine);
+        s.set({prompt: "a fox"});
+        await s.generate();
+        return [looks, asked, s.trouble]; })()"""
+    assert module(code) == [2, 1, None]
 
 
 def test_events_cut_at_every_byte(module):

@@ -290,6 +290,8 @@ def test_widths_and_themes(page, studio, theme, tmp_path):
         if fold.is_visible(): fold.click()
         assert narrow_sliders(studio) == [] and studio.locator(".frame img").bounding_box()["width"] >= min(width - 56, 314)
         if fold.is_visible(): fold.click()
+        page.mouse.move(0, 0)                               # nothing looks pointed at
+        page.wait_for_timeout(200)
         Image.open(io.BytesIO(studio.screenshot())).save(folder / f"lab-{width}-{theme.lower()}.webp", quality=80)
         assert accessible.violations(page, "[data-lm-suppress-shortcuts]") == []
     page.set_viewport_size({"width": 1200, "height": 1000})
