@@ -874,6 +874,7 @@ def test_axe_in_other_states(gallery, browser, server, what):
     if what in ("start", "brush"): press(page, "Start from it")
     if what == "offer": give(page, "drop", saved(page))
     if what == "several":
+        page.locator(".fold").click()
         ask(page, "a fish", steps=1, n=2)
         finished(page, len(THINGS) + 2)
     if what == "copied":
@@ -895,6 +896,7 @@ def test_axe_in_other_states(gallery, browser, server, what):
     if what == "offer": page.locator(".offer").get_by_role("button", name="Close").click()
     if what == "several":
         page.get_by_role("radio", name="1", exact=True).check()
+        page.locator(".fold").click()
         for _ in range(2): press(page, "Delete (Delete)")
     if what == "empty": page.context.close()
 
