@@ -17,10 +17,10 @@ log = logging.getLogger("aura_engine.loader")
 T = TypeVar("T")
 
 # %% auto #0
-__all__ = ['log', 'T', 'CAUSES', 'STATUSES', 'MEANINGS', 'DISK_FULL', 'FORBIDDEN', 'BUSY', 'SHA256', 'Want', 'Unusable', 'causes',
-           'class_names', 'response_of', 'forbidden', 'proxy_trouble', 'true_cause', 'blame', 'Progress', 'bar_for',
-           'passing', 'patiently', 'Blob', 'blob_of', 'go_on', 'get_file', 'open_file', 'sha256_of', 'read_small',
-           'file_sizes', 'names_in', 'fetch']
+__all__ = ['log', 'T', 'CAUSES', 'STATUSES', 'MEANINGS', 'DISK_FULL', 'FORBIDDEN', 'BUSY', 'SHA256', 'Want', 'Before', 'Unusable',
+           'causes', 'class_names', 'response_of', 'forbidden', 'proxy_trouble', 'true_cause', 'blame', 'Progress',
+           'bar_for', 'passing', 'patiently', 'Blob', 'blob_of', 'go_on', 'get_file', 'open_file', 'sha256_of',
+           'read_small', 'file_sizes', 'names_in', 'fetch']
 
 # %% ../nbs/04a_downloads.ipynb #cfc0690b
 class Unusable(Exception):
@@ -304,8 +304,13 @@ def names_in(folder: Path) -> list[str]:
     return [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
 
 # %% ../nbs/04a_downloads.ipynb #4c1ab6c0
-def fetch(repo: str, anchor: str, want: Want, progress: Progress, revision: str | None = None) -> Path:
-    "Folder in the cache with the file `anchor` of a repository and the files that `want` picks once `anchor` is there."
+Before = Callable[[Path], Any]                    # called with the folder when all but the weights are there
+
+def fetch(repo: str, anchor: str, want: Want, progress: Progress, revision: str | None = None,
+          before: Before | None = None) -> Path:
+    """Folder in the cache with the file `anchor` of a repository and the files that `want` picks once `anchor` is there.
+
+    `before` may refuse the model before its weights are fetched."""
     from huggingface_hub import try_to_load_from_cache
     cached = isinstance(try_to_load_from_cache(repo, anchor, revision=revision), str)
     there = {} if cached else file_sizes(repo, revision, progress)
@@ -318,5 +323,9 @@ def fetch(repo: str, anchor: str, want: Want, progress: Progress, revision: str 
     there = there or file_sizes(repo, folder.name, progress)
     names = [name for name in want(list(there), folder) if name not in here]
     progress.total = progress.done + sum(there[name] for name in names)
-    for name in names: get_file(repo, name, folder.name, progress)
+    for name in names:
+        if before and name.endswith(".safetensors"):
+            before(folder)
+            before = None
+        get_file(repo, name, folder.name, progress)
     return folder

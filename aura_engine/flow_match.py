@@ -10,7 +10,7 @@ from .denoisers import Denoiser
 from .types import Picture
 
 # %% auto #0
-__all__ = ['MOST_TOKENS', 'even_sigmas', 'prompt_ids', 'FlowMatch']
+__all__ = ['MOST_TOKENS', 'even_sigmas', 'prompt_ids', 'runs_on', 'FlowMatch']
 
 # %% ../nbs/05i_flow_match.ipynb #e7e34876
 def even_sigmas(steps: int) -> np.ndarray:
@@ -28,6 +28,15 @@ def prompt_ids(tokenizer: Any, text: str, thinking: bool) -> tuple[list[int], st
     if len(ids) <= MOST_TOKENS: return ids, ""
     # the template's own end is not part of the prompt
     return ids[:MOST_TOKENS], tokenizer.decode(ids[MOST_TOKENS:]).split(tokenizer.eos_token)[0].strip()
+
+# %% ../nbs/05i_flow_match.ipynb #34b5e1d2
+def runs_on(encoder: Any) -> torch.device:
+    "The device that a text encoder computes on."
+    first = next(encoder.parameters()).device
+    if first.type != "meta": return first
+    hooks = [getattr(module, "_hf_hook", None) for module in encoder.modules()]
+    places = [getattr(hook, "execution_device", None) for hook in hooks]
+    return torch.device(next(place for place in places if place is not None))
 
 # %% ../nbs/05i_flow_match.ipynb #e78fc67d
 class FlowMatch(Denoiser):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from .denoisers import Conditions, Text
-from .flow_match import MOST_TOKENS, FlowMatch, prompt_ids
+from .flow_match import MOST_TOKENS, FlowMatch, prompt_ids, runs_on
 from .types import Picture
 from .unet_input import NetInput
 
@@ -30,7 +30,7 @@ def encode_klein(tokenizer: Any, encoder: nn.Module, text: str) -> Text:
     padding = [tokenizer.pad_token_id] * room
     padded, real = ids + padding, [1] * len(ids) + [0] * room
     if tokenizer.padding_side == "left": padded, real = padding + ids, real[::-1]
-    device = next(encoder.parameters()).device
+    device = runs_on(encoder)
     given = torch.tensor([padded], device=device)
     mask = torch.tensor([real], device=device)
     states = encoder(input_ids=given, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
@@ -160,7 +160,8 @@ class Klein(KleinLatents):
 
     def conditions(self, p: Picture, texts: list[Text]) -> Conditions:
         "Conditions from the encoded texts of a picture, the negative one first."
-        return Conditions(torch.cat([text.embeds for text in texts]), texts[-1].cut)
+        embeds = torch.cat([text.embeds for text in texts])
+        return Conditions(embeds.to(self.parts.device), texts[-1].cut)
 
     def shift(self, p: Picture, steps: int) -> float:
         "The published fit, by size and steps."

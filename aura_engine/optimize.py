@@ -91,7 +91,7 @@ def can_bf16(parts: Components, settings: Settings) -> Answer:
     if parts.device.type != "cpu" or parts.precision != "fp32" or settings.precision == "fp32":
         return False
     if settings.precision == "bf16": return True
-    if size_of(parts.unet) <= SMALL: return False
+    if size_of(parts.unet) <= SMALL or parts.held.bits or parts.held.encoder == "release": return False
     gain = bf16_gain()
     if not gain: return "this CPU has no bf16 instructions"
     return gain >= 1.2 or f"bf16 products measured {gain:.1f} times as fast as fp32 here"
@@ -144,8 +144,8 @@ def use_openvino(parts: Components, settings: Settings) -> str:
 
 # %% ../nbs/05f_optimize.ipynb #54748b18
 def by_torch(parts: Components, settings: Settings) -> bool:
-    "Whether torch runs the UNet."
-    return parts.backend == "torch"
+    "Whether torch runs a UNet."
+    return parts.backend == "torch" and not parts.row.flow
 
 def channels_last(parts: Components, settings: Settings) -> str:
     "Lay the UNet's weights out channels-last."
@@ -189,7 +189,8 @@ def bf16_vae(parts: Components, settings: Settings) -> str:
 # %% ../nbs/05f_optimize.ipynb #62b4016a
 def can_offload(parts: Components, settings: Settings) -> bool:
     "When the weights leave too little of the card for the work itself."
-    return on_cuda(parts) and 1.4 * bytes_of(parts) > card_memory(parts)
+    # where the parts of a transformer are is decided when it is loaded
+    return on_cuda(parts) and not parts.row.flow and 1.4 * bytes_of(parts) > card_memory(parts)
 
 # %% ../nbs/05f_optimize.ipynb #1b4fe6ee
 def offload(parts: Components, settings: Settings) -> str:

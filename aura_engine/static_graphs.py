@@ -19,6 +19,7 @@ from uuid import uuid4
 import psutil, torch
 from torch import nn
 from .downloads import read_small, sha256_of
+from .memory import memory_limit
 from .packing import summed
 from .reader import quiet
 from .unet_input import UNetInput
@@ -27,13 +28,12 @@ log = logging.getLogger("aura_engine")
 
 # %% auto #0
 __all__ = ['log', 'DECODER', 'SAMPLES', 'GRAPH', 'WEIGHTS', 'DIGESTS', 'ABANDONED', 'UNUSED', 'PAIR', 'MOST_GRAPHS', 'MOST_BYTES',
-           'DAMAGED', 'PATIENCE', 'UNSAVED', 'Shapes', 'EXACT', 'HALF', 'ONE_AT_A_TIME', 'LIMITS', 'AT_LEAST',
-           'AT_MOST', 'COMPILING', 'input_names', 'Traced', 'example_inputs', 'projected', 'cache_folder',
-           'temporary_folder', 'fingerprint', 'saved_graph', 'digests', 'is_whole_graph', 'weight_bytes', 'save_graph',
-           'whole_weights', 'Stored', 'discard', 'stored_in', 'left_over', 'tidy', 'read_graph', 'hushed', 'take_lock',
-           'alone', 'converted', 'convert', 'doubled_before', 'bias_after', 'double_graph', 'memory_limit', 'Earned',
-           'Held', 'infer', 'Compiler', 'StaticGraphs', 'Graphs', 'OpenVINOUNet', 'OpenVINODecode', 'quantize',
-           'HeardGraphs']
+           'DAMAGED', 'PATIENCE', 'UNSAVED', 'Shapes', 'EXACT', 'HALF', 'ONE_AT_A_TIME', 'AT_LEAST', 'AT_MOST',
+           'COMPILING', 'input_names', 'Traced', 'example_inputs', 'projected', 'cache_folder', 'temporary_folder',
+           'fingerprint', 'saved_graph', 'digests', 'is_whole_graph', 'weight_bytes', 'save_graph', 'whole_weights',
+           'Stored', 'discard', 'stored_in', 'left_over', 'tidy', 'read_graph', 'hushed', 'take_lock', 'alone',
+           'converted', 'convert', 'doubled_before', 'bias_after', 'double_graph', 'Earned', 'Held', 'infer',
+           'Compiler', 'StaticGraphs', 'Graphs', 'OpenVINOUNet', 'OpenVINODecode', 'quantize', 'HeardGraphs']
 
 # %% ../nbs/05c_static_graphs.ipynb #e8b71b61
 DECODER = ("z",)
@@ -353,17 +353,6 @@ Shapes = tuple[tuple[int, ...], ...]              # of a graph's inputs, in thei
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "SNIPPETS_MODE": "DISABLE"}
 HALF = {"INFERENCE_PRECISION_HINT": "bf16"}
 ONE_AT_A_TIME = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False}
-
-# %% ../nbs/05c_static_graphs.ipynb #221ef463
-LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
-
-def memory_limit(files: Sequence[str] = LIMITS) -> int:
-    "Bytes that this process may use: the machine's memory, or less where a container's limit says so."
-    most = psutil.virtual_memory().total
-    for file in files:
-        try: most = min(most, int(Path(file).read_text()))
-        except (OSError, ValueError): pass                         # no such limit, or "max"
-    return most
 
 # %% ../nbs/05c_static_graphs.ipynb #df80c607
 class Earned:

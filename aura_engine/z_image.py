@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from .denoisers import Conditions, Text
-from .flow_match import FlowMatch, prompt_ids
+from .flow_match import FlowMatch, prompt_ids, runs_on
 from .types import Picture
 from .unet_input import NetInput
 
@@ -30,7 +30,7 @@ def rounded_up(tokens: int) -> int:
 def encode_z(tokenizer: Any, encoder: nn.Module, text: str) -> Text:
     "One prompt -> embeds [1, L, D] with L a multiple of BUCKET, zeros behind its real tokens."
     ids, cut = prompt_ids(tokenizer, text, thinking=True)
-    given = torch.tensor([ids], device=next(encoder.parameters()).device)
+    given = torch.tensor([ids], device=runs_on(encoder))
     states = encoder(input_ids=given, output_hidden_states=True, use_cache=False).hidden_states[-1]
     return Text(nn.functional.pad(states, (0, 0, 0, rounded_up(len(ids)) - len(ids))), cut=cut, real=len(ids))
 
@@ -164,7 +164,8 @@ class ZImage(ZLatents):
     def conditions(self, p: Picture, texts: list[Text]) -> ZConditions:
         "Conditions from the encoded texts of a picture."
         real = torch.tensor([text.real for text in texts], device=self.parts.device)
-        return ZConditions(torch.cat([text.embeds for text in texts]), texts[-1].cut, real=real)
+        embeds = torch.cat([text.embeds for text in texts]).to(self.parts.device)
+        return ZConditions(embeds, texts[-1].cut, real=real)
 
     def inputs(self, sample: torch.Tensor, time: torch.Tensor, given: Conditions) -> ZInput:
         "The next call for one picture."

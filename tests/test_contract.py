@@ -122,7 +122,7 @@ def test_health(web):
     need = {"status", "ready", "device", "gpu", "gpuName", "model", "revision", "lora", "scheduler", "precision", "backend", "optimizations", "warnings",
             "reason", "queue", "stepCost", "version", "buildId", "uptimeSeconds"}
     assert need <= set(h) and h["status"] == "ready" and h["ready"] is True and h["gpu"] is False and h["device"] == "cpu"
-    assert set(h["memory"]) == {"rss", "gpu"} and h["memory"]["rss"] > 50 * 2**20 and h["memory"]["gpu"] is None
+    assert set(h["memory"]) == {"rss", "gpu", "predicted"} and h["memory"]["rss"] > 50 * 2**20 and h["memory"]["predicted"] > 40 * 2**20 and h["memory"]["gpu"] is None
     assert set(h["queue"]) == {"length", "seconds"} and all(isinstance(x, str) for x in h["optimizations"])
 
 
