@@ -52,6 +52,7 @@ _SD15 = {
 }
 CUDA_WHEELS = "cu126"                   # the name of an index of torch's wheels
 _GPU = {"SD_DEVICE": "cuda", "SD_PRECISION": "fp16", "TORCH_INDEX_URL": CUDA_WHEELS}
+_LARGE = {**_GPU, "SD_PRECISION": "bf16"}               # transformers overflow in fp16
 
 # %% ../nbs/15c_deploy_plan.ipynb #e59cf9bf
 def _embedded_note() -> str:
@@ -66,6 +67,12 @@ PRESETS = {
     "t4": Preset({**_SD15, **_GPU}, "t4-small", "Stable Diffusion 1.5, four steps"),
     "lightning": Preset({"SD_MODEL_ID": "ByteDance/SDXL-Lightning", **_GPU}, "l4x1",
                         "1024 pixels in four steps; a10g-small works too"),
+    "klein": Preset({"SD_MODEL_ID": "black-forest-labs/FLUX.2-klein-4B", **_LARGE}, "l4x1",
+                    "FLUX.2-klein 4B, Apache-2.0: 1024 pixels in four steps, edits; 16 GB to fetch, about 16 of 24 GB used "
+                    "(computed)"),
+    "z-image": Preset({"SD_MODEL_ID": "Tongyi-MAI/Z-Image-Turbo", **_LARGE}, "l4x1",
+                      "Z-Image-Turbo 6B, Apache-2.0: 1024 pixels in eight steps; 33 GB to fetch, 24 GB nearly full "
+                      "(computed); l40sx1 has room"),
 }
 
 # %% ../nbs/15c_deploy_plan.ipynb #0ddb90e9

@@ -17,6 +17,7 @@ from .bench import Bar, Baseline, Contender, Stepwise, stock_pipeline
 from .bench import (bars_table, closed_loop, decode_curve, machine, markdown_table,
     median_seconds, summary)
 from .engine import Engine
+from .flow_bench import measure_flow
 from .loader import Components, quiet
 from .compiling import CompiledUNet, GraphedUNet
 from .optimize import TECHNIQUES
@@ -38,10 +39,10 @@ __all__ = ['SDXL_UNET', 'SIX_SIZES', 'TINY_SDXL', 'REAL_SIZE', 'TINY_SIZE', 'Tel
            'embedded_stage', 'without_graphs', 'graphs_stage', 'engine_compiled_stage', 'second_text', 'random_sdxl',
            'race_as_it_comes', 'as_it_comes_stage', 'sdxl_as_it_comes_stage', 'compiled_pipeline',
            'stock_compiled_stage', 'DecodeVariant', 'graphed_decode', 'decode_variants', 'decode_stage', 'beside',
-           'overlap_stage', 'GpuStage', 'Record', 'listen', 'run_stage', 'gpu_card', 'installed', 'hardware',
-           'import_all', 'ResultsFile', 'run_stages', 'main', 'stage_rows', 'timed_rows', 'matrix_rate',
-           'variant_cells', 'unet_table', 'picture_lines', 'picture_table', 'decode_table', 'race_table', 'best_share',
-           'race_ratio', 'as_it_came', 'end_to_end', 'gpu_bars', 'ends_table', 'gpu_report']
+           'overlap_stage', 'klein_stage', 'z_image_stage', 'GpuStage', 'Record', 'listen', 'run_stage', 'gpu_card',
+           'installed', 'hardware', 'import_all', 'ResultsFile', 'run_stages', 'main', 'stage_rows', 'timed_rows',
+           'matrix_rate', 'variant_cells', 'unet_table', 'picture_lines', 'picture_table', 'decode_table', 'flow_table',
+           'race_table', 'best_share', 'race_ratio', 'as_it_came', 'end_to_end', 'gpu_bars', 'ends_table', 'gpu_report']
 
 # %% ../nbs/18_gpu.ipynb #4b147af1
 SDXL_UNET: dict[str, Any] = dict(
@@ -675,6 +676,16 @@ def overlap_stage(size: BenchSize, tell: Tell) -> None:
              "side by side": beside(step, decode, size)}
     for name, call in calls.items(): tell({"what": name, "ms": round(1e3 * seconds_of(call, size), 3)})
 
+# %% ../nbs/18_gpu.ipynb #a5e758d1
+def klein_stage(size: BenchSize, tell: Tell) -> None:
+    "FLUX.2-klein 4B: a prompt, decodes, pictures, steps."
+    measure_flow("klein", tell, size.device, size.name == "small", size.repeats, size.compiler)
+
+
+def z_image_stage(size: BenchSize, tell: Tell) -> None:
+    "Z-Image-Turbo 6B: the same."
+    measure_flow("z_image", tell, size.device, size.name == "small", size.repeats, size.compiler)
+
 # %% ../nbs/18_gpu.ipynb #a4f5753b
 @dataclass(frozen=True)
 class GpuStage:
@@ -699,6 +710,8 @@ STAGES = {
     "graphs": GpuStage(graphs_stage, 10, 60),
     "engine_compiled": GpuStage(engine_compiled_stage, 40, 120),
     "compiled_sdxl": GpuStage(compiled_sdxl_stage, 90, 240),
+    "klein": GpuStage(klein_stage, 40, 240),
+    "z_image": GpuStage(z_image_stage, 40, 240),
     "quantized": GpuStage(quantized_stage, 90, 300),
     "autotuned": GpuStage(autotuned_stage, 150, 500),
 }
@@ -933,6 +946,16 @@ def decode_table(results: dict[str, Any]) -> str:
     lines = [[r["variant"], r["batch"], f"{r['ms_a_picture']:.2f}"] for r in rows]
     return markdown_table(["decode", "batch", "ms a picture"], lines)
 
+# %% ../nbs/18_gpu.ipynb #84983d4c
+def flow_table(results: dict[str, Any]) -> str:
+    "What the transformers' stages found, as a markdown table."
+    lines = []
+    for stage in ("klein", "z_image"):
+        for r in stage_rows(results, stage, "seconds"):
+            how = r.get("way") or r.get("who") or f"{r.get('tokens', '')} tokens".strip()
+            lines.append([stage, r["what"], how, r.get("batch"), f"{1e3 * r['seconds']:.1f}"])
+    return markdown_table(["model", "what", "how", "batch", "ms a call"], lines) if lines else ""
+
 # %% ../nbs/18_gpu.ipynb #6a9db774
 def race_table(results: dict[str, Any], stage: str) -> str:
     "A closed loop as a markdown table."
@@ -1011,9 +1034,9 @@ def gpu_report(results: dict[str, Any]) -> str:
     tables = [unet_table(results), unet_table(results, ("sdxl", "compiled_sdxl")), decode_table(results)]
     raced = ("as_it_comes", "sdxl_as_it_comes", "stock_compiled", "engine", "embedded", "graphs")
     races = [race_table(results, stage) for stage in raced if stage_rows(results, stage, "contender")]
-    parts = [where, ends_table(results), *tables, picture_table(results), *races,
+    parts = [where, ends_table(results), *tables, picture_table(results), flow_table(results), *races,
              bars_table(gpu_bars(results))]
-    return "\n\n".join(parts)
+    return "\n\n".join(part for part in parts if part)
 
 # %% ../nbs/18_gpu.ipynb #78cf9bcd
 #| eval: false

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from .downloads import Unusable, blame, class_names, patiently
-from .facts import config_in, header, kind_of, other_way
+from .facts import check_types, config_in, header, kind_of, other_way
 from .models import PICKLED, ROWS, Row, is_local, is_named
 from .reader import Reader, nothing_else, reading
 
@@ -23,7 +23,8 @@ __all__ = ['USUAL', 'PEFT', 'PEFT_SETTINGS', 'PEFT_NAMES', 'ROLES', 'PREFIXES', 
            'DOES_NOT_FIT', 'FOR_A_TRANSFORMER', 'SHARE', 'A_METHOD', 'only_file', 'lora_file', 'LoraLayer', 'role_of',
            'place_of', 'original_name', 'layers_of', 'LoraFile', 'alpha_of', 'lora_layer', 'sorted_tensors',
            'peft_settings', 'sizes_of', 'is_for_a_transformer', 'read_lora', 'lora_parts', 'weights_of', 'fuse_lora',
-           'Loras', 'adapter_name', 'peft_config', 'fill_layer', 'keep_lora', 'keep_loras']
+           'Loras', 'adapter_name', 'peft_config', 'fill_layer', 'keep_lora', 'keep_by_library', 'lora_stems',
+           'keep_loras']
 
 # %% ../nbs/04d_loras.ipynb #1d99e289
 USUAL = "pytorch_lora_weights.safetensors"
@@ -373,14 +374,40 @@ def keep_lora(reader: Reader, pipe: Any, alias: str, source: str) -> set[str]:
     return set(parts)
 
 # %% ../nbs/04d_loras.ipynb #9002dd14
+def keep_by_library(reader: Reader, pipe: Any, alias: str, source: str) -> None:
+    "Read one LoRA beside the weights of a transformer. Unusable when none of its layers fits."
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    file, name = lora_file(reader, source), adapter_name(alias)
+    check_types(file, header(file))
+    asked = lora_stems(pipe.lora_state_dict(str(file)))
+    try:
+        with reading(): pipe.load_lora_weights(str(file), adapter_name=name)
+    except (KeyError, RuntimeError, ValueError) as e:
+        raise Unusable(f"it does not fit this model: {str(e).strip().splitlines()[0][:200]}") from e
+    tuned = [m for m in pipe.transformer.modules() if isinstance(m, BaseTunerLayer) and name in m.active_adapters]
+    if not tuned: raise Unusable(f"none of its {len(asked)} layers is one of this model's")
+    if len(tuned) < len(asked):
+        reader.notes.append(f"SD_LORAS={alias}={source}: {len(tuned)} of its {len(asked)} layers fit")
+
+# %% ../nbs/04d_loras.ipynb #07cd87fc
+def lora_stems(tensors: Any) -> set[str]:
+    "The layers that the tensors of a LoRA are for, by the names that diffusers gave them."
+    names = tensors[0] if isinstance(tensors, tuple) else tensors
+    return {re.split(r"\.(?:lora_|lokr_)", name)[0] for name in names if ".lora_" in name or ".lokr_" in name}
+
+# %% ../nbs/04d_loras.ipynb #6ccce682
 def keep_loras(reader: Reader, pipe: Any, sources: Mapping[str, str]) -> Loras:
     "Read LoRAs (alias -> source) beside the weights of a pipeline -> their switch, off. ModelError names a wrong one."
     from peft.tuners.tuners_utils import BaseTunerLayer
     texts = []
+    net = getattr(pipe, "transformer", None)
     for alias, source in sources.items():
+        if net is not None:
+            with blame("SD_LORAS", f"{alias}={source}"): keep_by_library(reader, pipe, alias, source)
+            continue
         with blame("SD_LORAS", f"{alias}={source}"): changed = keep_lora(reader, pipe, alias, source)
         if changed - {"unet"}: texts.append(alias)
     layers: list[list[Any]] = []
-    for part in lora_parts(pipe).values():
+    for part in [net] if net is not None else lora_parts(pipe).values():
         layers.append([layer for layer in part.modules() if isinstance(layer, BaseTunerLayer)])
     return Loras(sources, texts, layers[0], sum(layers[1:], []))

@@ -108,7 +108,7 @@ def gib(n: int) -> str:
     "Bytes in words."
     return f"{n / GIB:.1f} GiB" if n > GIB / 10 else f"{n / (1 << 20):.1f} MiB"
 
-
+# %% ../nbs/03e_memory.ipynb #ca49f62a
 @dataclass(frozen=True)
 class Need:
     "Bytes on the device: `weights` by part; work of a prompt, of a row of a step, of a picture. `host`: main memory."

@@ -14,7 +14,7 @@ from test_flow import PHOTO, drawn, run
 from aura_engine.config import load_settings
 from aura_engine.engine import Engine
 from aura_engine.klein import KleinInput
-from aura_engine.loader import load, sizes_of
+from aura_engine.loader import load, model_sizes
 from aura_engine.memory import GIB, Choice, need_of, net_row
 from aura_engine.models import EMBEDDED, KLEIN, ROWS
 from aura_engine.planning import plan
@@ -42,7 +42,7 @@ def test_the_weights_are_those_that_are_loaded(folder, precision):
 def test_the_weights_of_a_unet_are_counted_the_same_way():
     parts = load(load_settings(SD_MODEL_ID="embedded", SD_DEVICE="cpu"))
     assert sum(parts.need.weights.values()) == bytes_in(parts.unet, parts.vae, *parts.text_encoders)
-    assert sizes_of(EMBEDDED, ROWS["embedded"], gpu=False).side == 128
+    assert model_sizes(EMBEDDED, ROWS["embedded"], gpu=False).side == 128
 
 
 def test_the_work_is_what_a_real_call_holds():
@@ -58,7 +58,7 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(folder, tmp_path):
     """With numbers and with what would fit. The weights are noise here: whoever read them would say so."""
     shutil.copytree(folder, tmp_path / "model")
     for file in tmp_path.rglob("*.safetensors"): file.write_bytes(b"noise")
-    need = need_of(sizes_of(folder, None, gpu=False), Choice(4))
+    need = need_of(model_sizes(folder, None, gpu=False), Choice(4))
     with pytest.raises(ModelError) as told: read(tmp_path / "model", SD_PRECISION="fp32", SD_TEXT_ENCODER="device", SD_MEMORY=str((need.peak() - 1) / GIB))
     said = str(told.value)
     assert need.said() in said and "SD_TEXT_ENCODER=release needs" in said and "SD_MEMORY=0" in said
@@ -67,7 +67,7 @@ def test_what_does_not_fit_is_refused_before_weights_are_read(folder, tmp_path):
 
 
 def test_real_sizes_are_refused_by_their_configurations(tmp_path):
-    sizes = sizes_of(peak.real_configs(tmp_path, "z-image-turbo"), ROWS["z-image-turbo"], gpu=True)
+    sizes = model_sizes(peak.real_configs(tmp_path, "z-image-turbo"), ROWS["z-image-turbo"], gpu=True)
     counts = {name: count.numbers for name, count in sizes.counts.items()}
     assert round(counts["net"] / 1e9, 2) == 6.15 and sizes.side == 1024
     assert need_of(sizes, Choice(2), cuda=True).peak() > 20 * GIB > need_of(sizes, Choice(2, "release", 8), cuda=True).peak() * 2
