@@ -161,7 +161,8 @@ class Klein(KleinLatents):
     def conditions(self, p: Picture, texts: list[Text]) -> Conditions:
         "Conditions from the encoded texts of a picture, the negative one first."
         embeds = torch.cat([text.embeds for text in texts])
-        return Conditions(embeds.to(self.parts.device), texts[-1].cut)
+        # an encoder elsewhere may be in another type
+        return Conditions(embeds.to(self.parts.device, self.parts.dtype), texts[-1].cut)
 
     def shift(self, p: Picture, steps: int) -> float:
         "The published fit, by size and steps."

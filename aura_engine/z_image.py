@@ -164,7 +164,8 @@ class ZImage(ZLatents):
     def conditions(self, p: Picture, texts: list[Text]) -> ZConditions:
         "Conditions from the encoded texts of a picture."
         real = torch.tensor([text.real for text in texts], device=self.parts.device)
-        embeds = torch.cat([text.embeds for text in texts]).to(self.parts.device)
+        # an encoder elsewhere may be in another type
+        embeds = torch.cat([text.embeds for text in texts]).to(self.parts.device, self.parts.dtype)
         return ZConditions(embeds, texts[-1].cut, real=real)
 
     def inputs(self, sample: torch.Tensor, time: torch.Tensor, given: Conditions) -> ZInput:
