@@ -155,6 +155,15 @@ class ModelSettings(GuideSettings):
         description="what the UNet predicts, where its files do not say")
     backend: Literal["auto", "torch", "openvino"] = Field("auto", alias="SD_BACKEND",
         description="what runs UNet and decoder; auto: for small models the faster of torch and OpenVINO")
+    text_encoder: Literal["auto", "device", "cpu", "release"] = Field("auto", alias="SD_TEXT_ENCODER",
+        description="where a language model that reads prompts is: on the device, on the cpu, or in its files; "
+                    "auto: the first one that fits")
+    quant: Literal["int8"] | None = Field(None, alias="SD_QUANT",
+        description="int8: a transformer's weights in 8 bits")
+    net_id: str | None = Field(None, alias="SD_NET_ID",
+        description="a transformer as a GGUF file: path, or owner/name/file.gguf")
+    memory: float | None = Field(None, alias="SD_MEMORY", ge=0,
+        description="GiB that the model may take on its device; unset: what is free there; 0: not looked at")
     loras: Annotated[dict[str, str], NoDecode] = Field({}, alias="SD_LORAS",
         description="alias=id,alias=id: LoRAs that a request may name by alias")
     prompt_weights: bool = Field(True, alias="SD_PROMPT_WEIGHTS",
@@ -163,7 +172,7 @@ class ModelSettings(GuideSettings):
         None, alias="AURA_MODELS",
         description="folder of models as owner/name, such as a mounted volume: looked at before the Hub")
 
-    @field_validator("backend", mode="before")
+    @field_validator("backend", "text_encoder", "quant", mode="before")
     @classmethod
     def _lower_backend(cls, v: Any) -> Any: return lowered(v)
 

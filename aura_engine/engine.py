@@ -415,10 +415,12 @@ def with_model(known: Health, engine: EngineView) -> Health:
     p, cost = engine.parts, engine.cost
     name = torch.cuda.get_device_name(p.device) if p.device.type == "cuda" else None
     steps = {str(rows): round(seconds, 4) for rows, seconds in cost.step(cost.native).items()}
+    predicted = p.need.peak() if p.need else None
     return replace(known, device=p.device.type, gpu=engine.gpu, gpu_name=name, revision=p.revision,
                    family=p.row.name, scheduler=SAMPLERS[p.row.sampler].cls, precision=p.precision, backend=p.backend,
                    optimizations=optimizations_of(engine.runner), limits=limits_of(p.row, engine.gpu, mask=p.row.masks),
-                   queue=engine.queue.load(cost), step_cost=steps, facts=p.facts, precision_reason=p.precision_reason)
+                   queue=engine.queue.load(cost), step_cost=steps, facts=p.facts, precision_reason=p.precision_reason,
+                   memory={**memory(), "predicted": predicted})
 
 # %% ../nbs/08d_engine.ipynb #cbc3653f
 class Lease:

@@ -5,6 +5,7 @@
 # %% ../nbs/04e_loader.ipynb #b77fc85a
 from __future__ import annotations
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,21 +15,24 @@ from .config import Settings
 from .downloads import Progress, Unusable, blame, true_cause
 from .facts import SIGMAS, config_in, facts_of_configs, row_by_facts
 from .loras import Loras, fuse_lora, keep_loras
+from .memory import GIB, Choice, Count, Need, Sizes, choices, fitting, free_memory, gib, need_of
 from .models import (
     SAMPLERS, SD, VAES, Row, Sampler, check_source, detect, detect_flow, is_local, is_named,
     is_whole, resolve_id, row_for)
 from .reader import LOADING, quiet, reading              # noqa: F401  whoever loads may need them
-from aura_engine.reader import (Reader, diffusers_classes, check_latents, read_folder, read_single,
-    read_vae)
+from .reader import (CLASSES, Reader, diffusers_classes, check_latents, read_folder, read_single,
+    read_vae, served_index, suited)
+from .transformers_in import encoder_config, large_parts, layers_read
 from .types import Invalid, ModelError
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'DTYPES', 'OURS_TO_SAY', 'LAST_WORDS', 'devices', 'torch_wheel', 'nvidia_driver', 'wheel_and_driver',
            'gpu_fault', 'best_device', 'pick_device', 'pick_precision', 'has_bf16', 'scheduler_of', 'Components',
-           'with_base', 'check_whole', 'check_inputs', 'check_unet', 'check_merges', 'check_words', 'read_pipeline',
-           'trial_picture', 'through', 'said_of_latents', 'other_vae', 'encoders_of', 'net_of', 'recognised',
-           'default_within', 'check_sampler', 'row_by_settings', 'commit_of', 'cut_encoder', 'components_of',
-           'check_flow', 'bf16_on', 'load', 'placed']
+           'empty_part', 'count_of', 'model_sizes', 'side_of', 'room_for', 'with_gguf', 'usual_choice', 'left_open',
+           'no_room', 'Held', 'Fit', 'said_of_held', 'with_base', 'check_whole', 'check_inputs', 'check_unet',
+           'check_merges', 'check_words', 'read_pipeline', 'trial_picture', 'through', 'said_of_latents', 'other_vae',
+           'encoders_of', 'net_of', 'recognised', 'default_within', 'check_sampler', 'row_by_settings', 'commit_of',
+           'components_of', 'check_flow', 'check_unet_settings', 'bf16_on', 'check_together', 'load', 'placed']
 
 # %% ../nbs/04e_loader.ipynb #0d7e3511
 PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -147,6 +151,9 @@ class Components:
     backend: str = "torch"                       # what runs the UNet
     optimizations: list[str] = field(default_factory=list)           # done and declined, in words
     precision_reason: str | None = None          # how the precision was chosen, where it was measured
+    held: Choice = field(default_factory=Choice)                    # where its parts are, and in how many bits
+    need: Need | None = None                     # bytes that it was predicted to take
+    most_rows: int | None = None                 # rows of a call that are predicted to fit; None: as many as one likes
 
     @property
     def dtype(self) -> torch.dtype:
@@ -183,6 +190,147 @@ class Components:
     def scheduler(self, name: str | None = None) -> Any:
         "A fresh diffusers scheduler with sampler `name` (default: the family's)."
         return scheduler_of(self.schedule, SAMPLERS[name or self.row.sampler])
+
+# %% ../nbs/04e_loader.ipynb #0dd5188a
+def empty_part(folder: Path, part: str, library: str, name: str, layers: int | None) -> torch.nn.Module:
+    "A part of a pipeline without weights, from its configuration in a folder."
+    if library == "diffusers":
+        cls = getattr(diffusers_classes(), name)
+        with reading(), torch.device("meta"): return cls.from_config(cls.load_config(folder / part))
+    import transformers
+    # of a language model only the layers that are read, without the norm behind the last one and the head
+    cls = getattr(transformers, name if layers is None else "Qwen3Model")
+    with reading(), torch.device("meta"): made = cls(encoder_config(folder / part, layers))
+    if layers is not None: made.norm = torch.nn.Identity()
+    return made
+
+# %% ../nbs/04e_loader.ipynb #2dcad185
+def count_of(module: torch.nn.Module) -> Count:
+    "The weights of a module, counted."
+    sizes = [p.numel() for p in module.parameters()]
+    linear = [m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear)]
+    return Count(sum(sizes), sum(linear), max(sizes))
+
+# %% ../nbs/04e_loader.ipynb #5af232e6
+def model_sizes(folder: Path, row: Row | None, gpu: bool) -> Sizes:
+    "What the configurations in a diffusers folder say about the size of its model."
+    index = served_index(folder)
+    counts: dict[str, Count] = {}
+    configs: dict[str, Any] = {}
+    for part in CLASSES:
+        library, name = index.get(part) or [None, None]
+        if not name: continue
+        layers = layers_read(index["_class_name"]) if part == "text_encoder" else None
+        key = "net" if part in ("unet", "transformer") else part
+        module = empty_part(folder, part, library, name, layers)
+        counts[key], config = count_of(module), module.config
+        configs[key] = dict(config) if library == "diffusers" else config.to_dict()
+    row = row or detect_flow(index["_class_name"], bool(index.get("is_distilled")), configs["vae"].get("sample_size"))
+    native = side_of(configs, row)
+    standard = row.standard if row and not gpu else 1.0
+    guided = row is None or row.cfg and row.guidance[1] > 1
+    return Sizes(index["_class_name"], counts, configs, round(native * standard), 2 if guided else 1)
+
+# %% ../nbs/04e_loader.ipynb #3cd54e94
+def side_of(configs: Mapping[str, Mapping[str, Any]], row: Row | None) -> int:
+    "Pixels a side of the pictures that a model is made for."
+    vae, net = configs["vae"], configs["net"]
+    blocks = vae.get("block_out_channels") or vae["encoder_block_out_channels"]
+    side = net.get("sample_size")
+    if side is None: return min(vae.get("sample_size") or 1024, row.native if row else 1024)
+    return (side if isinstance(side, int) else max(side)) * 2 ** (len(blocks) - 1)
+
+# %% ../nbs/04e_loader.ipynb #b8083a70
+def room_for(settings: Settings, device: torch.device) -> int:
+    "Bytes that a model may take on a device."
+    if settings.memory: return int(settings.memory * GIB)
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+
+# %% ../nbs/04e_loader.ipynb #8a01f868
+def with_gguf(sizes: Sizes, file: str | None, wide: int) -> Sizes:
+    "Sizes with those of a GGUF file on this machine in place of the transformer's. `wide`: bytes of the other numbers."
+    path = Path(file or "").expanduser()
+    if not path.is_file(): return sizes
+    return replace(sizes, counts={**sizes.counts, "net": Count(path.stat().st_size // wide)})
+
+# %% ../nbs/04e_loader.ipynb #75f86d15
+def usual_choice(settings: Settings, wide: int, large: bool) -> Choice:
+    "How a model is held if there is room for everything. `large`: whether it has a language model."
+    place = settings.text_encoder if large and settings.text_encoder != "auto" else "device"
+    return Choice(wide, place, 8 if settings.quant else 0)
+
+
+def left_open(settings: Settings, way: Choice, usual: Choice) -> bool:
+    "Whether the settings leave it to us to hold a model in this way."
+    places = way.encoder == usual.encoder or settings.text_encoder == "auto"
+    widths = way.wide == usual.wide or settings.precision == "auto"
+    return places and widths and way.bits == usual.bits
+
+# %% ../nbs/04e_loader.ipynb #ebd0864c
+def no_room(settings: Settings, need: Need, where: str, free: int, others: Mapping[str, int]) -> ModelError:
+    "The error for a model that does not fit; `others`: ways that would, in settings, with their bytes."
+    would = [f"{way} needs {gib(n)}" for way, n in others.items()]
+    words = "; ".join(would[:3]) or "no setting makes it fit"
+    sums = f"needs about {need.said()} on {where}, and {gib(free)} are free"
+    return ModelError(f"SD_MODEL_ID={settings.model_id} {sums}. {words}. SD_MEMORY=0 loads it all the same.")
+
+# %% ../nbs/04e_loader.ipynb #66ad9da7
+@dataclass
+class Held:
+    "How a model is held on the reader's device, as it was decided."
+    settings: Settings
+    reader: Reader
+    row: Row | None
+    choice: Choice = field(default_factory=Choice)
+    need: Need | None = None
+    rows: int | None = None                      # of a call, that fit; None: as many as one likes
+
+    def follow(self, usual: Need, first: Choice, free: int) -> None:
+        "Have the reader hold the model so, and say what is not as usual."
+        assert self.need is not None
+        self.reader.encoder = self.choice.encoder
+        if self.choice.wide < first.wide: self.reader.dtype = torch.bfloat16
+        if self.choice != first:
+            why = f"as usual the model needs {usual.said()}, and {gib(free)} are free"
+            self.reader.notes.append(f"{self.choice.said()} was chosen: {why}")
+        wanted = self.settings.max_batch
+        most = self.need.most(free, wanted) * self.need.rows
+        if self.settings.memory == 0 or not most or most >= wanted: return
+        self.rows = most
+        self.reader.notes.append(f"up to {most} rows of {self.need.side}² share a call, not {wanted}: "
+                                 "so many fit into the memory that is free")
+
+# %% ../nbs/04e_loader.ipynb #f283546c
+@dataclass
+class Fit(Held):
+    "Decides how a model is held. Call it before weights are read: ModelError if there is no room."
+    def __call__(self, folder: Path) -> None:
+        if self.need is not None: return
+        device, cuda = self.reader.device, self.reader.device.type == "cuda"
+        try: sizes = model_sizes(folder, self.row, device.type != "cpu")
+        # whatever is wrong with a configuration, reading the model finds it too, and has the words for it
+        except Exception: return
+        wide = suited(self.reader.dtype, sizes.pipeline).itemsize
+        sizes = with_gguf(sizes, self.settings.net_id, wide)
+        large, free = layers_read(sizes.pipeline) is not None, room_for(self.settings, device)
+        usual = usual_choice(self.settings, wide, large)
+        places = ("device", "cpu", "release") if cuda else ("device", "release")
+        ways = choices(usual, places if large else ("device",), large and not self.settings.net_id)
+        fit = fitting(sizes, ways, free, free_memory(), cuda)
+        self.choice = next((way for way in fit if left_open(self.settings, way, usual)), usual)
+        self.need = need_of(sizes, self.choice, cuda)
+        if self.settings.memory != 0 and self.choice not in fit:
+            others = {way.said(): need_of(sizes, way, cuda).peak() for way in fit}
+            raise no_room(self.settings, self.need, str(device), free, others)
+        self.follow(need_of(sizes, usual, cuda), usual, free)
+
+# %% ../nbs/04e_loader.ipynb #fc08a97c
+def said_of_held(parts: Components) -> list[str]:
+    "How a model is held, where that is not the usual way, in words."
+    places = {"cpu": "text encoder on the CPU", "release": "text encoder in its files, read for each new prompt"}
+    said = [places[parts.held.encoder]] if parts.held.encoder in places else []
+    if parts.held.bits: said.append("transformer with weights in 8 bits")
+    return said
 
 # %% ../nbs/04e_loader.ipynb #21ea27eb
 def with_base(reader: Reader, base: str, unet: str) -> tuple[Any, Path]:
@@ -269,7 +417,7 @@ def read_pipeline(reader: Reader, model: str, row: Row | None, settings: Setting
     else:
         check_whole(model)
         if model.endswith(".safetensors"): pipe, where = read_single(reader, model, settings.vae_id)
-        else: pipe, where = read_folder(reader, model)
+        else: pipe, where = read_folder(reader, model, own_parts=large_parts)
     if getattr(pipe, "unet", None) is None: return pipe, where
     check_unet(pipe)
     reader.notes += check_words(pipe)
@@ -382,31 +530,20 @@ def commit_of(where: Path) -> str | None:
     "The commit of a folder in the Hub's cache: its name."
     return where.name if re.fullmatch("[0-9a-f]{40}", where.name) else None
 
-# %% ../nbs/04e_loader.ipynb #ac4b5162
-def cut_encoder(encoder: Any, layers: int | None) -> Any:
-    "A text encoder without the layers above the last one that is read (None: all are)."
-    if layers is None: return encoder
-    body = getattr(encoder, "model", encoder)
-    body.layers = body.layers[:layers]
-    # it belongs behind the last layer of the whole model
-    body.norm = torch.nn.Identity()
-    return body
-
 # %% ../nbs/04e_loader.ipynb #7222ab80
 def components_of(pipe: Any, row: Row, **more: Any) -> Components:
     "The parts of a pipeline, and what is known besides."
-    encoders = [cut_encoder(encoder, row.text_layers) for encoder in encoders_of(pipe, "text_encoder")]
-    return Components(row=row, unet=net_of(pipe), tokenizers=encoders_of(pipe, "tokenizer"), text_encoders=encoders,
-                      schedule=dict(pipe.scheduler.config),
+    return Components(row=row, unet=net_of(pipe), tokenizers=encoders_of(pipe, "tokenizer"),
+                      text_encoders=encoders_of(pipe, "text_encoder"), schedule=dict(pipe.scheduler.config),
                       zero_empty=bool(pipe.config.get("force_zeros_for_empty_prompt")), **more)
 
 # %% ../nbs/04e_loader.ipynb #ce0cb6e8
 def check_flow(row: Row, pipe: Any, settings: Settings, device: torch.device) -> None:
-    "Invalid or ModelError for what a flow-matching transformer is not served with."
-    if not row.flow: return
-    if settings.lcm_lora_id or settings.loras:
-        name, given = ("SD_LORAS", settings.loras) if settings.loras else ("SD_LCM_LORA_ID", settings.lcm_lora_id)
-        raise Invalid.value(name, given=given, allowed=f"none for {row.name}: LoRAs are served for UNets")
+    "Invalid or ModelError for what a flow-matching transformer is not served with, or what only one is served with."
+    if not row.flow: return check_unet_settings(row, settings)
+    if settings.lcm_lora_id:
+        raise Invalid.value("SD_LCM_LORA_ID", given=settings.lcm_lora_id,
+                            allowed=f"none for {row.name}: it needs few steps by itself (SD_LORAS takes styles)")
     if settings.vae_id:
         raise Invalid.value("SD_VAE_ID", given=settings.vae_id, allowed=f"none for {row.name}")
     if settings.precision == "fp16" and device.type != "cpu":
@@ -417,25 +554,48 @@ def check_flow(row: Row, pipe: Any, settings: Settings, device: torch.device) ->
     if not getattr(pipe.tokenizer, "chat_template", None):
         raise ModelError(f"SD_MODEL_ID={settings.model_id}: its tokenizer has no chat template (chat_template.jinja).")
 
+# %% ../nbs/04e_loader.ipynb #d1d253b4
+def check_unet_settings(row: Row, settings: Settings) -> None:
+    "Invalid for settings of large transformers, beside a UNet."
+    small = {"SD_TEXT_ENCODER": settings.text_encoder if settings.text_encoder in ("cpu", "release") else None,
+             "SD_QUANT": settings.quant, "SD_NET_ID": settings.net_id}
+    for name, given in small.items():
+        allowed = f"nothing for {row.name}: it is for large transformers"
+        if given: raise Invalid.value(name, given=given, allowed=allowed)
+
 # %% ../nbs/04e_loader.ipynb #fe5b3668
 def bf16_on(device: torch.device) -> bool:
     "Whether a CUDA card computes in bf16 by itself."
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
+# %% ../nbs/04e_loader.ipynb #e8cfbcc0
+def check_together(settings: Settings) -> None:
+    "Invalid for settings that exclude each other, before anything is read."
+    few = settings.quant or settings.net_id
+    if settings.loras and few:
+        allowed = f"none beside {few}: a LoRA changes weights that are whole"
+        raise Invalid.value("SD_LORAS", given=settings.loras, allowed=allowed)
+    if settings.quant and settings.net_id:
+        allowed = "nothing beside SD_NET_ID, whose file has few bits"
+        raise Invalid.value("SD_QUANT", given=settings.quant, allowed=allowed)
+
 # %% ../nbs/04e_loader.ipynb #92e6f6de
 def load(settings: Settings, progress: Progress | None = None) -> Components:
     "Read the model that `settings` name onto their device. ModelError with the true cause when that cannot be done."
     check_source(settings.model_id)
+    check_together(settings)
     model, moved = resolve_id(settings.model_id)
     device, notes = pick_device(settings.device)
     precision, said = pick_precision(settings.precision, device)
     notes += said
     if moved: notes.append(moved)
     reader = Reader(progress or Progress(), model, settings.revision, notes, settings.models,
-                    dtype=DTYPES[precision], prediction=settings.prediction)
+                    dtype=DTYPES[precision], prediction=settings.prediction, device=device, quant=settings.quant,
+                    net=settings.net_id)
     LOADING.follow(reader.progress)
     lora = settings.lcm_lora_id
     row = row_for(model, lora, explicit=settings.sampler is not None)
+    reader.before = fit = Fit(settings, reader, row)
     with blame("SD_MODEL_ID", settings.model_id):
         pipe, where = read_pipeline(reader, model, row, settings)
     row, said = recognised(row, pipe, settings)
@@ -448,14 +608,18 @@ def load(settings: Settings, progress: Progress | None = None) -> Components:
         with blame("SD_VAE_ID", settings.vae_id): vae = other_vae(reader, settings.vae_id, row, pipe.vae)
     made = components_of(
         pipe, row, model=settings.model_id, vae=vae, device=device, precision=PRECISIONS[reader.dtype],
-        revision=commit_of(where) or settings.revision, lora=lora, loras=loras, notes=notes)
+        revision=commit_of(where) or settings.revision, lora=lora, loras=loras, notes=notes,
+        held=fit.choice, need=fit.need, most_rows=fit.rows)
+    made.optimizations += said_of_held(made)
     return placed(made, where)
 
 # %% ../nbs/04e_loader.ipynb #a548009d
 def placed(made: Components, where: Path) -> Components:
     "The components read from `where`, on their device and ready to run, with their facts and native size."
-    for module in (made.unet, made.vae, *made.text_encoders):
-        module.to(made.device).eval().requires_grad_(False)
+    for module in (made.unet, made.vae): module.to(made.device)
+    for encoder in made.text_encoders:
+        if made.held.encoder == "device": encoder.to(made.device)
+    for module in (made.unet, made.vae, *made.text_encoders): module.eval().requires_grad_(False)
     made.vae.to(memory_format=torch.channels_last)
     found = facts_of_configs(made.schedule, made.unet.config, made.vae.config)
     made.facts = replace(found, what="a single file" if where.is_file() else found.what).said()

@@ -5,14 +5,14 @@
 # %% ../nbs/04c_reader.ipynb #9d19fcbb
 from __future__ import annotations
 import inspect, re, threading, warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 import torch
-from .downloads import Progress, Unusable, Want, class_names, fetch, names_in, true_cause
+from .downloads import Before, Progress, Unusable, Want, class_names, fetch, names_in, true_cause
 from .facts import (
     READ, SIGMAS, Tensor, check_facts, check_kind, check_types, config_in, facts_of_configs,
     facts_of_header, header, kind_of, metadata, read_json, said_by_file, unused_in, without_words)
@@ -21,14 +21,15 @@ from .models import INCLUDED, KLEIN, PICKLED, ROWS, SD15_ID, Z_IMAGE, is_local
 # %% auto #0
 __all__ = ['PARTS', 'UNUSED', 'SERVED', 'WEIGHTS', 'NO_PICKLES', 'USUAL', 'FORMATS', 'CLASSES', 'WAITING', 'LOADING', 'NO_VAE',
            'NO_PICKLED_FILE', 'NO_DIFFUSERS', 'PART_WORDS', 'HARMLESS', 'WRITTEN', 'EMA', 'SCHEDULERS', 'ON_BETAS',
-           'ORIGINAL', 'USUAL_SCALE', 'UNKNOWN', 'GUIDED', 'ASSUMED', 'whole_sets', 'no_whole_set', 'weight_files',
-           'check_classes', 'parts_of', 'check_parts', 'served_index', 'pipeline_files', 'quiet', 'LoadingLock',
-           'reading', 'diffusers_classes', 'Checkpoint', 'recognise', 'nothing_else', 'config_and_weights',
-           'check_numbers', 'lone_class', 'unwrapped', 'bare', 'tensors_in', 'fill', 'check_weights', 'said_of_tensors',
-           'said_of_config', 'complete', 'complete_parts', 'mounted', 'broken_link', 'check_folder', 'check_alone',
-           'Finder', 'Reader', 'read_scheduler', 'said_of_rest', 'read_unet', 'original_vae', 'read_vae', 'latents_of',
-           'check_latents', 'suited', 'check_files', 'odd_value', 'whole_pipeline', 'said_of_tokenizers', 'read_folder',
-           'configuration_of', 'said_of_more', 'guided_unet', 'single_pipeline', 'read_single']
+           'ORIGINAL', 'USUAL_SCALE', 'UNKNOWN', 'OwnParts', 'GUIDED', 'ASSUMED', 'whole_sets', 'no_whole_set',
+           'weight_files', 'check_classes', 'parts_of', 'check_parts', 'served_index', 'pipeline_files', 'quiet',
+           'LoadingLock', 'reading', 'diffusers_classes', 'Checkpoint', 'recognise', 'nothing_else',
+           'config_and_weights', 'check_numbers', 'lone_class', 'unwrapped', 'bare', 'tensors_in', 'fill',
+           'check_weights', 'said_of_tensors', 'said_of_config', 'complete', 'complete_parts', 'mounted', 'broken_link',
+           'check_folder', 'check_alone', 'Finder', 'Reader', 'read_scheduler', 'said_of_rest', 'read_unet',
+           'original_vae', 'read_vae', 'latents_of', 'check_latents', 'suited', 'check_files', 'odd_value', 'no_parts',
+           'whole_pipeline', 'said_of_tokenizers', 'read_folder', 'configuration_of', 'said_of_more', 'guided_unet',
+           'single_pipeline', 'read_single']
 
 # %% ../nbs/04c_reader.ipynb #1afc7159
 PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
@@ -347,12 +348,12 @@ def complete(reader: Reader, module: Any, part: str, files: list[Path]) -> None:
     check_weights(module, f"{part}/{files[0].name}", lacking)
 
 # %% ../nbs/04c_reader.ipynb #bcdb3459
-def complete_parts(reader: Reader, pipe: Any, folder: Path, names: list[str]) -> None:
-    "`complete` for each part of a pipeline that was read from the files `names` of a folder."
+def complete_parts(reader: Reader, pipe: Any, folder: Path, names: list[str], own: Iterable[str] = ()) -> None:
+    "`complete` for each part of a pipeline that was read from the files `names` of a folder, but for `own` ones."
     weights = [name for name in names if name.endswith(".safetensors")]
     for part in CLASSES:
         files = [folder / name for name in weights if name.startswith(part + "/")]
-        if not files: continue
+        if not files or part in own: continue
         module = getattr(pipe, part)
         complete(reader, module, part, files)
         if part in ("unet", "vae"):
@@ -396,6 +397,7 @@ class Finder:
     revision: str | None = None
     notes: list[str] = field(default_factory=list)         # what a person should know about what was read
     shelf: Path | None = None                              # a folder with repositories, as owner/name
+    before: Before | None = None                           # may refuse a model whose configurations are here
 
     def located(self, source: str, anchor: str, want: Want) -> Path:
         "Folder (with what `want` picks) or .safetensors file of a source."
@@ -410,7 +412,7 @@ class Finder:
     def fetched(self, repo: str, anchor: str, want: Want, revision: str | None) -> Path:
         "The folder of a repository with `anchor` and what `want` picks: the mounted one, else the cache of the Hub."
         there = self.shelf and mounted(self.shelf / repo, anchor, want, self.notes)
-        return there or fetch(repo, anchor, want, self.progress, revision)
+        return there or fetch(repo, anchor, want, self.progress, revision, self.before)
 
     def on_this_machine(self, source: str, want: Want) -> Path:
         "The path that a local source means, complete by `want`."
@@ -425,7 +427,11 @@ class Reader(Finder):
     "Reads parts of models in `dtype`."
     _: KW_ONLY
     dtype: torch.dtype
+    device: torch.device = torch.device("cpu")             # where transformers and their text encoders are read to
     prediction: str | None = None                          # what the UNet predicts, where the files do not say
+    encoder: str = "device"                                # a language model: on the device, on the cpu, in its files
+    quant: str | None = None                               # a transformer's weights in few bits
+    net: str | None = None                                 # another source for a transformer: a GGUF file
 
     @property
     def half(self) -> bool:
@@ -586,15 +592,27 @@ def odd_value(folder: Path, names: Iterable[str], error: str) -> str | None:
     return min(found)[1] if found else None
 
 # %% ../nbs/04c_reader.ipynb #83912815
-def whole_pipeline(reader: Reader, folder: Path, names: list[str], given: dict[str, Any]) -> Any:
+OwnParts = Callable[["Reader", Path, list[str]], dict[str, Any]]         # (reader, folder, files) -> parts by name
+
+def no_parts(reader: Reader, folder: Path, names: list[str]) -> dict[str, Any]:
+    "`OwnParts` of a pipeline that its library reads whole."
+    return {}
+
+# %% ../nbs/04c_reader.ipynb #c345f1ce
+def whole_pipeline(reader: Reader, folder: Path, names: list[str], given: dict[str, Any],
+                   own_parts: OwnParts = no_parts) -> Any:
     "A pipeline from the files `names` of a folder, with the parts `given`, held against its files."
-    reader.dtype = suited(reader.dtype, served_index(folder)["_class_name"])
     check_files(folder, names)
-    try: made = reader.from_folder(diffusers_classes().DiffusionPipeline, folder, names, **given)
+    try:
+        # some parts are read by themselves, and put in their places afterwards
+        own = own_parts(reader, folder, names)
+        without = {**given, **dict.fromkeys(own)}
+        made = reader.from_folder(diffusers_classes().DiffusionPipeline, folder, names, **without)
     except (KeyError, TypeError, ValueError) as e:
         odd = odd_value(folder, names, str(e))
         raise (Unusable(odd) if odd else e) from e
-    complete_parts(reader, made, folder, names)
+    if own: made.register_modules(**own)
+    complete_parts(reader, made, folder, names, own)
     return made
 
 # %% ../nbs/04c_reader.ipynb #f223cc2a
@@ -605,22 +623,25 @@ def said_of_tokenizers(names: list[str], index: dict[str, Any]) -> list[str]:
             if f"{part}/tokenizer_config.json" not in names]
 
 # %% ../nbs/04c_reader.ipynb #45c5deef
-def read_folder(reader: Reader, source: str, unet: str | None = None) -> tuple[Any, Path]:
+def read_folder(reader: Reader, source: str, unet: str | None = None,
+                own_parts: OwnParts = no_parts) -> tuple[Any, Path]:
     "(pipeline, folder) from a folder or repository. `unet` is another source for the UNet."
-    def want(names: list[str], at: Path) -> list[str]:
-        return pipeline_files(names, at, reader.half, ("unet",) if unet else ())
+    skip = ("unet",) if unet else ("transformer",) if reader.net else ()
+    def want(names: list[str], at: Path) -> list[str]: return pipeline_files(names, at, reader.half, skip)
     try: folder = reader.located(source, "model_index.json", want)
     except Exception as e:
         if "RemoteEntryNotFoundError" not in class_names(e): raise
         raise Unusable(NO_DIFFUSERS) from e
+    if reader.before: reader.before(folder)
     reader.progress.stage = "reading"
     reader.progress.file = ""
     names, index = want(names_in(folder), folder), served_index(folder)
+    reader.dtype = suited(reader.dtype, index["_class_name"])
     reader.notes += said_of_tokenizers(names, index)
     given: dict[str, Any] = {part: None for part in UNUSED if part in index}
     given["scheduler"] = read_scheduler(reader, folder)
     if unet: given["unet"] = read_unet(reader, unet, folder / "unet")
-    return whole_pipeline(reader, folder, names, given), folder
+    return whole_pipeline(reader, folder, names, given, own_parts), folder
 
 # %% ../nbs/04c_reader.ipynb #4131e655
 def configuration_of(reader: Reader, file: Path, repo: str) -> Path:
@@ -681,6 +702,7 @@ def read_single(reader: Reader, source: str, vae: str | None = None) -> tuple[An
     file = reader.located(source, "", nothing_else)
     found = recognise(file)
     config = configuration_of(reader, file, found.repo)
+    if reader.before: reader.before(config)
     given: dict[str, Any] = {"scheduler": read_scheduler(reader, config, found.schedule)}
     reader.notes += found.unused + said_by_file(file, given["scheduler"].config.prediction_type)
     if not found.has_vae:

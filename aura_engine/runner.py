@@ -142,7 +142,7 @@ def measured_curves(parts: Components, settings: Settings, trial: Trial,
         trial.inputs.pad(rows).call(parts.unet)
         if parts.device.type == "cuda": torch.cuda.synchronize(parts.device)
     def decode(rows: int) -> None: decode_batch(parts, trial.latents.expand(rows, -1, -1, -1))
-    name, most = curve_name(parts, settings, trial), settings.max_batch
+    name, most = curve_name(parts, settings, trial), min(settings.max_batch, parts.most_rows or settings.max_batch)
     steps = file.curve(name, step, most)
     decodes = file.curve(name + "|decode", decode, min(most, 8), trial.decode)
     if getattr(parts.unet, "sealed", True) is False:
