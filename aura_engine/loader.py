@@ -29,7 +29,7 @@ from .types import Invalid, ModelError
 __all__ = ['PRECISIONS', 'DTYPES', 'OURS_TO_SAY', 'LAST_WORDS', 'devices', 'torch_wheel', 'nvidia_driver', 'wheel_and_driver',
            'gpu_fault', 'best_device', 'pick_device', 'pick_precision', 'has_bf16', 'scheduler_of', 'Components',
            'empty_part', 'count_of', 'model_sizes', 'side_of', 'room_for', 'with_gguf', 'usual_choice', 'left_open',
-           'no_room', 'Held', 'Fit', 'said_of_held', 'with_base', 'check_whole', 'check_inputs', 'check_unet',
+           'no_room', 'Placement', 'Fit', 'said_of_held', 'with_base', 'check_whole', 'check_inputs', 'check_unet',
            'check_merges', 'check_words', 'read_pipeline', 'trial_picture', 'through', 'said_of_latents', 'other_vae',
            'encoders_of', 'net_of', 'recognised', 'default_within', 'check_sampler', 'row_by_settings', 'commit_of',
            'components_of', 'check_flow', 'check_unet_settings', 'bf16_on', 'check_together', 'load', 'placed']
@@ -276,7 +276,7 @@ def no_room(settings: Settings, need: Need, where: str, free: int, others: Mappi
 
 # %% ../nbs/04e_loader.ipynb #66ad9da7
 @dataclass
-class Held:
+class Placement:
     "How a model is held on the reader's device, as it was decided."
     settings: Settings
     reader: Reader
@@ -302,7 +302,7 @@ class Held:
 
 # %% ../nbs/04e_loader.ipynb #f283546c
 @dataclass
-class Fit(Held):
+class Fit(Placement):
     "Decides how a model is held. Call it before weights are read: ModelError if there is no room."
     def __call__(self, folder: Path) -> None:
         if self.need is not None: return
