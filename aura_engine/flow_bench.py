@@ -21,7 +21,7 @@ from .unet_input import NetInput
 # %% auto #0
 __all__ = ['FLOW_MODELS', 'LITTLE_FLOW_MODELS', 'FlowModel', 'byte_tokenizer', 'filled_in', 'random_flow', 'FlowBench',
            'recorded', 'ways_to_step', 'time_steps', 'time_ends', 'whole_pictures', 'stock_flow_pipeline',
-           'gap_between', 'time_pictures', 'measure_flow']
+           'gap_between', 'time_whole_pictures', 'measure_flow']
 
 # %% ../nbs/17b_flow_bench.ipynb #29159eef
 _QWEN = dict(vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_attention_heads=32,
@@ -228,7 +228,7 @@ def gap_between(mine: Any, theirs: Any) -> dict[str, Any]:
     return {"what": "picture beside diffusers", "most_of_255": int(gap.max()), "mean_of_255": float(gap.mean())}
 
 # %% ../nbs/17b_flow_bench.ipynb #40a11610
-def time_pictures(bench: FlowBench, batches: tuple[int, ...] = (1, 4)) -> None:
+def time_whole_pictures(bench: FlowBench, batches: tuple[int, ...] = (1, 4)) -> None:
     "Seconds of whole pictures here, and by the stock pipeline one after the other."
     p = bench.picture()
     pipe = stock_flow_pipeline(bench.parts)
@@ -255,6 +255,6 @@ def measure_flow(name: str, tell: Callable[[dict[str, Any]], None], device: str,
     bench = FlowBench(parts, model.side, tell, repeats, compiler)
     tell({"what": "weights", "millions": weights / 1e6})
     time_ends(bench)
-    time_pictures(bench)
+    time_whole_pictures(bench)
     time_steps(bench)
     if bench.cuda: tell({"what": "memory", "peak_gib": torch.cuda.max_memory_allocated() / 2 ** 30})

@@ -15,7 +15,7 @@ from .config import Settings
 from .downloads import Progress, Unusable, blame, true_cause
 from .facts import SIGMAS, config_in, facts_of_configs, row_by_facts
 from .loras import Loras, fuse_lora, keep_loras
-from .memory import GIB, Choice, Count, Need, Sizes, choices, fitting, free_memory, gib, need_of
+from .memory import GIB, Choice, WeightCount, Need, Sizes, choices, fitting, free_memory, gib, need_of
 from .models import (
     SAMPLERS, SD, VAES, Row, Sampler, check_source, detect, detect_flow, is_local, is_named,
     is_whole, resolve_id, row_for)
@@ -28,11 +28,12 @@ from .types import Invalid, ModelError
 # %% auto #0
 __all__ = ['PRECISIONS', 'DTYPES', 'OURS_TO_SAY', 'LAST_WORDS', 'devices', 'torch_wheel', 'nvidia_driver', 'wheel_and_driver',
            'gpu_fault', 'best_device', 'pick_device', 'pick_precision', 'has_bf16', 'scheduler_of', 'Components',
-           'empty_part', 'count_of', 'model_sizes', 'side_of', 'room_for', 'with_gguf', 'usual_choice', 'left_open',
-           'no_room', 'Placement', 'Fit', 'said_of_held', 'with_base', 'check_whole', 'check_inputs', 'check_unet',
-           'check_merges', 'check_words', 'read_pipeline', 'trial_picture', 'through', 'said_of_latents', 'other_vae',
-           'encoders_of', 'net_of', 'recognised', 'default_within', 'check_sampler', 'row_by_settings', 'commit_of',
-           'components_of', 'check_flow', 'check_unet_settings', 'bf16_on', 'check_together', 'load', 'placed']
+           'empty_part', 'weights_counted', 'model_sizes', 'side_of', 'room_on', 'with_gguf', 'usual_choice',
+           'left_open', 'no_room', 'Placement', 'Fit', 'said_of_held', 'with_base', 'check_whole', 'check_inputs',
+           'check_unet', 'check_merges', 'check_words', 'read_pipeline', 'trial_picture', 'through', 'said_of_latents',
+           'other_vae', 'encoders_of', 'net_of', 'recognised', 'default_within', 'check_sampler', 'row_by_settings',
+           'commit_of', 'components_of', 'check_flow', 'check_unet_settings', 'bf16_on', 'check_together', 'load',
+           'placed']
 
 # %% ../nbs/04e_loader.ipynb #0d7e3511
 PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -205,17 +206,17 @@ def empty_part(folder: Path, part: str, library: str, name: str, layers: int | N
     return made
 
 # %% ../nbs/04e_loader.ipynb #2dcad185
-def count_of(module: torch.nn.Module) -> Count:
+def weights_counted(module: torch.nn.Module) -> WeightCount:
     "The weights of a module, counted."
     sizes = [p.numel() for p in module.parameters()]
     linear = [m.weight.numel() for m in module.modules() if isinstance(m, torch.nn.Linear)]
-    return Count(sum(sizes), sum(linear), max(sizes))
+    return WeightCount(sum(sizes), sum(linear), max(sizes))
 
 # %% ../nbs/04e_loader.ipynb #5af232e6
 def model_sizes(folder: Path, row: Row | None, gpu: bool) -> Sizes:
     "What the configurations in a diffusers folder say about the size of its model."
     index = served_index(folder)
-    counts: dict[str, Count] = {}
+    counts: dict[str, WeightCount] = {}
     configs: dict[str, Any] = {}
     for part in CLASSES:
         library, name = index.get(part) or [None, None]
@@ -223,7 +224,7 @@ def model_sizes(folder: Path, row: Row | None, gpu: bool) -> Sizes:
         layers = layers_read(index["_class_name"]) if part == "text_encoder" else None
         key = "net" if part in ("unet", "transformer") else part
         module = empty_part(folder, part, library, name, layers)
-        counts[key], config = count_of(module), module.config
+        counts[key], config = weights_counted(module), module.config
         configs[key] = dict(config) if library == "diffusers" else config.to_dict()
     row = row or detect_flow(index["_class_name"], bool(index.get("is_distilled")), configs["vae"].get("sample_size"))
     native = side_of(configs, row)
@@ -241,7 +242,7 @@ def side_of(configs: Mapping[str, Mapping[str, Any]], row: Row | None) -> int:
     return (side if isinstance(side, int) else max(side)) * 2 ** (len(blocks) - 1)
 
 # %% ../nbs/04e_loader.ipynb #b8083a70
-def room_for(settings: Settings, device: torch.device) -> int:
+def room_on(settings: Settings, device: torch.device) -> int:
     "Bytes that a model may take on a device."
     if settings.memory: return int(settings.memory * GIB)
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
@@ -251,7 +252,7 @@ def with_gguf(sizes: Sizes, file: str | None, wide: int) -> Sizes:
     "Sizes with those of a GGUF file on this machine in place of the transformer's. `wide`: bytes of the other numbers."
     path = Path(file or "").expanduser()
     if not path.is_file(): return sizes
-    return replace(sizes, counts={**sizes.counts, "net": Count(path.stat().st_size // wide)})
+    return replace(sizes, counts={**sizes.counts, "net": WeightCount(path.stat().st_size // wide)})
 
 # %% ../nbs/04e_loader.ipynb #75f86d15
 def usual_choice(settings: Settings, wide: int, large: bool) -> Choice:
@@ -312,7 +313,7 @@ class Fit(Placement):
         except Exception: return
         wide = suited(self.reader.dtype, sizes.pipeline).itemsize
         sizes = with_gguf(sizes, self.settings.net_id, wide)
-        large, free = layers_read(sizes.pipeline) is not None, room_for(self.settings, device)
+        large, free = layers_read(sizes.pipeline) is not None, room_on(self.settings, device)
         usual = usual_choice(self.settings, wide, large)
         places = ("device", "cpu", "release") if cuda else ("device", "release")
         ways = choices(usual, places if large else ("device",), large and not self.settings.net_id)

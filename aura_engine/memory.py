@@ -14,7 +14,8 @@ from .models import KLEIN, Z_IMAGE
 # %% auto #0
 __all__ = ['LIMITS', 'KLEIN_TENSORS', 'Z_TENSORS', 'UNET_TENSORS', 'PLAIN_TENSORS', 'VAE_TENSORS', 'MOST_TEXT_TOKENS', 'Config',
            'DECODES', 'CUDA_RESERVE', 'GIB', 'ENCODERS', 'memory_limit', 'free_memory', 'net_row', 'decoded_picture',
-           'encoded_text', 'Count', 'Sizes', 'Choice', 'gib', 'Need', 'part_bytes', 'need_of', 'choices', 'fitting']
+           'encoded_text', 'WeightCount', 'Sizes', 'Choice', 'gib', 'Need', 'part_bytes', 'need_of', 'choices',
+           'fitting']
 
 # %% ../nbs/03e_memory.ipynb #732ff7ef
 LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -68,7 +69,7 @@ def encoded_text(encoder: Config, layers: int) -> int:
 
 # %% ../nbs/03e_memory.ipynb #4e354b7a
 @dataclass(frozen=True)
-class Count:
+class WeightCount:
     "Weights of one part: how many, how many of them belong to linear layers, and the largest tensor."
     numbers: int
     linear: int = 0
@@ -79,7 +80,7 @@ class Count:
 class Sizes:
     "What a model's configurations say: weights by part (net, vae, text_encoder …), the parts' settings, pixels a side."
     pipeline: str
-    counts: dict[str, Count]
+    counts: dict[str, WeightCount]
     configs: dict[str, Config]
     side: int
     rows: int = 1                                # rows that a picture takes in a call
@@ -140,7 +141,7 @@ class Need:
 # %% ../nbs/03e_memory.ipynb #be815195
 ENCODERS = ("text_encoder", "text_encoder_2")
 
-def part_bytes(count: Count, choice: Choice, net: bool) -> int:
+def part_bytes(count: WeightCount, choice: Choice, net: bool) -> int:
     "Bytes of a part's weights."
     few = count.linear if net and choice.bits else 0
     return (count.numbers - few) * choice.wide + round(few * choice.bits / 8)
