@@ -68,11 +68,11 @@ PRESETS = {
     "lightning": Preset({"SD_MODEL_ID": "ByteDance/SDXL-Lightning", **_GPU}, "l4x1",
                         "1024 pixels in four steps; a10g-small works too"),
     "klein": Preset({"SD_MODEL_ID": "black-forest-labs/FLUX.2-klein-4B", **_LARGE}, "l4x1",
-                    "FLUX.2-klein 4B, Apache-2.0: 1024 pixels in four steps, edits; 16 GB to fetch, about 16 of 24 GB used "
-                    "(computed)"),
+                    "FLUX.2-klein 4B, Apache-2.0: 1024 pixels in four steps, edits; 16 GB to fetch, "
+                    "about 16 of 24 GB used (computed)"),
     "z-image": Preset({"SD_MODEL_ID": "Tongyi-MAI/Z-Image-Turbo", **_LARGE}, "l4x1",
-                      "Z-Image-Turbo 6B, Apache-2.0: 1024 pixels in eight steps; 33 GB to fetch, 24 GB nearly full "
-                      "(computed); l40sx1 has room"),
+                      "Z-Image-Turbo 6B, Apache-2.0: 1024 pixels in eight steps; 33 GB to fetch, "
+                      "24 GB nearly full (computed); l40sx1 has room"),
 }
 
 # %% ../nbs/15c_deploy_plan.ipynb #0ddb90e9

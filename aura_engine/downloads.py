@@ -308,7 +308,7 @@ Before = Callable[[Path], Any]                    # called with the folder when 
 
 def fetch(repo: str, anchor: str, want: Want, progress: Progress, revision: str | None = None,
           before: Before | None = None) -> Path:
-    """Folder in the cache with the file `anchor` of a repository and the files that `want` picks once `anchor` is there.
+    """Folder in the cache with the file `anchor` of a repository and what `want` picks once `anchor` is there.
 
     `before` may refuse the model before its weights are fetched."""
     from huggingface_hub import try_to_load_from_cache
