@@ -8,8 +8,9 @@ import errno, hashlib, logging, os, stat, time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 from .models import WITHDRAWN, WITHDRAWN_WORDS
 from .types import AuraError, ModelError
 
@@ -267,7 +268,7 @@ def get_file(repo: str, name: str, revision: str | None, progress: Progress) -> 
     raise Unusable(f"{name} arrives damaged: its content does not have the hash that the Hub gives for it")
 
 # %% ../nbs/04a_downloads.ipynb #f8a6f74c
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BufferedReader:
     "Open an ordinary file for reading. OSError where something else has its name."
     now = getattr(os, "O_NONBLOCK", 0)                      # Windows has no pipes among its files
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | now))
