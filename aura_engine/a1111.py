@@ -18,21 +18,21 @@ from pydantic import BaseModel, BeforeValidator, Field
 from pydantic_core import PydanticKnownError
 
 # %% auto #0
-__all__ = ['log', 'NUMBER', 'MEANINGFUL', 'FREE', 'A1111_NAMES', 'MOST_TEXT', 'EMPTY_LISTS', 'REFRESHED', 'ABSENT',
-           'absent_routes', 'a1111_routes', 'a1111_shapes', 'Txt2Img', 'Img2Img', 'unmet', 'samplers_for',
-           'scheduler_for', 'loras_in', 'Understood', 'asked_size', 'understood_ask', 'softened', 'img2img_ask',
-           'A1111Pictures', 'A1111Error', 'a1111_error', 'about_batch', 'info_of', 'echoed', 'A1111Task', 'A1111Tasks',
-           'tasks_of', 'drawn', 'post_txt2img', 'post_img2img', 'A1111State', 'A1111Progress', 'progress_of',
-           'get_progress', 'TaskName', 'LiveProgress', 'post_live_progress', 'post_interrupt', 'A1111Model',
-           'get_sd_models', 'A1111Sampler', 'get_samplers', 'A1111Scheduler', 'get_schedulers', 'A1111Lora',
-           'get_loras', 'A1111Vae', 'get_sd_vae', 'A1111Memory', 'get_memory', 'options_of', 'get_options',
-           'A1111Options', 'post_options', 'get_cmd_flags', 'get_nothing', 'get_scripts', 'get_embeddings', 'get_ping',
-           'post_nothing', 'get_queue_status', 'png_texts', 'PngInfoRequest', 'PngInfo', 'read_png_info',
-           'post_png_info', 'list_name']
+__all__ = ['log', 'NUMBER', 'MEANINGFUL', 'FREE', 'A1111_NAMES', 'CHECKPOINT', 'MOST_CHOICES', 'MOST_TEXT', 'EMPTY_LISTS',
+           'REFRESHED', 'ABSENT', 'absent_routes', 'a1111_routes', 'a1111_shapes', 'Txt2Img', 'Img2Img', 'unmet',
+           'samplers_for', 'scheduler_for', 'loras_in', 'Understood', 'asked_size', 'understood_ask', 'softened',
+           'img2img_ask', 'A1111Pictures', 'A1111Error', 'a1111_error', 'about_batch', 'info_of', 'echoed', 'A1111Task',
+           'A1111Tasks', 'tasks_of', 'drawn', 'choices_of', 'checkpoint', 'choose_checkpoint', 'post_txt2img',
+           'txt2img', 'post_img2img', 'img2img', 'A1111State', 'A1111Progress', 'progress_of', 'get_progress',
+           'TaskName', 'LiveProgress', 'post_live_progress', 'post_interrupt', 'A1111Model', 'get_sd_models',
+           'A1111Sampler', 'get_samplers', 'A1111Scheduler', 'get_schedulers', 'A1111Lora', 'get_loras', 'A1111Vae',
+           'get_sd_vae', 'A1111Memory', 'get_memory', 'options_of', 'get_options', 'A1111Options', 'post_options',
+           'get_cmd_flags', 'get_nothing', 'get_scripts', 'get_embeddings', 'get_ping', 'post_nothing',
+           'get_queue_status', 'png_texts', 'PngInfoRequest', 'PngInfo', 'read_png_info', 'post_png_info', 'list_name']
 
 # %% ../nbs/10c_a1111.ipynb #ca30c335
 from . import __version__
-from .answers import Api, Files, begin, files_of, preview_jpeg
+from .answers import Api, Files, begin, files_of, preview_jpeg, using
 from .app import MAKING, Route
 from .config import Settings
 from .dialects import (
@@ -169,7 +169,7 @@ def understood_ask(ask: Txt2Img, row: Row, settings: Settings) -> Understood:
     negative = shortened(ask.negative_prompt, notes, "negative_prompt", most)
     scheduler = scheduler_for(ask, row, notes)
     wanted = ask.override_settings.get("sd_model_checkpoint")
-    if wanted and wanted != model:
+    if wanted and wanted != model and not settings.named_models:
         notes.append(unused("sd_model_checkpoint", wanted, f"this engine holds {model}"))
     numbers = {"steps": ask.steps and min(ask.steps, 100), "guidanceScale": ask.cfg_scale, "negativePrompt": negative,
                "seed": ask.seed if ask.seed >= 0 else None, "lora": lora,
@@ -312,9 +312,36 @@ async def drawn(request: Request, ask: Txt2Img, own: GenerateRequest | RefineReq
     return JSONResponse(answer.model_dump())
 
 # %% ../nbs/10c_a1111.ipynb #5503ec8b
+CHECKPOINT = "override_settings.sd_model_checkpoint"
+MOST_CHOICES = 1000                              # clients whose choice is kept
+
+def choices_of(request: Request) -> dict[str, str]:
+    "The model that each client has set as an option."
+    state = request.app.state
+    if not hasattr(state, "checkpoints"): state.checkpoints = {}
+    return state.checkpoints
+
+def checkpoint(request: Request, ask: Txt2Img) -> str | None:
+    "The name of the model that a request asks for; None for the default, and where there is one model only."
+    wanted = ask.override_settings.get("sd_model_checkpoint") or choices_of(request).get(client_behind(request))
+    if request.app.state.api.models is None or not wanted: return None
+    return str(wanted)[:300]
+
+def choose_checkpoint(request: Request, name: str) -> None:
+    "Keep a client's choice for its next requests. Invalid when there is no such model."
+    request.app.state.api.models.seats.find(name, "sd_model_checkpoint")
+    choices, client = choices_of(request), client_behind(request)
+    choices.pop(client, None)
+    choices[client] = name
+    if len(choices) > MOST_CHOICES: choices.pop(next(iter(choices)))
+
+# %% ../nbs/10c_a1111.ipynb #5b83626b
 async def post_txt2img(request: Request, body: Txt2Img) -> Response:
     "Pictures from a prompt."
-    api: Api = request.app.state.api
+    async with using(request, checkpoint(request, body), CHECKPOINT) as api: return await txt2img(request, body, api)
+
+async def txt2img(request: Request, body: Txt2Img, api: Api) -> Response:
+    "The same, once the model is loaded."
     try:
         it = understood_ask(body, api.row(), api.settings)
         shape = own_shape(it.wish.size, api.row().native)
@@ -325,7 +352,10 @@ async def post_txt2img(request: Request, body: Txt2Img) -> Response:
 # %% ../nbs/10c_a1111.ipynb #d47345de
 async def post_img2img(request: Request, body: Img2Img) -> Response:
     "Pictures from pictures."
-    api: Api = request.app.state.api
+    async with using(request, checkpoint(request, body), CHECKPOINT) as api: return await img2img(request, body, api)
+
+async def img2img(request: Request, body: Img2Img, api: Api) -> Response:
+    "The same, once the model is loaded."
     try:
         it = understood_ask(body, api.row(), api.settings)
         wish = replace(it.wish, stretch=body.resize_mode == 0)
@@ -428,9 +458,13 @@ class A1111Model(BaseModel):
     config: str | None = None
 
 async def get_sd_models(request: Request) -> Response:
-    "The model that is loaded."
-    name = request.app.state.api.settings.model_id
-    return JSONResponse([A1111Model(title=name, model_name=name, filename=name).model_dump()])
+    "The models there are, the default first."
+    api: Api = request.app.state.api
+    only = api.settings.model_id
+    ids = {only: only}
+    if api.models: ids = {name: seat.settings.model_id for name, seat in api.models.seats.by_name.items()}
+    listed = [A1111Model(title=name, model_name=name, filename=id) for name, id in ids.items()]
+    return JSONResponse([model.model_dump() for model in listed])
 
 # %% ../nbs/10c_a1111.ipynb #14d95e89
 class A1111Sampler(BaseModel):
@@ -494,15 +528,18 @@ async def get_memory(request: Request) -> Response:
     return JSONResponse(A1111Memory(ram={"used": ram}, cuda={} if gpu is None else {"used": gpu}).model_dump())
 
 # %% ../nbs/10c_a1111.ipynb #4f047ca1
-def options_of(api: Api) -> dict[str, Any]:
+def options_of(request: Request) -> dict[str, Any]:
     "The options that programs look for."
-    return {"sd_model_checkpoint": api.settings.model_id, "sd_checkpoint_hash": "", "sd_vae": "Automatic",
+    api: Api = request.app.state.api
+    first = api.models.seats.default.name if api.models else api.settings.model_id
+    model = choices_of(request).get(client_behind(request), first)
+    return {"sd_model_checkpoint": model, "sd_checkpoint_hash": "", "sd_vae": "Automatic",
             "samples_format": "png", "CLIP_stop_at_last_layers": 1, "enable_pnginfo": True,
             "show_progress_every_n_steps": 1, "live_previews_enable": True, "return_grid": False}
 
 async def get_options(request: Request) -> Response:
     "The options."
-    return JSONResponse(options_of(request.app.state.api))
+    return JSONResponse(options_of(request))
 
 # %% ../nbs/10c_a1111.ipynb #09998cab
 class A1111Options(Dialect):
@@ -511,10 +548,10 @@ class A1111Options(Dialect):
     sd_model_checkpoint: str | None = Field(None, max_length=300)
 
 async def post_options(request: Request, body: A1111Options) -> Response:
-    "Accept options; those that would change something are logged and have no effect."
-    api: Api = request.app.state.api
+    "Accept options: `sd_model_checkpoint` chooses one of several models, others have no effect and are logged."
+    if request.app.state.api.models and body.sd_model_checkpoint: choose_checkpoint(request, body.sd_model_checkpoint)
     given = {"sd_model_checkpoint": body.sd_model_checkpoint} | (body.model_extra or {})
-    now = options_of(api)
+    now = options_of(request)
     other = [name for name, value in given.items() if value is not None and now.get(name) != value]
     if other:
         log.info("options have no effect", extra={"options": [shown(name, 40) for name in other[:20]]})

@@ -7,7 +7,8 @@ from __future__ import annotations
 import asyncio, io, logging, math, os, re, time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -19,9 +20,10 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 # %% auto #0
 __all__ = ['log', 'T', 'REASONS', 'LONG_WAITS', 'MOST_KINDS', 'STEPS', 'Finish', 'Ask', 'MASKED', 'Revise', 'KINDS', 'UNBUFFERED',
            'Metrics', 'Stopwatch', 'Api', 'unready', 'add_gauges', 'gpu_memory', 'Output', 'Order', 'order_of',
-           'OrderedJob', 'pictures_in', 'cost_of', 'place_order', 'attended', 'deadline_of', 'begin', 'follow',
-           'file_of', 'Files', 'files_of', 'answer_kind', 'Told', 'sse_frame', 'preview_jpeg', 'told', 'tell',
-           'heartbeat', 'event_stream', 'sse_events', 'one_picture', 'respond']
+           'OrderedJob', 'pictures_in', 'cost_of', 'place_order', 'attended', 'deadline_of', 'begin', 'model_asked',
+           'model_name', 'using', 'api_of', 'follow', 'file_of', 'Files', 'files_of', 'answer_kind', 'Told',
+           'sse_frame', 'preview_jpeg', 'told', 'tell', 'heartbeat', 'event_stream', 'sse_events', 'one_picture',
+           'respond', 'late_stream', 'late_events', 'respond_with']
 
 # %% ../nbs/09d_answers.ipynb #824b34f6
 from PIL import Image as Pillow
@@ -30,10 +32,12 @@ from prometheus_client import (CollectorRegistry, Counter, Gauge, Histogram, Pro
 from starlette.background import BackgroundTask
 from .config import Settings
 from .errors import Shape, as_error, in_config, request_id
-from .images import MIME, as_file, decode_cost, facts_of, from_base64, to_base64
+from .images import MIME, as_file, decode_cost, facts_of, from_base64, receipt_of, to_base64
 from .intake import Arrivals, DecodeCost, FairPool, PictureLine, hung_up
 from .models import Row
 from .planning import ReplayRequest, differences, plan, prepare, replay_plan
+from .side_by_side import Models, Seat, check_wait, unknown_model
+from .traces import spanned, trace_job
 from .types import (
     COME_BACK, AuraError, Cancelled, DeadlineExceeded, Done, EngineState, Event, Failed,
     GenerateRequest, Health, Image, Invalid, NotReady, Plan, Preview, Queued, Receipt,
@@ -116,15 +120,22 @@ class Api:
     "What the handlers of one app share: engine, settings, metrics, room for bodies, the line for pictures, threads."
     def __init__(self, engine, shapes: dict[str, Shape] | None = None):
         self.engine, self.shapes = engine, shapes or {}
+        self.models = engine if isinstance(engine, Models) else None          # where SD_MODELS names several
         self.settings: Settings = engine.settings
         self.metrics, self.arrivals = Metrics(), Arrivals()
         self.line = PictureLine(slots=max(1, (os.cpu_count() or 1) // 4))     # the model needs the processor too
         self.encoders = FairPool(2, "encode")                 # finished pictures
         self.readers = ThreadPoolExecutor(2, "read")          # what comes in
 
+    def of(self, engine) -> Api:
+        "The same with the engine of one of several models."
+        other = copy(self)
+        other.engine, other.settings = engine, engine.settings
+        return other
+
     async def encode(self, client: str, f: Callable[..., T], *args) -> T:
         "Run `f(*args)` where finished pictures are encoded, when it is this client's turn."
-        return await self.encoders.run(client, f, *args)
+        with spanned("encode"): return await self.encoders.run(client, f, *args)
 
     async def read(self, f: Callable[..., T], *args) -> T:
         "Run `f(*args)` where requests are read."
@@ -266,7 +277,7 @@ async def begin(request: Request, ask: Ask, previews: bool = False, revise: Revi
     """Plan a checked request and hand it to the engine. Raises NotReady, QueueFull, DeadlineExceeded, Invalid.
 
     `revise` may change the order first: other front doors can say what our own requests cannot."""
-    api, client, arrived = request.app.state.api, client_behind(request), arrival(request)
+    api, client, arrived = api_of(request), client_behind(request), arrival(request)
     # a deadline below a second is refused by the queue, which knows the shortest one that can be kept
     seconds = max(deadline_of(ask) or api.settings.deadline_seconds, 1.0)
     try:
@@ -280,6 +291,48 @@ async def begin(request: Request, ask: Ask, previews: bool = False, revise: Revi
         if isinstance(ask, RefineRequest): raise in_config(error) from None
         raise
 
+# %% ../nbs/09d_answers.ipynb #cea4fb28
+def model_asked(ask: Ask) -> str | None:
+    "The model that a request names; None: it names none. Of a replay the one in its receipt."
+    if isinstance(ask, RefineRequest): return ask.config.model
+    if isinstance(ask, GenerateRequest): return ask.model
+    if ask.receipt is not None: return ask.receipt.model
+    try: return receipt_of(from_base64(ask.image or "", "image")).model
+    except Invalid: return None                               # planning says what is wrong
+
+async def model_name(api: Api, ask: Ask) -> str | None:
+    "The name of the model that a request asks for, or None for the default."
+    if not isinstance(ask, ReplayRequest): return model_asked(ask)
+    name = await api.read(model_asked, ask) if api.models else None
+    return name if api.models and name in api.models.names else None
+
+# %% ../nbs/09d_answers.ipynb #79f33afd
+@asynccontextmanager
+async def using(request: Request, name: str | None, loc: str = "model",
+                asked: float | None = None) -> AsyncIterator[Api]:
+    """The `Api` of the model that a request names (None: the default), while the block runs, once it is loaded.
+
+    `asked`: the request's own deadline in seconds. Raises Invalid, NotReady, QueueFull, DeadlineExceeded."""
+    api: Api = request.app.state.api
+    if api.models is None:
+        only = api.settings.model_id
+        if name not in (None, only): raise unknown_model(name, [only], loc)
+        yield api
+        return
+    with api.models.claim(name, loc) as claim:
+        if api.models.starting: api.row()                     # raises NotReady
+        left = arrival(request) + (asked or api.settings.deadline_seconds) - time.monotonic()
+        check_wait(api.models.seats, claim.seat, left, asked)
+        try:
+            async with asyncio.timeout(left): engine = await attended(request, claim.wait())
+        except TimeoutError: raise DeadlineExceeded(f"The model {claim.seat.name} was not loaded in time.") from None
+        request.state.api = api.of(engine)
+        yield request.state.api
+
+def api_of(request: Request) -> Api:
+    "The `Api` that a request works with: that of its model inside `using`."
+    return getattr(request.state, "api", request.app.state.api)
+
 # %% ../nbs/09d_answers.ipynb #637d3dd2
 async def follow(api: Api, job, request: Request | None = None) -> AsyncGenerator[Event]:
     "The events of a job until Done. It is cancelled when the client of `request` hangs up, or when the reader stops."
@@ -292,6 +345,7 @@ async def follow(api: Api, job, request: Request | None = None) -> AsyncGenerato
     finally:
         if hangup: hangup.cancel()
         if not job.done: job.cancel()
+        trace_job(job)
         api.line.rest_soon()                                  # memory goes back when nothing follows
 
 # %% ../nbs/09d_answers.ipynb #97759fca
@@ -455,7 +509,43 @@ def one_picture(ask: Ask) -> None:
 # %% ../nbs/09d_answers.ipynb #5eaa92a0
 async def respond(request: Request, ask: Ask) -> Response:
     "Answer a checked request in the way its Accept header asks for."
+    loc = "config.model" if isinstance(ask, RefineRequest) else "model"
     api: Api = request.app.state.api
+    name = await model_name(api, ask)
+    streams = answer_kind(request.headers.get("accept", "")) == "events"
+    if api.models and streams:
+        seat = api.models.seats.find(name, loc)
+        if not seat.usable and not api.models.starting: return late_stream(request, ask, seat, loc)
+    async with using(request, name, loc, deadline_of(ask)) as api: return await respond_with(api, request, ask)
+
+# %% ../nbs/09d_answers.ipynb #bd8d302e
+def late_stream(request: Request, ask: Ask, seat: Seat, loc: str) -> Response:
+    "The events of a request whose model is not loaded yet."
+    api: Api = request.app.state.api
+    asked = deadline_of(ask)
+    left = arrival(request) + (asked or api.settings.deadline_seconds) - time.monotonic()
+    check_wait(api.models.seats, seat, left, asked)
+    beats = heartbeat(late_events(request, ask, seat, loc), left=lambda: api.metrics.failed(Cancelled()))
+    return EventSourceResponse(beats, headers=UNBUFFERED)
+
+async def late_events(request: Request, ask: Ask, seat: Seat, loc: str) -> AsyncGenerator[bytes]:
+    "The same as frames."
+    api: Api = request.app.state.api
+    wait = round(api.models.wait_for(seat), 3)
+    yield sse_frame("queued", {"position": 0, "etaSeconds": wait, "seeds": []})
+    try:
+        async with using(request, seat.name, loc, deadline_of(ask)) as api:
+            work = await begin(request, ask, previews=True)
+        async with aclosing(sse_events(api, work, request_id(request))) as frames:
+            async for frame in frames: yield frame
+    except AuraError as error:
+        api.metrics.failed(error)
+        yield sse_frame("failed", {"problem": error.problem(request_id(request))})
+        yield sse_frame("done", {"warnings": []})
+
+# %% ../nbs/09d_answers.ipynb #caae33ab
+async def respond_with(api: Api, request: Request, ask: Ask) -> Response:
+    "The same, once the model of the request is loaded."
     kind = answer_kind(request.headers.get("accept", ""))
     if kind not in ("json", "events"): one_picture(ask)
     work = await begin(request, ask, previews=kind == "events")

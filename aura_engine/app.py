@@ -351,7 +351,8 @@ def openapi(app: FastAPI, made: Callable[[], dict[str, Any]], table: Sequence[Ro
         for media, model in bodies_read(r).items():
             read |= content(media, bodies.get((r.method, r.path, media)) or deepcopy(model))
         if not read: continue
-        operation = document["paths"][r.path][r.method.lower()]
+        path = r.path.replace(":path}", "}")                  # OpenAPI has no kinds of a path's parts
+        operation = document["paths"][path][r.method.lower()]
         operation["requestBody"] = {"required": True, "content": read}
         if len(read) > 1: operation.setdefault("parameters", []).append(OWN_ID)
     _name_loras(document, tuple(app.state.api.settings.loras))

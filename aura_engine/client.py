@@ -392,12 +392,13 @@ class AsyncAuraClient(Chooser):
             self, prompt: str, *, negative_prompt: str = "", aspect_ratio: str = "1:1",
             resolution: str = "standard", n: int = 1, seed: int | None = None, steps: int | None = None,
             guidance_scale: float | None = None, temperature: float = 0.7, lora: str | None = None,
-            deadline_seconds: float | None = None, on_event: OnEvent | None = None) -> Pictures:
+            model: str | None = None, deadline_seconds: float | None = None,
+            on_event: OnEvent | None = None) -> Pictures:
         """Pictures from a prompt.
 
         - `aspect_ratio`: "W:H" between 1:3 and 3:1. `resolution`: "high" needs an engine with a GPU.
         - `n`: 1 to 4 pictures. `seed`: the same seed makes the same picture; None chooses one.
-        - `steps`, `guidance_scale`: None means the model's own. `lora`: an alias of the engine.
+        - `steps`, `guidance_scale`: None means the model's own. `lora`, `model`: an alias of the engine.
         - `temperature`: how much the seed decides, from nothing at 0 (always the same picture) to everything at 1.
         - `deadline_seconds`: give up after this many seconds.
         - `on_event` is called with every event and notice.
@@ -405,15 +406,15 @@ class AsyncAuraClient(Chooser):
         ask = generation(
             prompt, negative_prompt=negative_prompt, aspect_ratio=aspect_ratio, resolution=resolution, n=n,
             seed=seed, steps=steps, guidance_scale=guidance_scale, temperature=temperature, lora=lora,
-            deadline_seconds=deadline_seconds)
+            model=model, deadline_seconds=deadline_seconds)
         return await self.collect(ask, on_event)
 
     async def refine(
             self, prompt: str, images: Any, *, mask: Any = None, padding_mask_crop: int | None = None,
             strength: float | None = None, negative_prompt: str = "", seed: int | None = None,
             steps: int | None = None, guidance_scale: float | None = None, temperature: float = 0.7,
-            lora: str | None = None, deadline_seconds: float | None = None,
-            on_event: OnEvent | None = None) -> Pictures:
+            lora: str | None = None, model: str | None = None,
+            deadline_seconds: float | None = None, on_event: OnEvent | None = None) -> Pictures:
         """A picture from each given one.
 
         - `images`: one picture or a list of up to four, each a PIL picture, file bytes, a path or base64.
@@ -426,7 +427,7 @@ class AsyncAuraClient(Chooser):
         ask = refinement(
             prompt, images, mask, padding_mask_crop=padding_mask_crop, strength=strength,
             negative_prompt=negative_prompt, seed=seed, steps=steps, guidance_scale=guidance_scale,
-            temperature=temperature, lora=lora, deadline_seconds=deadline_seconds)
+            temperature=temperature, lora=lora, model=model, deadline_seconds=deadline_seconds)
         return await self.collect(ask, on_event)
 
     async def replay(self, receipt: Any, init: Any = None, mask: Any = None, *,
@@ -538,12 +539,13 @@ class AuraClient(Background):
             self, prompt: str, *, negative_prompt: str = "", aspect_ratio: str = "1:1",
             resolution: str = "standard", n: int = 1, seed: int | None = None, steps: int | None = None,
             guidance_scale: float | None = None, temperature: float = 0.7, lora: str | None = None,
-            deadline_seconds: float | None = None, on_event: OnEvent | None = None) -> Pictures:
+            model: str | None = None, deadline_seconds: float | None = None,
+            on_event: OnEvent | None = None) -> Pictures:
         """Pictures from a prompt.
 
         - `aspect_ratio`: "W:H" between 1:3 and 3:1. `resolution`: "high" needs an engine with a GPU.
         - `n`: 1 to 4 pictures. `seed`: the same seed makes the same picture; None chooses one.
-        - `steps`, `guidance_scale`: None means the model's own. `lora`: an alias of the engine.
+        - `steps`, `guidance_scale`: None means the model's own. `lora`, `model`: an alias of the engine.
         - `temperature`: how much the seed decides, from nothing at 0 (always the same picture) to everything at 1.
         - `deadline_seconds`: give up after this many seconds.
         - `on_event` is called with every event and notice.
@@ -551,14 +553,14 @@ class AuraClient(Background):
         return self.wait(self.aio.generate(
             prompt, negative_prompt=negative_prompt, aspect_ratio=aspect_ratio, resolution=resolution, n=n,
             seed=seed, steps=steps, guidance_scale=guidance_scale, temperature=temperature, lora=lora,
-            deadline_seconds=deadline_seconds, on_event=on_event))
+            model=model, deadline_seconds=deadline_seconds, on_event=on_event))
 
     def refine(
             self, prompt: str, images: Any, *, mask: Any = None, padding_mask_crop: int | None = None,
             strength: float | None = None, negative_prompt: str = "", seed: int | None = None,
             steps: int | None = None, guidance_scale: float | None = None, temperature: float = 0.7,
-            lora: str | None = None, deadline_seconds: float | None = None,
-            on_event: OnEvent | None = None) -> Pictures:
+            lora: str | None = None, model: str | None = None,
+            deadline_seconds: float | None = None, on_event: OnEvent | None = None) -> Pictures:
         """A picture from each given one.
 
         - `images`: one picture or a list of up to four, each a PIL picture, file bytes, a path or base64.
@@ -571,7 +573,7 @@ class AuraClient(Background):
         return self.wait(self.aio.refine(
             prompt, images, mask=mask, padding_mask_crop=padding_mask_crop, strength=strength,
             negative_prompt=negative_prompt, seed=seed, steps=steps, guidance_scale=guidance_scale,
-            temperature=temperature, lora=lora, deadline_seconds=deadline_seconds, on_event=on_event))
+            temperature=temperature, lora=lora, model=model, deadline_seconds=deadline_seconds, on_event=on_event))
 
     def replay(self, receipt: Any, init: Any = None, mask: Any = None, *,
                on_event: OnEvent | None = None) -> Pictures:

@@ -16,8 +16,8 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 # %% auto #0
 __all__ = ['DEFAULT_ORIGINS', 'DEFAULT_PORTS', 'APP_SCHEMES', 'LOOPBACK', 'ALIAS', 'SECRETS', 'normalise_origin', 'parse_origins',
            'listening_address', 'is_network', 'parse_proxies', 'parse_loras', 'lowered', 'EnvironmentSettings',
-           'GuideSettings', 'ModelSettings', 'ServerSettings', 'Settings', 'setting_names', 'settings_table',
-           'SettingsError', 'complaint', 'load_settings', 'unknown_settings']
+           'GuideSettings', 'ModelSettings', 'SideSettings', 'ServerSettings', 'Settings', 'setting_names',
+           'settings_table', 'SettingsError', 'complaint', 'load_settings', 'unknown_settings']
 
 # %% ../nbs/00_config.ipynb #eb521c57
 # where the guide's frontend runs
@@ -181,7 +181,19 @@ class ModelSettings(GuideSettings):
     def _pairs(cls, v: Any) -> Any: return parse_loras(v) if isinstance(v, str) else v
 
 # %% ../nbs/00_config.ipynb #2409a511
-class ServerSettings(ModelSettings):
+class SideSettings(ModelSettings):
+    "More models beside that one (see 08e_side_by_side)."
+    named_models: Annotated[dict[str, str], NoDecode] = Field({}, alias="SD_MODELS",
+        description="alias=id,alias=id: more models that a request may name by alias, loaded when they are asked for")
+    models_memory: float | None = Field(None, alias="AURA_MODELS_MEMORY", gt=0, le=10_000,
+        description="GiB of weights that SD_MODELS may hold at a time; half of the device's memory when unset")
+
+    @field_validator("named_models", mode="before")
+    @classmethod
+    def _named(cls, v: Any) -> Any: return parse_loras(v) if isinstance(v, str) else v
+
+# %% ../nbs/00_config.ipynb #0f5f1f5f
+class ServerSettings(SideSettings):
     "Where an engine listens, and whom it answers."
     allow_origins: Annotated[tuple[str, ...], NoDecode] = Field(DEFAULT_ORIGINS, alias="ALLOW_ORIGINS",
         description="web origins that may call the engine, comma-separated")

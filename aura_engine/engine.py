@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc, logging, os, re, threading, time, uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 import psutil, torch
 from . import __version__
@@ -16,7 +17,7 @@ from .config import Settings, unknown_settings
 from .jobs import Job
 from .loader import LOADING, Components, Progress, load
 from .models import SAMPLERS, Row, check_source, limits_of
-from .optimize import cache_folder
+from .optimize import bytes_of, cache_folder
 from .queue import Queue, Task
 from .trajectory import Decoded
 from .static_graphs import tidy
@@ -243,6 +244,9 @@ class EngineView:
         self.warnings = unknown_settings()
         self.queue = Queue(settings.max_queue_seconds, settings.deadline_seconds)
         self.turns: Turns | None = None             # when the model is loaded
+        self.weights: int | None = None             # bytes of it
+        # holds the device for one call: where several engines share it, see 08e
+        self.turn: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
     def ready(self) -> bool:
@@ -349,7 +353,8 @@ class Engine(EngineView):
             turns = self._prepare()
             if not self._closed: self.status = EngineState.ready
             self._settled.set()
-            while self.queue.wait(lambda: self._closed) and not self._closed: turns.turn()
+            while self.queue.wait(lambda: self._closed) and not self._closed:
+                with self.turn(): turns.turn()
         except AuraError as e: self._fail(e.detail)
         except BaseException as e:                  # also what libraries raise to end a program
             log.exception("the engine thread stopped")
@@ -359,6 +364,7 @@ class Engine(EngineView):
     def _prepare(self) -> Turns:
         start = time.monotonic()
         parts = load(self.settings, self.progress)
+        self.weights = bytes_of(parts)
         with LOADING:
             if self._closed: raise ShuttingDown("The engine was closed while it was loading.")
             runner = ready_runner(parts, self.settings, self.progress)

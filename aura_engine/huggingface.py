@@ -6,11 +6,12 @@
 from __future__ import annotations
 import base64, binascii
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from fastapi import Request
 from fastapi.responses import Response
 from pydantic import Field, TypeAdapter
-from .answers import answer_kind, begin, files_of
+from .answers import Api, answer_kind, begin, files_of, using
 from .app import FILE, MAKING, Route, parsed_body
 from .dialects import (
     LONG_PROMPT, Dialect, Pixels, Size, Wish, own_shape, renamed, shortened, translated,
@@ -23,7 +24,8 @@ from .walls import client_behind
 
 # %% auto #0
 __all__ = ['SIGNATURES', 'BARE', 'HF_NAMES', 'huggingface_routes', 'TargetSize', 'HfParameters', 'HfRequest', 'HfAsk',
-           'is_picture', 'ask_in_json', 'ask_in_bytes', 'read_hf', 'hf_size', 'hf_notes', 'hf_request', 'post_inputs']
+           'is_picture', 'ask_in_json', 'ask_in_bytes', 'read_hf', 'hf_size', 'hf_notes', 'hf_request', 'post_inputs',
+           'post_inputs_to', 'answer_inputs', 'drawn_inputs']
 
 # %% ../nbs/10b_huggingface.ipynb #af19a100
 class TargetSize(Dialect):
@@ -148,7 +150,19 @@ def hf_request(ask: HfAsk, native: int, format: str, most: int) -> tuple[Generat
 # %% ../nbs/10b_huggingface.ipynb #379984b5
 async def post_inputs(request: Request) -> Response:
     "Hugging Face's text_to_image and image_to_image: the bytes of one picture."
-    api, ask = request.app.state.api, await read_hf(request)
+    return await answer_inputs(request, None)
+
+async def post_inputs_to(request: Request, name: str) -> Response:
+    "The same of one of several models, by its name."
+    return await answer_inputs(request, name)
+
+async def answer_inputs(request: Request, name: str | None) -> Response:
+    "Read a request, wait for its model, and draw."
+    ask = await read_hf(request)
+    async with using(request, name) as api: return await drawn_inputs(request, ask, api)
+
+async def drawn_inputs(request: Request, ask: HfAsk, api: Api) -> Response:
+    "The answer, once the model is loaded."
     kind = answer_kind(request.headers.get("accept", ""))
     try:
         own, wish = hf_request(ask, api.row().native, kind if kind in MIME else "png", api.settings.max_prompt)
@@ -159,6 +173,8 @@ async def post_inputs(request: Request) -> Response:
 
 # %% ../nbs/10b_huggingface.ipynb #020b98e4
 _BODIES: dict[str, Any] = {"application/json": HfRequest} | dict.fromkeys(BARE, FILE)
+_inputs: Any = partial(Route, "POST", keyed=True, media=tuple(MIME.values()), reads=_BODIES)
 huggingface_routes = (
-    Route("POST", "/", post_inputs, keyed=True, errors=MAKING, media=tuple(MIME.values()), reads=_BODIES),
+    _inputs("/", post_inputs, errors=MAKING),
+    _inputs("/models/{name:path}", post_inputs_to, errors=(*MAKING, 404)),
 )

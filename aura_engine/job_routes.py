@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 from fastapi import Request
 from fastapi.responses import EventSourceResponse, JSONResponse, Response
 from pydantic import Field
-from .answers import UNBUFFERED, Api, OrderedJob, Told, begin, heartbeat, sse_frame, tell
+from .answers import (
+    UNBUFFERED, Api, OrderedJob, Told, begin, deadline_of, heartbeat, model_name, sse_frame, tell, using)
 from .errors import request_id
 from .planning import ReplayRequest
 from .types import (
@@ -333,7 +334,11 @@ async def post_job(request: Request, body: AnyJob) -> Response:
     api, client = request.app.state.api, client_behind(request)
     store: JobStore = request.app.state.jobs
     with store.place(client):
-        try: work = await begin(request, body.request, body.previews)
+        ask, name = body.request, await model_name(api, body.request)
+        loc = "config.model" if isinstance(ask, RefineRequest) else "model"
+        try:
+            async with using(request, name, loc, deadline_of(ask)) as api:
+                work = await begin(request, ask, body.previews)
         except Invalid as error: raise Invalid.of(e.under("request.") for e in error.errors) from None
         kept = store.add(work, client, kept_ask(body))
     kept.task = asyncio.create_task(watch_job(api, kept, work))

@@ -16,18 +16,19 @@ from PIL import Image as Pillow, ImageOps
 from pydantic import BaseModel, Field, Json, TypeAdapter, ValidationError
 
 # %% auto #0
-__all__ = ['QUALITY', 'MEANINGLESS', 'THEIR_NAMES', 'NO_USAGE', 'NOT_COMPOSED', 'ONLY_PICTURES', 'ELSEWHERE', 'WITHOUT_V1',
-           'WHY_ABSENT', 'openai_absent', 'OPENAI_FAULTS', 'openai_routes', 'ImagesRequest', 'ImageAddress',
-           'EditRequest', 'steps_for', 'notes_on', 'Common', 'common', 'openai_error', 'OpenAIFault', 'OpenAIError',
-           'OpenAIImage', 'OpenAIAbout', 'OpenAIImages', 'OpenAIEvent', 'OpenAIFrame', 'OpenAIModel', 'OpenAIModels',
-           'described', 'Shelved', 'Shelf', 'shelf_of', 'get_picture', 'openai_json', 'Partials', 'openai_event',
-           'completed', 'partial_image', 'openai_events', 'openai_stream', 'openai_answer', 'post_generations', 'Edit',
-           'picture_text', 'json_edit', 'form_edit', 'file_field', 'read_edit', 'edit_wish', 'mask_of_hole',
-           'post_edits', 'post_variations', 'get_models', 'get_model', 'in_form', 'edit_form']
+__all__ = ['QUALITY', 'MEANINGLESS', 'THEIR_NAMES', 'NO_USAGE', 'OPENAI_MODELS', 'NOT_COMPOSED', 'ONLY_PICTURES', 'ELSEWHERE',
+           'WITHOUT_V1', 'WHY_ABSENT', 'openai_absent', 'OPENAI_FAULTS', 'openai_routes', 'ImagesRequest',
+           'ImageAddress', 'EditRequest', 'steps_for', 'notes_on', 'Common', 'common', 'openai_error', 'OpenAIFault',
+           'OpenAIError', 'OpenAIImage', 'OpenAIAbout', 'OpenAIImages', 'OpenAIEvent', 'OpenAIFrame', 'OpenAIModel',
+           'OpenAIModels', 'described', 'Shelved', 'Shelf', 'shelf_of', 'get_picture', 'openai_json', 'Partials',
+           'openai_event', 'completed', 'partial_image', 'openai_events', 'openai_stream', 'openai_answer',
+           'ModelMissing', 'model_for', 'post_generations', 'generation_answer', 'Edit', 'picture_text', 'json_edit',
+           'form_edit', 'file_field', 'read_edit', 'edit_wish', 'mask_of_hole', 'post_edits', 'edit_answer',
+           'post_variations', 'model_entry', 'get_models', 'get_model', 'in_form', 'edit_form']
 
 # %% ../nbs/10a_openai.ipynb #da5ba244
 from aura_engine.answers import (Api, Files, OrderedJob, begin, event_stream, file_of, files_of, follow,
-    sse_frame)
+    sse_frame, using)
 from .app import FILE, MAKING, Route, parsed_body
 from .bodies import ReceiptBody
 from .config import Settings
@@ -38,6 +39,7 @@ from .errors import as_error, invalid
 from .images import MIME, encode, to_base64
 from .intake import LARGE, read_form
 from .models import Row
+from .side_by_side import unknown_model
 from .types import (
     MAX_N, VISIBLE, WHOLE, AuraError, Failed, GenerateRequest, Image, Invalid, Lora, Note, NotFound,
     Preview, RefineConfig, RefineRequest, Seed, Step, Steps, Words, shown)
@@ -362,9 +364,26 @@ async def openai_answer(request: Request, ask: ImagesRequest, own: GenerateReque
     return JSONResponse(openai_json(request, ask, made, size_made(work.order.plan.pictures[0])))
 
 # %% ../nbs/10a_openai.ipynb #630c0a11
+OPENAI_MODELS = ("dall-e", "gpt-image", "chatgpt-image")
+
+class ModelMissing(NotFound, code="model_not_found"): "There is no such model"
+
+def model_for(request: Request, given: str) -> str | None:
+    "The model that a request of theirs names, None for the default. ModelMissing lists those there are."
+    models = request.app.state.api.models
+    if models is None or not given: return None
+    if given in models.names: return given
+    if given.startswith(OPENAI_MODELS): return None
+    missing = unknown_model(given, list(models.seats.by_name))
+    raise ModelMissing(missing.detail, missing.errors)
+
+# %% ../nbs/10a_openai.ipynb #c29dd77d
 async def post_generations(request: Request, body: ImagesRequest) -> Response:
     "OpenAI's images.generate."
-    api: Api = request.app.state.api
+    async with using(request, model_for(request, body.model)) as api: return await generation_answer(request, body, api)
+
+async def generation_answer(request: Request, body: ImagesRequest, api: Api) -> Response:
+    "The same, once the model is loaded."
     row = api.row()
     try:
         both = common(body, row, api.settings)
@@ -465,7 +484,10 @@ def mask_of_hole(picture: Pillow.Image) -> Pillow.Image:
 async def post_edits(request: Request) -> Response:
     "OpenAI's images.edit: a form with `image` (or several `image[]`), or JSON, with the fields of a generation."
     edit = await read_edit(request)
-    api: Api = request.app.state.api
+    async with using(request, model_for(request, edit.ask.model)) as api: return await edit_answer(request, edit, api)
+
+async def edit_answer(request: Request, edit: Edit, api: Api) -> Response:
+    "The same, once the model is loaded."
     row = api.row()
     try:
         both = common(edit.ask, row, api.settings)
@@ -482,18 +504,23 @@ async def post_variations(request: Request) -> Response:
     raise Invalid.value("model", given=Words("any model"), allowed="none: models here make no variations", why=why)
 
 # %% ../nbs/10a_openai.ipynb #2499f45e
-def _model(request: Request) -> dict[str, Any]:
-    name = request.app.state.api.settings.model_id
+def model_entry(name: str) -> dict[str, Any]:
+    "A model as OpenAI lists it."
     return {"id": name, "object": "model", "created": 0, "owned_by": "aura_engine"}
 
 async def get_models(request: Request) -> Response:
     "OpenAI's models.list."
-    return JSONResponse({"object": "list", "data": [_model(request)]})
+    api: Api = request.app.state.api
+    names = list(api.models.seats.by_name) if api.models else [api.settings.model_id]
+    return JSONResponse({"object": "list", "data": [model_entry(name) for name in names]})
 
 # %% ../nbs/10a_openai.ipynb #cac97819
 async def get_model(request: Request, id: str) -> Response:
     "OpenAI's models.retrieve; without a name it is the list."
-    return JSONResponse(_model(request)) if id else await get_models(request)
+    if not id: return await get_models(request)
+    api: Api = request.app.state.api
+    name = model_for(request, id) or (api.models.seats.default.name if api.models else api.settings.model_id)
+    return JSONResponse(model_entry(name))
 
 # %% ../nbs/10a_openai.ipynb #438556b4
 def in_form(schema: dict[str, Any]) -> dict[str, Any]:

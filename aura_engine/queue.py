@@ -7,7 +7,7 @@ from __future__ import annotations
 import heapq, math, threading, time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from .batching import AGEING, E, Entry, StepCost, eta, predict, work
 from .jobs import Job
 from .trajectory import Decoded, Trajectory
@@ -183,6 +183,10 @@ class Standing:
     alone: float                                    # if nobody else were there
     seconds: float                                  # until it would be finished
 
+    def later(self, beside: Callable[[float], float]) -> Standing:
+        "The same where other engines of the process delay so many seconds of work by `beside(seconds)`."
+        return replace(self, seconds=self.seconds + beside(self.seconds))
+
 def too_late(standing: Standing, limit: float) -> QueueFull | None:
     "Why a newcomer who stands there cannot be promised its pictures within `limit` seconds; None: it can."
     if not standing.ahead or standing.seconds <= limit: return None
@@ -308,6 +312,8 @@ class Queue(TaskLine):
         super().__init__()
         self.admission = Admission(limit, longest)
         self.stopped: AuraError | None = None
+        # by how many seconds the process's other engines delay so many seconds of work
+        self.beside: Callable[[float], float] = lambda seconds: 0.0
 
     def submit(self, job: Job, tasks: list[Task], cost: StepCost) -> None:
         "Take a job in and tell it what to expect. QueueFull and Invalid refuse it."
@@ -318,6 +324,7 @@ class Queue(TaskLine):
             pace = self.paces.of(job.client, now, len({t.client for t in there}))
             self.admission.check_line(tasks, there, cost, pace)
             standing = self.admission.standing_of(tasks, there, cost, now, self.shares)
+            standing = standing.later(self.beside)
             job.emit(self.admission.promise(job, standing, now, self.shares.debt(job.client) > 0))
             self.paces.begin(job.client, now)
             self.tasks = self.tasks + tasks

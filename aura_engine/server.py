@@ -18,6 +18,8 @@ from .compat import compat_routes, compat_shapes
 from .config import Settings, SettingsError, load_settings, unknown_settings
 from .job_routes import JobStore
 from .shared_jobs import shared_jobs
+from .side_by_side import Models
+from .traces import traced
 from .types import AuraError, HeadersTooLarge, Malformed
 from .walls import HOST_SENT
 
@@ -201,9 +203,12 @@ def _leave(*_: Any) -> None:
 def create_server(settings: Settings) -> tuple[FastAPI, Any]:
     "Settings -> (the app with all front doors, an Engine that is not started yet)."
     from aura_engine.engine import Engine                     # imports torch
-    engine, url = Engine(settings), settings.redis_url
+    engine = Models(settings, Engine) if settings.named_models else Engine(settings)
+    url = settings.redis_url
     jobs = shared_jobs(url.get_secret_value(), settings.replica) if url else None
-    return create_app(engine, compat_routes, compat_shapes, jobs), engine
+    app = create_app(engine, compat_routes, compat_shapes, jobs)
+    traced(app)
+    return app, engine
 
 # %% ../nbs/11_server.ipynb #f8503016
 def reach(host: str, keyed: bool, proxies: Sequence[str] = ()) -> str:
@@ -287,6 +292,7 @@ def not_started(error: Exception) -> NoReturn:
 def settle(engine: Any) -> None:
     "Once the model is loaded, take all that is there out of garbage collection."
     engine.wait_ready()
+    if isinstance(engine, Models): return                     # each of several models may be unloaded
     gc.collect()
     gc.freeze()
 

@@ -24,6 +24,8 @@ from pydantic import BaseModel, ValidationError
 from aura_engine.images import (decode, encode, from_base64, from_pil, mask_from_pil, receipt_of,
     to_base64)
 from .planning import ReplayRequest, differences, plan, prepare, replay_plan
+from .side_by_side import unknown_model
+from .traces import trace_headers
 from .types import (
     Asleep, AuraError, Done, Event, Failed, FieldError, GenerateRequest, Health, Image, Invalid,
     NotReady, Plan, Preview, Queued, Receipt, RefineConfig, RefineRequest, Step, Unreachable,
@@ -84,6 +86,7 @@ class GenerateOptions(TypedDict, total=False):
     guidance_scale: float | None
     temperature: float
     lora: str | None
+    model: str | None
     deadline_seconds: float | None
 
 # %% ../nbs/12a_transport.ipynb #6075a6dd
@@ -445,7 +448,7 @@ class Remote(Probed):
     "An engine over HTTP."
     async def events(self, ask: Ask) -> AsyncGenerator[Event]:
         "The answer to a question. Raises `Unreachable`, `Asleep` or what the engine said."
-        accept = {"accept": "text/event-stream, application/json;q=0.5"}
+        accept = {"accept": "text/event-stream, application/json;q=0.5"} | trace_headers()
         patience = PATIENT if isinstance(ask, Replay) else QUICK
         route = ROUTES[type(ask)]
         question = self.http.stream("POST", route, json=json_body(ask), headers=accept, timeout=patience)
@@ -513,6 +516,9 @@ async def until_ready(engine: Any) -> None:
 # %% ../nbs/12a_transport.ipynb #c49e783d
 def planned(ask: Ask, engine: Any) -> tuple[Plan, Receipt | None]:
     "-> (the plan of a question for the model of `engine`, the receipt that it has to keep to)."
+    given = getattr(ask.config if isinstance(ask, RefineRequest) else ask, "model", None)
+    only = engine.settings.model_id
+    if given not in (None, only): raise unknown_model(given, [only])
     if isinstance(ask, RefineRequest): return prepare(ask, engine.row, engine.gpu), None
     if isinstance(ask, GenerateRequest): return plan(ask, engine.row, gpu=engine.gpu), None
     old, todo = replay_plan(checked(ReplayRequest, **json_body(ask)), engine.row)

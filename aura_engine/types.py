@@ -16,13 +16,14 @@ from pydantic_core import PydanticKnownError
 
 # %% auto #0
 __all__ = ['MOST_ITEMS', 'MAX_PROMPT', 'MAX_N', 'MAX_SEED', 'MOST_UNKNOWN', 'WHOLE', 'Prompt', 'VISIBLE', 'Seed', 'Steps',
-           'Count', 'Lora', 'Padding', 'Deadline', 'PictureText', 'MOST_ERRORS', 'Event', 'COME_BACK', 'Words', 'shown',
-           'FieldError', 'AuraError', 'ModelError', 'Malformed', 'Unauthorized', 'ForeignOrigin', 'NotFound',
-           'MethodNotAllowed', 'TooLarge', 'Unsupported', 'HeadersTooLarge', 'Invalid', 'QueueFull', 'NotReady',
-           'OutOfMemory', 'ShuttingDown', 'DeadlineExceeded', 'Cancelled', 'Degenerate', 'EngineFailed', 'Unreachable',
-           'Asleep', 'error_tree', 'RequestModel', 'clean_text', 'whole', 'GenerateRequest', 'RefineConfig',
-           'RefineRequest', 'field_errors', 'Note', 'Picture', 'Plan', 'Queued', 'Step', 'Preview', 'Image', 'Failed',
-           'Done', 'Receipt', 'JobStatus', 'EngineState', 'QueueLoad', 'Limits', 'Health']
+           'Count', 'Lora', 'ModelName', 'Padding', 'Deadline', 'PictureText', 'MOST_ERRORS', 'Event', 'COME_BACK',
+           'Words', 'shown', 'FieldError', 'AuraError', 'ModelError', 'Malformed', 'Unauthorized', 'ForeignOrigin',
+           'NotFound', 'MethodNotAllowed', 'TooLarge', 'Unsupported', 'HeadersTooLarge', 'Invalid', 'QueueFull',
+           'NotReady', 'OutOfMemory', 'ShuttingDown', 'DeadlineExceeded', 'Cancelled', 'Degenerate', 'EngineFailed',
+           'Unreachable', 'Asleep', 'error_tree', 'RequestModel', 'clean_text', 'whole', 'GenerateRequest',
+           'RefineConfig', 'RefineRequest', 'field_errors', 'Note', 'Picture', 'Plan', 'Queued', 'Step', 'Preview',
+           'Image', 'Failed', 'Done', 'Receipt', 'JobStatus', 'EngineState', 'QueueLoad', 'ModelStatus', 'ModelState',
+           'Limits', 'Health']
 
 # %% ../nbs/01_types.ipynb #6fbf2da6
 MOST_ITEMS = 8                                   # items of a list or an object that a message shows
@@ -208,6 +209,7 @@ Seed = Annotated[int, Field(ge=0, le=MAX_SEED), WHOLE]
 Steps = Annotated[int, Field(ge=1, le=100), WHOLE]
 Count = Annotated[int, Field(ge=1, le=MAX_N), WHOLE]
 Lora = Annotated[str | None, Field(max_length=60, json_schema_extra={"format": "lora-alias"})]      # null: as it is
+ModelName = Annotated[str | None, Field(max_length=300)]       # null: the default
 Padding = Annotated[int | None, Field(ge=0, le=512), WHOLE]     # pixels; null: work on the whole picture
 Deadline = Annotated[float | None, Field(gt=0, le=86400)]      # seconds of use; null: the engine's own limit
 
@@ -218,8 +220,8 @@ _RATIO = r"^[1-9]\d{0,3}:[1-9]\d{0,3}$"
 class GenerateRequest(RequestModel):
     """Body of POST /generate. Unset numbers take the model's own defaults.
 
-    `aspectRatio` is 'W:H' between 1:3 and 3:1, `lora` an alias of SD_LORAS, `deadlineSeconds` how long the
-    answer is of use."""
+    `aspectRatio` is 'W:H' between 1:3 and 3:1, `lora` an alias of SD_LORAS, `model` one of SD_MODELS,
+    `deadlineSeconds` how long the answer is of use."""
     prompt: Prompt = Field(json_schema_extra=VISIBLE)
     aspect_ratio: str = Field("1:1", pattern=_RATIO, json_schema_extra={"format": "aspect-ratio"})
     temperature: float = Field(0.7, ge=0, le=2)
@@ -230,6 +232,7 @@ class GenerateRequest(RequestModel):
     steps: Steps | None = None
     guidance_scale: float | None = Field(None, ge=0, le=30)
     lora: Lora = None
+    model: ModelName = None
     deadline_seconds: Deadline = None
     format: Literal["png", "jpeg", "webp"] = "png"
     _prompt = field_validator("prompt")(_not_blank)
@@ -248,6 +251,7 @@ class RefineConfig(RequestModel):
     seed: Seed | None = None
     negative_prompt: Prompt = ""
     lora: Lora = None
+    model: ModelName = None
     padding_mask_crop: Padding = None
     deadline_seconds: Deadline = None
     format: Literal["png", "jpeg", "webp"] = "png"
@@ -499,6 +503,30 @@ class QueueLoad:
     length: int = 0
     seconds: float = 0.0
 
+# %% ../nbs/01_types.ipynb #829e00f5
+class ModelStatus(StrEnum):
+    "How one of several models stands. An unloaded one is loaded when a request names it."
+    unloaded = "unloaded"
+    loading = "loading"
+    ready = "ready"
+    failed = "failed"
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """One of several models: its name in requests, and its id in `model`.
+
+    `bytes` of weights and `load_seconds` are those of its last loading, None before it. `pictures` and
+    `seconds` are the work that waits for it. `reason` says why it failed."""
+    name: str
+    model: str
+    status: ModelStatus
+    bytes: int | None = None
+    load_seconds: float | None = None
+    pictures: int = 0
+    seconds: float = 0.0
+    reason: str | None = None
+
 # %% ../nbs/01_types.ipynb #6df33ddc
 @dataclass(frozen=True)
 class Limits:
@@ -520,7 +548,7 @@ class Health:
 
     `step_cost` in seconds by batch size, `memory` in bytes, `uptime_seconds` in seconds. `reason` says why
     it failed, `loading` how far it is. `facts`: what the model's files say about it. `precision_reason`:
-    what was measured before this precision was chosen."""
+    what was measured before this precision was chosen. `models`: those of SD_MODELS, the default first."""
     status: EngineState
     ready: bool
     device: str | None
@@ -547,6 +575,7 @@ class Health:
     memory: dict[str, int | None] | None = None
     facts: str | None = None
     precision_reason: str | None = None
+    models: tuple[ModelState, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         "The body of /health: camelCase names, lists for tuples; `memory` only where it is known."
@@ -562,7 +591,7 @@ class Health:
 def _listed(value: Any) -> Any:
     "`value` as JSON has it: lists where Python has tuples, camelCase names of fields."
     if isinstance(value, dict): return {to_camel(k): _listed(v) for k, v in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+    return [_listed(v) for v in value] if isinstance(value, tuple) else value
 
 # %% ../nbs/01_types.ipynb #edbfebfd
 def _health_fields(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -576,6 +605,7 @@ def _health_fields(data: Mapping[str, Any]) -> dict[str, Any]:
     values["ready"] = status == EngineState.ready
     values["queue"] = _known(QueueLoad, values["queue"] or {})
     values["limits"] = _known(Limits, values["limits"]) if values["limits"] else None
+    values["models"] = tuple(_known(ModelState, one) for one in values["models"] or ())
     return values
 
 # %% ../nbs/01_types.ipynb #7e65c457

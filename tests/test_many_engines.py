@@ -1,5 +1,6 @@
 """Two engines behind nginx with one Redis, as deploy/ has them: jobs are found on any, and nothing is lost."""
 import asyncio, shutil, subprocess, sys, threading, time
+from collections import Counter
 
 import httpx
 import pytest
@@ -26,19 +27,31 @@ class House:
     def start_redis(self):
         return subprocess.Popen(["redis-server", "--port", str(self.redis_port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"], stdout=subprocess.DEVNULL)
 
-    def engine(self, name):
-        env = {"AURA_REPLICA": name, "AURA_PROXIES": "127.0.0.1", "AURA_GRACE_SECONDS": 90, "AURA_REDIS_URL": f"redis://127.0.0.1:{self.redis_port}/0"}
+    def engine(self, name, **more):
+        env = more | {"AURA_REPLICA": name, "AURA_PROXIES": "127.0.0.1", "AURA_GRACE_SECONDS": 90, "AURA_REDIS_URL": f"redis://127.0.0.1:{self.redis_port}/0"}
         log = self.folder / f"{name}-{time.monotonic_ns()}.log"
         return start([sys.executable, "app.py"], log, port=self.ports[name], **env)
 
     def start_nginx(self):
         conf = self.folder / "nginx"
         shutil.copytree(ROOT / "deploy/nginx", conf)
-        engines = (conf / "engines.conf").read_text()
-        for i, port in enumerate(self.ports.values(), 1): engines = engines.replace(f"engine{i}:7860", f"127.0.0.1:{port}")
-        (conf / "engines.conf").write_text(engines)
+        self.name_engines()
         (conf / "listen.conf").write_text(f"listen 127.0.0.1:{self.port};")
         return subprocess.Popen(["nginx", "-p", str(self.folder), "-c", str(conf / "nginx.conf"), "-g", "daemon off;"])
+
+    def name_engines(self, more=None):
+        """engines.conf with the two engines, and with `more` (name, port), as a person adds one."""
+        engines = (ROOT / "deploy/nginx/engines.conf").read_text()
+        for i, port in enumerate(self.ports.values(), 1): engines = engines.replace(f"engine{i}:7860", f"127.0.0.1:{port}")
+        if more:
+            server = f"server 127.0.0.1:{more[1]} max_fails=0;"
+            engines = engines.replace("least_conn;", f"least_conn;\n  {server}", 1).replace("map $uri", f"upstream {more[0]} {{ {server} }}\nmap $uri", 1)
+            engines = engines.replace("  ~^/jobs/e1-", f"  ~^/jobs/{more[0]}-   {more[0]};\n  ~^/jobs/e1-", 1)
+        (self.folder / "nginx/engines.conf").write_text(engines)
+
+    def reload(self):
+        subprocess.run(["nginx", "-p", str(self.folder), "-c", str(self.folder / "nginx/nginx.conf"), "-s", "reload"], check=True)
+        time.sleep(.5)
 
     def of(self, name): return httpx.Client(base_url=self.engines[name].url, timeout=60)
 
@@ -165,6 +178,52 @@ def test_a_redis_that_goes_away_and_comes_back(house):
         end = time.monotonic() + 30
         while e2.get(f"/jobs/{mine}").status_code != 200: assert time.monotonic() < end; time.sleep(.2)
         assert e2.get(f"/jobs/{before}").json() == e1.get(f"/jobs/{before}").json()
+
+
+def under_load(house, clients, during, body):
+    """Clients who ask again and again while `during()` runs -> how often each kind of answer came."""
+    answers, over = Counter(), threading.Event()
+    def one(seed):
+        while not over.is_set():
+            got = house.door.post("/generate", json=body | {"seed": seed})
+            answers[got.status_code, got.headers["content-type"]] += 1
+            if got.status_code != 200: assert got.json()["type"].startswith("urn:aura:") and got.headers["retry-after"]; time.sleep(.2)
+    threads = [threading.Thread(target=one, args=(seed,)) for seed in range(clients)]
+    for t in threads: t.start()
+    try: during()
+    finally:
+        over.set()
+        for t in threads: t.join(120)
+    return answers
+
+
+def test_scaling_up_a_rolling_restart_and_scaling_down_lose_nothing(house):
+    """With three clients all the time. The restart brings a new setting: the engines promise one second at most."""
+    port = house.ports["e3"] = free_port()
+    def during():
+        more = house.engine("e3").wait_ready()
+        house.name_engines(("e3", port))
+        house.reload()
+        owners = {post(house.door, {"route": "generate", "request": {"prompt": "an owl", "steps": 1}})["id"][:2] for _ in range(12)}
+        assert owners == {"e1", "e2", "e3"}
+        for name in ("e1", "e2"):
+            house.engines[name].process.terminate()
+            assert house.engines[name].process.wait(60) == 0
+            house.engines[name] = house.engine(name, AURA_MAX_QUEUE_SECONDS=1).wait_ready()
+        house.name_engines()
+        house.reload()
+        more.process.terminate()
+        assert more.process.wait(60) == 0
+    answers = under_load(house, 3, during, {"prompt": "a fox", "steps": 2})
+    del house.ports["e3"]
+    assert set(answers) == {(200, "application/json")} and answers.total() > 10
+
+
+def test_full_engines_say_when_to_come_back_and_nothing_else(house):
+    """Eight clients, each with more than the second that an engine promises."""
+    answers = under_load(house, 8, lambda: time.sleep(5), {"prompt": "a fox", "steps": 50, "n": 4})
+    assert set(answers) == {(200, "application/json"), (429, "application/problem+json")}
+    assert house.door.get("/health").json()["status"] == "ready"
 
 
 def test_without_an_engine_the_balancer_says_so_as_an_engine_would(house):

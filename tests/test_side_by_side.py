@@ -1,0 +1,250 @@
+"""Several models in one process: what a request names, what is loaded and unloaded, and what happens meanwhile."""
+import asyncio, gc, io, json, weakref
+from base64 import b64decode
+
+import pytest
+from PIL import Image as Pillow
+from starlette.testclient import TestClient
+
+import tiny
+from aura_engine.config import load_settings
+from aura_engine.engine import Engine
+from aura_engine.server import create_server
+from aura_engine.side_by_side import Known, KnownFile, Models, check_wait
+from aura_engine.types import Health, Invalid, NotReady, Picture, Plan, QueueFull, ShuttingDown
+
+APPLE = Plan((Picture("a red apple", 128, 128, steps=2, guidance_scale=1.0, seed=7),))
+LONG = Plan(tuple(Picture("a red apple", 128, 128, steps=40, guidance_scale=1.0, seed=seed) for seed in range(6)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory): return tiny.save(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A cache of its own: what is known of models is part of what is tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def settings(folder, memory="0.03", **more):
+    env = {"SD_MODEL_ID": "embedded", "SD_MODELS": f"noise={folder}, broken={folder / 'nowhere'}", "SD_BACKEND": "torch", "SD_PRECISION": "fp32"}
+    return load_settings(**env | ({"AURA_MODELS_MEMORY": memory} if memory else {}) | more)
+
+
+@pytest.fixture(scope="module")
+def web(cache, folder):
+    """A server with the embedded model, a tiny one and one that cannot be loaded; only one fits into memory."""
+    app, models = create_server(settings(folder, "0.02"))
+    models.start()
+    assert models.wait_ready(120)
+    with TestClient(app, client=("127.0.0.1", 5000)) as client: yield client
+    models.close()
+
+
+def told(web): return {m["name"]: m for m in web.get("/health").json()["models"]}
+
+
+def ask(web, **body): return web.post("/generate", json={"prompt": "an owl", "steps": 1, "seed": 3} | body)
+
+
+def pixels(text): return Pillow.open(io.BytesIO(b64decode(text))).tobytes()
+
+
+def drawn_by(answer):
+    assert answer.status_code == 200, answer.text
+    return "embedded" if answer.json()["receipts"][0]["model"] == "embedded" else "noise"
+
+
+def test_requests_name_a_model_and_the_least_used_one_is_unloaded(web):
+    assert drawn_by(ask(web)) == "embedded" and told(web)["noise"]["status"] == "unloaded"
+    assert drawn_by(ask(web, model="noise")) == "noise"
+    now = told(web)
+    assert now["noise"]["status"] == "ready" and now["noise"]["bytes"] > 100_000 and now["noise"]["loadSeconds"] > 0
+    assert now["embedded"]["status"] == "unloaded" and now["embedded"]["loadSeconds"] > 0
+    health = Health.from_json(web.get("/health").json())
+    assert health.ready and health.model == "embedded" and web.get("/ready").status_code == 200       # the default is back when it is asked for
+    assert {m.name: m.status for m in health.models} == {"embedded": "unloaded", "noise": "ready", "broken": "unloaded"}
+    assert drawn_by(ask(web)) == "embedded" and told(web)["noise"]["status"] == "unloaded"
+
+
+def test_every_door_takes_the_name(web, folder):
+    picture = ask(web, model="noise").json()["images"][0]
+    refined = web.post("/refine", json={"refinePrompt": "a fox", "images": [picture], "config": {"model": "noise", "steps": 1}})
+    assert drawn_by(refined) == "noise"
+    again = web.post("/replay", json={"image": picture})              # the receipt in the picture names its model
+    assert drawn_by(again) == "noise" and pixels(again.json()["images"][0]) == pixels(picture)
+    job = web.post("/jobs", json={"route": "generate", "request": {"prompt": "an owl", "steps": 1, "model": "noise"}})
+    assert job.status_code == 202
+    listed = web.get("/v1/models").json()["data"]
+    assert [m["id"] for m in listed] == ["embedded", "noise", "broken"]
+    theirs = {"prompt": "an owl", "num_inference_steps": 1, "model": "noise"}
+    assert drawn_by(web.post("/v1/images/generations", json=theirs)) == "noise"
+    assert drawn_by(web.post("/v1/images/generations", json=theirs | {"model": "gpt-image-1"})) == "embedded"
+    assert [m["title"] for m in web.get("/sdapi/v1/sd-models").json()] == ["embedded", "noise", "broken"]
+    one = {"prompt": "an owl", "steps": 1, "override_settings": {"sd_model_checkpoint": "noise"}}
+    def a1111(body): return json.loads(web.post("/sdapi/v1/txt2img", json=body).json()["info"])["sd_model_name"] == str(folder)
+    assert a1111(one) and not a1111({"prompt": "an owl", "steps": 1})
+    assert web.post("/sdapi/v1/options", json={"sd_model_checkpoint": "noise"}).status_code == 200
+    assert web.get("/sdapi/v1/options").json()["sd_model_checkpoint"] == "noise" and a1111({"prompt": "an owl", "steps": 1})
+    assert web.post("/sdapi/v1/options", json={"sd_model_checkpoint": "embedded"}).status_code == 200
+    png = web.post("/models/noise", json={"inputs": "an owl", "parameters": {"num_inference_steps": 1}})
+    assert png.headers["content-type"] == "image/png" and told(web)["noise"]["status"] == "ready"
+
+
+@pytest.mark.parametrize("path, body, status, loc", [
+    ("/generate", {"prompt": "x", "model": "water"}, 422, "model"),
+    ("/refine", {"refinePrompt": "x", "images": ["eA=="], "config": {"model": "water"}}, 422, "config.model"),
+    ("/jobs", {"route": "generate", "request": {"prompt": "x", "model": "water"}}, 422, "request.model"),
+    ("/v1/images/generations", {"prompt": "x", "model": "water"}, 404, None),
+    ("/sdapi/v1/txt2img", {"prompt": "x", "override_settings": {"sd_model_checkpoint": "water"}}, 422, None),
+    ("/sdapi/v1/options", {"sd_model_checkpoint": "water"}, 422, None),
+    ("/models/water", {"inputs": "x"}, 422, "model")])
+def test_a_wrong_name_is_an_error_that_lists_the_names(web, path, body, status, loc):
+    answer = web.post(path, json=body)
+    assert answer.status_code == status and "embedded, noise, broken" in answer.text and "water" in answer.text
+    if loc: assert answer.json()["errors"][0]["loc"] == loc
+
+
+def test_a_model_that_cannot_be_loaded_says_why_and_others_go_on(web, folder):
+    answer = ask(web, model="broken")
+    assert answer.status_code == 503 and answer.headers["retry-after"] == "60" and "broken" in answer.json()["detail"]
+    assert str(folder) not in answer.text or "nowhere" in answer.text
+    assert told(web)["broken"]["status"] == "failed" and told(web)["broken"]["reason"] == answer.json()["detail"]
+    assert ask(web, model="broken").status_code == 503                # at once, without another try
+    assert drawn_by(ask(web)) == "embedded" and web.get("/ready").status_code == 200
+
+
+def events(web, **body):
+    """The stream of a request as (name, data)."""
+    with web.stream("POST", "/generate", json={"prompt": "an owl", "steps": 1, "seed": 3} | body, headers={"Accept": "text/event-stream"}) as answer:
+        assert answer.status_code == 200
+        lines = [line for line in answer.iter_lines() if line.startswith(("event: ", "data: "))]
+    return [(name[7:], json.loads(data[6:])) for name, data in zip(lines[::2], lines[1::2])]
+
+
+def test_a_stream_begins_before_its_model_is_loaded(web):
+    assert drawn_by(ask(web)) == "embedded"
+    seen = events(web, model="noise")
+    assert [name for name, _ in seen] == ["queued", "queued", "step", "preview", "image", "done"]
+    assert seen[0][1]["etaSeconds"] > 0 and seen[0][1]["seeds"] == [] and seen[1][1]["seeds"] == [3]
+    seen = events(web, model="broken")
+    assert [name for name, _ in seen] == ["queued", "failed", "done"] and seen[1][1]["problem"]["status"] == 503
+    assert web.post("/generate", json={"prompt": "x", "model": "water"}, headers={"Accept": "text/event-stream"}).status_code == 422
+
+
+def test_an_engine_with_one_model_knows_its_own_name_only():
+    app, _ = create_server(load_settings(SD_MODEL_ID="embedded"))
+    with TestClient(app) as client:
+        answer = client.post("/generate", json={"prompt": "x", "model": "noise"})
+    assert answer.status_code == 422 and "SD_MODELS" in answer.json()["detail"] and answer.json()["errors"][0]["loc"] == "model"
+
+
+async def until(so, seconds=60):
+    async with asyncio.timeout(seconds):
+        while not so(): await asyncio.sleep(.005)
+
+
+async def draw(models, name, plan=APPLE):
+    with models.claim(name) as claim:
+        engine = await claim.wait()
+        job = engine.submit(plan, client=name)
+    async for _ in job: pass
+    return engine.settings.model_id == "embedded"
+
+
+@pytest.fixture
+def models(web):
+    """The models of the same server, with the embedded one loaded and room for one."""
+    made = web.app.state.api.models
+    if not made.seats.default.usable: asyncio.run(draw(made, "embedded"))
+    return made
+
+
+def test_two_models_in_demand_take_turns_and_nobody_starves(models):
+    async def go(): return await asyncio.wait_for(asyncio.gather(*(draw(models, name) for name in ("noise", "embedded") * 8)), 120)
+    assert asyncio.run(go()) == [False, True] * 8
+
+
+def test_an_unloaded_model_leaves_no_weights_behind(models):
+    weights = weakref.ref(models.seats.default.engine.parts.unet)
+    asyncio.run(draw(models, "noise"))
+    gc.collect()
+    assert weights() is None
+
+
+def test_who_leaves_while_a_model_is_not_yet_loaded_is_not_waited_for(models):
+    async def go():
+        long = asyncio.create_task(draw(models, "embedded", LONG))
+        await until(lambda: models.seats.default.busy)
+        waits = asyncio.create_task(draw(models, "noise"))
+        await asyncio.sleep(.05)
+        waits.cancel()
+        assert await long
+        await asyncio.sleep(.1)
+        seat = models.seats.by_name["noise"]
+        assert seat.engine is None and not seat.claims and models.seats.default.usable
+        waits = asyncio.create_task(draw(models, "noise"))
+        await until(lambda: seat.engine is not None)
+        waits.cancel()                                                # while it is being loaded: it is loaded to the end
+        await asyncio.gather(waits, return_exceptions=True)
+        assert await draw(models, "noise") is False and not seat.claims
+    asyncio.run(go())
+
+
+def test_loading_is_part_of_what_is_promised(models, monkeypatch):
+    async def go():
+        seat, default = models.seats.by_name["noise"], models.seats.default
+        monkeypatch.setattr(seat, "known", Known(default.known.bytes, 100.0))
+        if seat.engine: pytest.fail("the embedded model should have taken its place")
+        assert models.wait_for(seat) == 100.0
+        check_wait(models.seats, seat, 600.0, None)                               # it is alone, so it may take its time
+        with pytest.raises(Invalid, match="deadlineSeconds.*100.*has to be loaded"): check_wait(models.seats, seat, 20.0, 20.0)
+        busy = default.engine.submit(LONG)
+        assert models.wait_for(seat) > 100.0
+        with pytest.raises(QueueFull) as full: check_wait(models.seats, seat, 100.0, None)
+        busy.cancel()
+        assert full.value.retry_after >= 1
+    asyncio.run(go())
+
+
+def test_both_at_once_where_both_fit_and_each_counts_the_others_work(models, monkeypatch):
+    monkeypatch.setattr(models.seats, "budget", 2**30)
+    async def go():
+        await draw(models, "noise")
+        mine, theirs = (models.seats.by_name[name].engine for name in ("embedded", "noise"))
+        alone = mine.submit(APPLE)
+        alone.result(60)
+        with models.stile.turn("test"):                               # nobody works meanwhile
+            busy, beside = theirs.submit(LONG), mine.submit(APPLE)
+            assert models.health().queue.length == 7
+        assert beside.log[0].eta_seconds > 1.5 * alone.log[0].eta_seconds
+        assert beside.result(60) and not busy.done                    # it did not wait for all of the other's work
+        busy.cancel()
+    asyncio.run(go())
+    assert [s.status for s in models.told()][:2] == ["ready", "ready"]
+
+
+def test_what_loading_took_is_remembered(cache, folder, tmp_path):
+    file = KnownFile(tmp_path / "models.json")
+    file.add("embedded", Known(5, 2.5))
+    first = Models(settings(folder), Engine, file=file)
+    assert first.seats.default.known == Known(5, 2.5) and first.health().models[0].load_seconds == 2.5
+    (tmp_path / "models.json").write_text("[1]")
+    assert Models(settings(folder), Engine, file=file).seats.default.known is None
+
+
+def test_who_waits_when_the_process_stops_is_told(cache, folder):
+    models = Models(settings(folder), Engine).start()
+    async def go():
+        waits = asyncio.create_task(draw(models, "embedded"))
+        await asyncio.sleep(.1)
+        await asyncio.to_thread(models.drain, 1.0)
+        with pytest.raises((ShuttingDown, NotReady)): await asyncio.wait_for(waits, 10)
+    loading = models.seats.default.engine
+    asyncio.run(go())
+    assert models.status == "draining" and not models.ready
+    models.thread.join(60)
+    if loading: loading.thread.join(60)                               # a thread that still loads cannot be left at the end of a process
