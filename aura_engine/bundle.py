@@ -4,7 +4,7 @@
 
 # %% ../nbs/15a_bundle.ipynb #7efdd8d0
 from __future__ import annotations
-import ast, contextlib, hashlib, json, re, sys
+import ast, contextlib, hashlib, json, re, subprocess, sys
 from collections.abc import Iterator, Mapping
 from datetime import date
 from functools import cache
@@ -14,8 +14,8 @@ from packaging.requirements import Requirement
 
 # %% auto #0
 __all__ = ['EXITS', 'ROLLED_BACK', 'UPLOAD', 'WEIGHTS_FOLDER', 'LARGEST', 'LOCK_AGAIN', 'LOCK_DAYS', 'MUST_HAVE', 'DeployError',
-           'upload_set', 'build_id', 'stamp', 'modules_named', 'packages_of', 'imported', 'plain_name', 'installed_by',
-           'locked_versions', 'lock_age', 'stale_modules', 'distributions_here', 'faults']
+           'upload_set', 'not_in_git', 'build_id', 'stamp', 'modules_named', 'packages_of', 'imported', 'plain_name',
+           'installed_by', 'locked_versions', 'lock_age', 'stale_modules', 'distributions_here', 'faults']
 
 # %% ../nbs/15a_bundle.ipynb #1fb2960c
 EXITS = {
@@ -89,6 +89,27 @@ def upload_set(source: str | Path) -> dict[str, bytes]:
     for path in sorted(found):
         out[path.relative_to(root).as_posix()] = _with_plain_newlines(path.read_bytes())
     return out
+
+# %% ../nbs/15a_bundle.ipynb #7759923b
+def _git_changes(root: Path) -> list[str]:
+    # Most folders without a repository are told apart without starting git.
+    if not any((folder / ".git").exists() for folder in (root, *root.parents)): return []
+    argv = ["git", "-C", str(root), "-c", "core.quotePath=false", "status", "--porcelain", "-z", "--no-renames", "."]
+    try: done = subprocess.run(argv, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.SubprocessError): return []     # no git here: nothing is known
+    prefix = subprocess.run([*argv[:3], "rev-parse", "--show-prefix"], capture_output=True, text=True, timeout=20)
+    inner = len(prefix.stdout.strip())
+    return [row[3:][inner:] for row in done.stdout.split("\0") if row]
+
+
+def not_in_git(source: str | Path, files: Mapping[str, bytes]) -> str:
+    "Which of these files no commit of the repository has as they are, in one sentence; '' when there is nothing to say."
+    changed = _git_changes(Path(source).resolve())
+    # A new folder is listed as one name that ends in a slash.
+    mine = [path for path in files if any(path == row or row[-1:] == "/" and path.startswith(row) for row in changed)]
+    if not mine: return ""
+    more = f" and {len(mine) - 5} more" if len(mine) > 5 else ""
+    return f"no commit of this repository has {', '.join(mine[:5])}{more} as they are here"
 
 # %% ../nbs/15a_bundle.ipynb #e7b104c4
 def build_id(files: Mapping[str, bytes]) -> str:

@@ -30,9 +30,9 @@ import httpx
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete
 from .config import parse_origins
 from .bundle import (EXITS, LOCK_AGAIN, LOCK_DAYS, ROLLED_BACK, DeployError, build_id,
-    faults, lock_age, upload_set)
+    faults, lock_age, not_in_git, upload_set)
 from .hub import (Cleaner, SpaceHub, SpaceState, SpaceVolume, creation_settings, find_token,
-    git_oid, log_causes, log_lines, look_at, redactor, stored_token)
+    git_oid, log_causes, log_lines, look_at, redactor, renamed, stored_token)
 from .deploy_plan import (BUILT_IN, DOWNLOADS, HIDDEN, SHELF, DeployOptions, DeployPlan,
     OPEN, SpaceChange, check_restart, every_origin, exposed, has_gpu, is_ours, model_repos, moved_since,
     objections, other_settings, other_variables, parse_deploy, plan_deployment, plan_rows, price_text,
@@ -458,6 +458,7 @@ def checked_files(o: DeployOptions, say: Say) -> dict[str, bytes]:
     if wrong: raise DeployError("preflight", "not fit to be uploaded:\n" + "\n".join(wrong))
     megabytes = sum(map(len, files.values())) / 1e6
     say("check", f"{len(files)} files and README.md, {megabytes:.1f} MB, build {build_id(files)}")
+    if uncommitted := not_in_git(o.source, files): say("check", uncommitted)
     age = lock_age(files["requirements.lock"].decode(), date.today())
     how_old = "does not say how old it is" if age is None else f"is {age} days old"
     if age is None or age > LOCK_DAYS: say("check", f"requirements.lock {how_old}; {LOCK_AGAIN}")
@@ -545,6 +546,7 @@ class DeployPlanning:
         earlier = unfinished_run(self.record)
         # A second plan of the same run finds its own journal.
         if earlier and not self.journal: self.say("plan", begun_text(earlier))
+        for line in renamed(state, self.o.space_id): self.say("plan", line)
         check_plan(state, self.o, list(self.files), earlier)
         self.plan = plan_deployment(state, self.files, self.options_now(state))
         self.planned = time.monotonic()
@@ -678,7 +680,8 @@ class DeployProving(DeployGuarding):
     def wait(self) -> None:
         "Wait until the Space runs the commit."
         ago = 0.0                           # seconds since an earlier run wrote what is waited for
-        if self.journal and not self.plan.changes: ago = time.time() - self.journal.time
+        # A clock that was set back in between would make it a wait for the future.
+        if self.journal and not self.plan.changes: ago = max(0.0, time.time() - self.journal.time)
         oid = self.receipt.oid or ""
         wait_for_commit(self.hub, oid, self.restart_cause, self.timeout, self.say, ago, self.plan.state.head,
                         self.check_variables)
@@ -999,6 +1002,7 @@ def diagnose(hub: SpaceHub, o: DeployOptions) -> SpacePanel:
     health = health_if_awake(hub, hub.info(), state.stage)
     earlier = unfinished_run(DeployRecord(o))
     begun = [begun_text(earlier)] if earlier else []
+    begun += renamed(state, o.space_id)
     advice = [*begun, *_settings_advice(state), *_running_advice(state, health), *_end_advice(hub, state)]
     facts = space_status(hub, health) | settings_panel(state)
     facts["device"] = health.get("device", "unknown")

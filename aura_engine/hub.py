@@ -8,13 +8,14 @@ import base64, contextlib, hashlib, json, os, re, threading, time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, cast
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
+from urllib.request import getproxies_environment, proxy_bypass_environment
 
 # %% auto #0
-__all__ = ['Cleaner', 'HUB_WORDS', 'redactor', 'stored_token', 'find_token', 'hub_refusal', 'why_busy', 'asked_pause',
-           'PatientHub', 'SpaceFiles', 'SpaceVolume', 'found_volume', 'volumes_of', 'SpaceReads', 'secret_mark',
-           'creation_settings', 'SpaceSettings', 'SpaceHub', 'SpaceState', 'look_at', 'git_oid', 'same_file',
-           'log_events', 'LogFollower', 'log_lines', 'log_causes']
+__all__ = ['Cleaner', 'HUB_WORDS', 'redactor', 'stored_token', 'find_token', 'hub_refusal', 'proxy_words', 'socks_text',
+           'why_busy', 'asked_pause', 'PatientHub', 'SpaceFiles', 'SpaceVolume', 'found_volume', 'volumes_of',
+           'SpaceReads', 'secret_mark', 'creation_settings', 'SpaceSettings', 'SpaceHub', 'SpaceState', 'look_at',
+           'renamed', 'git_oid', 'same_file', 'log_events', 'LogFollower', 'log_lines', 'log_causes']
 
 # %% ../nbs/15b_hub.ipynb #f8f5a898
 import httpx, httpx2
@@ -81,13 +82,33 @@ def hub_refusal(e: HfHubHTTPError, clean: Cleaner) -> str:
     raise DeployError("conflict" if status in (409, 412) else "preflight", text, status) from None
 
 # %% ../nbs/15b_hub.ipynb #94c4004b
+def _without_password(proxy: str) -> str: return proxy.rpartition("@")[2].rpartition("//")[2]
+
+
+def proxy_words(address: str) -> str:
+    "Words that name the proxy of this address, without its password; '' when there is none."
+    to = urlsplit(address)
+    proxies = getproxies_environment()
+    given = proxies.get(to.scheme) or proxies.get("all")
+    if not given or proxy_bypass_environment(to.hostname or ""): return ""
+    return f" through the proxy {_without_password(given)}, which the environment names"
+
+# %% ../nbs/15b_hub.ipynb #d6b16193
+def socks_text() -> str:
+    "What to do about a SOCKS proxy that the client has no package for."
+    named = [proxy for proxy in getproxies_environment().values() if proxy.startswith("socks")]
+    return (f"the environment names the proxy {_without_password(''.join(named[:1]))}, "
+            "and a SOCKS proxy needs the package socksio: pip install socksio")
+
+# %% ../nbs/15b_hub.ipynb #2701053c
 def why_busy(e: Exception, endpoint: str, clean: Cleaner) -> str:
     "The words for a call that may be made again. DeployError for any other."
+    if isinstance(e, ImportError): raise DeployError("preflight", socks_text()) from None
     if isinstance(e, HfHubHTTPError): return hub_refusal(e, clean)
     if isinstance(e, json.JSONDecodeError):
         return f"{endpoint} answered with something else than JSON: a proxy's page, or maintenance"
     if isinstance(e, ValueError): raise DeployError("preflight", clean(str(e))[:300]) from None
-    return f"no answer from {endpoint} ({type(e).__name__})"
+    return f"no answer from {endpoint}{proxy_words(endpoint)} ({type(e).__name__})"
 
 
 def asked_pause(e: Exception) -> float | None:
@@ -119,7 +140,7 @@ class PatientHub:
         text = ""
         for pause in (1, 2, 4, None):
             try: return call(self.api)
-            except (httpx2.HTTPError, OSError, ValueError) as e:
+            except (httpx2.HTTPError, OSError, ValueError, ImportError) as e:
                 text = why_busy(e, self.endpoint, self.clean)
                 seconds = asked_pause(e)
             if pause: self.wait(text, pause * self.poll if seconds is None else seconds)
@@ -313,6 +334,7 @@ class SpaceState:
     user: dict[str, Any]
     prices: Mapping[str, float]                 # hardware -> dollars an hour
     head: str | None = None                     # the newest commit
+    name: str | None = None                     # owner/name as the Hub has it now
     stage: str = ""
     running: str | None = None                  # the commit that answers now, if one does
     hardware: str | None = None
@@ -345,11 +367,17 @@ def look_at(hub: SpaceHub) -> SpaceState:
     # Older Hubs say only whether it is private.
     visibility = getattr(info, "visibility", None) or ("private" if info.private else "public")
     return SpaceState(
-        user=user, prices=prices, head=info.sha, stage=stage, sdk=info.sdk,
+        user=user, prices=prices, head=info.sha, name=info.id, stage=stage, sdk=info.sdk,
         running=run.raw.get("sha") if stage.startswith(("RUNNING", "SLEEPING")) else None,
         hardware=run.requested_hardware or run.hardware, sleep_time=run.sleep_time,
         variables=hub.variables(), secrets=hub.secrets(), tree=tree, visibility=visibility, volumes=volumes_of(run),
         readme=hub.text("README.md", info.sha) if "README.md" in tree else "")
+
+# %% ../nbs/15b_hub.ipynb #cea78d99
+def renamed(state: SpaceState, space_id: str) -> list[str]:
+    "A line when the Hub knows the Space by another name than `space_id`; empty when it does not."
+    if state.name in (None, space_id): return []
+    return [f"{space_id} is named {state.name} now: use --space-id {state.name}, the old name may get another owner"]
 
 # %% ../nbs/15b_hub.ipynb #a8769de6
 def git_oid(data: bytes) -> str:

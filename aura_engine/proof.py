@@ -10,17 +10,17 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 # %% auto #0
-__all__ = ['Say', 'DEAD', 'STAGE_WORDS', 'SETTLE_LOOKS', 'AGAIN', 'ONE_COLOUR', 'READY_SECONDS', 'StageSeen', 'stage_text',
-           'StageWatch', 'FollowedLogs', 'check_newest', 'wait_for_commit', 'NotYet', 'Patience', 'ask_until',
-           'SmokeProgress', 'app_answer', 'check_health', 'check_device', 'check_page', 'check_stranger',
-           'check_picture', 'SmokeTest', 'SmokeResult', 'smoke_test', 'ask_for_picture']
+__all__ = ['Say', 'DEAD', 'STAGE_WORDS', 'SETTLE_LOOKS', 'UNREACHED', 'UNREACHED_SECONDS', 'AGAIN', 'ONE_COLOUR', 'READY_SECONDS',
+           'StageSeen', 'stage_text', 'StageWatch', 'FollowedLogs', 'check_newest', 'wait_for_commit', 'NotYet',
+           'unreached', 'Patience', 'ask_until', 'SmokeProgress', 'app_answer', 'check_health', 'check_device',
+           'check_page', 'check_stranger', 'check_picture', 'SmokeTest', 'SmokeResult', 'smoke_test', 'ask_for_picture']
 
 # %% ../nbs/15d_proof.ipynb #2ab25802
 import httpx, numpy as np
 from .images import decode, from_base64
 from .types import AuraError
 from .bundle import DeployError
-from .hub import LogFollower, SpaceHub
+from .hub import LogFollower, SpaceHub, proxy_words
 
 # %% ../nbs/15d_proof.ipynb #a4ae6465
 Say = Callable[..., None]       # say(step, text, **data)
@@ -172,6 +172,18 @@ _Checked = TypeVar("_Checked")
 class NotYet(Exception):
     "What the live Space still lacks."
 
+# %% ../nbs/15d_proof.ipynb #5173812c
+UNREACHED = (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError)
+UNREACHED_SECONDS = 300.0       # a new address may take a while until it is known everywhere
+
+
+def unreached(e: httpx.HTTPError) -> DeployError:
+    "The error for a Space whose address cannot be reached from here."
+    where = str(e.request.url.copy_with(path="/"))
+    text = (f"no connection to {where}{proxy_words(where)} ({type(e).__name__}). The Hub says that the Space runs, "
+            "and it was left as it is; --smoke none ends without a test")
+    return DeployError("network", text)
+
 # %% ../nbs/15d_proof.ipynb #22a6f471
 @dataclass(frozen=True)
 class Patience:
@@ -182,13 +194,19 @@ class Patience:
 
 # %% ../nbs/15d_proof.ipynb #22339ea3
 def ask_until(patience: Patience, check: Callable[[], _Checked]) -> _Checked:
-    "check(), again while it raises NotYet. DeployError 'smoke' with the last reason when the patience is over."
+    """check(), again while it raises NotYet.
+
+    When the patience is over: DeployError 'smoke' with the last reason, or 'network' if nothing could be reached."""
     start = time.monotonic()
     while True:
+        away = None
         try: return check()
         except NotYet as e: why = str(e)
-        except httpx.HTTPError as e: why = f"no answer ({type(e).__name__})"
+        except httpx.HTTPError as e:
+            why = f"no answer ({type(e).__name__})"
+            away = unreached(e) if isinstance(e, UNREACHED) else None
         waited = time.monotonic() - start
+        if away and waited > min(patience.seconds, UNREACHED_SECONDS): raise away
         if waited > patience.seconds:
             raise DeployError("smoke", f"the Space runs but does not do its work: {why}")
         patience.meanwhile(why, waited)

@@ -14,7 +14,7 @@ import httpx, uvicorn, yaml
 from PIL import Image
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 TOKEN = "hf_" + "loopback" * 4
@@ -111,6 +111,7 @@ class Hub:
         self.watch = lambda n, method, path, phase: None        # called around every request; may raise to drop its effect
         self.key = None                                         # of the variable or secret that the last request is about
         self.refuse = lambda method, path, phase: False         # asked "before" a request is acted on, and "after": then it was, and the answer says it was not
+        self.moved = {}                                         # old name of a Space -> its new one
         self.servers, self.runs, self.closing, self.pool = [], [], False, ThreadPoolExecutor(2)
 
     # running
@@ -224,6 +225,8 @@ class Hub:
                 return error(401, "Invalid credentials in Authorization header")
             s = None
             if "owner" in request.path_params:
+                old = f"{request.path_params['owner']}/{request.path_params['name']}"
+                if old in self.moved: return RedirectResponse(str(request.url).replace(old, self.moved[old], 1), 307)
                 s = self.spaces.get(f"{request.path_params['owner']}/{request.path_params['name']}")
                 if s is None: return error(404, "Repository not found", "RepoNotFound")
                 if (rev := request.path_params.get("rev", "main")) != "main" and rev not in s.commits: return error(404, "Invalid rev id", "RevisionNotFound")

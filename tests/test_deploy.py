@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import date
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 from unittest.mock import patch
 
@@ -1143,6 +1143,64 @@ def test_a_preset_that_is_rolled_back_gives_its_hardware_back(hub, tree):
     edit(tree, "FAIL_RUN")
     assert "costs" not in call(hub, tree, *GPU, code=27).splitlines()[-1]
     assert state_of(space) == before
+
+
+def test_a_proxy_is_named_without_its_password(hub, tree):
+    """One that is not there, and one of a kind that the client has no package for. NO_PROXY leads around the first."""
+    wrong = {"HTTP_PROXY": "http://me:s3cret@127.0.0.1:9"}
+    out = call(hub, tree, *GUIDE, code=9, **wrong)
+    assert "through the proxy 127.0.0.1:9" in out and "(ConnectError); nothing was changed" in out and "s3cret" not in out
+    if not util.find_spec("socksio"):
+        out = call(hub, tree, *GUIDE, code=3, ALL_PROXY="socks5://me:s3cret@127.0.0.1:9")
+        assert "the proxy 127.0.0.1:9, and a SOCKS proxy needs the package socksio" in out and "s3cret" not in out
+    assert not hub.writes
+    call(hub, tree, *GUIDE, NO_PROXY="127.0.0.1", **wrong)
+
+
+def test_an_address_that_cannot_be_reached_from_here_proves_nothing(hub, tree):
+    """The new version stays: a firewall between here and the Space is not its fault."""
+    space = running(hub, tree)
+    first = space.head
+    edit(tree)
+    space.host = "http://127.0.0.1:9"
+    out = call(hub, tree, *GUIDE, "--timeout", "2", code=9)
+    assert "no connection to http://127.0.0.1:9/ (ConnectError)" in out and "was left as it is" in out and space.head != first and len(commits(hub)) == 1
+
+
+def test_a_space_that_was_renamed(hub, tree):
+    """The Hub leads from the old name to the new one."""
+    space = running(hub, tree)
+    hub.spaces["ada/new"] = hub.spaces.pop(SPACE)
+    space.id, hub.moved = "ada/new", {SPACE: "ada/new"}
+    told = "ada/aura is named ada/new now: use --space-id ada/new"
+    out = call(hub, tree, *GUIDE, "--var", "X=1")
+    assert told in out and "a picture came" in out and space.variables["X"]["value"] == "1"
+    assert told in call(hub, tree, "doctor") and told not in call(hub, tree, *GUIDE, "--space-id", "ada/new")
+
+
+def test_what_no_commit_has_is_named(hub, tree):
+    """In a repository, and in a folder of one; a folder without git says nothing."""
+    assert "no commit" not in call(hub, tree, *GUIDE, "--dry-run")
+    project = tree / "inner"
+    shutil.copytree(tree, project, ignore=shutil.ignore_patterns("inner", ".hf"))
+    for line in ("init -q", "add -A", "-c user.name=a -c user.email=a@b commit -qm x"): subprocess.run(["git", *line.split()], cwd=tree, check=True)
+    assert "no commit" not in call(hub, tree, *GUIDE, "--dry-run")
+    (project / "aura_engine/assets/new").mkdir()
+    (project / "aura_engine/assets/new/a.css").write_text("a")
+    edit(project)
+    says = "no commit of this repository has app.py, aura_engine/assets/new/a.css as they are here"
+    assert says in call(hub, tree, *GUIDE, "--dry-run", "--source", str(project)) and "no commit" not in call(hub, tree, *GUIDE, "--dry-run")
+
+
+def test_a_clock_that_was_set_back(hub, tree):
+    """The journal of the run before is of tomorrow, then."""
+    running(hub, tree)
+    call(hub, tree, *GUIDE, "--var", "X=1", "--no-wait")
+    path = tree / "build/deploy/ada--aura.json"
+    known = json.loads(path.read_text())
+    known["journal"]["time"] += 86400
+    path.write_text(json.dumps(known))
+    assert "a picture came" in call(hub, tree, *GUIDE, "--timeout", "20")
 
 
 @pytest.mark.parametrize("wheels, codes", [("cu126", (27, 0)), ("https://my.wheels/too-new", (7, 8))])
