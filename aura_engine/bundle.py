@@ -91,22 +91,27 @@ def upload_set(source: str | Path) -> dict[str, bytes]:
     return out
 
 # %% ../nbs/15a_bundle.ipynb #7759923b
+def _git(root: Path, *words: str) -> str:
+    argv = ["git", "-C", str(root), "-c", "core.quotePath=false", *words]
+    try: return subprocess.run(argv, capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError): return ""     # no git here: nothing is known
+
+
 def _git_changes(root: Path) -> list[str]:
     # Most folders without a repository are told apart without starting git.
     if not any((folder / ".git").exists() for folder in (root, *root.parents)): return []
-    argv = ["git", "-C", str(root), "-c", "core.quotePath=false", "status", "--porcelain", "-z", "--no-renames", "."]
-    try: done = subprocess.run(argv, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.SubprocessError): return []     # no git here: nothing is known
-    prefix = subprocess.run([*argv[:3], "rev-parse", "--show-prefix"], capture_output=True, text=True, timeout=20)
-    inner = len(prefix.stdout.strip())
-    return [row[3:][inner:] for row in done.stdout.split("\0") if row]
+    rows = _git(root, "status", "--porcelain", "-z", "--no-renames", ".").split("\0")
+    # Each row is two letters, a space, and a path from the top of the repository.
+    above = _git(root, "rev-parse", "--show-prefix").strip()
+    return [row[3:].removeprefix(above) for row in rows if row]
 
-
+# %% ../nbs/15a_bundle.ipynb #3441f13e
 def not_in_git(source: str | Path, files: Mapping[str, bytes]) -> str:
     "Which of these files no commit of the repository has as they are, in one sentence; '' when there is nothing to say."
     changed = _git_changes(Path(source).resolve())
     # A new folder is listed as one name that ends in a slash.
-    mine = [path for path in files if any(path == row or row[-1:] == "/" and path.startswith(row) for row in changed)]
+    folders = tuple(row for row in changed if row.endswith("/"))
+    mine = [path for path in files if path in changed or path.startswith(folders)]
     if not mine: return ""
     more = f" and {len(mine) - 5} more" if len(mine) > 5 else ""
     return f"no commit of this repository has {', '.join(mine[:5])}{more} as they are here"

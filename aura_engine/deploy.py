@@ -32,7 +32,7 @@ from .config import parse_origins
 from .bundle import (EXITS, LOCK_AGAIN, LOCK_DAYS, ROLLED_BACK, DeployError, build_id,
     faults, lock_age, not_in_git, upload_set)
 from .hub import (Cleaner, SpaceHub, SpaceState, SpaceVolume, creation_settings, find_token,
-    git_oid, log_causes, log_lines, look_at, redactor, renamed, stored_token)
+    git_oid, log_causes, log_lines, look_at, redactor, renamed_lines, stored_token)
 from .deploy_plan import (BUILT_IN, DOWNLOADS, HIDDEN, SHELF, DeployOptions, DeployPlan,
     OPEN, SpaceChange, check_restart, every_origin, exposed, has_gpu, is_ours, model_repos, moved_since,
     objections, other_settings, other_variables, parse_deploy, plan_deployment, plan_rows, price_text,
@@ -546,7 +546,7 @@ class DeployPlanning:
         earlier = unfinished_run(self.record)
         # A second plan of the same run finds its own journal.
         if earlier and not self.journal: self.say("plan", begun_text(earlier))
-        for line in renamed(state, self.o.space_id): self.say("plan", line)
+        for line in renamed_lines(state, self.o.space_id): self.say("plan", line)
         check_plan(state, self.o, list(self.files), earlier)
         self.plan = plan_deployment(state, self.files, self.options_now(state))
         self.planned = time.monotonic()
@@ -1002,7 +1002,7 @@ def diagnose(hub: SpaceHub, o: DeployOptions) -> SpacePanel:
     health = health_if_awake(hub, hub.info(), state.stage)
     earlier = unfinished_run(DeployRecord(o))
     begun = [begun_text(earlier)] if earlier else []
-    begun += renamed(state, o.space_id)
+    begun += renamed_lines(state, o.space_id)
     advice = [*begun, *_settings_advice(state), *_running_advice(state, health), *_end_advice(hub, state)]
     facts = space_status(hub, health) | settings_panel(state)
     facts["device"] = health.get("device", "unknown")

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, cast
 from urllib.parse import quote, urlsplit
-from urllib.request import getproxies_environment, proxy_bypass_environment
+from urllib.request import getproxies, proxy_bypass
 
 # %% auto #0
 __all__ = ['Cleaner', 'HUB_WORDS', 'redactor', 'stored_token', 'find_token', 'hub_refusal', 'proxy_words', 'socks_text',
            'why_busy', 'asked_pause', 'PatientHub', 'SpaceFiles', 'SpaceVolume', 'found_volume', 'volumes_of',
            'SpaceReads', 'secret_mark', 'creation_settings', 'SpaceSettings', 'SpaceHub', 'SpaceState', 'look_at',
-           'renamed', 'git_oid', 'same_file', 'log_events', 'LogFollower', 'log_lines', 'log_causes']
+           'renamed_lines', 'git_oid', 'same_file', 'log_events', 'LogFollower', 'log_lines', 'log_causes']
 
 # %% ../nbs/15b_hub.ipynb #f8f5a898
 import httpx, httpx2
@@ -88,15 +88,15 @@ def _without_password(proxy: str) -> str: return proxy.rpartition("@")[2].rparti
 def proxy_words(address: str) -> str:
     "Words that name the proxy of this address, without its password; '' when there is none."
     to = urlsplit(address)
-    proxies = getproxies_environment()
+    proxies = getproxies()
     given = proxies.get(to.scheme) or proxies.get("all")
-    if not given or proxy_bypass_environment(to.hostname or ""): return ""
+    if not given or proxy_bypass(to.hostname or ""): return ""
     return f" through the proxy {_without_password(given)}, which the environment names"
 
 # %% ../nbs/15b_hub.ipynb #d6b16193
 def socks_text() -> str:
     "What to do about a SOCKS proxy that the client has no package for."
-    named = [proxy for proxy in getproxies_environment().values() if proxy.startswith("socks")]
+    named = [proxy for proxy in getproxies().values() if proxy.startswith("socks")]
     return (f"the environment names the proxy {_without_password(''.join(named[:1]))}, "
             "and a SOCKS proxy needs the package socksio: pip install socksio")
 
@@ -374,7 +374,7 @@ def look_at(hub: SpaceHub) -> SpaceState:
         readme=hub.text("README.md", info.sha) if "README.md" in tree else "")
 
 # %% ../nbs/15b_hub.ipynb #cea78d99
-def renamed(state: SpaceState, space_id: str) -> list[str]:
+def renamed_lines(state: SpaceState, space_id: str) -> list[str]:
     "A line when the Hub knows the Space by another name than `space_id`; empty when it does not."
     if state.name in (None, space_id): return []
     return [f"{space_id} is named {state.name} now: use --space-id {state.name}, the old name may get another owner"]
