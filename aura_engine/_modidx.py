@@ -872,6 +872,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'aura_engine.deploy.restore_settings': ('deploy.html#restore_settings', 'aura_engine/deploy.py'),
                                     'aura_engine.deploy.roll_back': ('deploy.html#roll_back', 'aura_engine/deploy.py'),
                                     'aura_engine.deploy.run_deploy': ('deploy.html#run_deploy', 'aura_engine/deploy.py'),
+                                    'aura_engine.deploy.said_first': ('deploy.html#said_first', 'aura_engine/deploy.py'),
                                     'aura_engine.deploy.say_undone': ('deploy.html#say_undone', 'aura_engine/deploy.py'),
                                     'aura_engine.deploy.set_line': ('deploy.html#set_line', 'aura_engine/deploy.py'),
                                     'aura_engine.deploy.set_one': ('deploy.html#set_one', 'aura_engine/deploy.py'),

@@ -107,7 +107,7 @@ def _git_changes(root: Path) -> list[str]:
 
 # %% ../nbs/15a_bundle.ipynb #3441f13e
 def not_in_git(source: str | Path, files: Mapping[str, bytes]) -> str:
-    "Which of these files no commit of the repository has as they are, in one sentence; '' when there is nothing to say."
+    "Which of these files no commit of the repository has as they are, in one sentence; '' when there are none."
     changed = _git_changes(Path(source).resolve())
     # A new folder is listed as one name that ends in a slash.
     folders = tuple(row for row in changed if row.endswith("/"))

@@ -19,7 +19,7 @@ __all__ = ['DECLINED', 'ADDRESS', 'BackStep', 'HOW_ON', 'NOT_WAITED', 'PICTURE',
            'unfinished_run', 'unfinished_run_of', 'begun_text', 'left_paid', 'restore_settings', 'restore_files',
            'old_version_questions', 'roll_back', 'gone_secrets', 'may_be_rebuilt', 'take_back', 'print_step',
            'deploy_cleaner', 'check_env_file', 'checked_files', 'bill', 'smoke_questions', 'check_plan', 'check_number',
-           'hub_for', 'DeployPlanning', 'say_undone', 'DeployChanging', 'DeployApplying', 'superseded',
+           'hub_for', 'said_first', 'DeployPlanning', 'say_undone', 'DeployChanging', 'DeployApplying', 'superseded',
            'DeployGuarding', 'DeployProving', 'DeployReturning', 'record_address', 'sleeps_on', 'wake_text',
            'DeployEnding', 'Deployment', 'deploy_space', 'DeployWatch', 'SpacePanel', 'live_health', 'health_if_awake',
            'hour_text', 'engine_text', 'space_status', 'hardware_panel', 'drift', 'settings_panel', 'commit_lines',
@@ -522,6 +522,11 @@ def hub_for(o: DeployOptions, say: Say) -> SpaceHub:
     return hub
 
 # %% ../nbs/15e_deploy.ipynb #2e60b20b
+def said_first(state: SpaceState, o: DeployOptions, earlier: DeployJournal | None) -> list[str]:
+    "What to know before the plan: a new name of the Space, and what an unproven run (`earlier`) had begun."
+    return renamed_lines(state, o.space_id) + ([begun_text(earlier)] if earlier else [])
+
+# %% ../nbs/15e_deploy.ipynb #d931540f
 class DeployPlanning:
     "The first phase: what is here, what is there, what to do."
     hub: SpaceHub
@@ -545,8 +550,7 @@ class DeployPlanning:
         state = look_at(self.hub)
         earlier = unfinished_run(self.record)
         # A second plan of the same run finds its own journal.
-        if earlier and not self.journal: self.say("plan", begun_text(earlier))
-        for line in renamed_lines(state, self.o.space_id): self.say("plan", line)
+        for line in said_first(state, self.o, None if self.journal else earlier): self.say("plan", line)
         check_plan(state, self.o, list(self.files), earlier)
         self.plan = plan_deployment(state, self.files, self.options_now(state))
         self.planned = time.monotonic()
