@@ -7,7 +7,7 @@ import torch
 
 import tiny
 from aura_engine import candidates, config, engine, loader
-from aura_engine.candidates import CANDIDATES, REFERENCE, Candidate, Trials, TrialsFile, Weighed
+from aura_engine.candidates import CANDIDATES, REFERENCE, Candidate, Measured, Trials, TrialsFile
 from aura_engine.types import Picture, Plan
 
 AUTO = {"SD_MODEL_ID": "embedded", "SD_DEVICE": "cpu", "SD_BACKEND": "torch", "SD_PRECISION": "auto"}
@@ -17,7 +17,7 @@ APPLE = Picture("a red apple", 128, 128, steps=4, guidance_scale=1.0, seed=7)
 def settings(**how): return config.load_settings(**AUTO | how)
 
 
-def weighed(candidate, seconds, psnr): return Weighed(candidate.backend, candidate.precision, seconds, psnr, 1)
+def measured(candidate, seconds, psnr): return Measured(candidate.backend, candidate.precision, seconds, psnr, 1)
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def test_a_machine_without_bf16_measures_nothing(parts, file, monkeypatch):
 @pytest.mark.parametrize("least, wins", [(45, "torch bf16"), (44, "OpenVINO bf16"), (50, "OpenVINO fp32"), (99, "torch fp32")])
 def test_the_fastest_within_the_bound_wins(file, least, wins, monkeypatch):
     """What is kept are figures: another bound decides differently, without a new measurement."""
-    rows = [weighed(c, s, p) for c, s, p in zip(CANDIDATES, (0.8, 0.2, 0.4, 0.6), (99.0, 44.5, 46.0, 92.0))]
+    rows = [measured(c, s, p) for c, s, p in zip(CANDIDATES, (0.8, 0.2, 0.4, 0.6), (99.0, 44.5, 46.0, 92.0))]
     chosen = candidates.fastest(rows, least)
     assert str(chosen.candidate) == wins
     said = candidates.reason_for(chosen, rows, least)
@@ -81,13 +81,13 @@ def test_what_is_measured_is_kept_and_followed(loaded, file, monkeypatch):
 def test_a_damaged_file_is_one_measurement(file, damage):
     file.path.write_text(damage.replace("NAME", "name"))
     assert file.read("name") == []
-    file.write("name", [weighed(REFERENCE, 1.0, 99.0)])
+    file.write("name", [measured(REFERENCE, 1.0, 99.0)])
     assert len(file.read("name")) == 1
 
 
 def test_a_disk_that_cannot_be_written_is_no_reason_to_fail(tmp_path):
     (tmp_path / "a file").write_text("")
-    TrialsFile(tmp_path / "a file" / "precision.json").write("name", [weighed(REFERENCE, 1.0, 99.0)])
+    TrialsFile(tmp_path / "a file" / "precision.json").write("name", [measured(REFERENCE, 1.0, 99.0)])
 
 
 def test_a_candidate_that_fails_is_left_out(parts, file, monkeypatch):
