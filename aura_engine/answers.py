@@ -522,6 +522,7 @@ async def respond(request: Request, ask: Ask) -> Response:
 def late_stream(request: Request, ask: Ask, seat: Seat, loc: str) -> Response:
     "The events of a request whose model is not loaded yet."
     api: Api = request.app.state.api
+    assert api.models is not None
     asked = deadline_of(ask)
     left = arrival(request) + (asked or api.settings.deadline_seconds) - time.monotonic()
     check_wait(api.models.seats, seat, left, asked)
@@ -531,6 +532,7 @@ def late_stream(request: Request, ask: Ask, seat: Seat, loc: str) -> Response:
 async def late_events(request: Request, ask: Ask, seat: Seat, loc: str) -> AsyncGenerator[bytes]:
     "The same as frames."
     api: Api = request.app.state.api
+    assert api.models is not None
     wait = round(api.models.wait_for(seat), 3)
     yield sse_frame("queued", {"position": 0, "etaSeconds": wait, "seeds": []})
     try:

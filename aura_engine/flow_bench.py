@@ -79,7 +79,8 @@ def byte_tokenizer() -> Any:
     from tokenizers.pre_tokenizers import ByteLevel
     from transformers import Qwen2Tokenizer
     vocab = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
-    made = Qwen2Tokenizer(vocab=vocab, merges=[], eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token=None,
+    nothing: Any = None                        # every byte is known
+    made = Qwen2Tokenizer(vocab=vocab, merges=[], eos_token="<|im_end|>", pad_token="<|endoftext|>", unk_token=nothing,
                           extra_special_tokens=["<|im_start|>"])
     made.chat_template = _TEMPLATE
     return made

@@ -219,12 +219,13 @@ def model_sizes(folder: Path, row: Row | None, gpu: bool) -> Sizes:
     counts: dict[str, WeightCount] = {}
     configs: dict[str, Any] = {}
     for part in CLASSES:
-        library, name = index.get(part) or [None, None]
+        library, name = index.get(part) or ("", "")
         if not name: continue
         layers = layers_read(index["_class_name"]) if part == "text_encoder" else None
         key = "net" if part in ("unet", "transformer") else part
         module = empty_part(folder, part, library, name, layers)
-        counts[key], config = weights_counted(module), module.config
+        counts[key] = weights_counted(module)
+        config: Any = module.config
         configs[key] = dict(config) if library == "diffusers" else config.to_dict()
     row = row or detect_flow(index["_class_name"], bool(index.get("is_distilled")), configs["vae"].get("sample_size"))
     native = side_of(configs, row)

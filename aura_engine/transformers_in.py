@@ -55,7 +55,7 @@ def encoder_in_files(config: Any, files: list[Path], dtype: torch.dtype, device:
     from accelerate.hooks import AlignDevicesHook, add_hook_to_module, attach_align_device_hook
     from transformers import Qwen3Model
     # buffers are computed, not read: they get values
-    with reading(), init_empty_weights(include_buffers=False): made = Qwen3Model(config)
+    with reading(), init_empty_weights(include_buffers=False): made: Any = Qwen3Model(config)
     made.norm = torch.nn.Identity()
     found = weights_in(files, [name for name, _ in made.named_parameters()], dtype)
     add_hook_to_module(made, AlignDevicesHook(execution_device=device))
@@ -67,8 +67,8 @@ def encoder_read(config: Any, folder: Path, dtype: torch.dtype, device: torch.de
     "A text encoder with its weights on `device`."
     from transformers import Qwen3Model
     with reading():
-        made = Qwen3Model.from_pretrained(folder, config=config, dtype=dtype, device_map={"": device},
-                                          use_safetensors=True, local_files_only=True)
+        made: Any = Qwen3Model.from_pretrained(folder, config=config, dtype=dtype, device_map={"": device},
+                                               use_safetensors=True, local_files_only=True)
     made.norm = torch.nn.Identity()
     return made
 
