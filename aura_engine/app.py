@@ -4,7 +4,7 @@
 
 # %% ../nbs/09f_app.ipynb #9a11aab8
 from __future__ import annotations
-import os
+import os, re
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -341,7 +341,7 @@ OWN_ID = {"name": "x-request-id", "in": "header", "required": False, "schema": T
           "description": "A name for this request: it comes back in the answer's headers, and is in the engine's log."}
 
 def openapi(app: FastAPI, made: Callable[[], dict[str, Any]], table: Sequence[Route]) -> dict[str, Any]:
-    "The app's OpenAPI document, with the bodies of `table`, and with the engine's LoRAs as choices."
+    "The app's OpenAPI document, with the bodies of `table`, and the engine's LoRAs and models as choices."
     if app.openapi_schema: return app.openapi_schema          # FastAPI keeps what `made` returns
     document = made()
     bodies, shared = body_schemas(table)
@@ -355,21 +355,32 @@ def openapi(app: FastAPI, made: Callable[[], dict[str, Any]], table: Sequence[Ro
         operation = document["paths"][path][r.method.lower()]
         operation["requestBody"] = {"required": True, "content": read}
         if len(read) > 1: operation.setdefault("parameters", []).append(OWN_ID)
-    _name_loras(document, tuple(app.state.api.settings.loras))
+    _name_choices(document, app.state.api)
     return document
 
 # %% ../nbs/09f_app.ipynb #657e5ff3
-def _name_loras(document: dict[str, Any], aliases: tuple[str, ...]) -> None:
-    """A LoRA is one of `aliases`, or null (in a form: left out). Without any it stays a text: clients made from it take
-    one later."""
-    none = {"anyOf": [{"type": "string", "maxLength": 0}, {"type": "null"}]}
-    about = {"title": "Lora", "description": "A LoRA of this engine (SD_LORAS), by its alias."}
-    choice = {**({"enum": [*aliases, None]} if aliases else none), **about}
-    in_form = {"type": "string", **({"enum": [*aliases]} if aliases else {"maxLength": 0}), **about}
+def _choice(about: dict[str, str], names: Sequence[str],
+            alone: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    "A field that is one of `names` or null, and the same in a form. `alone`: the schema when there is nothing to choose."
+    field = {"enum": [*names, None]} if names else {"anyOf": [alone, {"type": "null"}]}
+    in_form = {"type": "string", "enum": [*names]} if names else alone
+    return field | about, in_form | about
+
+def _name_choices(document: dict[str, Any], api: Api) -> None:
+    """A LoRA is one of the engine's aliases, a model one of its names, or null (in a form: left out). Where there is
+    nothing to choose it stays a text: clients made from the document may choose later."""
+    about_lora = {"title": "Lora", "description": "A LoRA of this engine (SD_LORAS), by its alias."}
+    about_model = {"title": "Model", "description": "A model of this engine (SD_MODELS), by its name. Default: its first."}
+    only = re.sub(r"([\\^$.|?*+()\[\]{}])", r"\\\1", api.settings.model_id)
+    choices = {
+        "lora-alias": _choice(about_lora, tuple(api.settings.loras), {"type": "string", "maxLength": 0}),
+        "model-name": _choice(about_model, tuple(dict.fromkeys(api.models.names)) if api.models else (),
+                              {"type": "string", "pattern": f"^{only}$"})}
     for schema in (*document["components"]["schemas"].values(), *_forms(document)):
         fields = schema.get("properties", {})
         for name, one in fields.items():
-            if one.get("format") == "lora-alias": fields[name] = choice if "anyOf" in one else in_form
+            found = choices.get(one.get("format", ""))
+            if found: fields[name] = found[0] if "anyOf" in one else found[1]
 
 def _forms(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for operations in document["paths"].values():

@@ -209,7 +209,8 @@ Seed = Annotated[int, Field(ge=0, le=MAX_SEED), WHOLE]
 Steps = Annotated[int, Field(ge=1, le=100), WHOLE]
 Count = Annotated[int, Field(ge=1, le=MAX_N), WHOLE]
 Lora = Annotated[str | None, Field(max_length=60, json_schema_extra={"format": "lora-alias"})]      # null: as it is
-ModelName = Annotated[str | None, Field(max_length=300)]       # null: the default
+# null: the default
+ModelName = Annotated[str | None, Field(max_length=300, json_schema_extra={"format": "model-name"})]
 Padding = Annotated[int | None, Field(ge=0, le=512), WHOLE]     # pixels; null: work on the whole picture
 Deadline = Annotated[float | None, Field(gt=0, le=86400)]      # seconds of use; null: the engine's own limit
 

@@ -95,6 +95,8 @@ schemathesis.openapi.format("picture", st.just(base64.b64encode(PNG).decode()))
 schemathesis.openapi.format("binary", st.just(schemathesis.openapi.Binary(PNG)) if hasattr(schemathesis.openapi, "Binary") else st.just(PNG))
 schemathesis.openapi.format("aspect-ratio", st.sampled_from(["1:1", "4:3", "9:16"]))
 
+INPUTS = ("/", "/models/{name}")                            # Hugging Face's
+
 def quick(body):
     '''Fifty steps say no more about HTTP than one; wrong numbers stay as they are.'''
     for k, v in (body.items() if isinstance(body, dict) else ()):
@@ -132,9 +134,9 @@ def before_call(ctx, case, kwargs):
             if replay.get(k) is not None: replay[k] = MADE[k]
         replay.pop("mask", None)
     # What to draw, where a body of bare bytes has no place for it.
-    if positive and case.operation.path == "/" and not isinstance(body, dict): case.query, case.body = {"prompt": "a fox"}, PNG
+    if positive and case.operation.path in INPUTS and not isinstance(body, dict): case.query, case.body = {"prompt": "a fox"}, PNG
     # With a prompt among the parameters the input is a picture.
-    if positive and case.operation.path == "/" and isinstance(body, dict) and isinstance(body.get("parameters"), dict): body["parameters"].pop("prompt", None)
+    if positive and case.operation.path in INPUTS and isinstance(body, dict) and isinstance(body.get("parameters"), dict): body["parameters"].pop("prompt", None)
     # Two numbers that are multiplied, a mask that is turned round: each is right alone.
     if positive and case.operation.path.startswith("/sdapi/") and isinstance(body, dict):
         for k in ("n_iter", "batch_size", "inpainting_mask_invert"): body.pop(k, None)
