@@ -361,16 +361,18 @@ def openapi(app: FastAPI, made: Callable[[], dict[str, Any]], table: Sequence[Ro
 # %% ../nbs/09f_app.ipynb #657e5ff3
 def _choice(about: dict[str, str], names: Sequence[str],
             alone: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    "A field that is one of `names` or null, and the same in a form. `alone`: the schema when there is nothing to choose."
+    "A field that is one of `names` or null, and the same in a form. `alone`: its schema without a choice."
     field = {"enum": [*names, None]} if names else {"anyOf": [alone, {"type": "null"}]}
     in_form = {"type": "string", "enum": [*names]} if names else alone
     return field | about, in_form | about
 
 def _name_choices(document: dict[str, Any], api: Api) -> None:
-    """A LoRA is one of the engine's aliases, a model one of its names, or null (in a form: left out). Where there is
-    nothing to choose it stays a text: clients made from the document may choose later."""
+    """A LoRA is one of the engine's aliases, a model one of its names, or null (in a form: left out).
+
+    Where there is nothing to choose it stays a text: clients made from the document may choose later."""
     about_lora = {"title": "Lora", "description": "A LoRA of this engine (SD_LORAS), by its alias."}
-    about_model = {"title": "Model", "description": "A model of this engine (SD_MODELS), by its name. Default: its first."}
+    about_model = {"title": "Model",
+                   "description": "A model of this engine (SD_MODELS), by its name. Default: its first."}
     only = re.sub(r"([\\^$.|?*+()\[\]{}])", r"\\\1", api.settings.model_id)
     choices = {
         "lora-alias": _choice(about_lora, tuple(api.settings.loras), {"type": "string", "maxLength": 0}),

@@ -18,8 +18,9 @@ from .dialects import (
     unknown_fields, unused, warning_header)
 from .images import JPEG_SIGNATURE, MIME, PNG_SIGNATURE, receipt_of, to_base64
 from .intake import LARGE, check_type, read_body
+from .side_by_side import unknown_model
 from .types import (
-    VISIBLE, GenerateRequest, Invalid, Lora, Note, RefineConfig, RefineRequest, Seed, Steps, Words)
+    VISIBLE, GenerateRequest, Invalid, Lora, NotFound, Note, RefineConfig, RefineRequest, Seed, Steps, Words)
 from .walls import client_behind
 
 # %% auto #0
@@ -154,6 +155,9 @@ async def post_inputs(request: Request) -> Response:
 
 async def post_inputs_to(request: Request, name: str) -> Response:
     "The same of one of several models, by its name."
+    api: Api = request.app.state.api
+    names = api.models.names if api.models else [api.settings.model_id]
+    if name not in names: raise NotFound(unknown_model(name, list(dict.fromkeys(names))).detail)
     return await answer_inputs(request, name)
 
 async def answer_inputs(request: Request, name: str | None) -> Response:
