@@ -376,7 +376,7 @@ def _name_choices(document: dict[str, Any], api: Api) -> None:
     only = re.sub(r"([\\^$.|?*+()\[\]{}])", r"\\\1", api.settings.model_id)
     choices = {
         "lora-alias": _choice(about_lora, tuple(api.settings.loras), {"type": "string", "maxLength": 0}),
-        "model-name": _choice(about_model, tuple(dict.fromkeys(api.models.names)) if api.models else (),
+        "model-name": _choice(about_model, tuple(api.models.seats.by_name) if api.models else (),
                               {"type": "string", "pattern": f"^{only}$"})}
     for schema in (*document["components"]["schemas"].values(), *_forms(document)):
         fields = schema.get("properties", {})

@@ -156,8 +156,9 @@ async def post_inputs(request: Request) -> Response:
 async def post_inputs_to(request: Request, name: str) -> Response:
     "The same of one of several models, by its name."
     api: Api = request.app.state.api
-    names = api.models.names if api.models else [api.settings.model_id]
-    if name not in names: raise NotFound(unknown_model(name, list(dict.fromkeys(names))).detail)
+    only = [api.settings.model_id]
+    there, names = (api.models.names, list(api.models.seats.by_name)) if api.models else (only, only)
+    if name not in there: raise NotFound(unknown_model(name, names).detail)
     return await answer_inputs(request, name)
 
 async def answer_inputs(request: Request, name: str | None) -> Response:
