@@ -25,8 +25,8 @@ from .walls import client_behind
 
 # %% auto #0
 __all__ = ['SIGNATURES', 'BARE', 'HF_NAMES', 'huggingface_routes', 'TargetSize', 'HfParameters', 'HfRequest', 'HfAsk',
-           'is_picture', 'ask_in_json', 'ask_in_bytes', 'read_hf', 'hf_size', 'hf_notes', 'hf_request', 'post_inputs',
-           'post_inputs_to', 'answer_inputs', 'drawn_inputs']
+           'is_picture', 'ask_in_json', 'ask_in_bytes', 'read_hf', 'hf_size', 'hf_notes', 'hf_request', 'answer_inputs',
+           'drawn_inputs', 'post_inputs', 'post_inputs_to']
 
 # %% ../nbs/10b_huggingface.ipynb #af19a100
 class TargetSize(Dialect):
@@ -149,18 +149,6 @@ def hf_request(ask: HfAsk, native: int, format: str, most: int) -> tuple[Generat
     return translated(RefineRequest, refinePrompt=prompt, images=[ask.picture], config=config), wish
 
 # %% ../nbs/10b_huggingface.ipynb #379984b5
-async def post_inputs(request: Request) -> Response:
-    "Hugging Face's text_to_image and image_to_image: the bytes of one picture."
-    return await answer_inputs(request, None)
-
-async def post_inputs_to(request: Request, name: str) -> Response:
-    "The same of one of several models, by its name."
-    api: Api = request.app.state.api
-    only = [api.settings.model_id]
-    there, names = (api.models.names, list(api.models.seats.by_name)) if api.models else (only, only)
-    if name not in there: raise NotFound(unknown_model(name, names).detail)
-    return await answer_inputs(request, name)
-
 async def answer_inputs(request: Request, name: str | None) -> Response:
     "Read a request, wait for its model, and draw."
     ask = await read_hf(request)
@@ -175,6 +163,19 @@ async def drawn_inputs(request: Request, ask: HfAsk, api: Api) -> Response:
     except Invalid as error: raise renamed(error, HF_NAMES) from None
     headers = {"cache-control": "no-store"} | warning_header(made.warnings)
     return Response(made.files[0], media_type=MIME[made.format], headers=headers)
+
+# %% ../nbs/10b_huggingface.ipynb #a8427d83
+async def post_inputs(request: Request) -> Response:
+    "Hugging Face's text_to_image and image_to_image: the bytes of one picture."
+    return await answer_inputs(request, None)
+
+async def post_inputs_to(request: Request, name: str) -> Response:
+    "The same of one of several models, by its name."
+    api: Api = request.app.state.api
+    only = [api.settings.model_id]
+    there, names = (api.models.names, list(api.models.seats.by_name)) if api.models else (only, only)
+    if name not in there: raise NotFound(unknown_model(name, names).detail)
+    return await answer_inputs(request, name)
 
 # %% ../nbs/10b_huggingface.ipynb #020b98e4
 _BODIES: dict[str, Any] = {"application/json": HfRequest} | dict.fromkeys(BARE, FILE)
