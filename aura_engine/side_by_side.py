@@ -518,7 +518,9 @@ class Models(ModelsView):
             self.closed = True
             self.changed.notify_all()
         self.news.tell()
-        threads = [threading.Thread(target=seat.engine.drain, args=(grace,)) for seat in self.seats.loaded]
+        # one that is loading may fail meanwhile
+        engines = [engine for seat in self.seats.loaded if (engine := seat.engine) is not None]
+        threads = [threading.Thread(target=engine.drain, args=(grace,)) for engine in engines]
         for thread in threads: thread.start()
         for thread in threads: thread.join()
 
