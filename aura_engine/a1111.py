@@ -123,7 +123,7 @@ def samplers_for(row: Row) -> dict[str, str]:
 
 # %% ../nbs/10c_a1111.ipynb #e63f1b13
 def scheduler_for(ask: Txt2Img, row: Row, notes: list[Note]) -> str | None:
-    "The sampler that a request asks for, as a key of `SAMPLERS`; None: the model's own."
+    "The sampler that a request asks for, as a key of `SAMPLERS`. None: the model's own."
     name = ask.sampler_name or ask.sampler_index
     if not name or name in ("Automatic", "automatic"): return None
     known = {given.lower(): key for given, key in samplers_for(row).items()}
@@ -156,7 +156,7 @@ class Understood:
     wish: Wish
 
 def asked_size(ask: Txt2Img) -> Size | None:
-    "Width and height; one of them alone means a square."
+    "Width and height. One of them alone means a square."
     width, height = ask.width or ask.height, ask.height or ask.width
     return (width, height) if width and height else None
 
@@ -203,7 +203,7 @@ class A1111Pictures(BaseModel):
     info: str
 
 class A1111Error(BaseModel):
-    "An error in the web UI's shape; `fields` name what was wrong."
+    "An error in the web UI's shape. `fields` names what was wrong."
     error: str
     detail: str
     body: str
@@ -283,7 +283,7 @@ class A1111Tasks:
         finally: self.running.remove(mine)
 
     def of(self, client: str, name: str | None = None) -> A1111Task | None:
-        "A client's task of that name; without one its newest."
+        "A client's task of that name. Without a name, its newest."
         mine = [t for t in self.running if t.client == client and name in (None, t.name)]
         return mine[-1] if mine else None
 
@@ -322,7 +322,7 @@ def choices_of(request: Request) -> dict[str, str]:
     return state.checkpoints
 
 def checkpoint(request: Request, ask: Txt2Img) -> str | None:
-    "The name of the model that a request asks for; None for the default, and where there is one model only."
+    "The name of the model that a request asks for. None for the default, and where there is only one model."
     wanted = ask.override_settings.get("sd_model_checkpoint") or choices_of(request).get(client_behind(request))
     if request.app.state.api.models is None or not wanted: return None
     return str(wanted)[:300]
@@ -594,7 +594,7 @@ async def get_queue_status(request: Request) -> Response:
 MOST_TEXT = 2**16                                # bytes of one text in a PNG
 
 def png_texts(data: bytes) -> dict[str, str]:
-    "The texts in a PNG by keyword; empty for anything else. Compressed ones are left out."
+    "The texts in a PNG by keyword, without compressed ones. Empty for any other file."
     if not data.startswith(PNG_SIGNATURE): return {}
     parts = [p for p in islice(png_parts(data), MAX_PARTS) if p.kind in ("tEXt", "iTXt") and len(p) <= MOST_TEXT]
     return dict(_keyword_and_text(data[p.body:p.end - 4], p.kind) for p in parts[:64])

@@ -31,7 +31,7 @@ __all__ = ['Listener', 'KEPT', 'Shot', 'Album', 'Message', 'preview_file', 'shot
 # %% ../nbs/13a_album.ipynb #4dfc70c6
 @dataclass(eq=False)
 class Shot:
-    "A picture of an album. `at`: when it was made (seconds since 1970); `seconds`: how long it took; `star`: keep it."
+    "A picture of an album. `at`: when it was made (seconds since 1970). `seconds`: how long it took. `star`: keep it."
     id: str
     image: Pillow.Image = field(repr=False)
     receipt: Receipt | None = field(repr=False)
@@ -63,7 +63,7 @@ class Album:
         self._lock = threading.Lock()
 
     def add(self, shot: Shot) -> bool:
-        "Put a picture in -> whether it is new; one that is there already stays where it is."
+        "Put a picture in -> whether it is new. One that is there already stays where it is."
         with self._lock:
             self.aside.pop(shot.id, None)
             is_new = all(s.id != shot.id for s in self.shots)
@@ -82,7 +82,7 @@ class Album:
         with self._lock: return next((s for s in self.shots if s.id == id), self.aside.get(id))
 
     def remove(self, id: str) -> None:
-        "Take a picture out; it lies aside for a while."
+        "Take a picture out. It is set aside, so that it can come back."
         shot = self.find(id)
         if shot is None: return
         with self._lock: self.shots = [s for s in self.shots if s is not shot]
@@ -111,7 +111,7 @@ def shot_message(shot: Shot, index: int = 0) -> Message:
 
 # %% ../nbs/13a_album.ipynb #561e8f3a
 def message_of(event: Event | Notice) -> Message | None:
-    "An event of the client as a message; pictures go through the album first, see `Work`."
+    "An event of the client as a message. Pictures go through the album first, see `Work`."
     match event:
         case Queued(): return Message({"type": "queued", "position": event.position, "etaSeconds": event.eta_seconds})
         case Step(): return Message({"type": "step", "index": event.index, "step": event.step, "steps": event.steps})
@@ -166,7 +166,7 @@ def pictures_of_ask(ask: Ask) -> int:
 
 # %% ../nbs/13a_album.ipynb #fc5589d8
 class Work:
-    "A question under way. `request`: what the browser shows of it; `aside`: its pictures are no part of the album yet."
+    "A question under way. `request`: what the browser shows of it. `aside`: its pictures are not in the album yet."
     def __init__(self, desk: Desk, ask: Ask, id: str = "", aside: bool = False):
         self.desk = desk
         self.ask = ask
@@ -218,7 +218,7 @@ class Work:
         self._record.tell(Message({"type": "failed", "problem": error.problem("")}))
 
     def cancel(self) -> None:
-        "Stop at the next step; what is finished stays."
+        "Stop at the next step, and keep what is finished."
         # One turn of the loop later: a coroutine that was only just started has begun by then.
         loop = self.desk.client.loop
         loop.call_soon_threadsafe(loop.call_soon, self._cancel_now)

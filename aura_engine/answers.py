@@ -58,7 +58,7 @@ MOST_KINDS = 64                                                # sizes with step
 STEPS = (.005, .01, .025, .05, .1, .25, 1, 5, 20)
 
 class Metrics:
-    "Counters and histograms of one app; `text` is the exposition. Times in seconds."
+    "Counters and histograms of one app, times in seconds. `text` writes them in Prometheus' format."
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         counter, seconds = partial(Counter, registry=registry), partial(Histogram, registry=registry)
@@ -171,7 +171,7 @@ def add_gauges(api: Api) -> None:
     gauge("aura_gpu_memory_bytes", "Allocated by torch on the GPU", lambda: gpu_memory(api.health()))
 
 def gpu_memory(health: Health) -> int:
-    "Bytes that torch has allocated on the GPU; 0 without one."
+    "Bytes that torch has allocated on the GPU, 0 without one."
     return (health.memory or {}).get("gpu") or 0
 
 # %% ../nbs/09d_answers.ipynb #22274290
@@ -267,7 +267,7 @@ async def attended(request: Request, work: Coroutine[Any, Any, T]) -> T:
 
 # %% ../nbs/09d_answers.ipynb #cdadde0d
 def deadline_of(ask: Ask) -> float | None:
-    "The seconds after which nobody wants the answer; None: the engine's own limit."
+    "The seconds after which nobody wants the answer. None: the engine's own limit."
     if isinstance(ask, ReplayRequest): return None
     return ask.config.deadline_seconds if isinstance(ask, RefineRequest) else ask.deadline_seconds
 
@@ -293,7 +293,7 @@ async def begin(request: Request, ask: Ask, previews: bool = False, revise: Revi
 
 # %% ../nbs/09d_answers.ipynb #cea4fb28
 def model_asked(ask: Ask) -> str | None:
-    "The model that a request names; None: it names none. Of a replay the one in its receipt."
+    "The model that a request names, or that its receipt names in a replay. None: it names none."
     if isinstance(ask, RefineRequest): return ask.config.model
     if isinstance(ask, GenerateRequest): return ask.model
     if ask.receipt is not None: return ask.receipt.model
@@ -446,7 +446,7 @@ async def told(api: Api, event: Event, work: OrderedJob, request_id: str = "") -
 
 # %% ../nbs/09d_answers.ipynb #974aab0e
 async def tell(api: Api, work: OrderedJob, request_id: str = "") -> AsyncGenerator[Told]:
-    "A job's events as clients get them; `done` is always the last. Failures are counted."
+    "A job's events as clients get them. `done` is always the last. Failures are counted."
     differs: list[str] = []
     try:
         async with aclosing(follow(api, work.job)) as events:
@@ -480,7 +480,7 @@ async def heartbeat(source: AsyncGenerator[bytes], seconds: float = 10,
 
 # %% ../nbs/09d_answers.ipynb #ef28a165
 async def _pump(source: AsyncGenerator[bytes], queue: asyncio.Queue[bytes | None]) -> None:
-    "Move what `source` yields into `queue`; None is the end."
+    "Move what `source` yields into `queue`. None marks the end."
     try:
         async with aclosing(source):
             async for item in source: await queue.put(item)

@@ -53,12 +53,12 @@ async def post_refine(request: Request, body: RefineRequest) -> Response:
 
 # %% ../nbs/09f_app.ipynb #b2952985
 async def post_replay(request: Request, body: ReplayRequest) -> Response:
-    "Make the picture of a receipt again; `warnings` name what differs from when it was made."
+    "Make the picture of a receipt again. `warnings` name what differs from when it was made."
     return await respond(request, body)
 
 # %% ../nbs/09f_app.ipynb #1497bba7
 async def get_health(request: Request) -> Response:
-    "What the engine is, has and does; always 200."
+    "What the engine is, has and does. Always 200."
     return JSONResponse(request.app.state.api.health().to_json(), headers={"cache-control": "no-store"})
 
 # %% ../nbs/09f_app.ipynb #8d813e49
@@ -204,7 +204,7 @@ INLINE = 8192                                                 # bytes that are c
 JOBS = ("generate", "refine", "replay")                       # a union's branch is part of pydantic's paths
 
 def checked_body(adapter: TypeAdapter, data: bytes) -> Any:
-    "The bytes of a JSON body -> the model. Malformed or Invalid otherwise; an empty body is no value."
+    "The bytes of a JSON body -> the model, or Malformed or Invalid. An empty body is no value."
     value = parse_json(data) if data else None
     try: return adapter.validate_python(value)
     except ValidationError as error: raise invalid(error, JOBS) from None
@@ -233,7 +233,7 @@ def endpoint(route: Route) -> Callable:
 
 # %% ../nbs/09f_app.ipynb #c776f03c
 def answer_error(request: Request, exc: Exception) -> Response:
-    "The one place where an exception becomes an answer; it is counted."
+    "The one place where an exception becomes an answer. It is counted."
     api, error = request.app.state.api, as_error(exc)
     api.metrics.failed(error)
     path = request.scope["path"]
@@ -251,7 +251,7 @@ async def on_error(request: Request, exc: Exception) -> Response:
 
 # %% ../nbs/09f_app.ipynb #1e2df586
 def methods_at(request: Request) -> set[str]:
-    "Methods that the path of a request answers; the framework's own list has those of one row only."
+    "All methods that the path of a request answers. The framework's own list has those of one row only."
     path = request.scope["path"]
     rows = [r for r in request.app.routes if hasattr(r, "path_regex") and r.path_regex.match(path)]
     return {method for row in rows for method in row.methods or ()}
@@ -274,7 +274,7 @@ def create_app(engine, extra_routes: Sequence[Route] = (), shapes: dict[str, Sha
     """The engine's HTTP app.
 
     `extra_routes`: more rows for the table. `shapes`: by path prefix, what other front doors make of an error.
-    `jobs`: where jobs are kept; a store in memory when None.
+    `jobs`: where jobs are kept. None: a store in memory.
     """
     api, table = Api(engine, shapes), (*routes, *extra_routes)
     space = os.environ.get("SPACE_HOST", "").lower()
@@ -293,7 +293,7 @@ def create_app(engine, extra_routes: Sequence[Route] = (), shapes: dict[str, Sha
 
 # %% ../nbs/09f_app.ipynb #46b4d535
 def add_route(app: FastAPI, route: Route, locked: bool) -> None:
-    "Add a row of the table; `locked`: keyed routes ask for the key."
+    "Add a row of the table. `locked`: keyed routes ask for the key."
     name = f"{route.name or route.handler.__name__}_{route.method.lower()}"
     lock = [Depends(ask_key)] if locked and route.keyed else []
     if route.shows and not lock: lock = [Depends(ask_host)]

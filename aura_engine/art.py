@@ -238,7 +238,7 @@ def resized(image: Image.Image, side: int) -> Image.Image:
 
 # %% ../nbs/90a_art.ipynb #11fccb9d
 class Art:
-    "The art as tensors. `names`: a list a thing, its label first; `words`: all that emojibase says."
+    "The art as tensors. `names`: a list for each thing, its label first. `words`: all that emojibase says."
     def __init__(self, path: Path, device: str | torch.device = "cpu"):
         stored = torch.load(path, weights_only=True)
         self.names: list[list[str]] = stored["names"]
@@ -261,7 +261,7 @@ class Art:
 SHAPE_NAMES = [["disc", "coin"], ["tile"], ["wedge", "cone"]]
 
 def draw_shape(kind: str, light: bool) -> Image.Image:
-    "A 'disc', a 'tile' or a 'wedge' in dark blue; with `light`, it shines."
+    "A 'disc', a 'tile' or a 'wedge' in dark blue. With `light`, it shines."
     image = Image.new("RGBA", (SIDE, SIDE))
     pen = ImageDraw.Draw(image)
     dark, box = (40, 70, 120, 255), (8, 8, SIDE - 8, SIDE - 8)
@@ -357,7 +357,7 @@ def backdrops(size: tuple[int, int] = SQUARE) -> torch.Tensor:
 
 # %% ../nbs/90a_art.ipynb #2f364044
 def places(arrangement: int, size: tuple[int, int]) -> tuple[Place, ...]:
-    "Where the things of an arrangement stand on a canvas of `size`; only one thing alone moves with it."
+    "Where the things of an arrangement stand on a canvas of `size`. Only a single thing moves with the canvas."
     fixed = list(ARRANGEMENTS.values())[arrangement]
     if fixed: return fixed
     side = min(SIDE, min(size) - 16)
@@ -405,14 +405,14 @@ def pose_matrix(pose: Pose) -> torch.Tensor:
 
 # %% ../nbs/90a_art.ipynb #dc67634d
 def warped(pictures: torch.Tensor, matrix: torch.Tensor, padding: str = "zeros") -> torch.Tensor:
-    "Pictures [B, C, H, W] moved by a [3, 3] `matrix`; what comes in from outside is `padding`."
+    "Pictures [B, C, H, W] moved by a [3, 3] `matrix`. What comes in from outside is `padding`."
     back = torch.linalg.inv(matrix)[:2].expand(len(pictures), 2, 3).to(pictures)
     grid = F.affine_grid(back, list(pictures.shape), align_corners=False)
     return F.grid_sample(pictures, grid, mode="bicubic", padding_mode=padding, align_corners=False)
 
 # %% ../nbs/90a_art.ipynb #3b6a574f
 def posed_sprites(sprites: torch.Tensor, pose: Pose) -> torch.Tensor:
-    "RGBA sprites [b, 4, SIDE, SIDE], 0..255 -> layers [b, 4, 128, 128]; RGB is times alpha."
+    "RGBA sprites [b, 4, SIDE, SIDE], 0..255 -> layers [b, 4, 128, 128] with premultiplied alpha."
     alpha = sprites[:, 3:] / 255
     light = torch.tensor(LIGHTS[pose.light]).view(1, 3, 1, 1).to(sprites)
     layer = torch.cat([sprites[:, :3] * alpha * light, alpha * 255], 1)

@@ -168,7 +168,7 @@ def curve_from(data: Any) -> Curve | None:
 
 # %% ../nbs/07_batching.ipynb #e1c7fc1f
 def write_whole(path: Path, text: str) -> None:
-    "Write `text` to `path`; a reader sees the old file or the new one. OSError leaves no part behind."
+    "Write `text` to `path` atomically: a reader sees the old file or the new one. OSError leaves no part behind."
     path.parent.mkdir(parents=True, exist_ok=True)
     for old in path.parent.glob(f"{path.name}.*.part"):
         with suppress(OSError):                     # another server deletes it too
@@ -200,7 +200,7 @@ class CurveFile:
         self.notes: list[str] = []
 
     def curve(self, name: str, call: Callable[[int], Any], most: int, one_call: float = 0.0) -> Curve:
-        "The curve called `name`: the kept one, if `one_call` (its seconds now; 0: measure it) takes as long as then."
+        "The curve called `name`: the stored one, if one call still takes as long (`one_call` s now, 0: measure it)."
         known = self._read().get(name)
         one_call = one_call or measure_curve(call, 1)[1]
         if known and 0.77 < one_call / known[1] < 1.3: return known
@@ -260,7 +260,7 @@ def predict(entries: Sequence[Entry], cost: StepCost) -> None:
         e.remains = e.begin + e.left * pace[0] + pace[1]
 
 def urgency(e: Entry, cost: StepCost, now: float, ageing: float = AGEING) -> float:
-    "Seconds of work left, minus a tenth of the seconds waited; the lowest goes first."
+    "Seconds of work left, minus a tenth of the seconds waited. The lowest goes first."
     return remaining(e, cost) - ageing * (now - e.arrived)
 
 # %% ../nbs/07_batching.ipynb #40ee7b65

@@ -39,7 +39,7 @@ __all__ = ['ISA', 'ENGINE_SETTINGS', 'SUBJECTS', 'Contender', 'LOCK', 'BATCHING'
 ISA = ("avx2", "avx512_f", "avx512_bf16", "amx_bf16")       # instruction sets that change what is fast
 
 def machine(gpu: bool = True) -> dict[str, Any]:
-    "Processor, instruction sets, cores, threads, versions; with `gpu` the GPU's name, too."
+    "Processor, instruction sets, cores, threads, versions. With `gpu`, the GPU's name too."
     import diffusers
     can = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     card = torch.cuda.get_device_name() if gpu and torch.cuda.is_available() else None
@@ -60,7 +60,7 @@ def median_seconds(call: Callable[[], Any], repeats: int = 10, warmups: int = 2)
 
 # %% ../nbs/14_bench.ipynb #061f7c16
 def pin(core: int | None) -> None:
-    "One torch thread for the calling thread, on one core; None leaves the core open."
+    "One torch thread for the calling thread, on one core. None leaves the core open."
     torch.set_num_threads(1)
     if core is None or not hasattr(os, "sched_setaffinity"): return
     os.sched_setaffinity(threading.get_native_id(), {core})
@@ -77,7 +77,7 @@ def allow(cores: set[int]) -> set[int]:
 # %% ../nbs/14_bench.ipynb #f16cd943
 @contextmanager
 def one_thread(kept_free: int | None) -> Iterator[None]:
-    "Torch on one thread, and the calling thread off the core `kept_free`; as before in the end."
+    "Torch on one thread, and the calling thread off the core `kept_free`. Afterwards all is as before."
     threads, allowed = torch.get_num_threads(), allow(set())
     torch.set_num_threads(1)
     allow(allowed - {kept_free})
@@ -153,7 +153,7 @@ class Baseline:
         threading.Thread(target=self._work, daemon=True).start()
 
     def __call__(self, picture: Picture) -> float | None:
-        "Make a picture; -> None, for there is no preview."
+        "Make a picture -> None, for there is no preview."
         waiting = HeldRequest(picture, Future())
         self.inbox.put(waiting)
         waiting.future.result()
@@ -195,7 +195,7 @@ class Stepwise:
             os.sched_setaffinity(self.engine.thread.native_id or 0, {core})
 
     def __call__(self, picture: Picture) -> float | None:
-        "Make a picture; -> seconds from the submission to the first preview (None without previews)."
+        "Make a picture -> seconds from the submission to the first preview (None without previews)."
         job = self.engine.submit(Plan((picture,)), previews=self.previews)
         job.result(600)
         previews = [t for t, event in zip(job.times, job.log) if isinstance(event, Preview)]
@@ -277,7 +277,7 @@ def closed_loop(contender: Contender, pictures: Sequence[Picture], clients: int)
 # %% ../nbs/14_bench.ipynb #74479371
 @dataclass(frozen=True)
 class Summary:
-    "Pictures a second, and latencies in milliseconds; `short`: requests of at most two steps."
+    "Pictures a second, and latencies in milliseconds. `short`: requests of at most two steps."
     throughput: float
     p50: float | None
     p95: float | None
@@ -287,7 +287,7 @@ class Summary:
     first_preview_p50: float | None
 
 def percentile(seconds: Sequence[float], q: float) -> float | None:
-    "A percentile in milliseconds; None of nothing."
+    "A percentile in milliseconds. None if there are no values."
     return round(1e3 * float(np.percentile(seconds, q)), 1) if len(seconds) else None
 
 # %% ../nbs/14_bench.ipynb #a9d036d4
@@ -318,7 +318,7 @@ def bare_seconds(engine: Engine, picture: Picture) -> Callable[[], float]:
 # %% ../nbs/14_bench.ipynb #d7598ccb
 def overhead(engine: Engine, picture: Picture, repeats: int = 40,
              core: int | None = None) -> dict[str, float]:
-    "Milliseconds a picture takes through the engine, and as bare calls; interleaved, medians."
+    "Milliseconds that a picture takes through the engine and as bare calls: interleaved, medians."
     bare, ours, theirs = bare_seconds(engine, picture), [], []
     with ThreadPoolExecutor(1, initializer=pin, initargs=(core,)) as pool:
         for _ in range(repeats + 3):
@@ -345,7 +345,7 @@ def eta_errors(engine: Engine, pictures: Sequence[Picture], rate: float) -> dict
 
 # %% ../nbs/14_bench.ipynb #6828b628
 def preview_cost(engine: Engine, picture: Picture, repeats: int = 30) -> float:
-    "Share of a picture's time that previews add; interleaved, medians."
+    "The share of a picture's time that previews add: interleaved, medians."
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for _ in range(repeats):
         for previews in (True, False):
@@ -457,7 +457,7 @@ def close_engines_of(contenders: dict[str, Any]) -> None:
 # %% ../nbs/14_bench.ipynb #537dd0e7
 def put_on(name: str, contender: Contender, load: Load, pictures: Sequence[Picture],
            capacity: float) -> LoadRow:
-    "Put a load on a contender; `capacity` of the lock in pictures a second."
+    "Put a load on a contender. `capacity`: what the lock manages, in pictures a second."
     if load.kind == "poisson": served = poisson(contender, pictures, load.level * capacity)
     else: served = closed_loop(contender, pictures, int(load.level))
     seen = asdict(summary(served))
@@ -477,7 +477,7 @@ def decode_curve(engine: Engine) -> dict[str, float]:
 # %% ../nbs/14_bench.ipynb #3ff2ec5a
 def engine_facts(engine: Engine, pictures: Sequence[Picture], rate: float,
                  core: int | None) -> dict[str, Any]:
-    "What is measured of the engine alone; the promise under Poisson arrivals of `rate` a second."
+    "What is measured of the engine alone, with the promise under Poisson arrivals of `rate` a second."
     apple, said = replace(pictures[0], steps=4, init=None, strength=None), engine.health()
     decode = decode_curve(engine)
     return {"overhead": overhead(engine, apple, core=core), "previewCost": preview_cost(engine, apple),
@@ -540,7 +540,7 @@ COLUMNS = {"throughput": "pictures/s", "p50": "p50 ms", "p95": "p95 ms", "p99": 
 
 # %% ../nbs/14_bench.ipynb #371c1879
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    "A table in markdown; None is an empty cell."
+    "A table in markdown. None is an empty cell."
     lines = [head, ["---"] * len(head), *rows]
     cells = [["" if value is None else str(value) for value in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
@@ -563,7 +563,7 @@ def bench_table(results: dict[str, Any]) -> str:
 # %% ../nbs/14_bench.ipynb #66f78b74
 @dataclass(frozen=True)
 class Bar:
-    "What was asked (`sign` and `limit`) and what was measured; None where it was not."
+    "What was asked (`sign` and `limit`) and what was measured, or None where it was not."
     name: str
     sign: str                                  # ≥ or ≤
     limit: float
@@ -641,7 +641,7 @@ class QuickRow:
 
 # %% ../nbs/14_bench.ipynb #589deec9
 def quick_rows(runs: Sequence[dict[tuple[str, int], Summary]], base: str = LOCK) -> list[QuickRow]:
-    "From what each run saw, by (contender, clients); gains are over the contender `base`."
+    "From what each run saw, by (contender, clients). Gains are over the contender `base`."
     rows = []
     for name, clients in runs[0]:
         mine, others = [run[name, clients] for run in runs], [run[base, clients] for run in runs]

@@ -52,7 +52,7 @@ class Answer(BaseModel):
 
 # %% ../nbs/02c_bodies.ipynb #e3e6b3e0
 class Problem(BaseModel):
-    "An error, as RFC 9457 has it; `errors` name each wrong field with what was given and what is allowed."
+    "An error, as RFC 9457 has it. `errors` names each wrong field with what was given and what is allowed."
     type: str
     title: str
     status: int
@@ -69,7 +69,7 @@ class StepBody(BaseModel):
 
 # %% ../nbs/02c_bodies.ipynb #d9f56722
 class JobState(BaseModel):
-    """A job: status queued, running, succeeded, failed or cancelled; `result` or `problem` when it has ended.
+    """A job: status queued, running, succeeded, failed or cancelled. `result` or `problem` when it has ended.
 
     `ask`: what was posted, to be sent again because the engine that had it is gone."""
     id: str

@@ -107,7 +107,7 @@ def _git_changes(root: Path) -> list[str]:
 
 # %% ../nbs/15a_bundle.ipynb #3441f13e
 def not_in_git(source: str | Path, files: Mapping[str, bytes]) -> str:
-    "Which of these files no commit of the repository has as they are, in one sentence; '' when there are none."
+    "Which of these files are in no commit of the repository as they are, in one sentence. '' when all are."
     changed = _git_changes(Path(source).resolve())
     # A new folder is listed as one name that ends in a slash.
     folders = tuple(row for row in changed if row.endswith("/"))
@@ -130,7 +130,7 @@ def stamp(files: Mapping[str, bytes]) -> dict[str, bytes]:
 
 # %% ../nbs/15a_bundle.ipynb #b90928f8
 def modules_named(node: ast.AST) -> list[str]:
-    "The modules that an import statement names, a relative one as `aura_engine.x`; empty for other statements."
+    "The modules that an import statement names, a relative one as `aura_engine.x`. Empty for other statements."
     if isinstance(node, ast.Import): return [alias.name for alias in node.names]
     if not isinstance(node, ast.ImportFrom): return []
     if node.module: return [("aura_engine." if node.level else "") + node.module]
@@ -168,7 +168,7 @@ def plain_name(requirement: str) -> str:
 
 # %% ../nbs/15a_bundle.ipynb #64e0bf2d
 def installed_by(requirements: str) -> tuple[set[str], bool]:
-    """(distributions that these lines bring, with what those need in turn; is every line installed here?)
+    """(distributions that these lines bring, with what those need in turn, whether every line is installed here)
 
     When a line is not installed, the set lacks what that line needs."""
     lines = [plain_name(line) for line in requirements.split("\n") if line.strip() and line[0] not in "#-"]
@@ -188,7 +188,7 @@ def installed_by(requirements: str) -> tuple[set[str], bool]:
 
 # %% ../nbs/15a_bundle.ipynb #1f3a39ae
 def locked_versions(lock: str) -> dict[str, str]:
-    "The lock's packages -> their versions; one without a hash is a ValueError."
+    "The lock's packages -> their versions. ValueError for one without a hash."
     out = {}
     # A package is a line, and its hashes are indented lines under it.
     for name, version, hashes in re.findall(r"(?m)^([\w.-]+)==([^\s;\\]+)(.*(?:\n[ \t]+.*)*)", lock):
@@ -230,7 +230,7 @@ LOCK_DAYS = 90
 
 
 def lock_age(lock: str, today: date) -> int | None:
-    "Days since the lock was written; None when it does not say."
+    "Days since the lock was written. None when it does not say."
     found = re.search(r"(?m)^# Locked on (\d{4}-\d\d-\d\d)", lock)
     return (today - date.fromisoformat(found[1])).days if found else None
 
@@ -247,7 +247,7 @@ def _code_cells(notebook: Path) -> list[str]:
 
 # %% ../nbs/15a_bundle.ipynb #d4c55dd1
 def stale_modules(source: str | Path) -> list[str]:
-    "Notebooks whose exported cells are not in their module; empty where there are no notebooks."
+    "Notebooks whose exported cells are not in their module. Empty where there are no notebooks."
     out = []
     for notebook in sorted(Path(source).glob("nbs/[0-9]*.ipynb")):
         cells = _code_cells(notebook)
@@ -311,7 +311,7 @@ def _code_faults(files: Mapping[str, bytes]) -> Iterator[str]:
 
 # %% ../nbs/15a_bundle.ipynb #3181d67d
 def faults(files: Mapping[str, bytes], source: str | Path) -> list[str]:
-    "Everything that is wrong with an upload from the folder `source`, in words; empty when it may go."
+    "Everything that is wrong with an upload from the folder `source`, in words. Empty when it may go."
     lacking = [name for name in MUST_HAVE if name not in files]
     if lacking: return [f"{name} is missing; --source names the project's folder" for name in lacking]
     stale = [f"aura_engine/ is not what nbs/{name} exports: run nbdev_export" for name in stale_modules(source)]

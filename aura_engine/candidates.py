@@ -115,7 +115,7 @@ def closeness(ours: np.ndarray, theirs: np.ndarray) -> float:
 class Measured:
     """What was measured of a candidate: seconds of nine pictures, one alone and then eight together.
 
-    `psnr` in dB against fp32; `company`: the most that company changes a value of 255."""
+    `psnr` in dB against fp32. `company`: the most that company changes a value of 255."""
     backend: str
     precision: str
     seconds: float
@@ -206,14 +206,14 @@ class TrialsFile:
     keep: int = 64
 
     def read(self, name: str) -> list[Measured]:
-        "The rows that are kept under a name; none where there are none that can be used."
+        "The rows that are stored under a name. Empty where none can be used."
         try:
             rows = [measured_from(row) for row in self._all().get(name, ())]
             return rows if rows and rows[0].candidate == REFERENCE else []
         except (TypeError, ValueError, KeyError, OverflowError): return []
 
     def write(self, name: str, rows: Sequence[Measured]) -> None:
-        "Keep rows; a disk that is full or read-only means that the next start measures again."
+        "Store rows. A disk that is full or read-only means that the next start measures again."
         known = self._all()
         known.pop(name, None)
         newest = [*known.items(), (name, [asdict(row) for row in rows])][-self.keep:]

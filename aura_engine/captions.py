@@ -135,7 +135,7 @@ def plural(name: str) -> str:
 
 # %% ../nbs/90b_captions.ipynb #8076890e
 def mistyped(rng: random.Random, word: str) -> str:
-    "`word` with one letter wrong; unchanged if it has fewer than five."
+    "`word` with one letter wrong. Unchanged if it has fewer than five."
     if len(word) < 5: return word
     k = rng.randrange(len(word) - 1)
     before, rest = word[:k], word[k + 1:]
@@ -172,7 +172,7 @@ def sentence_pieces(manual: list[str], meant: set[str]) -> list[str]:
 
 # %% ../nbs/90b_captions.ipynb #c883ce5e
 def make_fillers(art: Art) -> list[str]:
-    "Words and pieces of sentences that say nothing about a picture of `art`; common words often."
+    "Words and pieces of sentences that say nothing about a picture of `art`. Common words come often."
     meant = meant_words(art.names)
     text = " ".join(pydoc_topics.values())
     manual = [w for w in re.findall(r"\b[a-z]{1,12}\b", text) if w.isascii()]
@@ -186,7 +186,7 @@ UNBREAKABLE = "\u00a0"                         # a no-break space
 
 # %% ../nbs/90b_captions.ipynb #061f20ef
 def some_name(rng: random.Random, names: list[str], many: bool = False) -> str:
-    "One of a thing's names, the label half of the time; its plural if there are `many`."
+    "One of a thing's names, the label half of the time. Its plural if there are `many`."
     name = names[0] if rng.random() < .5 else rng.choice(names)
     if many: name = plural(name)
     if rng.random() < .06: name = mistyped(rng, name)          # one in sixteen
@@ -212,7 +212,7 @@ def subject(rng: random.Random, names: list[list[str]], scene: Scene) -> str:
 
 # %% ../nbs/90b_captions.ipynb #b2a6bd13
 class CaptionFacts(NamedTuple):
-    "What a caption says; an empty string for what it leaves open."
+    "What a caption says. An empty string stands for what it leaves open."
     what: str                                  # what is in the picture
     colour: str                                # of the background
     look: str                                  # the style
@@ -299,7 +299,7 @@ def says(rng: random.Random, colour: float = .7, style: float = .4) -> Said:
 # %% ../nbs/90b_captions.ipynb #65b66429
 def caption(rng: random.Random, names: list[list[str]], scene: Scene, fillers: Sequence[str] = COMMON,
             said: Said | None = None) -> str:
-    "One wording of a scene, which names what `said` says; chance decides where it is not given."
+    "One wording of a scene, which names what `said` says. Chance decides what `said` leaves out."
     what, said = subject(rng, names, scene), said or says(rng)
     colour = list(COLOURS)[scene.colour] if said.colour else ""
     facts = CaptionFacts(what, colour, STYLES[scene.style] if said.style else "")

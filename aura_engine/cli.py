@@ -174,7 +174,7 @@ class Destination:
 
     @property
     def folder(self) -> Path | None:
-        "The folder that gets files named after the prompt; None when a file was named."
+        "The folder that gets files named after the prompt. None when a file was named."
         if self.out is None: return Path()
         named = self.out.endswith(("/", os.sep)) or Path(self.out).is_dir()
         return Path(self.out) if named else None
@@ -228,7 +228,7 @@ def report_pictures(made: Pictures, to: Destination, as_json: bool) -> None:
 
 # %% ../nbs/17_cli.ipynb #b71cc3cb
 def words_of(prompt: str) -> str:
-    "The prompt; `-` reads it from stdin."
+    "The prompt. `-` reads it from stdin."
     if prompt != "-": return prompt
     # More than any prompt may have, so that the request's own check names the limit.
     try: return sys.stdin.buffer.read(100_000).decode().strip()
@@ -322,7 +322,7 @@ def refine_command(
 AT_ONCE = 4                                  # enough for a full batch; the engine's queue stays free for others
 
 def prompts_in(file: Path) -> list[str]:
-    "The lines of a file that hold a prompt; `#` begins a comment line."
+    "The lines of a file that hold a prompt. `#` begins a comment line."
     try: lines = file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError: raise Invalid(f"{file} is not UTF-8 text.") from None
     prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
@@ -395,7 +395,7 @@ def replay_command(
         image: Own, out: Out = None, init: Init = None, mask: ItsMask = None, local: Local = LOCAL,
         cloud: Cloud = None, mode: Mode = "auto", offline: Offline = False, api_key: ApiKey = None,
         as_json: AsJson = False, quiet: Quiet = False) -> None:
-    "Make the picture of a file again; what may differ is said."
+    "Make the picture of a file again, and say what may differ."
     with errors_told(as_json, offline):
         to = Destination(out, image.stem)
         to.check()
@@ -411,7 +411,7 @@ HEALTH_ROWS = {
     "what to do": "advice"}
 
 def health_table(said: dict[str, dict[str, Any]]) -> Table:
-    "Engines as columns, what matters as rows; `said` are reports as JSON."
+    "A table with engines as columns and what matters as rows. `said`: reports as JSON."
     table = Table("", *said)
     for title, key in HEALTH_ROWS.items():
         values = [in_words(account.get(key), "\n") for account in said.values()]

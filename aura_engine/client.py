@@ -43,7 +43,7 @@ def format_of(path: str | Path) -> str:
 
 # %% ../nbs/12b_client.ipynb #601054a0
 def save_picture(image: Pillow.Image, path: str | Path, receipt: Receipt | None = None) -> Path:
-    "Write one picture in the format of the path's suffix; missing folders are made. Invalid when it cannot be written."
+    "Write one picture in the format of the path's suffix, with missing folders. Invalid when it cannot be written."
     data = encode(image, format_of(path), receipt)
     path = Path(path)
     try:
@@ -64,7 +64,7 @@ class Pictures:
     seconds: float
 
     def save(self, path: str | Path) -> list[Path]:
-        "Write the pictures; several become name-1.png, name-2.png and so on."
+        "Write the pictures. Several become name-1.png, name-2.png and so on."
         path = Path(path)
         paths = [path]
         # One picture keeps the name it was given.
@@ -397,7 +397,7 @@ class AsyncAuraClient(Chooser):
         """Pictures from a prompt.
 
         - `aspect_ratio`: "W:H" between 1:3 and 3:1. `resolution`: "high" needs an engine with a GPU.
-        - `n`: 1 to 4 pictures. `seed`: the same seed makes the same picture; None chooses one.
+        - `n`: 1 to 4 pictures. `seed`: the same seed makes the same picture. None chooses one.
         - `steps`, `guidance_scale`: None means the model's own. `lora`, `model`: an alias of the engine.
         - `temperature`: how much the seed decides, from nothing at 0 (always the same picture) to everything at 1.
         - `deadline_seconds`: give up after this many seconds.
@@ -421,7 +421,7 @@ class AsyncAuraClient(Chooser):
         - `mask`: a picture like these, for all of them. White is redrawn, black or transparent is kept.
         - `padding_mask_crop`: crop the picture to the mask and this many pixels around it, and draw the crop at
           the model's full size.
-        - `strength`: 0.05 to 1, how far from the given picture the answer may go; None: 0.5, or 1 under a mask.
+        - `strength`: 0.05 to 1, how far from the given picture the answer may go. None: 0.5, or 1 under a mask.
         - The others are those of `generate`.
         """
         ask = refinement(
@@ -432,7 +432,7 @@ class AsyncAuraClient(Chooser):
 
     async def replay(self, receipt: Any, init: Any = None, mask: Any = None, *,
                      on_event: OnEvent | None = None) -> Pictures:
-        """The picture of a receipt again; `warnings` say what may differ.
+        """The picture of a receipt again. `warnings` say what may differ.
 
         - `receipt`: a `Receipt`, its JSON, or a PNG (bytes or path) that holds one.
         - `init`: the picture a refinement started from. `mask`: its mask.
@@ -544,7 +544,7 @@ class AuraClient(Background):
         """Pictures from a prompt.
 
         - `aspect_ratio`: "W:H" between 1:3 and 3:1. `resolution`: "high" needs an engine with a GPU.
-        - `n`: 1 to 4 pictures. `seed`: the same seed makes the same picture; None chooses one.
+        - `n`: 1 to 4 pictures. `seed`: the same seed makes the same picture. None chooses one.
         - `steps`, `guidance_scale`: None means the model's own. `lora`, `model`: an alias of the engine.
         - `temperature`: how much the seed decides, from nothing at 0 (always the same picture) to everything at 1.
         - `deadline_seconds`: give up after this many seconds.
@@ -567,7 +567,7 @@ class AuraClient(Background):
         - `mask`: a picture like these, for all of them. White is redrawn, black or transparent is kept.
         - `padding_mask_crop`: crop the picture to the mask and this many pixels around it, and draw the crop at
           the model's full size.
-        - `strength`: 0.05 to 1, how far from the given picture the answer may go; None: 0.5, or 1 under a mask.
+        - `strength`: 0.05 to 1, how far from the given picture the answer may go. None: 0.5, or 1 under a mask.
         - The others are those of `generate`.
         """
         return self.wait(self.aio.refine(
@@ -577,7 +577,7 @@ class AuraClient(Background):
 
     def replay(self, receipt: Any, init: Any = None, mask: Any = None, *,
                on_event: OnEvent | None = None) -> Pictures:
-        """The picture of a receipt again; `warnings` say what may differ.
+        """The picture of a receipt again. `warnings` say what may differ.
 
         - `receipt`: a `Receipt`, its JSON, or a PNG (bytes or path) that holds one.
         - `init`: the picture a refinement started from. `mask`: its mask.

@@ -60,7 +60,7 @@ class CompiledUNet:
         return (out,)
 
     def first_call(self, given: UNetInput) -> torch.Tensor:
-        "Compile a shape by calling it; eagerly when that fails, and from then on."
+        "Compile a shape by calling it. When that fails, run it eagerly, now and from then on."
         try: return given.call(self.fast)
         except torch.OutOfMemoryError: raise
         except Exception as e:

@@ -55,7 +55,7 @@ def parse_origins(text: str | None) -> tuple[str, ...]:
 LOOPBACK = "127.0.0.1"
 
 def listening_address(text: str) -> str:
-    "An IP address or 'localhost', as it was given; this machine's own address for anything else."
+    "An IP address or 'localhost', as it was given. For anything else, this machine's own address."
     text = text.strip()
     try: ip_address(text)
     except ValueError: return text if text == "localhost" else LOOPBACK
@@ -120,7 +120,7 @@ class EnvironmentSettings(BaseSettings):
 class GuideSettings(EnvironmentSettings):
     """Which model runs, and how.
 
-    The model is a Hub id, a folder or a file; 'embedded' ships with the package."""
+    The model is a Hub id, a folder or a file. 'embedded' ships with the package."""
     model_id: str = Field("embedded", alias="SD_MODEL_ID",
         description="Hub id, folder or .safetensors file; 'embedded' is the model in the package")
     lcm_lora_id: str | None = Field(None, alias="SD_LCM_LORA_ID",

@@ -202,7 +202,7 @@ def wrong_builds(variables: Mapping[str, str]) -> list[str]:
 
 # %% ../nbs/15c_deploy_plan.ipynb #bb65eb0c
 def wrong_settings(variables: Mapping[str, str]) -> list[str]:
-    "What the engine or the build would say about these variables; other names pass."
+    "What the engine or the build would say about these variables. Other names pass."
     known = {name: value for name, value in variables.items() if name in setting_names()}
     out = [*unknown_settings(variables), *slips(variables), *wrong_places(variables), *wrong_builds(variables)]
     try: load_settings(**known)
@@ -445,7 +445,7 @@ def parse_deploy(argv: Sequence[str] | None = None,
 
 # %% ../nbs/15c_deploy_plan.ipynb #3770631f
 def hardware_for(state: SpaceState, o: DeployOptions) -> str | None:
-    "The hardware to ask for; None leaves it as it is."
+    "The hardware to ask for. None leaves it as it is."
     usual = PRESETS[o.preset].hardware if o.preset else None
     if o.hardware or not usual: return o.hardware
     has = state.prices.get(state.machine, 0)
@@ -456,7 +456,7 @@ SLEEP = 600             # seconds without a visit
 
 
 def sleep_for(state: SpaceState, o: DeployOptions, hardware: str) -> int | None:
-    "The sleep time to set, which new paid hardware always has; None leaves it as it is."
+    "The sleep time to set, which new paid hardware always has. None leaves it as it is."
     if not state.prices.get(hardware): return None      # the Hub decides when free hardware sleeps
     if state.head and hardware == state.machine:
         return None if o.sleep_time == state.sleep_time else o.sleep_time
@@ -470,7 +470,7 @@ def has_gpu(hardware: str) -> bool:
 
 # %% ../nbs/15c_deploy_plan.ipynb #cd576b51
 def right_wheels(after: Mapping[str, str], hardware: str) -> str | None:
-    "The TORCH_INDEX_URL that this hardware needs; None when the Space's own will do."
+    "The TORCH_INDEX_URL that this hardware needs. None when the Space's own will do."
     named = after.get("TORCH_INDEX_URL", "cpu")
     cuda = has_gpu(hardware) or after.get("SD_DEVICE", "").startswith("cuda")
     if cuda and named.rstrip("/").endswith("cpu"): return CUDA_WHEELS
@@ -642,7 +642,7 @@ def _settings_in(head: str) -> dict[str, Any]:
 
 
 def front_matter(readme: str) -> tuple[dict[str, Any], str]:
-    "(settings, text) of a README; no settings when it has none, or none that can be read."
+    "(settings, text) of a README. No settings when it has none, or none that can be read."
     found = _HEAD.match(readme)
     settings = _settings_in(found[1]) if found else {}
     return (settings, found[2]) if found and settings else ({}, readme)
@@ -806,7 +806,7 @@ def _about_device(state: SpaceState, target: SpaceTarget) -> Iterator[str]:
 
 # %% ../nbs/15c_deploy_plan.ipynb #8b158572
 def objections(state: SpaceState, o: DeployOptions, files: Sequence[str] = ()) -> list[str]:
-    "Why the Hub would refuse this deployment of `files`, or this command should; empty when it may go on."
+    "Why the Hub would refuse this deployment of `files`, or this command should. Empty when it may go on."
     target = target_for(state, o)
     about_space = _about_space(state, o, files)
     return [*_about_rights(state, o), *about_space, *_about_money(state, o, target), *_about_device(state, target)]

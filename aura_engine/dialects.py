@@ -138,7 +138,7 @@ def unknown_fields(given: Mapping[str, Any]) -> list[Note]:
 
 # %% ../nbs/10_dialects.ipynb #27d33f9a
 def shortened(prompt: str, notes: list[Note], field: str = "prompt", most: int = MAX_PROMPT) -> str:
-    "The part of a prompt that is read, `most` characters; a note says when it is not all of it."
+    "The part of a prompt that is read, at most `most` characters. A note says when some was cut."
     text = prompt.strip()
     if len(text) <= most: return text
     kept = whole_words(text, most)
@@ -174,7 +174,7 @@ MOST_PIXELS = 4 * 2048**2                        # of all of them together, afte
 class Wish:
     """What a request in another dialect wants that our own cannot say.
 
-    `count`: how often each planned picture is made, with other seeds; `most` pictures in all. `scheduler`: a key of
+    `count`: how often each planned picture is made, with other seeds. `most` pictures in all. `scheduler`: a key of
     `SAMPLERS`."""
     count: int = 1
     most: int = MOST_PICTURES
@@ -204,7 +204,7 @@ class Wish:
 
 # %% ../nbs/10_dialects.ipynb #41a44697
 def multiplied(pictures: tuple[Picture, ...], count: int) -> tuple[Picture, ...]:
-    "Planned pictures `count` times; the seeds go on counting."
+    "Planned pictures, `count` times. Their seeds go on counting."
     first, out = pictures[0].seed, []
     for i in range(count):
         for j, picture in enumerate(pictures):

@@ -73,7 +73,7 @@ class Ladder:
         return self._give_up()
 
     def save_memory(self, task: Task | None) -> None:
-        "Let the VAE work in slices and tiles as long as `task` is here; None: as usual again."
+        "Let the VAE work in slices and tiles as long as `task` is here. None: as usual again."
         self.spared = task
         action = "enable" if task else "disable"
         for how in ("slicing", "tiling"):
@@ -147,7 +147,7 @@ class Turns:
         self.repairs = 0                            # pictures that had to be decoded twice
 
     def turn(self) -> None:
-        "Do what is to be done next; returns at once when nothing is."
+        "Do what is to be done next. Returns at once when there is nothing."
         self._end_overdue()
         spared = self.ladder.spared
         if spared and spared not in self.queue.tasks: self.ladder.save_memory(None)
@@ -227,7 +227,7 @@ def reason_of(error: BaseException) -> str:
 
 # %% ../nbs/08d_engine.ipynb #b3727602
 def memory() -> dict[str, int | None]:
-    "Bytes in use: `rss` of main memory by this process; `gpu` by torch, None without a GPU."
+    "Bytes in use: `rss` of main memory by this process, `gpu` by torch (None without a GPU)."
     gpu = torch.cuda.memory_allocated() if torch.cuda.is_available() else None
     return {"rss": psutil.Process().memory_info().rss, "gpu": gpu}
 
@@ -309,21 +309,21 @@ class Engine(EngineView):
         self._settled = threading.Event()
 
     def start(self) -> Engine:
-        "Begin to load in a daemon thread; returns at once."
+        "Begin to load in a daemon thread. Returns at once."
         one_heap()
         few_kernels()
         self.thread.start()
         return self
 
     def wait_ready(self, timeout: float | None = None) -> bool:
-        "Wait until loading has ended, well or badly; -> ready."
+        "Wait until loading has ended, well or badly -> ready."
         self._settled.wait(timeout)
         return self.ready
 
     def submit(self, plan: Plan, previews: bool = False, client: str = "", arrived: float | None = None) -> Job:
-        """Queue a plan, whose deadline counts from `arrived` (time.monotonic(); None: from now).
+        """Queue a plan, whose deadline counts from `arrived` (time.monotonic(), None: from now).
 
-        Raises NotReady, ShuttingDown, QueueFull; Invalid for an impossible deadline."""
+        Raises NotReady, ShuttingDown, QueueFull, and Invalid for an impossible deadline."""
         if self.status is EngineState.draining:
             raise stopping("The engine is stopping; ask another or come back.")
         if self.status is EngineState.failed:
@@ -341,7 +341,7 @@ class Engine(EngineView):
         self.close()
 
     def close(self) -> None:
-        "Stop the thread at the next step; whoever still waits is told."
+        "Stop the thread at the next step. Jobs that still wait end with an error."
         self._closed = True
         if self.status is not EngineState.failed: self.status = EngineState.draining
         self.queue.stop(stopping("The engine stopped before this was finished."))
@@ -430,12 +430,12 @@ def with_model(known: Health, engine: EngineView) -> Health:
 
 # %% ../nbs/08d_engine.ipynb #cbc3653f
 class Lease:
-    "A share of an `engine`. Close it when you are done, as `with` does; the last one closes the engine."
+    "A share of an `engine`. Close it when you are done, as `with` does. The last one closes the engine."
     def __init__(self, engine: Engine, owner: Engines):
         self.engine, self._owner = engine, owner
 
     def close(self) -> None:
-        "Give the share back; a second time does nothing."
+        "Give the share back. A second call does nothing."
         self._owner.give_back(self)
 
     def __enter__(self) -> Engine: return self.engine
@@ -449,7 +449,7 @@ class Engines:
         self._leases: list[Lease] = []
 
     def lease(self, settings: Settings) -> Lease:
-        "A share of the engine with these settings, which starts if there is none; returns at once."
+        "A share of the engine with these settings, which is started if there is none. Returns at once."
         with self._lock:
             there = [l.engine for l in self._leases if l.engine.settings == settings]
             alive = [e for e in there if e.status in (EngineState.loading, EngineState.ready)]
@@ -459,7 +459,7 @@ class Engines:
         return lease
 
     def give_back(self, lease: Lease) -> None:
-        "One share less; the engine is closed if it was the last."
+        "Give one share back, and close the engine if it was the last."
         with self._lock:
             if lease not in self._leases: return
             self._leases.remove(lease)

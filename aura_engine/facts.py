@@ -45,7 +45,7 @@ def betas(config: Mapping[str, Any]) -> list[float]:
     return [(lo + (hi - lo) * i / (n - 1)) ** (1 / root) for i in range(n)]
 
 def last_sigma(config: Mapping[str, Any]) -> float:
-    "Noise against picture at the last training step; infinite with zero terminal SNR."
+    "Noise against picture at the last training step. Infinite with zero terminal SNR."
     alpha = math.prod(1 - beta for beta in betas(config))
     if config.get("rescale_betas_zero_snr"): return math.inf
     return math.sqrt((1 - alpha) / alpha) if alpha else math.inf

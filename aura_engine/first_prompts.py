@@ -108,7 +108,7 @@ def first_prompts() -> list[FirstPrompt]:
 
 # %% ../nbs/90f_first_prompts.ipynb #77b3f5a2
 def answering(word: str, names: list[list[str]]) -> set[int]:
-    "The objects of the art that a word may mean, by number; none if the word is unknown."
+    "The objects of the art that a word may mean, by number. Empty if the word is unknown."
     exact = {word, word + " face"}
     found = {k for k, those in enumerate(names) if those[0] == plural(word) or not exact.isdisjoint(those)}
     if found: return found
@@ -179,7 +179,7 @@ class FirstRows(NamedTuple):
 
 # %% ../nbs/90f_first_prompts.ipynb #57bb432c
 def judge_first(drawn: torch.Tensor, art: Art, prompts: Sequence[FirstPrompt], found: Found) -> FirstRows:
-    "Judge a picture [B, 3, 128, 128] for each of B prompts; `found` is `nearest_posed` of them."
+    "Judge a picture [B, 3, 128, 128] for each of B prompts. `found`: what `nearest_posed` says of them."
     wanted = [expected(prompt, art.names) for prompt in prompts]
     scenes, _ = found                          # the nearest reference of each picture, as scenes
     whole, cells = scenes[:, Column.FIRST].tolist(), in_cells(drawn, art).tolist()
@@ -196,7 +196,7 @@ def judge_first(drawn: torch.Tensor, art: Art, prompts: Sequence[FirstPrompt], f
 def things_apart(drawn: torch.Tensor, art: Art, scenes: torch.Tensor) -> float:
     """Mean absolute difference (0 to 255) between every two of S pictures, inside the things of either.
 
-    `drawn`: [S, 3, 128, 128]; `scenes`: what each shows."""
+    `drawn`: [S, 3, 128, 128]. `scenes`: what each one shows."""
     masks, gaps = thing_masks(art, scenes)[:, 0], []
     for a in range(len(drawn)):
         for b in range(a):

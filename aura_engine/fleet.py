@@ -20,7 +20,7 @@ __all__ = ['Look', 'look_at_all', 'fleet_table', 'fleet_json', 'main', 'StepCurv
 # %% ../nbs/19_many_engines.ipynb #bffcd989
 @dataclass(frozen=True)
 class Look:
-    "What one engine said of itself; `problem` when it did not."
+    "What one engine said of itself. `problem`: why it said nothing."
     url: str
     health: Health | None = None
     problem: str = ""
@@ -35,7 +35,7 @@ async def _look(http: httpx.AsyncClient, url: str) -> Look:
     except (httpx.HTTPError, ValueError) as error: return Look(url, problem=str(error) or type(error).__name__)
 
 async def look_at_all(urls: Iterable[str], seconds: float = 5) -> list[Look]:
-    "Ask each engine how it is, all at once; one that does not within `seconds` says why. Invalid: no address."
+    "Ask all engines at once how they are. A `problem` says which were silent for `seconds`. Invalid: no address."
     urls = [engine_url(url, "URL") for url in urls]
     async with httpx.AsyncClient(timeout=seconds, trust_env=False) as http:
         return list(await asyncio.gather(*(_look(http, url) for url in urls)))
@@ -108,7 +108,7 @@ class StepCurve:
 # %% ../nbs/19_many_engines.ipynb #fd667cb5
 @dataclass
 class SimulatedEngine:
-    "An engine by its curve. `now`: until when it is busy; `left`: steps to go of each request, with its arrival."
+    "An engine by its curve. `now`: until when it is busy. `left`: steps to go of each request, with its arrival."
     curve: StepCurve
     now: float = 0.0
     left: list[list[float]] = field(default_factory=list)

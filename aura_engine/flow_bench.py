@@ -223,7 +223,7 @@ def stock_flow_pipeline(parts: Components) -> Any:
 
 # %% ../nbs/17b_flow_bench.ipynb #797f9fc9
 def gap_between(mine: Any, theirs: Any) -> dict[str, Any]:
-    "How far a decoded picture is from another one; a picture of random weights may be empty."
+    "How far a decoded picture is from another one. A picture of random weights may be empty."
     if not isinstance(mine, tuple): return {"what": "picture beside diffusers", "none": str(mine)}
     gap = np.abs(np.asarray(mine[0], int) - np.asarray(theirs, int))
     return {"what": "picture beside diffusers", "most_of_255": int(gap.max()), "mean_of_255": float(gap.mean())}

@@ -42,7 +42,7 @@ def runs_on(encoder: Any) -> torch.device:
 class FlowMatch(Denoiser):
     "A flow-matching transformer."
     def shift(self, p: Picture, steps: int) -> float:
-        "How far the times are shifted in a timetable of `steps`; a schedule with a constant shift ignores it."
+        "How far the times are shifted in a timetable of `steps`. A schedule with a constant shift ignores it."
         raise NotImplementedError
 
     def set_up(self, scheduler: Any, p: Picture) -> int:

@@ -56,7 +56,7 @@ SIX_SIZES = 6                                  # numbers about size and crop tha
 # %% ../nbs/18_gpu.ipynb #11436d18
 @dataclass(frozen=True)
 class BenchSize:
-    "What a run measures and how often; `name` is one of `waterfall.SIZES`."
+    "What a run measures and how often. `name` is one of `waterfall.SIZES`."
     name: str = "sd15"
     sdxl: dict[str, Any] = field(default_factory=lambda: SDXL_UNET)
     device: str = "cuda"
@@ -181,7 +181,7 @@ def unet_variants(config: dict[str, Any], size: BenchSize) -> Iterator[UNetVaria
 
 # %% ../nbs/18_gpu.ipynb #f12a79b6
 def variant_answer(v: UNetVariant, config: dict[str, Any], size: BenchSize) -> torch.Tensor:
-    "What a variant says to two rows; a CUDA graph answers from the third call on."
+    "What a variant answers to two rows. A CUDA graph answers from the third call on."
     given = unet_call(config, 2, size, v.dtype)
     for _ in range(2): given.call(v.unet)
     return given.call(v.unet).float()
@@ -190,7 +190,7 @@ def variant_answer(v: UNetVariant, config: dict[str, Any], size: BenchSize) -> t
 @torch.inference_mode()
 def waterfall_of(config: dict[str, Any], size: BenchSize, tell: Tell, batches: Sequence[int],
                  skip: Sequence[str] = ()) -> None:
-    "Milliseconds, operations a second and error of each variant at each batch; `skip` names some."
+    "Milliseconds, operations a second and error of each variant at each batch. `skip`: those to leave out."
     reference, flops = torch.empty(0), 0
     for v in unet_variants(config, size):
         if v.name == PLAIN_UNET:
@@ -352,7 +352,7 @@ def quantized_stage(size: BenchSize, tell: Tell) -> None:
 # %% ../nbs/18_gpu.ipynb #903629b6
 @contextmanager
 def work_folder() -> Iterator[Path]:
-    "A folder, in memory where the system has such a disk; removed in the end."
+    "A folder, in memory where the system has such a disk. It is removed at the end."
     memory = Path("/dev/shm")
     room = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 8 << 30
     with tempfile.TemporaryDirectory(dir=memory if room else None, ignore_cleanup_errors=True) as folder:
@@ -368,7 +368,7 @@ def saved_model(size: BenchSize) -> Iterator[Path]:
 RACE_THINGS = ("a fox", "a red apple", "a rocket", "an owl", "a cupcake")
 
 def requests_of(n: int, side: int, steps: int | tuple[int, int], init: Any = None) -> list[Picture]:
-    """`n` pictures with prompts of their own; refinements of `init`.
+    """`n` pictures with prompts of their own, or refinements of `init`.
 
     `steps`: a number, or (least, most) to draw from."""
     rng, pictures = random.Random(0), []
@@ -414,7 +414,7 @@ def in_company(parts: Components, picture: Picture, others: Sequence[Picture], b
 
 # %% ../nbs/18_gpu.ipynb #4dcf5e7a
 def compare_crowd(engine: Engine, tell: Tell, side: int, n: int = 16) -> None:
-    "A mixed crowd against each picture alone; one picture among strangers against the same alone."
+    "A mixed crowd against each picture alone, and one picture among strangers against the same one alone."
     def made(p: Picture) -> Any: return engine.submit(Plan((p,)))
     def image(job: Any) -> Any: return job.result(600)[0].image
     first = image(made(requests_of(1, side, 2)[0]))
@@ -438,7 +438,7 @@ def engine_report(engine: Engine) -> dict[str, Any]:
 @contextmanager
 def measured_engine(tell: Tell, what: str, more: Callable[[], dict[str, Any]] = dict,
                     **settings: Any) -> Iterator[Stepwise]:
-    "An engine with these settings, ready; a row says how long that took, and what `more` says."
+    "An engine with these settings, ready. A row says how long that took, and what `more` says."
     start = time.perf_counter()
     ours = Stepwise(previews=False, **settings)
     seconds = round(time.perf_counter() - start, 1)
@@ -453,7 +453,7 @@ def stock(size: BenchSize, folder: Path, window: float = 0., most: int = 1) -> B
 
 # %% ../nbs/18_gpu.ipynb #46435412
 def neighbours(size: BenchSize, folder: Path) -> list[Entered]:
-    "The lock and request batching; they are slower, so they get fewer pictures."
+    "The lock and request batching. They are slower, so they get fewer pictures."
     lock, batching = stock(size, folder), stock(size, folder, 0.05, 8)
     return [Entered("lock + pipeline", lock, max(4, size.pictures * 2 // 5)),
             Entered("request batching 50 ms", batching, max(4, size.pictures * 3 // 5))]
@@ -652,7 +652,7 @@ def decode_stage(size: BenchSize, tell: Tell) -> None:
 
 # %% ../nbs/18_gpu.ipynb #2031125e
 def beside(first: Callable[[], Any], second: Callable[[], Any], size: BenchSize) -> Callable[[], None]:
-    "Both calls, on two streams of a GPU; one after the other where there is none."
+    "Both calls, on two streams of a GPU. Without a GPU, one after the other."
     if not size.cuda: return lambda: (first(), second(), None)[-1]
     other: Any = torch.cuda.Stream()
     def both() -> None:
@@ -689,7 +689,7 @@ def z_image_stage(size: BenchSize, tell: Tell) -> None:
 # %% ../nbs/18_gpu.ipynb #a4f5753b
 @dataclass(frozen=True)
 class GpuStage:
-    "A function; with less than `least` seconds left it is not begun, after `most` it is stopped."
+    "A function. With less than `least` seconds left it is not begun, and after `most` seconds it is stopped."
     run: Callable[[BenchSize, Tell], None]
     least: float
     most: float
@@ -727,7 +727,7 @@ class Record:
     error: dict[str, str] | None = None
 
     def to_json(self) -> dict[str, Any]:
-        "As it is stored; an error only where there was one."
+        "As it is stored, with `error` only where there was one."
         return {k: v for k, v in asdict(self).items() if v is not None}
 
     def takes(self, kind: str, value: Any) -> bool:
@@ -755,7 +755,7 @@ def _child(name: str, size: BenchSize, pipe: Connection) -> None:
 Told = Callable[[Record], Any]
 
 def listen(pipe: Connection, record: Record, seconds: float, told: Told) -> None:
-    "Read rows into the record for at most `seconds`; `told(record)` after each."
+    "Read rows into the record for at most `seconds`, and call `told(record)` after each."
     start = time.monotonic()
     try:
         while (left := start + seconds - time.monotonic()) > 0 and pipe.poll(left):
@@ -784,13 +784,13 @@ def run_stage(name: str, size: BenchSize, seconds: float, told: Told, method: st
 
 # %% ../nbs/18_gpu.ipynb #13b3951a
 def gpu_card() -> str:
-    "The GPU's name, driver and memory, from its own tool; empty where there is none."
+    "The GPU's name, driver and memory, from its own tool. Empty where there is none."
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     try: return subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()
     except (OSError, subprocess.SubprocessError): return ""
 
 def installed(name: str) -> str | None:
-    "The version of a package; None without it."
+    "The version of a package, None without it."
     try: return version(name)
     except PackageNotFoundError: return None
 
@@ -822,7 +822,7 @@ class ResultsFile:
     def spent(self) -> float: return time.monotonic() - self.start
 
     def keep(self, name: str, record: Record) -> None:
-        "Store a stage; nothing over something is not stored."
+        "Store a stage. An empty result never replaces an older one."
         stages = self.results["stages"]
         if not record.rows and stages.get(name, {}).get("rows"): return
         stages[name] = record.to_json()
@@ -845,7 +845,7 @@ class ResultsFile:
 # %% ../nbs/18_gpu.ipynb #680f19c4
 def run_stages(out: Path, budget: float, size: BenchSize = REAL_SIZE, names: Sequence[str] = (),
                say: Callable[[str], Any] = print) -> dict[str, Any]:
-    "Run the stages (all, or `names`) within `budget` seconds; `out` keeps what it has of other stages."
+    "Run the stages (all, or `names`) within `budget` seconds. `out` keeps the rows of the other stages."
     import_all()
     file, method = ResultsFile(out, size, say), "fork"
     for name in names or list(STAGES):
@@ -983,7 +983,7 @@ def race_ratio(results: dict[str, Any], load: str) -> float | None:
 
 # %% ../nbs/18_gpu.ipynb #497bbdc0
 def as_it_came(results: dict[str, Any], contender: str, one: bool) -> dict[str, Any]:
-    "The row of the engine as it comes for one client or for many; empty where it was not measured."
+    "The row of the engine with its defaults, for one client or for many. Empty where it was not measured."
     rows = [r for s in ("as_it_comes", "sdxl_as_it_comes") for r in stage_rows(results, s, "contender")]
     found = [r for r in rows if r["contender"] == contender and (r["clients"] == 1) == one]
     return found[0] if found else {}

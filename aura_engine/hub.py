@@ -57,7 +57,7 @@ HUB_WORDS = {
 
 # %% ../nbs/15b_hub.ipynb #c4353282
 def stored_token() -> str:
-    """The token from HF_TOKEN or `hf auth login`, without the newline that files end in; '' when there is none.
+    """The token from HF_TOKEN or `hf auth login`, without the newline that files end in. '' when there is none.
 
     With HF_OIDC_RESOURCE set, a job of a CI service gets a token for an hour from the Hub."""
     try: return (os.environ.get("HF_TOKEN") or get_token() or "").strip()
@@ -86,7 +86,7 @@ def _without_password(proxy: str) -> str: return proxy.rpartition("@")[2].rparti
 
 
 def proxy_words(address: str) -> str:
-    "Words that name the proxy of this address, without its password; '' when there is none."
+    "Words that name the proxy of this address, without its password. '' when there is none."
     to = urlsplit(address)
     proxies = getproxies()
     given = proxies.get(to.scheme) or proxies.get("all")
@@ -112,7 +112,7 @@ def why_busy(e: Exception, endpoint: str, clean: Cleaner) -> str:
 
 
 def asked_pause(e: Exception) -> float | None:
-    "The seconds that the Hub asks to wait, at most a minute; None: it says nothing about that."
+    "The seconds that the Hub asks to wait, at most a minute. None: it says nothing about that."
     said = e.response.headers.get("retry-after", "") if isinstance(e, HfHubHTTPError) else ""
     return min(float(said), 60.0) if said.isdigit() else None
 
@@ -315,11 +315,11 @@ class SpaceHub(SpaceSettings):
         self.change(lambda api: api.delete_repo(self.id, repo_type="space"))
 
     def restart(self, rebuild: bool = False) -> str:
-        "Restart the Space, or build it anew first; the stage it then has."
+        "Restart the Space, or build it anew first -> the stage it then has."
         return self.change(lambda api: api.restart_space(self.id, factory_reboot=rebuild)).raw["stage"]
 
     def commit(self, operations: Callable[[], list], message: str, parent: str) -> str:
-        """One commit on top of `parent`; its oid. DeployError 'conflict' when the newest commit is another one.
+        """One commit on top of `parent` -> its oid. DeployError 'conflict' when the newest commit is another one.
 
         `operations` makes the list, because an operation can be used once and a busy Hub is asked again."""
         def committed(api: HfApi) -> Any:
@@ -349,7 +349,7 @@ class SpaceState:
 
     @property
     def machine(self) -> str:
-        "The hardware it has; a Space that does not exist would get `cpu-basic`."
+        "The hardware it has, or `cpu-basic`, which a new Space would get."
         return self.hardware or "cpu-basic"
 
 # %% ../nbs/15b_hub.ipynb #d9bb27bb
@@ -375,7 +375,7 @@ def look_at(hub: SpaceHub) -> SpaceState:
 
 # %% ../nbs/15b_hub.ipynb #cea78d99
 def renamed_lines(state: SpaceState, space_id: str) -> list[str]:
-    "A line when the Hub knows the Space by another name than `space_id`; empty when it does not."
+    "A line when the Hub knows the Space by another name than `space_id`, otherwise empty."
     if state.name in (None, space_id): return []
     return [f"{space_id} is named {state.name} now: use --space-id {state.name}, the old name may get another owner"]
 
@@ -396,7 +396,7 @@ _BAD = re.compile(r"error|exception|traceback|failed|killed|no space|cannot", re
 
 
 def _event(line: str) -> tuple[str, str] | None:
-    "(time, text) of a line of the stream; None for keep-alives and whatever else comes."
+    "(time, text) of a line of the stream. None for keep-alives and whatever else comes."
     if not line.startswith("data: {"): return None
     try:
         event = json.loads(line[6:])

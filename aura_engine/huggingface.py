@@ -113,7 +113,7 @@ BARE = (*MIME.values(), "image/jpg", "application/octet-stream")
 
 # %% ../nbs/10b_huggingface.ipynb #c9e6b4ce
 def hf_size(given: HfParameters) -> Size | None:
-    "Width and height; one of them alone means a square."
+    "Width and height. One of them alone means a square."
     if given.target_size: return given.target_size.width, given.target_size.height
     width, height = given.width or given.height, given.height or given.width
     return (width, height) if width and height else None

@@ -80,7 +80,7 @@ def _next_marker(data: bytes, at: int) -> int:
 
 # %% ../nbs/03a_images.ipynb #3c45fa35
 def jpeg_parts(data: bytes) -> Iterator[Part]:
-    "The segments of a JPEG, by marker in hex: 'c0' … 'ef'; a scan is one part with its pixels."
+    "The segments of a JPEG, by marker in hex: 'c0' … 'ef'. A scan is one part with its pixels."
     at = 2
     while (start := _next_marker(data, at)) + 4 <= len(data):
         marker = data[start + 1]
@@ -191,7 +191,7 @@ def _read_facts(data: bytes) -> tuple[PictureFacts, list[Part]] | None:
 
 # %% ../nbs/03a_images.ipynb #b91bf6b2
 def facts_of(data: bytes, loc: str = "images") -> PictureFacts:
-    "The facts of a PNG, JPEG or WebP file within the limits; Invalid otherwise. No pixel is decoded."
+    "The facts of a PNG, JPEG or WebP file within the limits, or Invalid. No pixel is decoded."
     return _checked(data, loc)[0]
 
 # %% ../nbs/03a_images.ipynb #649239e9
@@ -240,7 +240,7 @@ DECODE_RATES = {
 
 # %% ../nbs/03a_images.ipynb #369218d8
 def decode_cost(facts: PictureFacts, side: float | None = None) -> tuple[float, int]:
-    "(seconds of one core, bytes at the peak) that `decode` of such a file takes; `side` as in `decode`."
+    "(seconds of one core, bytes at the peak) that `decode` of such a file takes. `side` as in `decode`."
     rate = DECODE_RATES[facts.format]
     seconds = facts.pixels * (rate.pixel + rate.scan * facts.scans) + facts.size * rate.byte
     width, height = drafted(facts, side)
@@ -324,7 +324,7 @@ def _from_16_bit(im: Image.Image) -> Image.Image:
 
 # %% ../nbs/03a_images.ipynb #f7b632ba
 def _to_srgb(im: Image.Image, profile: Any) -> Image.Image:
-    "The picture's colours (no alpha) in sRGB; RGB at the end, whatever it was."
+    "The picture's colours (no alpha) in sRGB. The result is RGB, whatever the mode was."
     if not isinstance(profile, bytes) or not 128 <= len(profile) <= MAX_EXTRA: return im.convert("RGB")
     from PIL import ImageCms
     try:
@@ -452,7 +452,7 @@ def with_texts(png: bytes, receipt: Receipt, size: tuple[int, int]) -> bytes:
 
 # %% ../nbs/03a_images.ipynb #752d4d8f
 def as_file(im: Image.Image, format: str, receipt: Receipt, quality: int | None = None) -> tuple[bytes, Receipt]:
-    "`encode`, timed -> (file bytes, the receipt with its `encode` seconds); a PNG holds that receipt."
+    "`encode`, timed -> (file bytes, the receipt with its `encode` seconds). A PNG holds that receipt."
     start = time.perf_counter()
     data = encode(im, format, quality=quality)
     seconds = round(time.perf_counter() - start, 4)
@@ -469,7 +469,7 @@ MAX_RECEIPT = 2**16                              # bytes of JSON; a prompt has a
 
 
 def receipt_of(data: bytes, loc: str = "image") -> Receipt:
-    "The receipt inside a PNG of ours; Invalid when there is none."
+    "The receipt inside a PNG of ours, or Invalid when there is none."
     parts = islice(png_parts(data), MAX_PARTS) if data.startswith(PNG_SIGNATURE) else iter(())
     for part in parts:
         if part.kind == "iTXt" and data.startswith(_RECEIPT_CHUNK, part.body):

@@ -51,7 +51,7 @@ MOST_SETTINGS = 4000                             # characters of the line of set
 _SETTING = re.compile(r'([A-Z][\w /-]{0,40}): ("(?:\\.|[^"\\])*"|[^,"]*)(?:, |$)')
 
 def settings_of(text: str) -> dict[str, str]:
-    "The settings in a `parameters` text, by their names; empty when its last line holds none."
+    "The settings in a `parameters` text, by their names. Empty when its last line holds none."
     line = text.rstrip().rpartition("\n")[2][:MOST_SETTINGS]
     return {name: _unquoted(value) for name, value in _SETTING.findall(line)}
 

@@ -79,7 +79,7 @@ class Arrivals:
         finally: self.bodies.discard(arriving)
 
     def add(self, body: Arriving, size: int) -> None:
-        "Count `size` more bytes of a body; BodiesFull when neither it nor another can make room for them."
+        "Count `size` more bytes of a body. BodiesFull when neither it nor another can make room for them."
         body.size += size
         of_client = sum(b.size for b in self.bodies if b.client == body.client)
         if of_client > self.most // 2:
@@ -182,7 +182,7 @@ def _closing(data: bytes, start: int) -> int:
 
 # %% ../nbs/09c_intake.ipynb #b53959c0
 def parse_json(data: bytes) -> Any:
-    "The value of a JSON body. Malformed when it is none; Invalid when it holds more than `VALUES` values."
+    "The value of a JSON body. Malformed when it is none, Invalid when it holds more than `VALUES` values."
     carved = carve(data) if len(data) > SMALL else None
     try:
         value = json.loads(b"".join(carved.kept) if carved else data)
@@ -309,7 +309,7 @@ class FairPool:
         return await self.turn(DecodeTurn(client, DecodeCost(), asyncio.get_running_loop().create_future()), f, *args)
 
     def _start_next(self) -> None:
-        "Give free slots to those whose client has had the least; of these, to who came first."
+        "Give free slots to those whose client has had the least, and among these to the first that came."
         while self.waiting and len(self.running) < self.slots:
             chosen = min(self.waiting, key=lambda w: self.spent.get(w.client, 0.0))
             self.waiting.remove(chosen)
@@ -374,7 +374,7 @@ class PictureLine(FairPool):
 REST = 3.0                                                    # seconds without a picture before memory is given back
 
 def give_back_memory() -> bool:
-    "Hand memory that nothing refers to back to the system; False where the C library cannot."
+    "Hand memory that nothing refers to back to the system. False where the C library cannot."
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     return bool(trim and trim(0))

@@ -237,7 +237,7 @@ class JobStore:
         self.streams = Counter()                              # the same by client
 
     def sweep(self, room: int = 0) -> None:
-        "Forget what is too old, then what does not fit; leave `room` for new jobs."
+        "Forget what is too old, then what does not fit. Leave `room` for new jobs."
         oldest = time.monotonic() - self.seconds
         ended = sorted((kept for kept in self.kept.values() if kept.ended), key=lambda kept: kept.ended or 0)
         while ended and (ended[0].ended or 0) < oldest:
@@ -273,7 +273,7 @@ class JobStore:
         return kept
 
     async def find(self, id: str) -> KeptJob:
-        "The job of an id; NotFound when it is unknown or forgotten."
+        "The job of an id. NotFound when it is unknown or forgotten."
         self.sweep()
         if id in self.kept: return self.kept[id]
         raise unknown_job(id, self.seconds)
@@ -323,7 +323,7 @@ async def watch_job(api: Api, kept: KeptJob, work: OrderedJob) -> None:
 SMALL_ASK = 64 * 2**10
 
 def kept_ask(body: AnyJob) -> dict[str, Any] | None:
-    "What was posted, as JSON; None where it has pictures in it."
+    "What was posted, as JSON. None where it has pictures in it."
     if not isinstance(body, GenerateJob): return None
     ask = body.model_dump(mode="json", by_alias=True, exclude_unset=True)
     return ask if len(str(ask)) <= SMALL_ASK else None
@@ -346,7 +346,7 @@ async def post_job(request: Request, body: AnyJob) -> Response:
 
 # %% ../nbs/09e_job_routes.ipynb #1ea2d28c
 async def get_job(request: Request, id: str) -> Response:
-    "How far a job is; with its `result` when it has succeeded, its `problem` when not. 410: it was deleted or lost."
+    "How far a job is, with its `result` when it succeeded, its `problem` when not. 410: it was deleted or lost."
     kept = await request.app.state.jobs.find(id)
     status = 410 if kept.gone else 200
     return JSONResponse(job_state(kept, request_id(request)), status, {"cache-control": "no-store"})
@@ -356,7 +356,7 @@ MOST_READERS = 32                                             # of one job at a 
 MOST_STREAMS = 64                                             # that one client reads
 
 async def counted(store: JobStore, kept: KeptJob, after: int, client: str) -> AsyncGenerator[bytes]:
-    "The events of a job above `after`; the reader counts while it reads."
+    "The events of a job above `after`. The job counts its reader while it reads."
     store.readers[kept.id] += 1
     store.streams[client] += 1
     try:

@@ -34,7 +34,7 @@ class News:
             except RuntimeError: pass                   # that loop is closed, so nobody waits there any more
 
     def wait(self, so: Callable[[], bool], timeout: float | None = None) -> bool:
-        "Wait in a thread until `so()`; False after `timeout` seconds."
+        "Wait in a thread until `so()`. False after `timeout` seconds."
         with self._threads: return self._threads.wait_for(so, timeout)
 
     async def wait_in_loop(self, so: Callable[[], bool]) -> None:
@@ -56,7 +56,7 @@ class GrowingLog:
 
     @property
     def done(self) -> bool:
-        "Whether the last event is there; nothing is appended after it."
+        "Whether the last event is there. Nothing is appended after it."
         return bool(self.log) and isinstance(self.log[-1], Done)
 
     def append(self, event: Event) -> None:
@@ -66,7 +66,7 @@ class GrowingLog:
         self._news.tell()
 
     def events(self, timeout: float | None = None) -> Iterator[Event]:
-        "All events from the first to Done. Waits `timeout` seconds for each; then TimeoutError."
+        "All events from the first to Done. Waits `timeout` seconds for each, then raises TimeoutError."
         for i in itertools.count():
             there = self._news.wait(lambda i=i: len(self.log) > i, timeout)
             if not there: raise TimeoutError("no event in time")
@@ -87,7 +87,7 @@ def is_empty(event: Event) -> bool:
     return isinstance(event, (Preview, Image)) and event.image is None
 
 def bytes_in(pixels: Any) -> int:
-    "Bytes that a PIL picture or an array holds; 0 for anything else."
+    "Bytes that a PIL picture or an array holds, 0 for anything else."
     if isinstance(pixels, np.ndarray): return pixels.nbytes
     if isinstance(pixels, Inpainting): return pixels.nbytes
     if isinstance(pixels, Pillow.Image): return pixels.width * pixels.height * len(pixels.getbands())
@@ -104,7 +104,7 @@ class PixelLog(GrowingLog):
         self._preview_bytes = 0
 
     def append(self, event: Event) -> None:
-        "Add an event; free the oldest previews while there are too many bytes."
+        "Add an event. Free the oldest previews while there are too many bytes."
         super().append(event)
         if not isinstance(event, Preview): return
         self._previews.append(len(self.log) - 1)
@@ -153,11 +153,11 @@ class Job(PixelLog):
         self._emitting = threading.Lock()
 
     def cancel(self) -> None:
-        "Ask for an end; the work stops at the next step."
+        "Ask for an end. The work stops at the next step."
         self.cancelled = True
 
     def hurry(self) -> None:
-        "Ask for the pictures as they are at the next step; what has not been begun is left out."
+        "Ask for the pictures as they are at the next step. Pictures that have not been begun are left out."
         self.hurried = True
 
     def emit(self, *events: Event) -> None:

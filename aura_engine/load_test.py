@@ -29,7 +29,7 @@ __all__ = ['DOOR_BODIES', 'Asked', 'questions', 'door_steps', 'Answered', 'Targe
 # %% ../nbs/14c_load_test.ipynb #8e79fdbf
 @dataclass(frozen=True)
 class Asked:
-    "A picture to ask for; without `steps` the engine takes as many as its model needs."
+    "A picture to ask for. Without `steps` the engine takes as many as its model needs."
     prompt: str
     seed: int
     steps: int | None = None
@@ -79,7 +79,7 @@ class Target:
         return Answered(time.monotonic() - start, "" if answer.is_success else str(answer.status_code))
 
     def health(self) -> dict[str, Any]:
-        "What `/health` says, as JSON; empty where it says nothing of that kind."
+        "What `/health` says, as JSON. Empty where the engine has no such address."
         try: said = self.web.get("/health").json()
         except (httpx.HTTPError, ValueError): return {}
         return said if isinstance(said, dict) else {}
@@ -204,7 +204,7 @@ def positive(text: str) -> int:
 
 # %% ../nbs/14c_load_test.ipynb #498cfae0
 def keep_text(file: Path, text: str) -> None:
-    "Write a file; missing folders are made. Invalid when it cannot be written."
+    "Write a file, with missing folders. Invalid when it cannot be written."
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text, encoding="utf-8")

@@ -52,7 +52,7 @@ def torch_wheel() -> str:
     return f"torch {torch.__version__}, {cuda}"
 
 def nvidia_driver(file: Path = Path("/proc/driver/nvidia/version")) -> str | None:
-    "The version of this machine's NVIDIA driver; None when there is none."
+    "The version of this machine's NVIDIA driver. None when there is none."
     try: text = file.read_text()
     except OSError: return None
     found = re.search(r"\b\d{3,}\.\d[\d.]*", text)
@@ -65,7 +65,7 @@ def wheel_and_driver() -> str:
 
 # %% ../nbs/04e_loader.ipynb #a6293dea
 def gpu_fault(device: torch.device) -> str | None:
-    "What is wrong with a GPU, as a trial kernel finds it; None when it works."
+    "What is wrong with a GPU, as a trial kernel finds it. None when it works."
     side = 16
     try:
         ones = torch.ones(side, side, device=device)
@@ -180,7 +180,7 @@ class Components:
 
     @property
     def draws_latents(self) -> bool:
-        "Whether the VAE's encoder answers a distribution; a tiny VAE answers latents."
+        "Whether the VAE's encoder answers a distribution. A tiny VAE answers latents."
         return "encoder_block_out_channels" not in self.vae.config
 
     @property
@@ -270,7 +270,7 @@ def left_open(settings: Settings, way: Choice, usual: Choice) -> bool:
 
 # %% ../nbs/04e_loader.ipynb #ebd0864c
 def no_room(settings: Settings, need: Need, where: str, free: int, others: Mapping[str, int]) -> ModelError:
-    "The error for a model that does not fit; `others`: ways that would, in settings, with their bytes."
+    "The error for a model that does not fit. `others`: settings with which it would, with their bytes."
     would = [f"{way} needs {gib(n)}" for way, n in others.items()]
     words = "; ".join(would[:3]) or "no setting makes it fit"
     sums = f"needs about {need.said()} on {where}, and {gib(free)} are free"

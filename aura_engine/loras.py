@@ -129,7 +129,7 @@ OUTER = {"conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.lin
 IN_BLOCK = re.compile(r"(down|mid|up)_block(?:s\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 
 def original_name(name: str, layers: int, plain_ups: Container[int] = ()) -> str:
-    "A UNet layer's name in the original program. `layers`: resnets a block; `plain_ups`: up blocks without attention."
+    "A UNet layer's name in the original program. `layers`: resnets a block. `plain_ups`: up blocks without attention."
     found = IN_BLOCK.fullmatch(name)
     if not found: return OUTER.get(name, name)
     way, kind, place, rest = found[1], found[3], int(found[4]), found[5]
@@ -189,14 +189,14 @@ class LoraFile:
 
 # %% ../nbs/04d_loras.ipynb #10b3d385
 def alpha_of(name: str, rank: int, settings: Mapping[str, Any]) -> float:
-    "The alpha that peft's settings give a layer; without settings its rank, which is a strength of 1."
+    "The alpha that peft's settings give a layer. Without settings its rank, which is a strength of 1."
     for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern.removeprefix('text_model.')})$", name): return alpha
     return settings.get("lora_alpha", rank)
 
 # %% ../nbs/04d_loras.ipynb #b77b408e
 def lora_layer(tensors: dict[str, torch.Tensor], settings: Mapping[str, Any], name: str = "") -> LoraLayer | None:
-    "Layer `name` from its tensors; None when one side is missing. `settings`: peft's, where the file has them."
+    "Layer `name` from its tensors. None when one side is missing. `settings`: peft's, where the file has them."
     if "down" not in tensors or "up" not in tensors: return None
     down, up = tensors["down"], tensors["up"]
     if "mid" in tensors:

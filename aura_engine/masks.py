@@ -74,7 +74,7 @@ def widened(box: Region, shape: Size, picture: Size) -> Region:
 # %% ../nbs/03b_masks.ipynb #edd9ad74
 @dataclass(frozen=True)
 class Inpainting:
-    "A picture (RGB), its mask (L, same size; white is drawn anew), the box that is worked on, the padding asked for."
+    "A picture (RGB), its mask (L, same size, white is drawn anew), the box that is worked on, the padding asked for."
     picture: Image.Image
     mask: Image.Image
     box: Region

@@ -112,7 +112,7 @@ def gib(n: int) -> str:
 # %% ../nbs/03e_memory.ipynb #ca49f62a
 @dataclass(frozen=True)
 class Need:
-    "Bytes on the device: `weights` by part; work of a prompt, of a row of a step, of a picture. `host`: main memory."
+    "Bytes on the device: `weights` by part, work of a prompt, of a row of a step, of a picture. `host`: main memory."
     weights: dict[str, int]
     text: int = 0
     step: int = 0
@@ -128,7 +128,7 @@ class Need:
         return sum(self.weights.values()) + work + self.reserve
 
     def most(self, free: int, wanted: int) -> int:
-        "How many pictures can share the calls (1, 2, 4 … up to `wanted`); 0: not even one."
+        "How many pictures can share the calls (1, 2, 4 … up to `wanted`). 0: not even one."
         fitting = [n for n in (1, 2, 4, 8, 16, 32, 64) if n <= wanted and self.peak(n) <= free]
         return max(fitting, default=0)
 

@@ -52,7 +52,7 @@ EPSILON = 1e-9                                   # 20 * 0.15 is 2.99999999999999
 
 
 def executed_steps(steps: int, strength: float, most: int) -> tuple[int, int]:
-    "(steps run, length of the timetable) of a refinement; the timetable has at most `most` steps."
+    "(steps run, length of the timetable) of a refinement. The timetable has at most `most` steps."
     table = min(math.ceil(steps / strength - EPSILON), most)
     run = min(int(table * strength + EPSILON), steps)
     return max(1, run), table
@@ -139,7 +139,7 @@ def lcm_lora(base: Row, lora: str) -> Row:
 
 # %% ../nbs/02_models.ipynb #3222369b
 def lcm_model(base: Row, /, **where: Any) -> Row:
-    "The LCM distilled from `base`; `where` says where it lies (`ids`, or `base` and `unet`)."
+    "The LCM distilled from `base`. `where`: the files it is in (`ids`, or `base` and `unet`)."
     figures = ("card: LCMScheduler, 4 steps, guidance 8; diffusers' guide to LCM: the UNet was trained with guidance "
                "3 to 13")
     kept = {"ids": (), "note": "guidance is an input of the UNet", "figures": figures, **where}
@@ -154,7 +154,7 @@ def distilled(base: Row, /, name: str, steps: int, sampler: str, most: int | Non
 
 # %% ../nbs/02_models.ipynb #4718ab47
 def hyper(base: Row, stem: str, steps: int) -> Row:
-    "Hyper-SD's LoRA for `steps` steps; its file's name begins with `stem`."
+    "Hyper-SD's LoRA for `steps` steps, in a file whose name begins with `stem`."
     plural = "s" if steps > 1 else ""
     file = f"ByteDance/Hyper-SD/{stem}-{steps}step{plural}-lora.safetensors"
     name = f"{base.name}-hyper-{steps}"
@@ -534,7 +534,7 @@ def detect(pipeline: str, unet: dict[str, Any], lora: str | None, tokens: int = 
 
 # %% ../nbs/02_models.ipynb #8e30a540
 def detect_flow(pipeline: str, distilled: bool, side: int | None) -> Row | None:
-    "The row of a flow-matching transformer by its pipeline's class; None for another. `side`: its VAE's picture."
+    "The row of a flow-matching transformer by its pipeline's class, None for another. `side`: its VAE's picture."
     name = {KLEIN: "flux2-klein" if distilled else "flux2-klein-base", Z_IMAGE: "z-image-turbo"}.get(pipeline)
     if name is None: return None
     row = ROWS[name]
@@ -551,7 +551,7 @@ NARROWEST = 3                                    # the longer side is at most th
 
 
 def size_for(row: Row, aspect: str, resolution: str) -> tuple[int, int]:
-    "'4:3' and 'high' or 'standard' -> (width, height) in pixels; Invalid beyond 1:3 and 3:1."
+    "'4:3' and 'high' or 'standard' -> (width, height) in pixels. Invalid beyond 1:3 and 3:1."
     w, h = (int(part) for part in aspect.split(":"))
     if max(w, h) > NARROWEST * min(w, h):
         raise Invalid.value("aspectRatio", given=aspect, allowed=f"W:H between 1:{NARROWEST} and {NARROWEST}:1")
@@ -568,6 +568,6 @@ def makes(row: Row, width: int, height: int) -> bool:
 
 # %% ../nbs/02_models.ipynb #41733c74
 def limits_of(row: Row, gpu: bool, mask: bool = False) -> Limits:
-    "What may be asked of `row` on this machine; without a GPU the largest picture is the `standard` one."
+    "What may be asked of `row` on this machine. Without a GPU the largest picture is the `standard` one."
     most = row.native if gpu else round(row.native * row.standard)
     return Limits(row.steps, row.guidance, row.native, most, mask, row.loras)

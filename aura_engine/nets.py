@@ -51,7 +51,7 @@ def byte_pairs(corpus: list[str], size: int = 5120) -> tuple[list[str], list[tup
 # %% ../nbs/90c_nets.ipynb #af0efb54
 def make_tokenizer(names: list[list[str]], words: list[str], folder: Path,
                    seed: int = 0) -> CLIPTokenizer:
-    "Train a CLIPTokenizer and save it in `folder`; one that is there already is kept."
+    "Train a CLIPTokenizer and save it in `folder`. One that is there already is kept."
     from transformers import CLIPTokenizer
     if not (folder / "tokenizer.json").exists():
         alphabet, merges = byte_pairs(caption_corpus(names, words, seed))
@@ -149,7 +149,7 @@ def make_unet(channels: int = CHANNELS) -> UNet2DConditionModel:
 
 # %% ../nbs/90c_nets.ipynb #be372b40
 def make_schedule() -> DDIMScheduler:
-    "The noise schedule of the embedded model, saved with it; samplers are built from its configuration."
+    "The noise schedule of the embedded model, saved with it. Samplers are built from its configuration."
     from diffusers import DDIMScheduler
     return DDIMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2", clip_sample=False,
                          prediction_type="v_prediction", rescale_betas_zero_snr=True, steps_offset=1,

@@ -93,7 +93,7 @@ class EditRequest(ImagesRequest):
 QUALITY = {"low": 0.5, "medium": 1.0, "high": 1.5, "standard": 1.0, "hd": 1.5, "auto": 1.0}
 
 def steps_for(ask: ImagesRequest, row: Row, notes: list[Note]) -> int | None:
-    "The steps that a request asks for, by number or by `quality`; None: the model's own."
+    "The steps that a request asks for, by number or by `quality`. None: the model's own."
     if ask.num_inference_steps is not None: return ask.num_inference_steps
     factor = QUALITY.get(ask.quality)
     if factor == 1.0: return None
@@ -246,7 +246,7 @@ class Shelf:
         return name
 
     def get(self, name: str) -> Shelved:
-        "The picture of that name; NotFound when it is unknown or gone."
+        "The picture of that name. NotFound when it is unknown or gone."
         self._sweep()
         if name in self.kept: return self.kept[name]
         raise NotFound(f"No picture {shown(name, 60)}: addresses are good for {self.seconds / 60:g} minutes at most.")
@@ -279,7 +279,7 @@ async def get_picture(request: Request, name: str) -> Response:
 
 # %% ../nbs/10a_openai.ipynb #b1d55cef
 def openai_json(request: Request, ask: ImagesRequest, made: Files, drawn: Size) -> dict[str, Any]:
-    "Finished pictures as OpenAI's answer; receipts and warnings stand beside its own fields."
+    "Finished pictures as OpenAI's answer. Receipts and warnings stand beside its own fields."
     if ask.by_address:
         shelf, client = shelf_of(request), client_behind(request)
         names = [shelf.put(file, made.format, client) for file in made.files]
@@ -299,7 +299,7 @@ class Partials:
         self.sent: dict[int, int] = {}
 
     def number(self, index: int) -> int | None:
-        "The number of the preview that picture `index` shows now; None when it is not one of those to send."
+        "The number of the preview that picture `index` shows now. None when it is not one of those to send."
         now, sent = self.steps[index], self.sent.get(index, 0)
         due = now.step * (self.most + 1) // now.steps
         if now.step >= now.steps or sent >= min(due, self.most): return None
@@ -344,7 +344,7 @@ async def openai_events(api: Api, work: OrderedJob, ask: ImagesRequest,
 
 # %% ../nbs/10a_openai.ipynb #6b916135
 async def openai_stream(api: Api, work: OrderedJob, ask: ImagesRequest, kind: str) -> AsyncGenerator[bytes]:
-    "The same as frames; an error ends it as OpenAI's does."
+    "The same as frames. An error ends it as OpenAI's does."
     try:
         async with aclosing(openai_events(api, work, ask, kind)) as events:
             async for event in events: yield sse_frame(event["type"], event)
@@ -516,7 +516,7 @@ async def get_models(request: Request) -> Response:
 
 # %% ../nbs/10a_openai.ipynb #cac97819
 async def get_model(request: Request, id: str) -> Response:
-    "OpenAI's models.retrieve; without a name it is the list."
+    "OpenAI's models.retrieve. Without a name, it is the list."
     if not id: return await get_models(request)
     api: Api = request.app.state.api
     name = model_for(request, id) or (api.models.seats.default.name if api.models else api.settings.model_id)

@@ -87,7 +87,7 @@ def set_threads(parts: Components, settings: Settings) -> str:
 
 # %% ../nbs/05f_optimize.ipynb #d87f12fd
 def can_bf16(parts: Components, settings: Settings) -> Answer:
-    "Where it was chosen; under `auto`, for a large model, when a product in bf16 is faster."
+    "Where it was chosen. Under `auto`, for a large model, when a product in bf16 is faster."
     if parts.device.type != "cpu" or parts.precision != "fp32" or settings.precision == "fp32":
         return False
     if settings.precision == "bf16": return True
@@ -331,7 +331,7 @@ def draw(parts: Components, text: torch.Tensor, side: int, steps: int = 4, seed:
 # %% ../nbs/05f_optimize.ipynb #4b3887f6
 @dataclass
 class Variant:
-    "A row of the waterfall: seconds of step, decode, picture; gain and errors (of 255) against row one."
+    "A row of the waterfall: seconds of step, decode and picture. Gain and errors (of 255) are against row one."
     name: str
     step: float
     decode: float
@@ -349,7 +349,7 @@ def middle(values: list[float]) -> float:
 # %% ../nbs/05f_optimize.ipynb #3a07584f
 def measured(name: str, parts: Components, text: torch.Tensor, side: int, steps: int, rounds: int,
              first: Variant | None) -> Variant:
-    "Draw `rounds` times; the first one warms up."
+    "Draw `rounds` times. The first one warms up."
     if parts.backend == "openvino":
         parts.vae.decode.graphs.prepare((1, parts.latent_channels, side, side))
     drawn = [draw(parts, text, side, steps) for _ in range(rounds)][-max(1, rounds - 1):]

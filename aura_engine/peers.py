@@ -43,7 +43,7 @@ class Peer:
     web: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=600, headers={"accept": "image/png"}))
 
     def __call__(self, picture: Picture) -> None:
-        "Ask for a picture; an error status raises."
+        "Ask for a picture. An error status raises."
         self.web.post(self.url + self.path, json=self.body(picture)).raise_for_status()
 
     def health_ms(self) -> float:
@@ -55,7 +55,7 @@ class Peer:
 # %% ../nbs/14b_peers.ipynb #f71b0b51
 @contextmanager
 def started_on(core: int | None) -> Iterator[None]:
-    "What is started in this block may use one core only; None: any."
+    "What is started in this block may use only this core. None: any."
     before = allow({core} if core is not None else set())
     try: yield
     finally: allow(before)
@@ -141,7 +141,7 @@ def peers_compare(command: Path | None, n: int = 32, runs: int = 3, clients: Seq
 
 # %% ../nbs/14b_peers.ipynb #9eae6ca5
 def peers_table(results: dict[str, Any]) -> str:
-    "The rows as a markdown table; /health at the largest load."
+    "The rows as a markdown table, with /health at the largest load."
     most = max(r["clients"] for r in results["rows"])
     rows = []
     for r in results["rows"]:

@@ -33,7 +33,7 @@ __all__ = ['CLOSELY', 'MOST_HELPED', 'STRENGTH', 'MOST_VERSIONS', 'Label', 'Samp
 # %% ../nbs/03d_planning.ipynb #b19b3380
 @cache
 def known_words(folder: Path) -> frozenset[str]:
-    "The words in `folder`/words.txt; empty for a model that has no such list."
+    "The words in `folder`/words.txt. Empty for a model that has no such list."
     file = folder / "words.txt"
     return frozenset(file.read_text(encoding="utf-8").split()) if file.exists() else frozenset()
 
@@ -211,7 +211,7 @@ def _size(request: GenerateRequest, row: Row, gpu: bool, notes: list[Note]) -> t
 
 # %% ../nbs/03d_planning.ipynb #f7b08f10
 def allowed_lora(alias: str | None, row: Row, field: str = "lora") -> str | None:
-    "`alias` if the loaded model has a LoRA of that name, None for no alias; Invalid names those it has."
+    "`alias` if the loaded model has a LoRA of that name, None for no alias. Invalid names those it has."
     if not alias: return None
     if alias in row.loras: return alias
     allowed = ", ".join(row.loras) or "none are set: SD_LORAS names those that a request may ask for"
@@ -219,7 +219,7 @@ def allowed_lora(alias: str | None, row: Row, field: str = "lora") -> str | None
 
 # %% ../nbs/03d_planning.ipynb #9532706a
 def _unsized_picture(row: Row, prompt: str, r: GenerateRequest | RefineConfig, notes: list[Note]) -> Picture:
-    "The picture that all pictures of a request are copies of; its size is still open (0)."
+    "The picture that all pictures of a request are copies of. Its size is still open (0)."
     steps = _steps(row, r.steps, notes)
     guidance = _guidance(row, r.guidance_scale, notes)
     _warn_of_negative(row, r.negative_prompt, guidance, notes)

@@ -15,7 +15,7 @@ __all__ = ['STEP', 'MOST_WEIGHT', 'MOST_FACTOR', 'Piece', 'Span', 'Reading', 'fa
 # %% ../nbs/03c_prompt_weights.ipynb #8ebc966c
 @dataclass(frozen=True)
 class Piece:
-    "A stretch of a prompt and its weight; 1 leaves it as it is."
+    "A stretch of a prompt and its weight. 1 leaves it as it is."
     text: str
     weight: float = 1.0
 
@@ -66,7 +66,7 @@ def factor_of(text: str) -> float:
 
 # %% ../nbs/03c_prompt_weights.ipynb #d552e970
 def _take(reading: Reading, token: str, weight: str | None) -> None:
-    "Read the next token; `weight` is the number in it, if it is one like `:1.3)`."
+    "Read the next token. `weight`: the number in it, if it is one like `:1.3)`."
     if token == "(": reading.round.append(len(reading.texts))
     elif token == "[": reading.square.append(len(reading.texts))
     elif weight is not None and reading.round: reading.close(reading.round, factor_of(weight))

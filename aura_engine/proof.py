@@ -187,7 +187,7 @@ def unreached(e: httpx.HTTPError) -> DeployError:
 # %% ../nbs/15d_proof.ipynb #22a6f471
 @dataclass(frozen=True)
 class Patience:
-    "How long a question is asked. `meanwhile(reason, seconds)` is called between two tries; it may raise."
+    "How long a question is asked. `meanwhile(reason, seconds)` is called between two tries, and may raise."
     seconds: float
     poll: float
     meanwhile: Callable[[str, float], None] = lambda reason, seconds: None
@@ -217,7 +217,7 @@ AGAIN = 15.0            # seconds after which the same reason is said again
 
 
 class SmokeProgress:
-    "Says why a smoke test still waits; a `Patience.meanwhile`."
+    "Says why a smoke test still waits, as a `Patience.meanwhile`."
     def __init__(self, say: Say, newest: Callable[[], None] = lambda: None):
         self.say = say
         self.newest = newest            # raises when our commit is not the newest one any more
@@ -233,14 +233,14 @@ class SmokeProgress:
 
 # %% ../nbs/15d_proof.ipynb #2a33a7a8
 def app_answer(r: httpx.Response) -> httpx.Response:
-    "The answer, if the engine gave it; NotYet when it comes from the proxy."
+    "The answer, if the engine gave it. NotYet when it comes from the proxy."
     if "x-aura-engine" in r.headers: return r
     where = f"{r.request.method} {r.request.url.path}"
     raise NotYet(f"{where}: the Space's proxy answered {r.status_code}, not the engine")
 
 # %% ../nbs/15d_proof.ipynb #74d5ca95
 def check_health(web: httpx.Client, build: str | None, age: Callable[[], float] | None) -> dict[str, Any]:
-    "What /health says, when it is of the right build and ready. `age`: seconds since the change; None: any process."
+    "What /health says, when it is of the right build and ready. `age`: seconds since the change. None: any process."
     h = app_answer(web.get("/health")).json()
     if h.get("status") == "failed":
         raise DeployError("smoke", f"the engine could not load its model: {h.get('reason')}")
@@ -280,7 +280,7 @@ ONE_COLOUR = 16       # a picture whose channels all span less than this (of 255
 
 
 def check_picture(web: httpx.Client, origin: str | None, key: str | None) -> str | None:
-    "A picture for an allowed origin, as base64; None when the engine asks for a key that we do not have."
+    "A picture for an allowed origin, as base64. None when the engine asks for a key that we do not have."
     headers = {}
     if origin and origin != "*": headers["Origin"] = origin
     if key: headers["Authorization"] = f"Bearer {key}"

@@ -91,13 +91,13 @@ class Paces:
         self._lines.pop(client, None)
 
     def of(self, client: str, now: float, clients: int) -> float:
-        "The pace of a client; while nothing is known of it, everybody's equal share of `clients`."
+        "The pace of a client. While nothing is known of it, everybody's equal share of `clients`."
         since, had = self._lines.get(client, (now, 0.0))
         return max(1.0, (now - since) / had if had else clients)
 
 # %% ../nbs/08b_queue.ipynb #1eece887
 class ClientLine(list[E]):
-    "One client's tasks in its own order; they are taken from the front."
+    "One client's tasks in its own order. They are taken from the front."
     def __init__(self, owing: float, clear: float):
         super().__init__()
         self.in_debt = owing > 0
@@ -164,7 +164,7 @@ class OwnLineFull(QueueFull): "You have as much work waiting as one client may"
 
 def line_full(there: Sequence[Entry], mine: Sequence[Entry], cost: StepCost,
               limit: float, pace: float) -> QueueFull | None:
-    "Why a client with its entries among those that are `there` may not add `mine`; None: it may."
+    "Why a client with its entries among those that are `there` may not add `mine`. None: it may."
     client = mine[0].client
     own = [e for e in there if e.client == client]
     seconds = work([*own, *mine], cost)
@@ -188,7 +188,7 @@ class Standing:
         return replace(self, seconds=self.seconds + beside(self.seconds))
 
 def too_late(standing: Standing, limit: float) -> QueueFull | None:
-    "Why a newcomer who stands there cannot be promised its pictures within `limit` seconds; None: it can."
+    "Why a newcomer who stands there cannot be promised its pictures within `limit` seconds. None: it can."
     if not standing.ahead or standing.seconds <= limit: return None
     said = f"{standing.ahead} pictures are ahead, so this would take about {standing.seconds:.0f} seconds"
     return QueueFull(f"{said}; this engine promises at most {limit:g}.", retry_after=max(1.0, standing.seconds - limit))
@@ -215,7 +215,7 @@ class TaskLine:
         self.clock = time.monotonic
 
     def wait(self, closed: Callable[[], bool]) -> list[Task]:
-        "All tasks; waits until one is due, or `closed()`."
+        "All tasks. Waits until one is due, or `closed()`."
         with self.changed:
             while not (any(task.due for task in self.tasks) or closed()): self.changed.wait()
             return self.tasks
@@ -237,7 +237,7 @@ class TaskLine:
         return now
 
     def remove(self, gone: Callable[[Task], bool]) -> None:
-        "Take tasks out; their clients are charged for what they have had, also when they leave early."
+        "Take tasks out. Their clients are charged for what they have had, also when they leave early."
         with self.changed:
             leaving = [t for t in self.tasks if gone(t)]
             self.tasks = [t for t in self.tasks if not gone(t)]
@@ -264,7 +264,7 @@ class Promise:
 
 # %% ../nbs/08b_queue.ipynb #01f1e856
 class Admission:
-    "Promises and refusals. `limit`: seconds that may be promised; `longest`: the longest deadline."
+    "Promises and refusals. `limit`: seconds that may be promised. `longest`: the longest deadline."
     def __init__(self, limit: float, longest: float):
         self.limit, self.longest = limit, longest
         self.lateness = Lateness()
@@ -338,7 +338,7 @@ class Queue(TaskLine):
         job.emit(*last_events(job, error))
 
     def stop(self, error: AuraError) -> None:
-        "Take no more jobs; those that wait end with `error`."
+        "Take no more jobs. Those that wait end with `error`."
         with self.changed:
             self.stopped = error
             self.changed.notify_all()

@@ -105,7 +105,7 @@ class Trial:
 
 # %% ../nbs/08c_runner.ipynb #975860ad
 def try_out(parts: Components, texts: TextCache) -> Trial:
-    "Make the model's first picture; raises Degenerate if there is nothing in it."
+    "Make the model's first picture. Raises Degenerate if there is nothing in it."
     row = parts.row
     least, usual, most = row.steps
     # a fixed number of steps, or as few as will do
@@ -174,7 +174,7 @@ def versions_of(parts: Components) -> dict[str, str]:
 # %% ../nbs/08c_runner.ipynb #ca58c7f8
 def receipt_of_task(task: Task, parts: Components, versions: dict[str, str],
                     repairs: Sequence[str] = ()) -> Receipt:
-    "How this picture was made; `repairs`: what had to be done about it beyond the plan."
+    "How this picture was made. `repairs`: what had to be done about it beyond the plan."
     p = task.picture
     return Receipt(
         prompt=p.prompt, negative_prompt=p.negative_prompt, width=p.width, height=p.height,
@@ -203,7 +203,7 @@ def cut_short(task: Task) -> bool:
     return True
 
 def left_out(task: Task) -> list[str]:
-    "What the receipt of a picture says that was cut short; the job's warnings say it too."
+    "What the receipt of a picture says that was cut short. The job's warnings say it too."
     t = task.trajectory
     if t is None or t.done: return []
     said = f"interrupted after step {t.k} of {t.steps}"
@@ -240,7 +240,7 @@ def pasted(inpainting: Inpainting, made: Decoded) -> Decoded:
 
 # %% ../nbs/08c_runner.ipynb #b01486a0
 class Runner:
-    "A loaded model at work. `cost` learns from every call; `texts` keeps encoded prompts."
+    "A loaded model at work. `cost` learns from every call. `texts` keeps encoded prompts."
     def __init__(self, parts: Components, cost: StepCost, matrix: np.ndarray, texts: TextCache):
         self.parts = parts
         self.cost = cost

@@ -127,7 +127,7 @@ def match_posed(drawn: torch.Tensor, art: Art, among: Among, pose: Pose) -> Matc
 
 # %% ../nbs/90e_score.ipynb #ae5dcebb
 def nearest_posed(drawn: torch.Tensor, art: Art, among: Among = Among()) -> Found:
-    "As `nearest`, for things in any pose; the scenes found have their pose."
+    "As `nearest`, for things in any pose. The scenes found have their pose."
     best = match_posed(drawn, art, among, SEARCHED[0])
     for pose in SEARCHED[1:]: best = best.or_closer(match_posed(drawn, art, among, pose))
     return best.scenes, best.five()
@@ -135,7 +135,7 @@ def nearest_posed(drawn: torch.Tensor, art: Art, among: Among = Among()) -> Foun
 # %% ../nbs/90e_score.ipynb #d6f2042f
 @dataclass(frozen=True)
 class How:
-    "How pictures are drawn; `rows` of them share a UNet call, and `strength` is for refinements."
+    "How pictures are drawn. `rows` of them share a UNet call, and `strength` is for refinements."
     steps: int = 4
     sampler: str | None = None
     guidance: float = 1.
@@ -153,7 +153,7 @@ class How:
 # %% ../nbs/90e_score.ipynb #c4f972ce
 def draw_prompts(parts: Components, prompts: Sequence[str], how: How = How(),
                  starts: Sequence[Image.Image | None] = ()) -> torch.Tensor:
-    "[B, 3, H, W] in -1..1 for B prompts; each refined from its picture in `starts`, if there are any."
+    "[B, 3, H, W] in -1..1 for B prompts. Each is refined from its picture in `starts`, if there are any."
     texts, drawn = TextCache(parts), []
     asked = [how.picture(k, p, starts[k] if starts else None) for k, p in enumerate(prompts)]
     for k in range(0, len(asked), how.rows):

@@ -83,7 +83,7 @@ class FarJob(KeptJob):
 
 # %% ../nbs/09g_shared_jobs.ipynb #88782bf4
 def far_job(id: str, entries: Entries) -> FarJob:
-    "The job of a stream's entries from the beginning; the first one names the process."
+    "The job of a stream's entries from the beginning. The first one names the process."
     (_, first), *rest = entries
     far = FarJob(id, first["process"], json.loads(first["ask"]))
     far.take(rest)
@@ -193,7 +193,7 @@ class FarReader:
     def __init__(self, redis: Any): self.redis = redis
 
     async def whole(self, id: str) -> FarJob | None:
-        "The job of an id from its beginning; None when there is none."
+        "The job of an id from its beginning. None when there is none."
         entries = await self.redis.xrange(stream_of(id))
         if not entries: return None
         far = far_job(id, entries)
@@ -233,7 +233,7 @@ class KnownJobs:
         self.jobs: dict[str, FarJob] = {}
 
     def get(self, id: str) -> FarJob | None:
-        "What is known of a job that runs; None: read it from its beginning."
+        "What is known of a job that runs. None: read it from its beginning."
         far = self.jobs.get(id)
         # of one that has ended, was deleted or lost its reader the log is closed
         return far if far and not far.log.closed else None
@@ -256,7 +256,7 @@ class FarJobs(FarReader):
         self.known = KnownJobs()
 
     async def job(self, id: str) -> FarJob | None:
-        "The job of an id; None when there is none."
+        "The job of an id. None when there is none."
         far = self.known.get(id)
         with redis_reached():
             if far is None: far = await self.whole(id)
@@ -355,7 +355,7 @@ class SharedJobs(WrittenJobs):
         self.far = FarJobs(redis)
 
     async def find(self, id: str) -> KeptJob:
-        "The job of an id, wherever it runs. NotFound; StoreUnreachable when it may be another engine's."
+        "The job of an id, wherever it runs. NotFound, or StoreUnreachable when it may be another engine's."
         far = await self.far.job(id) if id not in self.kept and SHARED_ID.fullmatch(id) else None
         return far or await super().find(id)
 

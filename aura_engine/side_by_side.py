@@ -51,7 +51,7 @@ def unknown_model(name: str, names: list[str], loc: str = "model") -> Invalid:
 
 # %% ../nbs/08e_side_by_side.ipynb #464083e8
 class Turnstile:
-    "Lets one engine work at a time; next is the one that has had the least of the device."
+    "Lets one engine work at a time. Next is the one that has had the least of the device."
     def __init__(self):
         self._changed = threading.Condition()
         self._taken = False
@@ -151,7 +151,7 @@ def status_of(seat: Seat) -> ModelStatus:
     return ModelStatus.failed if failed else ModelStatus.unloaded
 
 def seconds_until_loaded(seat: Seat) -> float:
-    "Predicted seconds, when nothing else is to be done before; 0 when that is not known."
+    "Predicted seconds, when nothing else is to be done before. 0 when that is not known."
     if seat.usable or seat.known is None: return 0.0
     if status_of(seat) is not ModelStatus.loading: return seat.known.seconds
     return max(0.0, seat.known.seconds - (time.monotonic() - seat.since))
@@ -203,7 +203,7 @@ class Seats:
         self.file = file
 
     def find(self, name: str | None, loc: str = "model") -> Seat:
-        "The seat of a model by its name or its id; None: the default. Invalid names those there are."
+        "The seat of a model by its name or its id. None: the default. Invalid names those there are."
         if name is None: return self.default
         if name in self.by_name: return self.by_name[name]
         for seat in self.by_name.values():
@@ -234,7 +234,7 @@ class Room(Seats):
         return sum(seat.known.bytes for seat in together if seat.known) > self.budget
 
     def victim(self, coming: Seat) -> Seat | None:
-        "The model that leaves for another; None: none has to, or none is there."
+        "The model that leaves for another. None: none has to, or none is there."
         others = [seat for seat in self.loaded if seat is not coming]
         if not others or not self.excess(coming): return None
         return min(others, key=lambda seat: (seat.busy, seat.used))
@@ -259,7 +259,7 @@ class Leaving:
         self.closed = False
 
     def make_room(self, coming: Seat) -> bool:
-        "Unload others until a model fits; False when nobody waits for it any more."
+        "Unload others until a model fits. False when nobody waits for it any more."
         while True:
             with self.changed:
                 needed = coming.wanted and not self.closed
@@ -382,7 +382,7 @@ class Claims(Loading):
         self.seats.default.about = make(self.settings).health()
 
     def claim(self, name: str | None = None, loc: str = "model") -> Claim:
-        "A claim to the model of a name; Invalid names those there are."
+        "A claim to the model of a name. Invalid names those there are."
         return Claim(self.seats.find(name, loc), self)
 
     def enter(self, claim: Claim) -> None:
@@ -428,7 +428,7 @@ def broken(seat: Seat) -> NotReady | None:
     return NotReady(engine.reason, retry_after=TRY_AGAIN)
 
 def check_wait(seats: Room, seat: Seat, left: float, asked: float | None) -> None:
-    "Raise QueueFull or Invalid when a model cannot be loaded within a request's `left` seconds; `asked`: its deadline."
+    "Raise QueueFull or Invalid when a model cannot be loaded within a request's `left` seconds. `asked`: its deadline."
     ahead, own, most = seats.ahead(seat), seconds_until_loaded(seat), seat.settings.max_queue_seconds
     if asked is not None and own > left:
         why = f"the model {seat.name} has to be loaded"
@@ -503,12 +503,12 @@ class ModelsView(Claims):
 class Models(ModelsView):
     "The models of a process: to the server one engine with several models. `make`: settings -> an engine."
     def start(self) -> Models:
-        "Begin to load the default model; returns at once."
+        "Begin to load the default model. Returns at once."
         self.thread.start()
         return self
 
     def wait_ready(self, timeout: float | None = None) -> bool:
-        "Wait until the default model is loaded or has failed for the first time; -> ready."
+        "Wait until the default model is loaded or has failed for the first time -> ready."
         self.news.wait(lambda: self.closed or not self.seats.default.asked, timeout)
         return self.ready
 

@@ -187,7 +187,7 @@ def discard(path: Path) -> None:
 
 # %% ../nbs/05c_static_graphs.ipynb #af83c4a1
 def stored_in(folder: Path) -> list[Stored]:
-    "What is in a folder of graphs, latest use first; nothing if it cannot be read."
+    "What is in a folder of graphs, latest use first. Empty if it cannot be read."
     found = []
     try: paths = list(folder.iterdir())
     except OSError: return []
@@ -217,7 +217,7 @@ def left_over(stored: Sequence[Stored], keep: int, room: int) -> list[Stored]:
 
 # %% ../nbs/05c_static_graphs.ipynb #2ca52980
 def tidy(folder: Path, keep: int = MOST_GRAPHS, room: int = MOST_BYTES) -> list[Stored]:
-    "Delete what a folder of graphs should not hold any more -> what was deleted; the log says it too."
+    "Delete what a folder of graphs should not hold any more -> what was deleted. The log says it too."
     stored = stored_in(folder)
     if not stored: return []
     gone = left_over(stored, keep, min(room, shutil.disk_usage(folder).total // 2))
@@ -253,7 +253,7 @@ def hushed() -> Iterator[None]:
 PATIENCE = 600.0                                 # seconds
 
 def take_lock(file: int, patience: float) -> bool:
-    "Lock an open file for this process; False after `patience` seconds, or where that is not possible."
+    "Lock an open file for this process. False after `patience` seconds, or where that is not possible."
     try: import fcntl
     except ImportError: return False             # Windows
     end = time.monotonic() + patience
@@ -356,7 +356,7 @@ ONE_AT_A_TIME = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1, "ENABLE_CPU_PI
 
 # %% ../nbs/05c_static_graphs.ipynb #df80c607
 class Earned:
-    "Seconds that shapes have spent on the dynamic graph; the `most` latest shapes are known."
+    "Seconds that shapes have spent on the dynamic graph. The `most` latest shapes are known."
     def __init__(self, most: int = 256):
         self.most = most
         self._seconds: OrderedDict[Shapes, float] = OrderedDict()
@@ -388,14 +388,14 @@ class Held:
     def __contains__(self, shapes: Shapes) -> bool: return shapes in self._graphs
 
     def get(self, shapes: Shapes) -> Any:
-        "The graph for these shapes; None when there is none."
+        "The graph for these shapes. None when there is none."
         with self._lock:
             if shapes not in self._graphs: return None
             self._graphs.move_to_end(shapes)
             return self._graphs[shapes][0]
 
     def add(self, shapes: Shapes, graph: Any, size: int) -> None:
-        "Keep a graph of `size` bytes; others go if it does not fit beside them."
+        "Keep a graph of `size` bytes. Others go if it does not fit beside them."
         with self._lock:
             self._graphs[shapes] = graph, size
             while len(self._graphs) > AT_LEAST and self._crowded(): self._graphs.popitem(last=False)
@@ -419,7 +419,7 @@ class Compiler:
     threads: int
 
     def __call__(self, shapes: Shapes | None = None) -> Any:
-        "A graph for these input shapes alone; None: for all."
+        "A graph for these input shapes alone. None: for all."
         import openvino as ov
         model = self.model.clone()
         if shapes is not None:
@@ -430,7 +430,7 @@ class Compiler:
 
 # %% ../nbs/05c_static_graphs.ipynb #31ad45b7
 class StaticGraphs:
-    "An OpenVINO model, compiled for shapes. `keep`: most graphs; `budget`: their bytes (0: a sixth of the memory)."
+    "An OpenVINO model, compiled for shapes. `keep`: most graphs. `budget`: their bytes (0: a sixth of the memory)."
     def __init__(self, model: Any, names: tuple[str, ...], precision: str = "fp32", keep: int = AT_MOST,
                  threads: int = 0, budget: int = 0):
         self.model, self.names, self.precision = model, names, precision

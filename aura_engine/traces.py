@@ -93,7 +93,7 @@ def trace_job(job: Job) -> None:
 
 # %% ../nbs/08f_traces.ipynb #48e58ab4
 def trace_headers() -> dict[str, str]:
-    "The headers that pass the current span on; none without OpenTelemetry."
+    "The headers that pass the current span on. Empty without OpenTelemetry."
     try: from opentelemetry.propagate import inject
     except ImportError: return {}
     headers: dict[str, str] = {}

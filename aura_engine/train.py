@@ -53,7 +53,7 @@ def matrix_of(weight: torch.nn.Parameter) -> torch.nn.Parameter:
 
 # %% ../nbs/90d_stages.ipynb #48fa98a2
 class Optimisers:
-    "AdamW at a top rate of `lr`, and Muon at `muon` times that for the large matrices; 0 for no Muon."
+    "AdamW at a top rate of `lr`, and Muon at `muon` times that for the large matrices. 0: no Muon."
     def __init__(self, model: torch.nn.Module, params: list[torch.nn.Parameter], lr: float,
                  weight_decay: float = .01, muon: float = 0.):
         large = {id(p) for name, p in model.named_parameters() if muon and is_large_matrix(name, p)}
@@ -113,13 +113,13 @@ class Learner:
         self.average = averaged(model, average, lambda: self.progress.step)
 
     def update(self, loss: torch.Tensor) -> None:
-        "One optimiser step; every fourth goes into the average."
+        "One optimiser step. Every fourth goes into the average."
         self.optimisers.step(loss)
         if self.progress.step % 4 == 0: self.average.update_parameters(self.model)
         self.progress.step += 1
 
     def save(self, path: Path) -> None:
-        "Write a checkpoint; if that is interrupted, the last one stays whole."
+        "Write a checkpoint. If that is interrupted, the last one stays whole."
         state = {"model": self.model.state_dict(), "average": self.average.state_dict(),
                  "opts": [o.state_dict() for o in self.optimisers.each], **vars(self.progress)}
         unfinished = path.with_suffix(".tmp")
@@ -148,7 +148,7 @@ class Smooth:
 
 # %% ../nbs/90d_stages.ipynb #d13809b4
 class StageMeter:
-    "The clock and the bar of a run of `seconds`; what it counts and shows goes into `progress`."
+    "The clock and the bar of a run of `seconds`. What it counts and shows goes into `progress`."
     def __init__(self, name: str, progress: TrainProgress, seconds: float, device: torch.device):
         self.progress, self.smooth = progress, Smooth()
         self.clock = time.thread_time if device.type == "cpu" else time.time
@@ -164,7 +164,7 @@ class StageMeter:
         self.bar.update(round(self.progress.spent) - self.bar.n)
 
     def show(self, loss: torch.Tensor, shown: dict[str, Any]) -> None:
-        "Follow the `loss`; every 50 steps, put it and `shown` beside the bar and into the log."
+        "Follow the `loss`. Every 50 steps, put it and `shown` beside the bar and into the log."
         mean, step = self.smooth(loss), self.progress.step
         if step % 50: return                   # .item() waits for the device
         rate = step / max(self.progress.spent, 1)
@@ -205,7 +205,7 @@ class Stage:
         self.learner.model.eval()
 
     def learn(self, loss: torch.Tensor, **shown: float | torch.Tensor) -> None:
-        "One optimiser step. `shown` goes to the bar and into the log; a checkpoint is written when due."
+        "One optimiser step. `shown` goes to the bar and into the log. A checkpoint is written when due."
         self.learner.update(loss)
         self.meter.show(loss, shown)
         self.meter.tick()
@@ -240,7 +240,7 @@ def latent_loss(z: torch.Tensor) -> torch.Tensor:
 
 # %% ../nbs/90d_stages.ipynb #788c65bd
 def autoencoder_batch(art: Art, rng: random.Random) -> torch.Tensor:
-    "Random pictures: 96 of [3, 128, 128] on a GPU, 16 crops of [3, 64, 64] on a CPU; channels last."
+    "Random pictures, channels last: 96 of [3, 128, 128] on a GPU, 16 crops of [3, 64, 64] on a CPU."
     big = art.device.type == "cuda"
     x = compose(art, random_scenes(len(art), 96 if big else 16, rng).to(art.device))
     if not big:
@@ -305,7 +305,7 @@ def encode_in_parts(art: Art, vae: AutoencoderTiny, scenes: torch.Tensor, part: 
 
 # %% ../nbs/90d_stages.ipynb #dd60a7f8
 def make_pool(art: Art, vae: AutoencoderTiny, crowd: int, path: Path) -> list[Pooled]:
-    "Encode all single scenes, all poses, `crowd` others, then some of each canvas; kept in `path`."
+    "Encode all single scenes, all poses, `crowd` others, then some of each canvas. They are kept in `path`."
     if path.exists():
         stored = torch.load(path, map_location="cpu", weights_only=True)
         return [Pooled(scenes, latents.to(art.device), n) for scenes, latents, n in stored]
@@ -334,7 +334,7 @@ class Relatives:
 
 # %% ../nbs/90d_stages.ipynb #91936154
 def instead(relatives: Relatives, rng: random.Random, row: int, said: Said) -> int:
-    "A row to be given in place of `row`; itself where there is none."
+    "A row to be given in place of `row`, or `row` itself where there is none."
     scene = relatives.scenes[row]
     kind = rng.randrange(5) if rng.random() < .2 else scene.arrangement
     style = rng.randrange(len(STYLES)) if said.style and rng.random() < .5 else scene.style
@@ -348,7 +348,7 @@ NOT_OPEN = -1
 
 # %% ../nbs/90d_stages.ipynb #5e869eb3
 def open_facts(scene: Scene, said: Said | None, has_pose: bool) -> list[int]:
-    "One number for each of OPEN: what the scene has there, or NOT_OPEN; `said` None: nothing is said."
+    "One number for each of OPEN: what the scene has there, or NOT_OPEN. `said` None: nothing is said."
     pose = POSES[scene.pose] if has_pose else (NOT_OPEN,) * 3
     style = NOT_OPEN if said and said.style else scene.style
     colour = NOT_OPEN if said and said.colour else scene.colour
@@ -357,7 +357,7 @@ def open_facts(scene: Scene, said: Said | None, has_pose: bool) -> list[int]:
 # %% ../nbs/90d_stages.ipynb #9b46a464
 @dataclass(frozen=True)
 class Mix:
-    "Shares of what `Wordings` yields; `seed` makes it repeatable."
+    "Shares of what `Wordings` yields. `seed` makes it repeatable."
     alone: float = .55                         # one thing
     other: float = .12                         # another canvas than the square
     empty: float = .08                         # no caption
@@ -379,7 +379,7 @@ class Speaker:
         self.mix, self.relatives = mix, Relatives(square)
 
     def example(self, rng: random.Random, canvas: int, row: int, scene: Scene) -> Example:
-        "One row of a batch; only the square (canvas 0) has relatives."
+        "One row of a batch. Only the square (canvas 0) has relatives."
         swap = canvas == 0 and rng.random() < self.mix.swapped
         said = None if rng.random() < self.mix.empty else says(rng)
         if swap: said = says(rng, colour=.45, style=.35)
@@ -645,7 +645,7 @@ class Teacher:
         self.diffusion = Diffusion(self.device)
 
     def question(self, batch: Batch, early: bool = False) -> Question:
-        "What to ask about a batch; `early`, for the sketch only."
+        "What to ask about a batch. `early`: for the sketch only."
         latents, t = self.pool[batch.canvas].latents, timesteps(swapped=batch.given != batch.rows)
         hidden = text_states(self.sketcher, batch.ids)
         noise = torch.randn(len(t), *latents.shape[1:], device=self.device)
@@ -677,7 +677,7 @@ def new_unet(channels: int, device: torch.device, start: Path | None = None) -> 
 # %% ../nbs/90d_stages.ipynb #0a078f31
 def train_unet(tokenizer: CLIPTokenizer, art: Art, sketcher: Sketcher, pool: list[Pooled], out: Path,
                minutes: float, compiled: bool = False, start: Path | None = None) -> UNet2DConditionModel:
-    "Train the UNet on the text encoder's hidden states; it ends as the running average of its weights."
+    "Train the UNet on the text encoder's hidden states. It ends as the running average of its weights."
     seeded(4)
     latents, teacher = pool[0].latents, Teacher(sketcher, pool)
     batch, unet = 768 if latents.is_cuda else 48, new_unet(latents.shape[1], latents.device, start)
@@ -711,7 +711,7 @@ class Pupil:
 
     @torch.no_grad()
     def question(self, batch: Batch) -> Question:
-        "A question made from the pupil's first answer; where a leap goes nowhere, the first question."
+        "A question made from the pupil's first answer. Where a leap goes nowhere, the first question."
         latents = self.teacher.pool[batch.canvas].latents
         leaps = torch.tensor(LEAPS)[torch.randint(len(LEAPS), (len(batch.rows),))]
         first, then = leaps.T.to(batch.rows.device)
@@ -726,7 +726,7 @@ class Pupil:
 # %% ../nbs/90d_stages.ipynb #ca70bdcf
 def train_lora(tokenizer: CLIPTokenizer, art: Art, unet: UNet2DConditionModel, sketcher: Sketcher,
                pool: list[Pooled], out: Path, minutes: float, rank: int = 16) -> UNet2DConditionModel:
-    "Teach a LoRA to arrive at the picture from its own answers; it stays attached (adapter 'lcm')."
+    "Teach a LoRA to arrive at the picture from its own answers. It stays attached (adapter 'lcm')."
     from peft import LoraConfig
     seeded(5)
     device = pool[0].latents.device
@@ -777,7 +777,7 @@ def some_noise(n: int, device: torch.device) -> torch.Tensor:
 
 # %% ../nbs/90d_stages.ipynb #70ce9fd2
 def train_decoder(art: Art, start: Path, out: Path, minutes: float) -> AutoencoderTiny:
-    "Train a light decoder for the encoder of the packed model `start`; resumes a checkpoint in `out`."
+    "Train a light decoder for the encoder of the packed model `start`. Resumes a checkpoint in `out`."
     rng, vae = seeded(8), light_vae(start)
     fast_layout: Any = dict(memory_format=torch.channels_last)
     torch.nn.Module.to(vae, art.device, **fast_layout)
@@ -823,7 +823,7 @@ NO_CHECKER: dict[str, Any] = dict(safety_checker=None, feature_extractor=None,
 
 def pack_model(out: Path, names: list[list[str]], vae: AutoencoderTiny, text: CLIPTextModel,
          unet: UNet2DConditionModel, folder: Path) -> None:
-    "Write the parts as a diffusers folder (fp16) at `folder`; the UNet's LoRA goes beside it."
+    "Write the parts as a diffusers folder (fp16) at `folder`, with the UNet's LoRA beside it."
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPTokenizer
     save_lora(unet, folder / "lcm-lora")

@@ -173,7 +173,7 @@ def weights_at(scheduler: Any, k: int) -> Weights:
 
 # %% ../nbs/06_trajectory.ipynb #d1622e33
 def mix_of(scheduler: Any, first: int, strength: float | None, pure: bool = False) -> Mixture:
-    "The mixtures of a scheduler that is set up and begins at step `first`; `pure`: with noise alone."
+    "The mixtures of a scheduler that is set up and begins at step `first`. `pure`: with noise alone."
     alone = 0.0, float(getattr(scheduler, "init_noise_sigma", 1.0))
     if strength is None: return Mixture(alone, [])
     before = [weights_at(scheduler, k) for k in range(first, len(scheduler.timesteps))]
@@ -302,7 +302,7 @@ class KeptLatents:
     before: list[Weights]
 
     def put_back(self, x: torch.Tensor, k: int) -> torch.Tensor:
-        "`x` inside the mask; outside of it the picture, as noisy as it is before step k."
+        "`x` inside the mask, and outside of it the picture, as noisy as it is before step k."
         picture, noise = self.before[k]
         return (1 - self.mask) * (picture * self.latents + noise * self.noise) + self.mask * x
 
@@ -317,7 +317,7 @@ def latent_mask(mask: Image.Image, scale: int) -> np.ndarray:
 
 # %% ../nbs/06_trajectory.ipynb #8be39ff5
 def mask_tensor(parts: Components, p: Picture) -> torch.Tensor:
-    "The mask of a picture at latent resolution [1, 1, h, w]; 1 where it is drawn, which is everywhere without a mask."
+    "The mask of a picture at latent resolution [1, 1, h, w]. 1 where it is drawn, which is everywhere without a mask."
     scale = denoiser_of(parts).side
     if p.inpainting is None:
         return torch.ones(1, 1, p.height // scale, p.width // scale, device=parts.device)
@@ -350,7 +350,7 @@ class Beginning:
 
 # %% ../nbs/06_trajectory.ipynb #58704e38
 def encoded_init(parts: Components, p: Picture, weight: float, noise: Noise) -> torch.Tensor | None:
-    "Latents of the picture that a refinement starts from; None where there is none, or an inpainting UNet needs none."
+    "Latents of the picture that a refinement starts from. None where there is none, or an inpainting UNet needs none."
     if p.init is None or parts.takes_mask and not weight: return None
     return encode_picture(parts, p.init, p.width, p.height, noise)
 
@@ -497,5 +497,5 @@ def take_steps(batch: list[Trajectory], v: torch.Tensor) -> None:
 
 # %% ../nbs/06_trajectory.ipynb #f61b4f8d
 def fresh_noise(t: Trajectory, weight: float) -> torch.Tensor:
-    "The noise of a step [1, C, h, w]; zeros where it uses none: a draw would shift those that follow."
+    "The noise of a step [1, C, h, w]. Zeros where it uses none: a draw would shift those that follow."
     return t.noise.draw(tuple(t.latents.shape)) if weight else torch.zeros(t.latents.shape)

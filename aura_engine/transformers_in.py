@@ -131,7 +131,7 @@ def read_net(reader: Reader, folder: Path, files: list[Path], name: str) -> Any:
 
 # %% ../nbs/04d_transformers.ipynb #528a5e82
 def large_parts(reader: Reader, folder: Path, names: list[str]) -> dict[str, Any]:
-    "The `OwnParts` of a pipeline with a transformer; none for one with a UNet."
+    "The `OwnParts` of a pipeline with a transformer. None for one with a UNet."
     index = served_index(folder)
     net, layers = (index.get("transformer") or [None, None])[1], layers_read(index["_class_name"])
     if net is None or layers is None: return {}

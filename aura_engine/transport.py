@@ -41,7 +41,7 @@ __all__ = ['Ask', 'ROUTES', 'GUIDE', 'SPACE_PAGE', 'AN_ADDRESS', 'CLOUD_VARIABLE
 # %% ../nbs/12a_transport.ipynb #b90302ca
 @dataclass(frozen=True)
 class Replay:
-    "Ask for the picture of a receipt; `init` is the picture a refinement started from, `mask` its mask, as base64."
+    "Ask for the picture of a receipt. `init`: the picture a refinement started from, `mask`: its mask, as base64."
     receipt: Receipt
     init: str | None = None
     mask: str | None = None
@@ -53,7 +53,7 @@ ROUTES = {GenerateRequest: "/generate", RefineRequest: "/refine", Replay: "/repl
 _Request = TypeVar("_Request", bound=BaseModel)
 
 def checked(cls: type[_Request], **given: Any) -> _Request:
-    "A request from keyword arguments; None means the default. `Invalid` names every wrong field."
+    "A request from keyword arguments. None means the default. `Invalid` names every wrong field."
     try: return cls(**{k: v for k, v in given.items() if v is not None})
     except ValidationError as e:
         wrong = field_errors(e)
@@ -102,7 +102,7 @@ def mask_as_base64(mask: Pillow.Image | bytes | str | Path) -> str:
 
 # %% ../nbs/12a_transport.ipynb #21115ef2
 def refinement(prompt: str, images: Any, mask: Any = None, **options: Any) -> RefineRequest:
-    "The body of `/refine`. `images`: one picture or a list; options are those of `AuraClient.refine`."
+    "The body of `/refine`. `images`: one picture or a list. Options are those of `AuraClient.refine`."
     if not isinstance(images, (list, tuple)): images = [images]
     config = checked(RefineConfig, **options)
     pictures = [as_base64(p) for p in images]
@@ -206,7 +206,7 @@ def is_near(host: str) -> bool:
 
 # %% ../nbs/12a_transport.ipynb #97b95d8e
 def event_of(name: str, data: dict[str, Any]) -> Event | None:
-    "A server-sent event -> the event it was; None for a name that this version does not know."
+    "A server-sent event -> the event it was. None for a name that this version does not know."
     match name:
         case "queued": return Queued(data["position"], data["etaSeconds"], tuple(data.get("seeds") or ()))
         case "step": return Step(data["index"], data["step"], data["steps"])
@@ -220,7 +220,7 @@ def event_of(name: str, data: dict[str, Any]) -> Event | None:
 def _picture(data: dict[str, Any]) -> Pillow.Image: return decode(from_base64(data["image"]), "image")
 
 def _receipt(data: dict[str, Any] | None) -> Receipt | None:
-    "A receipt as it came; None for one of a version that this one cannot read."
+    "A receipt as it came. None for one of a version that this one cannot read."
     try: return Receipt.from_json(data) if data else None
     except (AuraError, TypeError): return None
 
@@ -268,7 +268,7 @@ SPACE_PAGE = re.compile(r"/spaces/([^/]+)/([^/]+)/?")
 AN_ADDRESS = "an address like http://127.0.0.1:7860 or https://me-engine.hf.space"
 
 def engine_url(text: str, name: str = "engine") -> str:
-    "An address without a closing slash; a Space's page becomes the Space's own address. Invalid for anything else."
+    "An address without a closing slash. A Space's page becomes the Space's own address. Invalid for anything else."
     try: url = httpx.URL(_completed(text.strip()))
     except httpx.InvalidURL: url = httpx.URL("")
     if url.scheme not in ("http", "https") or not url.host:
@@ -368,7 +368,7 @@ class Door:
         raise NotImplementedError
 
     async def allows(self, origin: str) -> bool | None:
-        "Whether a web page of `origin` may call it from a browser; None where no page can."
+        "Whether a web page of `origin` may call it from a browser. None where no page can."
         return None
 
     async def close(self) -> None:
@@ -486,7 +486,7 @@ class InProcess(Door):
         self.engine = self.lease.engine if self.lease else source
 
     async def events(self, ask: Ask) -> AsyncGenerator[Event]:
-        "Submit the question; the job is cancelled when the reader stops."
+        "Submit the question. The job is cancelled when the reader stops."
         await until_ready(self.engine)
         todo, old = await asyncio.to_thread(planned, ask, self.engine)
         job = self.engine.submit(todo, previews=True)

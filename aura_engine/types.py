@@ -129,7 +129,7 @@ class Invalid(AuraError, status=422, code="invalid"):
 
     @classmethod
     def of(cls, errors: Iterable[FieldError]) -> Invalid:
-        "Several wrong values; the text has the first three."
+        "Several wrong values. The text has the first three."
         errors = tuple(errors)
         return cls(" ".join(e.msg + "." for e in errors[:3]), errors)
 
@@ -184,7 +184,7 @@ def clean_text(text: str) -> str:
 
 # %% ../nbs/01_types.ipynb #b41a0bde
 def _not_blank(text: str) -> str:
-    "A cleaned prompt; ValueError when nothing is left of it."
+    "A cleaned prompt. ValueError when nothing is left of it."
     text = clean_text(text)
     if not text: raise ValueError("a text that is not empty")
     return text
@@ -243,7 +243,7 @@ class GenerateRequest(RequestModel):
 class RefineConfig(RequestModel):
     """Optional numbers of POST /refine.
 
-    `strength` 0.05-1: how far from the given picture to go; unset it is 0.5, and 1 under a mask.
+    `strength` 0.05-1: how far from the given picture to go. Unset it is 0.5, and 1 under a mask.
     `paddingMaskCrop`: work on the mask and so many pixels around it alone, at the model's full size."""
     steps: Steps | None = None
     guidance_scale: float | None = Field(None, ge=0, le=30)
@@ -333,7 +333,7 @@ class Note:
 # %% ../nbs/01_types.ipynb #c1982855
 @dataclass(frozen=True)
 class Picture:
-    """One picture to make. Sizes in pixels; `steps` are UNet steps really run.
+    """One picture to make. Sizes are in pixels, and `steps` are UNet steps really run.
 
     `init` is the RGB picture to start from (img2img) or None. `inpainting` is a `masks.Inpainting` when a mask
     keeps a part of it. `steps_asked` are the steps of a refinement before its strength shortened them."""
@@ -398,7 +398,7 @@ class Image:
 
 @dataclass(frozen=True)
 class Failed:
-    "The request failed; no further picture comes."
+    "The request failed, and no further picture comes."
     error: AuraError
 
 # %% ../nbs/01_types.ipynb #aa5548fa
@@ -415,10 +415,10 @@ Event = Queued | Step | Preview | Image | Failed | Done
 class Receipt:
     """How one picture was made. `timings` in seconds by stage.
 
-    `lora`: what is fused into the model; `lora_alias`, `lora_source`: the one the request named.
+    `lora`: what is fused into the model. `lora_alias`, `lora_source`: the one the request named.
     `init_sha256` names the picture a refinement started from, `steps_asked` its steps before strength
     shortened them. `mask_sha256` and `padding_mask_crop` tell of its mask. `width` and `height` are the size
-    that was worked at; a masked picture itself has the size of the one it started from."""
+    that was worked at. A masked picture itself has the size of the one it started from."""
     prompt: str
     negative_prompt: str
     width: int
@@ -452,12 +452,12 @@ class Receipt:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Receipt:
-        "Read `to_json` back; a missing or unknown field is an Invalid error."
+        "Read `to_json` back. A missing or unknown field is an Invalid error."
         return cls(**_receipt_fields(data))
 
 # %% ../nbs/01_types.ipynb #49c5e05f
 def _receipt_fields(data: Mapping[str, Any]) -> dict[str, Any]:
-    "The fields of a receipt by their Python names; Invalid names the first that is missing or unknown."
+    "The fields of a receipt by their Python names. Invalid names the first that is missing or unknown."
     names = {to_camel(f.name): f.name for f in fields(Receipt)}
     optional = [f for f in fields(Receipt) if (f.default, f.default_factory) != (MISSING, MISSING)]
     needed = list(names)[:-len(optional)]        # fields with a default come last
@@ -579,7 +579,7 @@ class Health:
     models: tuple[ModelState, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        "The body of /health: camelCase names, lists for tuples; `memory` only where it is known."
+        "The body of /health: camelCase names, lists for tuples, `memory` only where it is known."
         out = _listed(asdict(self))
         return out if self.memory is not None else {k: v for k, v in out.items() if k != "memory"}
 
@@ -618,7 +618,7 @@ _HEALTH_KINDS: dict[str, Callable[..., Any]] = {
 
 
 def _known(cls: Callable[..., Any], data: Mapping[str, Any]) -> Any:
-    "A small dataclass from JSON; what it does not know is left out."
+    "A small dataclass from JSON. Names that it does not know are left out."
     values = {}
     for f in fields(cls):  # type: ignore[arg-type]
         value = data.get(to_camel(f.name), MISSING)

@@ -72,7 +72,7 @@ class UNetInput(NetInput):
 
     @classmethod
     def of_call(cls, sample, timestep, encoder_hidden_states, timestep_cond=None, added_cond_kwargs=None) -> UNetInput:
-        "The arguments of a UNet call in diffusers' convention; a lone timestep is repeated for each row."
+        "The arguments of a UNet call in diffusers' convention. A lone timestep is repeated for each row."
         added = added_cond_kwargs or {}
         time = torch.as_tensor(timestep, device=sample.device).reshape(-1).expand(len(sample))
         return cls(sample, time, encoder_hidden_states, added.get("text_embeds"), added.get("time_ids"), timestep_cond)

@@ -66,7 +66,7 @@ class Stamp:
 
 # %% ../nbs/09b_walls.ipynb #ae6cb102
 def arrival(request: Request) -> float:
-    "The time.monotonic() at which a request's headers had come; its deadline counts from there."
+    "The time.monotonic() at which a request's headers had come. Its deadline counts from there."
     return getattr(request.state, "arrived", time.monotonic())
 
 # %% ../nbs/09b_walls.ipynb #1c95dd07
@@ -90,7 +90,7 @@ class Origins:
         """Whether a page of `origin`, calling this server as `host`, is neither allowed nor the server's own.
 
         - `site`: the browser's word for how the two are related, from `Sec-Fetch-Site`.
-        - `sent`: the Host header as it arrived, where `host` is what a proxy says; None: the same.
+        - `sent`: the Host header as it arrived, where `host` is what a proxy says. None: the same.
         """
         if "*" in self.allowed: return False
         try: origin = normalise_origin(origin)

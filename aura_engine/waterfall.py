@@ -141,7 +141,7 @@ def diffusers_fp32(folder: Path, px: int) -> Iterator[Draw]:
 
 # %% ../nbs/16_waterfall.ipynb #01cf1a7d
 def engine_with(tiny: bool = False, **settings: str) -> Entrant:
-    "The engine with these settings; `tiny` takes the tiny VAE beside the model."
+    "The engine with these settings. `tiny` takes the tiny VAE beside the model."
     @contextmanager
     def contender(folder: Path, px: int) -> Iterator[Draw]:
         asked = {"SD_MODEL_ID": str(folder), "SD_DEVICE": "cpu", "AURA_MAX_BATCH": "1",
@@ -259,7 +259,7 @@ PAIR = ("engine, OpenVINO bf16", "openvino-genai, bf16")         # the two that 
 PACKAGES = {"openvino-genai": ("openvino_genai", "peers"), "OpenVINO": ("openvino", "openvino")}
 
 def missing(name: str) -> str | None:
-    "Why the contender `name` cannot run here, with what to install; None when it can."
+    "Why the contender `name` cannot run here, with what to install. None when it can."
     for part, (package, extra) in PACKAGES.items():
         if part in name and find_spec(package) is None:
             return f"{part.lower()} is not installed: pip install 'aura-engine[{extra}]'"
@@ -289,7 +289,7 @@ def time_pictures(draw: Draw, rounds: int) -> Timed:
 # %% ../nbs/16_waterfall.ipynb #6cdb3bd2
 @dataclass(frozen=True)
 class WaterfallRow:
-    "A contender; times in seconds. `gain`, `max` and `mean` compare it with the first of its model."
+    "A contender, times in seconds. `gain`, `max` and `mean` compare it with the first of its model."
     name: str
     px: int
     start: float
@@ -356,7 +356,7 @@ def cold_start(folder: Path, px: int, cache: Path) -> ColdStart:
 
 # %% ../nbs/16_waterfall.ipynb #e8266d8d
 def serve_draws(name: str, folder: Path, px: int, cache: Path, pipe: Any) -> None:
-    "A picture for every seed that comes through the pipe, its processor seconds back; None ends it."
+    "A picture for every seed that comes through the pipe, and its processor seconds back. None ends it."
     alone_on_one_thread(cache)
     with (REAL | TINY)[name](folder, px) as draw:
         draw(0)
@@ -405,7 +405,7 @@ EVERY_ROW = tuple(REAL | TINY)
 
 @dataclass(frozen=True)
 class Course:
-    "Where and how a waterfall is measured; `run` calls a function, in a process of its own or not."
+    "Where and how a waterfall is measured. `run` calls a function, in a process of its own or not."
     work: Path
     size: str = "sd15"
     rounds: int = 3
@@ -421,7 +421,7 @@ class Course:
     def px(self) -> int: return SIZES[self.size].px
 
     def contender(self, name: str) -> tuple[WaterfallRow, np.ndarray]:
-        "Run one; pictures of the embedded model are small, so there are more of them."
+        "Run one. Pictures of the embedded model are small, so there are more of them."
         where, px, rounds = self.folder, self.px, self.rounds
         if name in TINY: where, px, rounds = EMBEDDED, 128, 7 * rounds
         return self.run(run_contender, name, where, px, rounds, self.cache)

@@ -41,7 +41,7 @@ def form_of(given: dict[str, Any]) -> dict[str, Any]:
 
 # %% ../nbs/13b_widgets.ipynb #84f1918b
 def ask_of(form: dict[str, Any], start: Any = None, mask: Any = None) -> Ask:
-    "The form as a question; with a picture to start from it is a refinement. Invalid names the wrong field."
+    "The form as a question. With a picture to start from it is a refinement. Invalid names the wrong field."
     options = {"seed": form["seed"], "steps": form["steps"], "guidance_scale": form["guidance"]}
     options |= {"temperature": form["temperature"], "negative_prompt": form["negative"], "lora": form["lora"]}
     if start is not None:
@@ -90,7 +90,7 @@ def module_text() -> str:
 
 # %% ../nbs/13b_widgets.ipynb #5c3f1b77
 class Pane(Still):
-    "A view of the Studio's module over a desk. `engines`: each one's account; `health`: that of the one asked first."
+    "A view of the Studio's module over a desk. `engines`: each one's account. `health`: that of the one asked first."
     _esm = module_text()
     styles = T.Unicode((STUDIO_FOLDER / "studio.css").read_text(encoding="utf-8")).tag(sync=True)
     view = T.Unicode("studio").tag(sync=True)
@@ -163,7 +163,7 @@ def account_of(report: EngineReport, client: AuraClient) -> dict[str, Any]:
     return told
 
 async def examples_from(client: AuraClient) -> list[str]:
-    "Prompts that the engine asked first can draw; none from an engine that does not say."
+    "Prompts that the engine asked first can draw. None from an engine that does not say."
     door = client.aio.doors[0]
     if isinstance(door, InProcess):
         from aura_engine.app import EXAMPLES, SMALL_EXAMPLES
@@ -285,7 +285,7 @@ class Studio(Exhibit):
     def _whole_form(self, proposal: Any) -> dict[str, Any]: return form_of(proposal["value"])
 
     def generate(self, start: Any = None, mask: Any = None) -> Work:
-        """Make what the form asks for, from a picture `start` if there is one; returns at once, see `Work.wait`.
+        """Make what the form asks for, from a picture `start` if there is one. Returns at once, see `Work.wait`.
 
         `mask`: what may change of it, white on black.
         """
@@ -299,7 +299,7 @@ class Studio(Exhibit):
         return Compare(self.client, self.chosen.receipt, x=x, y=y)
 
     def stop(self) -> None:
-        "Stop all work under way; what is finished stays."
+        "Stop all work under way, and keep what is finished."
         for work in self.desk.under_way: work.cancel()
 
     def close(self) -> None:
@@ -398,7 +398,7 @@ class Compare(Conversation):
         self.results[cell] = work.error or work.shots[0]
 
     def cancel(self) -> None:
-        "Stop; what is there stays."
+        "Stop, and keep what is there."
         self.work.cancel()
 
     def wait(self, timeout: float | None = None) -> Compare:

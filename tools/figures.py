@@ -24,6 +24,7 @@ BOUNDS = {
     "tuples of 3+ per 100 lines": (0, 0.3),
     "comprehensions per 100 lines": (0, 9),
     "comments per 100 lines": (4, 10),
+    "semicolons per 100 docstrings": (0, 1),
     "functions over 40 lines": (0, 0),
     "complexity D or worse": (0, 0),
 }
@@ -133,6 +134,7 @@ class Figures:
             "tuples of 3+ per 100 lines": round(sum(map(wide_tuples, self.trees)) * per_100, 2),
             "comprehensions per 100 lines": round(sum(map(comprehensions, self.trees)) * per_100, 1),
             "comments per 100 lines": round(sum(comments(c.code) for c in self.cells) * per_100, 1),
+            "semicolons per 100 docstrings": semicolons(self.trees),
             "functions over 40 lines": sum(map(long_functions, self.trees)),
             "complexity D or worse": sum(c.tangled for c in self.cells),
         }
@@ -171,6 +173,14 @@ def comprehensions(tree: ast.AST) -> int: return sum(isinstance(n, COMPREHENSION
 def comments(code: str) -> int:
     """Comments, by tokens: a `#` inside a string is none."""
     return sum(t.type == tokenize.COMMENT for t in tokenize.generate_tokens(io.StringIO(code).readline))
+
+
+def semicolons(trees: list[ast.Module]) -> float:
+    """Docstrings with a semicolon outside code, of 100: short sentences need none."""
+    documented = (ast.Module, ast.ClassDef, *FUNCTIONS)
+    found = [ast.get_docstring(n) for tree in trees for n in ast.walk(tree) if isinstance(n, documented)]
+    texts = [re.sub(r"`[^`]*`", "", text) for text in found if text]
+    return round(100 * sum(";" in text for text in texts) / max(len(texts), 1), 1)
 
 
 def long_functions(tree: ast.AST) -> int:
