@@ -417,9 +417,9 @@ def test_what_cannot_be_recorded_as_a_cuda_graph_runs_without(small, caplog):
     plain = picture(parts)
     parts.unet = compiling.GraphedUNet(parts.unet)
     for _ in range(3): same(picture(parts), plain)
-    assert caplog.text.count("could not be recorded") == 1 and set(parts.unet.recorded.values()) == {None}
+    assert caplog.text.count("could not be recorded") == 1 and set(parts.unet.recordings.recorded.values()) == {None}
     parts.unet.forget()
-    assert not parts.unet.recorded and parts.unet.dtype == torch.float32
+    assert not parts.unet.recordings.recorded and parts.unet.dtype == torch.float32
 
 
 def test_a_half_precision_overflow_is_decoded_again_and_told(tmp_path):
