@@ -10,18 +10,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 from .unet_input import UNetInput
 
 log = logging.getLogger("aura_engine")
 
 # %% auto #0
-__all__ = ['log', 'solid', 'CompiledUNet', 'Recording', 'record', 'GraphedUNet']
+__all__ = ['log', 'Inputs', 'solid', 'CompiledUNet', 'OneTensor', 'Recording', 'alike', 'record', 'Recordings', 'GraphedUNet',
+           'weight_places', 'Graphed', 'GraphedDecode', 'GraphedText']
 
 # %% ../nbs/05e_compiling.ipynb #80a36f41
-def solid(given: UNetInput) -> UNetInput:
+def solid(given: Any) -> Any:
     "Copies of all inputs whose strides are always the same, the latents channels-last."
     def copy(value: torch.Tensor) -> torch.Tensor:
-        latents = value is given.sample
+        latents = value.ndim == 4
         return value.clone(memory_format=torch.channels_last if latents else torch.contiguous_format)
     return given.change(copy)
 
@@ -73,32 +75,55 @@ class CompiledUNet:
             return out
 
 # %% ../nbs/05e_compiling.ipynb #416e67b4
+@dataclass(frozen=True)
+class OneTensor:
+    "The input of a function of one tensor."
+    value: torch.Tensor
+
+    def named(self) -> dict[str, torch.Tensor]:
+        "The tensor with a name."
+        return {"value": self.value}
+
+    def change(self, one: Callable[[torch.Tensor], torch.Tensor]) -> OneTensor:
+        "A copy in which `one` was applied to the tensor."
+        return OneTensor(one(self.value))
+
+    def call(self, function: Callable[[torch.Tensor], Any]) -> Any:
+        "The function's answer."
+        return function(self.value)
+
+Inputs = UNetInput | OneTensor
+
+# %% ../nbs/05e_compiling.ipynb #6a7b3781
 @dataclass
 class Recording:
     "A CUDA graph with the tensors that it reads and writes."
     graph: Any
-    inputs: UNetInput
-    output: torch.Tensor
+    inputs: Inputs
+    output: Any                                   # a tensor, or tensors in tuples and the like
 
-    def play(self, given: UNetInput) -> torch.Tensor:
+    def play(self, given: Inputs) -> Any:
         "The answer for other inputs of the same shapes."
         into = self.inputs.named()
         for name, value in given.named().items(): into[name].copy_(value)
         self.graph.replay()
-        return self.output.clone()
+        return tree_map(torch.clone, self.output)
 
 # %% ../nbs/05e_compiling.ipynb #da3b8322
-def record(unet: Any, given: UNetInput, pool: Any) -> Recording | None:
+def alike(a: Any, b: Any) -> bool:
+    "Whether two answers of one function are the same, to half precision's rounding."
+    return all(torch.allclose(x, y, rtol=2e-2, atol=2e-2) for x, y in zip(tree_leaves(a), tree_leaves(b), strict=True))
+
+def record(function: Any, given: Inputs, pool: Any) -> Recording | None:
     "A recording of one call, in a shared pool of memory. None when it cannot be made: the call then runs without."
     inputs = solid(given)
     try:
         graph = torch.cuda.CUDAGraph()
         # thread_local: other threads may use the GPU meanwhile
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            out = inputs.call(unet)
+            out = inputs.call(function)
         graph.replay()
-        if torch.allclose(out, inputs.call(unet), rtol=2e-2, atol=2e-2):
-            return Recording(graph, inputs, out)
+        if alike(out, inputs.call(function)): return Recording(graph, inputs, out)
         raise RuntimeError("the recording's output differs from the call's")
     except Exception:                       # not enough memory for a recording, or something that cannot be recorded
         log.exception("a call could not be recorded as a CUDA graph")
@@ -106,13 +131,46 @@ def record(unet: Any, given: UNetInput, pool: Any) -> Recording | None:
         return None
 
 # %% ../nbs/05e_compiling.ipynb #6997c897
-class GraphedUNet:
-    "A UNet (compiled or not) whose calls are recorded as CUDA graphs: one for each set of shapes, at most `keep`."
-    def __init__(self, unet: Any, keep: int = 64):
-        self.unet, self.config, self.keep = unet, unet.config, keep
+class Recordings:
+    "The recordings of one function, one for each set of shapes, at most `keep`."
+    def __init__(self, function: Any, keep: int = 64):
+        self.function, self.keep = function, keep
         self.met: set[tuple] = set()                                    # shapes that came once
         self.recorded: OrderedDict[tuple, Recording | None] = OrderedDict()
         self.pool: Any = None
+
+    @torch.inference_mode()
+    def __call__(self, given: Inputs) -> Any:
+        "The function's answer."
+        shapes = tuple(tuple(value.shape) for value in given.named().values())
+        if shapes not in self.met:
+            if len(self.met) >= 16 * self.keep:
+                self.met.clear()  # so many that they do not come again
+            self.met.add(shapes)
+            return given.call(self.function)
+        if shapes not in self.recorded: self.recorded[shapes] = self.first_recording(given)
+        self.recorded.move_to_end(shapes)
+        recording = self.recorded[shapes]
+        return recording.play(given) if recording else given.call(self.function)
+
+    def first_recording(self, given: Inputs) -> Recording | None:
+        "Make room, and record."
+        while len(self.recorded) >= self.keep: self.recorded.popitem(last=False)
+        if torch.cuda.is_available() and self.pool is None: self.pool = torch.cuda.graph_pool_handle()
+        return record(self.function, given, self.pool)
+
+    def forget(self) -> None:
+        "Give the recordings' memory back. Shapes are recorded again when they come again."
+        self.met.clear()
+        self.recorded.clear()
+        self.pool = None
+
+# %% ../nbs/05e_compiling.ipynb #3f726dc1
+class GraphedUNet:
+    "A UNet (compiled or not) whose calls are recorded as CUDA graphs."
+    def __init__(self, unet: Any, keep: int = 64):
+        self.unet, self.config = unet, unet.config
+        self.recordings = Recordings(unet, keep)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -127,28 +185,60 @@ class GraphedUNet:
     @sealed.setter
     def sealed(self, value: bool) -> None: self.unet.sealed = value
 
-    @torch.inference_mode()
     def __call__(self, *values, return_dict: bool = False, **more) -> tuple[torch.Tensor]:
-        given = UNetInput.of_call(*values, **more)
-        shapes = tuple(tuple(value.shape) for value in given.named().values())
-        if shapes not in self.met:
-            if len(self.met) >= 16 * self.keep:
-                self.met.clear()  # so many that they do not come again
-            self.met.add(shapes)
-            return (given.call(self.unet),)
-        if shapes not in self.recorded: self.recorded[shapes] = self.first_recording(given)
-        self.recorded.move_to_end(shapes)
-        recording = self.recorded[shapes]
-        return (recording.play(given) if recording else given.call(self.unet),)
-
-    def first_recording(self, given: UNetInput) -> Recording | None:
-        "Make room, and record."
-        while len(self.recorded) >= self.keep: self.recorded.popitem(last=False)
-        if torch.cuda.is_available() and self.pool is None: self.pool = torch.cuda.graph_pool_handle()
-        return record(self.unet, given, self.pool)
+        return (self.recordings(UNetInput.of_call(*values, **more)),)
 
     def forget(self) -> None:
-        "Give the recordings' memory back. Shapes are recorded again when they come again."
-        self.met.clear()
-        self.recorded.clear()
-        self.pool = None
+        "Give the recordings' memory back."
+        self.recordings.forget()
+
+# %% ../nbs/05e_compiling.ipynb #e868397f
+def weight_places(module: Any) -> tuple[int, ...]:
+    "Where the weights of a module are."
+    return tuple(p.data_ptr() for p in module.parameters())
+
+class Graphed:
+    "A function of one tensor that reads a module's weights, recorded."
+    def __init__(self, module: Any, function: Callable[[torch.Tensor], Any], keep: int = 16):
+        self.module, self.recordings = module, Recordings(function, keep)
+        self.places = weight_places(module)
+
+    def __call__(self, value: torch.Tensor) -> Any:
+        now = weight_places(self.module)
+        if now != self.places: self.recordings.forget()
+        self.places = now
+        return self.recordings(OneTensor(value))
+
+# %% ../nbs/05e_compiling.ipynb #d7cf0b62
+class GraphedDecode:
+    "Takes the place of `vae.decode`."
+    def __init__(self, vae: Any):
+        self.vae, self.dtype = vae, vae.dtype
+        self.plain: Callable = vae.decode
+        self.graphed = Graphed(vae, lambda z: self.plain(z, return_dict=False)[0])
+
+    def __deepcopy__(self, memo: dict) -> GraphedDecode: return self
+
+    def __call__(self, z: torch.Tensor, return_dict: bool = True, **more) -> Any:
+        spared = getattr(self.vae, "use_tiling", False) or getattr(self.vae, "use_slicing", False)
+        if more or return_dict or spared or z.dtype != self.dtype:
+            return self.plain(z, return_dict=return_dict, **more)
+        return (self.graphed(z),)
+
+    def forget(self) -> None:
+        "Give the recordings' memory back."
+        self.graphed.recordings.forget()
+
+# %% ../nbs/05e_compiling.ipynb #32303c22
+class GraphedText:
+    "Takes the place of a text encoder's `forward`."
+    def __init__(self, encoder: Any):
+        self.plain: Callable = encoder.forward
+        self.usual = Graphed(encoder, self.plain)
+        self.with_states = Graphed(encoder, lambda ids: self.plain(ids, output_hidden_states=True))
+
+    def __deepcopy__(self, memo: dict) -> GraphedText: return self
+
+    def __call__(self, input_ids: torch.Tensor, output_hidden_states: bool = False, **more) -> Any:
+        if more: return self.plain(input_ids, output_hidden_states=output_hidden_states, **more)
+        return (self.with_states if output_hidden_states else self.usual)(input_ids)

@@ -42,7 +42,8 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def drop_caches(parts: Components) -> None:
     "Give back all memory that only makes things faster."
-    if hasattr(parts.unet, "forget"): parts.unet.forget()           # recorded CUDA graphs
+    for recorded in (parts.unet, parts.vae.decode):                 # CUDA graphs
+        if hasattr(recorded, "forget"): recorded.forget()
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 

@@ -19,9 +19,9 @@ from .types import Picture
 from .unet_input import NetInput
 
 # %% auto #0
-__all__ = ['FLOW_MODELS', 'LITTLE_FLOW_MODELS', 'FlowModel', 'byte_tokenizer', 'filled_in', 'random_flow', 'FlowBench',
-           'recorded', 'ways_to_step', 'time_steps', 'time_ends', 'whole_pictures', 'stock_flow_pipeline',
-           'gap_between', 'time_whole_pictures', 'measure_flow']
+__all__ = ['FLOW_MODELS', 'LITTLE_FLOW_MODELS', 'Way', 'FlowModel', 'byte_tokenizer', 'filled_in', 'random_flow', 'FlowBench',
+           'recorded', 'plain_ways', 'compiled_ways', 'step_row', 'time_steps', 'time_ends', 'whole_pictures',
+           'stock_flow_pipeline', 'gap_between', 'time_whole_pictures', 'measure_flow']
 
 # %% ../nbs/17b_flow_bench.ipynb #29159eef
 _QWEN = dict(vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_attention_heads=32,
@@ -158,11 +158,17 @@ def recorded(call: Callable[[], torch.Tensor]) -> Callable[[], None]:
     return graph.replay
 
 # %% ../nbs/17b_flow_bench.ipynb #e394542f
-def ways_to_step(bench: FlowBench, given: NetInput) -> Iterator[tuple[str, Callable[[], Any]]]:
-    "Ways to make the same call of the network."
+Way = tuple[str, Callable[[], Any]]
+
+def plain_ways(bench: FlowBench, given: NetInput) -> Iterator[Way]:
+    "The call of the network as it comes, and recorded."
     net = bench.parts.unet
     yield "as it comes", lambda: given.call(net)
     if bench.cuda: yield "recorded", recorded(lambda: given.call(net))
+
+def compiled_ways(bench: FlowBench, given: NetInput) -> Iterator[Way]:
+    "The call compiled, and recorded."
+    net = bench.parts.unet
     fast = torch.compile(net, dynamic=False, backend=bench.compiler)
     # Z-Image's call goes through the network's layers, so it is the call that is compiled
     whole = torch.compile(lambda g: g.call(net), dynamic=False, backend=bench.compiler)
@@ -171,22 +177,25 @@ def ways_to_step(bench: FlowBench, given: NetInput) -> Iterator[tuple[str, Calla
     if bench.cuda: yield "compiled and recorded", recorded(compiled)
 
 # %% ../nbs/17b_flow_bench.ipynb #e7d02a22
+def step_row(bench: FlowBench, way: Way, batch: int, reference: torch.Tensor) -> dict[str, Any]:
+    "Seconds of a step in one way, and how far its answer is from `reference`."
+    name, call = way
+    about = {"what": "step", "way": name, "batch": batch}
+    try:
+        seconds, made = bench.seconds(call), call()
+        gap = float((made[:1].float() - reference).abs().max()) if isinstance(made, torch.Tensor) else None
+        return about | {"side": bench.side, "seconds": seconds, "per_row": seconds / batch, "gap": gap}
+    except Exception as e: return about | {"error": str(e).split("\n")[0][:200]}
+
 @torch.inference_mode()
 def time_steps(bench: FlowBench, batches: tuple[int, ...] = (1, 4, 8)) -> None:
-    "Seconds of a step at each batch size, in each way."
+    "Rows of a step at each batch size, in each way."
     first = bench.trajectory(TextCache(bench.parts)).net_input().first()
     reference = first.call(bench.parts.unet).float()
-    for batch in batches:
-        given = first.change(lambda value: value.expand(batch, *value.shape[1:]).contiguous())    # noqa: B023
-        for way, call in ways_to_step(bench, given):
-            try:
-                seconds = bench.seconds(call)
-                made = call()
-                gap = float((made[:1].float() - reference).abs().max()) if isinstance(made, torch.Tensor) else None
-                bench.tell({"what": "step", "way": way, "batch": batch, "side": bench.side, "seconds": seconds,
-                            "per_row": seconds / batch, "gap": gap})
-            except Exception as e:
-                bench.tell({"what": "step", "way": way, "batch": batch, "error": str(e).split("\n")[0][:200]})
+    for ways in (plain_ways, compiled_ways):
+        for batch in batches:
+            given = first.change(lambda value: value.expand(batch, *value.shape[1:]).contiguous())    # noqa: B023
+            for way in ways(bench, given): bench.tell(step_row(bench, way, batch, reference))
 
 # %% ../nbs/17b_flow_bench.ipynb #7a38005a
 @torch.inference_mode()

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import argparse, json, multiprocessing, os, random, shutil, signal, subprocess, tempfile, time, traceback, warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
@@ -18,9 +18,11 @@ from .bench import (bars_table, closed_loop, decode_curve, machine, markdown_tab
     median_seconds, summary)
 from .engine import Engine
 from .flow_bench import measure_flow
+from .group_norms import fuse_norms
 from .loader import Components, quiet
 from .compiling import CompiledUNet, GraphedUNet
 from .optimize import TECHNIQUES
+from .packing import double_once
 from .trajectory import TextCache, Trajectory, advance, decode_batch
 from .types import Picture, Plan
 from .unet_input import UNetInput
@@ -29,20 +31,22 @@ from .waterfall import end_marks, filled, random_model, random_text
 
 # %% auto #0
 __all__ = ['SDXL_UNET', 'SIX_SIZES', 'TINY_SDXL', 'REAL_SIZE', 'TINY_SIZE', 'Tell', 'PLAIN_UNET', 'SEARCH', 'EIGHT_BITS',
-           'RACE_THINGS', 'BIG_TEXT', 'STAGES', 'Told', 'GPU_RESULTS', 'WHOLE', 'BenchSize', 'settled', 'seconds_of',
-           'unet_call', 'flops_of', 'error_of', 'limits', 'UNetVariant', 'new_unet_of', 'unet_variants',
-           'variant_answer', 'waterfall_of', 'speed', 'new_vae', 'decode_times', 'decode_row', 'unet_stage',
-           'vae_stage', 'sdxl_stage', 'Compiling', 'repeated', 'compiled_calls', 'compiled_rows', 'compile_and_time',
-           'compiled_stage', 'compiled_sdxl_stage', 'autotuned_stage', 'in_eight_bits', 'quantized_stage',
-           'work_folder', 'saved_model', 'requests_of', 'Entered', 'race', 'picture_gaps', 'in_company',
-           'compare_crowd', 'engine_report', 'measured_engine', 'stock', 'neighbours', 'peak_memory', 'engine_stage',
-           'embedded_stage', 'without_graphs', 'graphs_stage', 'engine_compiled_stage', 'second_text', 'random_sdxl',
-           'race_as_it_comes', 'as_it_comes_stage', 'sdxl_as_it_comes_stage', 'compiled_pipeline',
-           'stock_compiled_stage', 'DecodeVariant', 'graphed_decode', 'decode_variants', 'decode_stage', 'beside',
-           'overlap_stage', 'klein_stage', 'z_image_stage', 'GpuStage', 'Record', 'listen', 'run_stage', 'gpu_card',
-           'installed', 'hardware', 'import_all', 'ResultsFile', 'run_stages', 'main', 'stage_rows', 'timed_rows',
-           'matrix_rate', 'variant_cells', 'unet_table', 'picture_lines', 'picture_table', 'decode_table', 'flow_table',
-           'race_table', 'best_share', 'race_ratio', 'as_it_came', 'end_to_end', 'gpu_bars', 'ends_table', 'gpu_report']
+           'RACE_THINGS', 'BIG_TEXT', 'Decode', 'DECODES', 'STAGES', 'Told', 'GPU_RESULTS', 'WHOLE', 'BenchSize',
+           'settled', 'seconds_of', 'unet_call', 'flops_of', 'error_of', 'limits', 'UNetVariant', 'new_unet_of',
+           'unet_variants', 'variant_answer', 'waterfall_of', 'speed', 'new_vae', 'decode_times', 'decode_row',
+           'unet_stage', 'vae_stage', 'sdxl_stage', 'Compiling', 'repeated', 'compiled_calls', 'compiled_rows',
+           'compile_and_time', 'compiled_stage', 'compiled_sdxl_stage', 'autotuned_stage', 'in_eight_bits',
+           'quantized_stage', 'work_folder', 'saved_model', 'requests_of', 'Entered', 'race', 'picture_gaps',
+           'in_company', 'compare_crowd', 'engine_report', 'measured_engine', 'stock', 'neighbours', 'peak_memory',
+           'engine_stage', 'embedded_stage', 'without', 'graphs_stage', 'engine_compiled_stage', 'second_text',
+           'random_sdxl', 'race_as_it_comes', 'as_it_comes_stage', 'sdxl_as_it_comes_stage', 'compiled_pipeline',
+           'stock_compiled_stage', 'graphed_decode', 'as_it_is', 'with_norms', 'with_doublings', 'in_tiles',
+           'time_decode', 'decode_stage', 'compiled_decode_stage', 'kernels_of', 'profile_stage', 'quick_unet',
+           'cudnn_attention', 'norms_stage', 'beside', 'overlap_stage', 'klein_stage', 'z_image_stage', 'GpuStage',
+           'Record', 'listen', 'run_stage', 'gpu_card', 'installed', 'hardware', 'import_all', 'ResultsFile',
+           'run_stages', 'main', 'stage_rows', 'timed_rows', 'matrix_rate', 'variant_cells', 'unet_table',
+           'picture_lines', 'picture_table', 'decode_table', 'flow_table', 'race_table', 'best_share', 'race_ratio',
+           'as_it_came', 'end_to_end', 'gpu_bars', 'ends_table', 'gpu_report']
 
 # %% ../nbs/18_gpu.ipynb #4b147af1
 SDXL_UNET: dict[str, Any] = dict(
@@ -492,14 +496,14 @@ def embedded_stage(size: BenchSize, tell: Tell) -> None:
         for clients in (1, size.clients): race(entered, asked, clients, "4 steps", tell)
 
 # %% ../nbs/18_gpu.ipynb #70991f33
-def without_graphs() -> None:
-    "Take CUDA graphs out of the techniques, in this process, which ends with the stage."
-    TECHNIQUES[:] = [t for t in TECHNIQUES if t.name != "CUDA graphs"]
+def without(*names: str) -> None:
+    "Take techniques out of the table, in this process, which ends with the stage."
+    TECHNIQUES[:] = [t for t in TECHNIQUES if t.name not in names]
 
 def graphs_stage(size: BenchSize, tell: Tell) -> None:
     "The engine with the embedded model, with CUDA graphs and without."
     for name in ("CUDA graphs", "no CUDA graphs"):
-        if name.startswith("no"): without_graphs()
+        if name.startswith("no"): without("CUDA graphs", "recorded decode", "fused norms")
         with measured_engine(tell, name, SD_DEVICE=size.device, SD_PRECISION="auto") as ours:
             side, many = ours.engine.parts.row.native, size.pictures * 3 // 2
             if not name.startswith("no"): compare_crowd(ours.engine, tell, side)
@@ -569,13 +573,17 @@ def as_it_comes_stage(size: BenchSize, tell: Tell) -> None:
         race_as_it_comes("engine, full VAE", side, "lcm", size, tell, SD_MODEL_ID=model)
         race_as_it_comes("engine, tiny VAE", side, "lcm", size, tell, SD_MODEL_ID=model,
                          SD_VAE_ID=str(folder / "tiny_vae"))
+        without("fused norms", "recorded decode")
+        race_as_it_comes("engine, full VAE, no fused norms, decode not recorded", side, "lcm", size, tell,
+                         SD_MODEL_ID=model)
 
 # %% ../nbs/18_gpu.ipynb #8b13f197
 def sdxl_as_it_comes_stage(size: BenchSize, tell: Tell) -> None:
     "SDXL, four steps without guidance."
     with work_folder() as folder:
         model, side = random_sdxl(folder / "model", size), 8 * size.sdxl["sample_size"]
-        race_as_it_comes("engine, SDXL", side, "euler", size, tell, SD_MODEL_ID=str(model))
+        fewer = replace(size, clients=min(8, size.clients), pictures=max(4, size.pictures // 4))
+        race_as_it_comes("engine, SDXL", side, "euler", fewer, tell, SD_MODEL_ID=str(model))
 
 # %% ../nbs/18_gpu.ipynb #b6afcce3
 def compiled_pipeline(folder: Path, size: BenchSize) -> Any:
@@ -604,13 +612,9 @@ def stock_compiled_stage(size: BenchSize, tell: Tell) -> None:
         race([Entered("diffusers, compiled", draw, len(asked))], asked, 1, "4 steps", tell)
 
 # %% ../nbs/18_gpu.ipynb #f7442f66
-class DecodeVariant(NamedTuple):
-    "A way to decode latents."
-    name: str
-    decode: Callable[[torch.Tensor], Any]
+Decode = Callable[[torch.Tensor], Any]
 
-# %% ../nbs/18_gpu.ipynb #38f83b66
-def graphed_decode(vae: Any, latents: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+def graphed_decode(vae: Any, latents: torch.Tensor) -> Decode:
     "The decode of latents of this shape as a CUDA graph."
     given = latents.clone()
     for _ in range(3): vae.decode(given, return_dict=False)
@@ -622,33 +626,125 @@ def graphed_decode(vae: Any, latents: torch.Tensor) -> Callable[[torch.Tensor], 
         return out
     return replay
 
-# %% ../nbs/18_gpu.ipynb #cb009c89
-def decode_variants(tiny: bool, latents: torch.Tensor, size: BenchSize) -> Iterator[DecodeVariant]:
-    "Ways to decode these latents, each on a VAE of its own layout."
-    for layout in (torch.contiguous_format, torch.channels_last):
-        vae = new_vae(tiny, size, size.dtype).to(memory_format=layout)
-        name = "channels last" if layout is torch.channels_last else "as loaded"
-        def decode(z: torch.Tensor, vae: Any = vae) -> Any: return vae.decode(z, return_dict=False)
-        yield DecodeVariant(name, decode)
-        if size.cuda: yield DecodeVariant(f"{name}, CUDA graph", graphed_decode(vae, latents))
-        fast = torch.compile(vae.decoder, backend=size.compiler, dynamic=False)
-        yield DecodeVariant(f"{name}, compiled decoder", fast)
-    if tiny: return
+# %% ../nbs/18_gpu.ipynb #38f83b66
+def as_it_is(vae: Any, latents: torch.Tensor) -> Decode:
+    "Call by call."
+    return lambda z: vae.decode(z, return_dict=False)
+
+def with_norms(vae: Any, latents: torch.Tensor) -> Decode:
+    "Fused norms, recorded."
+    fuse_norms(vae)
+    return graphed_decode(vae, latents)
+
+def with_doublings(vae: Any, latents: torch.Tensor) -> Decode:
+    "Fused norms and doublings, recorded."
+    double_once(vae.decoder)
+    return with_norms(vae, latents)
+
+def in_tiles(vae: Any, latents: torch.Tensor) -> Decode:
+    "In tiles, call by call."
     vae.enable_tiling()
-    yield DecodeVariant("in tiles", decode)
+    return as_it_is(vae, latents)
+
+DECODES: dict[str, Callable[[Any, torch.Tensor], Decode]] = {
+    "channels last": as_it_is, "CUDA graph": graphed_decode, "CUDA graph, fused norms": with_norms,
+    "CUDA graph, fused norms, joined doublings": with_doublings, "in tiles": in_tiles}
 
 # %% ../nbs/18_gpu.ipynb #b2867fbf
+def time_decode(name: str, tiny: bool, latents: torch.Tensor, size: BenchSize, tell: Tell) -> None:
+    "A row of one variant."
+    what, batch = f"{'tiny' if tiny else 'full'} VAE, {8 * latents.shape[-1]} px, {name}", len(latents)
+    try:
+        decode = DECODES[name](new_vae(tiny, size, latents.dtype), latents)
+        seconds = seconds_of(lambda: decode(latents), size, 2)
+    except Exception as e: tell({"variant": what, "batch": batch, "why": f"{type(e).__name__}: {str(e)[:200]}"})
+    else: tell({"variant": what, **decode_times(seconds, batch)})
+
 @torch.inference_mode()
 def decode_stage(size: BenchSize, tell: Tell) -> None:
-    "Every way to decode, for one picture and for eight."
-    side = size.sd15.unet["sample_size"]
-    for tiny, batch in ((False, 1), (False, 8), (True, 1), (True, 8)):
+    "Every way to decode, for one picture and for eight, and for one of SDXL's."
+    usual, large = size.sd15.unet["sample_size"], size.sdxl["sample_size"]
+    given = (False, usual, 1), (False, usual, 8), (False, large, 1), (True, usual, 1), (True, usual, 8)
+    for tiny, side, batch in given:
         z = torch.randn(batch, 4, side, side, device=size.device, dtype=size.dtype)
-        for v in decode_variants(tiny, z, size):
-            name = f"{'tiny' if tiny else 'full'} VAE, {v.name}"
-            try: seconds = seconds_of(lambda: v.decode(z), size, 2)                         # noqa: B023
-            except Exception as e: tell({"variant": name, "why": f"{type(e).__name__}: {str(e)[:200]}"})
-            else: tell({"variant": name, **decode_times(seconds, batch)})
+        for name in DECODES:
+            if size.cuda or "graph" not in name: time_decode(name, tiny, z, size, tell)
+            if size.cuda: torch.cuda.empty_cache()
+
+# %% ../nbs/18_gpu.ipynb #b345b37e
+@torch.inference_mode()
+def compiled_decode_stage(size: BenchSize, tell: Tell) -> None:
+    "The full VAE's decoder compiled, for one picture and for eight."
+    side = size.sd15.unet["sample_size"]
+    for batch in (1, 8):
+        vae, start = new_vae(False, size, size.dtype), time.perf_counter()
+        vae.decoder = torch.compile(vae.decoder, backend=size.compiler, dynamic=False)
+        z = torch.randn(batch, 4, side, side, device=size.device, dtype=size.dtype)
+        decode = graphed_decode(vae, z) if size.cuda else as_it_is(vae, z)
+        decode(z)
+        settled(size)
+        compiling = round(time.perf_counter() - start, 1)
+        seconds = seconds_of(lambda: decode(z), size, 2)                                    # noqa: B023
+        what = f"full VAE, {8 * side} px, compiled" + (", CUDA graph" if size.cuda else "")
+        tell({"variant": what, "compile_s": compiling, **decode_times(seconds, batch)})
+
+# %% ../nbs/18_gpu.ipynb #148d5f0a
+def kernels_of(call: Callable[[], Any], size: BenchSize, most: int = 14) -> list[dict[str, Any]]:
+    "The kernels (on a CPU the operations) that take longest in one call."
+    from torch.profiler import ProfilerActivity, profile
+    which = ProfilerActivity.CUDA if size.cuda else ProfilerActivity.CPU
+    for _ in range(2): call()
+    settled(size)
+    with profile(activities=[which]) as seen:
+        call()
+        settled(size)
+    def took(event: Any) -> float: return event.self_device_time_total if size.cuda else event.self_cpu_time_total
+    longest = sorted(seen.key_averages(), key=took, reverse=True)[:most]
+    return [{"kernel": event.key[:90], "calls": event.count, "ms": round(took(event) / 1e3, 3)} for event in longest]
+
+@torch.inference_mode()
+def profile_stage(size: BenchSize, tell: Tell) -> None:
+    "The kernels of a UNet step of eight rows and of a decode, with fused norms."
+    unet = quick_unet(size)
+    step = unet_call(size.sd15.unet, 8, size, torch.float16 if size.cuda else torch.float32)
+    vae = new_vae(False, size, step.sample.dtype)
+    fuse_norms(vae)
+    calls: dict[str, Callable[[], Any]] = {
+        "UNet step, 8 rows": lambda: step.call(unet),
+        "decode of one": lambda: vae.decode(step.sample[:1], return_dict=False)}
+    for name, call in calls.items():
+        for row in kernels_of(call, size): tell({"what": name, **row})
+
+# %% ../nbs/18_gpu.ipynb #0fd08362
+def quick_unet(size: BenchSize, norms: bool = True) -> Any:
+    "SD 1.5's UNet as the engine has it before it is recorded."
+    dtype = torch.float16 if size.cuda else torch.float32
+    unet = new_unet_of(size.sd15.unet, size).to(dtype, memory_format=torch.channels_last)
+    if size.cuda: unet.fuse_qkv_projections()
+    if norms: fuse_norms(unet)
+    return unet
+
+@contextmanager
+def cudnn_attention() -> Iterator[None]:
+    "Attention by cuDNN where it can, else as usual."
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(order, set_priority=True): yield
+
+@torch.inference_mode()
+def norms_stage(size: BenchSize, tell: Tell) -> None:
+    "SD 1.5's UNet recorded: as before, with fused norms, with cuDNN's attention."
+    for name, norms, attention in (("recorded", False, nullcontext), ("recorded, fused norms", True, nullcontext),
+                                   ("recorded, fused norms, cuDNN attention", True, cudnn_attention)):
+        with attention():
+            unet = quick_unet(size, norms)
+            fast = GraphedUNet(unet) if size.cuda else unet
+            for batch in (b for b in size.batches if b != 4):
+                given = unet_call(size.sd15.unet, batch, size, unet.dtype)
+                flops = flops_of(lambda: given.first().call(unet))                          # noqa: B023
+                try: seconds = seconds_of(lambda: given.call(fast), size)                   # noqa: B023
+                except Exception as e: tell({"variant": name, "why": f"{type(e).__name__}: {str(e)[:200]}"})
+                else: tell({"variant": name, "batch": batch, **speed(seconds, batch * flops)})
 
 # %% ../nbs/18_gpu.ipynb #2031125e
 def beside(first: Callable[[], Any], second: Callable[[], Any], size: BenchSize) -> Callable[[], None]:
@@ -679,12 +775,12 @@ def overlap_stage(size: BenchSize, tell: Tell) -> None:
 # %% ../nbs/18_gpu.ipynb #a5e758d1
 def klein_stage(size: BenchSize, tell: Tell) -> None:
     "FLUX.2-klein 4B: a prompt, decodes, pictures, steps."
-    measure_flow("klein", tell, size.device, size.name == "small", size.repeats, size.compiler)
+    measure_flow("klein", tell, size.device, size.name == "small", min(3, size.repeats), size.compiler)
 
 
 def z_image_stage(size: BenchSize, tell: Tell) -> None:
     "Z-Image-Turbo 6B: the same."
-    measure_flow("z_image", tell, size.device, size.name == "small", size.repeats, size.compiler)
+    measure_flow("z_image", tell, size.device, size.name == "small", min(3, size.repeats), size.compiler)
 
 # %% ../nbs/18_gpu.ipynb #a4f5753b
 @dataclass(frozen=True)
@@ -695,14 +791,19 @@ class GpuStage:
     most: float
 
 STAGES = {
-    "limits": GpuStage(limits, 3, 25),
+    "limits": GpuStage(limits, 3, 15),
+    "as_it_comes": GpuStage(as_it_comes_stage, 25, 75),
+    "decode": GpuStage(decode_stage, 12, 40),
+    "norms": GpuStage(norms_stage, 10, 30),
+    "sdxl_as_it_comes": GpuStage(sdxl_as_it_comes_stage, 25, 60),
+    "profile": GpuStage(profile_stage, 6, 20),
+    "klein": GpuStage(klein_stage, 15, 40),
+    "z_image": GpuStage(z_image_stage, 15, 40),
+    "compiled_decode": GpuStage(compiled_decode_stage, 25, 90),
+    "stock_compiled": GpuStage(stock_compiled_stage, 60, 180),
     "unet": GpuStage(unet_stage, 15, 60),
     "vae": GpuStage(vae_stage, 5, 25),
-    "as_it_comes": GpuStage(as_it_comes_stage, 40, 120),
-    "decode": GpuStage(decode_stage, 30, 150),
     "overlap": GpuStage(overlap_stage, 10, 40),
-    "sdxl_as_it_comes": GpuStage(sdxl_as_it_comes_stage, 40, 120),
-    "stock_compiled": GpuStage(stock_compiled_stage, 60, 180),
     "engine": GpuStage(engine_stage, 30, 90),
     "compiled": GpuStage(compiled_stage, 45, 150),
     "sdxl": GpuStage(sdxl_stage, 15, 45),
@@ -710,8 +811,6 @@ STAGES = {
     "graphs": GpuStage(graphs_stage, 10, 60),
     "engine_compiled": GpuStage(engine_compiled_stage, 40, 120),
     "compiled_sdxl": GpuStage(compiled_sdxl_stage, 90, 240),
-    "klein": GpuStage(klein_stage, 40, 240),
-    "z_image": GpuStage(z_image_stage, 40, 240),
     "quantized": GpuStage(quantized_stage, 90, 300),
     "autotuned": GpuStage(autotuned_stage, 150, 500),
 }
@@ -942,7 +1041,8 @@ def picture_table(results: dict[str, Any]) -> str:
 # %% ../nbs/18_gpu.ipynb #f230a630
 def decode_table(results: dict[str, Any]) -> str:
     "Decodes as a markdown table."
-    rows = [r for stage in ("vae", "sdxl", "decode") for r in stage_rows(results, stage, "ms_a_picture")]
+    stages = ("vae", "sdxl", "decode", "compiled_decode")
+    rows = [r for stage in stages for r in stage_rows(results, stage, "ms_a_picture")]
     lines = [[r["variant"], r["batch"], f"{r['ms_a_picture']:.2f}"] for r in rows]
     return markdown_table(["decode", "batch", "ms a picture"], lines)
 

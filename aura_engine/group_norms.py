@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 # %% auto #0
-__all__ = ['ROWS', 'WIDE', 'MOST_PARTS', 'kernel', 'sum_up', 'find_scale', 'apply_scale', 'add_three', 'by_kernels', 'parts_of',
-           'normed', 'sum_of_three', 'FusedNorm', 'without_bias', 'FusedResnet', 'is_usual_block', 'fuse_norms',
-           'check_kernels']
+__all__ = ['ROWS', 'WIDE', 'MOST_PARTS', 'kernel', 'numbers', 'sum_up', 'all_parts', 'find_scale', 'apply_scale', 'add_three',
+           'by_kernels', 'pixel_parts', 'normed', 'sum_of_three', 'FusedNorm', 'without_bias', 'FusedResnet',
+           'is_usual_block', 'fuse_norms', 'check_kernels']
 
 # %% ../nbs/05_group_norms.ipynb #6e4d7b86
 if find_spec("triton"):
@@ -31,13 +31,18 @@ ROWS, WIDE = 32, 64                    # pixels and channels that a worker looks
 MOST_PARTS = 256
 
 @kernel
+def numbers(places, there):
+    "Numbers of any type, in fp32; zero where there is none."
+    return tl.load(places, mask=there, other=0.0).to(tl.float32)
+
+@kernel
 def sum_up(x, sums, squares, length, channels, per_part, parts, ROWS: tl.constexpr, WIDE: tl.constexpr):
     "Sums over a part of a picture's pixels, for WIDE channels: distances from the first pixel, and their squares."
     n, part = tl.program_id(0), tl.program_id(1)
     column = tl.program_id(2) * WIDE + tl.arange(0, WIDE)
     inside = column < channels
     picture = x + n.to(tl.int64) * length * channels
-    first = tl.load(picture + column, mask=inside, other=0.0).to(tl.float32)
+    first = numbers(picture + column, inside)
     total = tl.zeros((ROWS, WIDE), tl.float32)
     square = tl.zeros((ROWS, WIDE), tl.float32)
     for start in range(0, per_part, ROWS):
@@ -45,7 +50,7 @@ def sum_up(x, sums, squares, length, channels, per_part, parts, ROWS: tl.constex
         row = part * per_part + place
         there = ((place < per_part) & (row < length))[:, None] & inside[None, :]
         at = row[:, None].to(tl.int64) * channels + column[None, :]
-        value = tl.load(picture + at, mask=there, other=0.0).to(tl.float32)
+        value = numbers(picture + at, there)
         value = tl.where(there, value - first[None, :], 0.0)
         total += value
         square += value * value
@@ -55,32 +60,38 @@ def sum_up(x, sums, squares, length, channels, per_part, parts, ROWS: tl.constex
 
 # %% ../nbs/05_group_norms.ipynb #bda310bf
 @kernel
+def all_parts(values, length, channels, parts, first, column, inside, PARTS: tl.constexpr, GROUP: tl.constexpr):
+    "The sum of all parts' values for the channels of a group."
+    total = tl.zeros((GROUP,), tl.float32)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)
+        there = (part < parts)[:, None] & inside[None, :]
+        at = (first + part)[:, None] * channels + column[None, :]
+        total += tl.sum(tl.load(values + at, mask=there, other=0.0), 0)
+    return total
+
+# %% ../nbs/05_group_norms.ipynb #52df8e10
+@kernel
 def find_scale(x, sums, squares, add, weight, bias, scale, shift, length, channels, parts, in_group, eps,
                ADD: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr):
     "The factor and the offset of each channel of a group."
     n, lane = tl.program_id(0), tl.arange(0, GROUP)
     column = tl.program_id(1) * in_group + lane
-    inside = lane < in_group
-    total = tl.zeros((GROUP,), tl.float32)
-    square = tl.zeros((GROUP,), tl.float32)
-    for start in range(0, parts, PARTS):
-        part = start + tl.arange(0, PARTS)
-        there = (part < parts)[:, None] & inside[None, :]
-        at = (n * parts + part)[:, None] * channels + column[None, :]
-        total += tl.sum(tl.load(sums + at, mask=there, other=0.0), 0)
-        square += tl.sum(tl.load(squares + at, mask=there, other=0.0), 0)
-    mean = tl.load(x + n.to(tl.int64) * length * channels + column, mask=inside, other=0.0).to(tl.float32)
+    inside, at = lane < in_group, n * channels + column
+    total = all_parts(sums, length, channels, parts, n * parts, column, inside, PARTS, GROUP)
+    square = all_parts(squares, length, channels, parts, n * parts, column, inside, PARTS, GROUP)
+    mean = numbers(x + n.to(tl.int64) * length * channels + column, inside)
     more = tl.zeros((GROUP,), tl.float32)
-    if ADD: more = tl.load(add + n * channels + column, mask=inside, other=0.0).to(tl.float32)
+    if ADD: more = numbers(add + at, inside)
     mean += more + total / length
     middle = tl.sum(tl.where(inside, mean, 0.0), 0) / in_group
     apart = tl.where(inside, mean - middle, 0.0)
     # the variance inside the channels, and that between them
     variance = (tl.sum(square - total * total / length, 0) / length + tl.sum(apart * apart, 0)) / in_group
-    factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32) / tl.sqrt(variance + eps)
-    offset = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32) + (more - middle) * factor
-    tl.store(scale + n * channels + column, factor, mask=inside)
-    tl.store(shift + n * channels + column, offset, mask=inside)
+    factor = numbers(weight + column, inside) / tl.sqrt(variance + eps)
+    offset = numbers(bias + column, inside) + (more - middle) * factor
+    tl.store(scale + at, factor, mask=inside)
+    tl.store(shift + at, offset, mask=inside)
 
 # %% ../nbs/05_group_norms.ipynb #98a7d541
 @kernel
@@ -104,7 +115,8 @@ def add_three(x, y, bias, out, size, channels, BLOCK: tl.constexpr):
     "x + y + bias, the bias repeated for each pixel."
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     there = at < size
-    value = tl.load(x + at, mask=there, other=0.0).to(tl.float32) + tl.load(y + at, mask=there, other=0.0).to(tl.float32)
+    value = tl.load(x + at, mask=there, other=0.0).to(tl.float32)
+    value += tl.load(y + at, mask=there, other=0.0).to(tl.float32)
     value += tl.load(bias + at % channels, mask=there, other=0.0).to(tl.float32)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=there)
 
@@ -115,7 +127,7 @@ def by_kernels(x: torch.Tensor) -> bool:
     return x.is_cuda and not torch.version.hip or os.environ.get("TRITON_INTERPRET") == "1"
 
 # %% ../nbs/05_group_norms.ipynb #f12ae7a3
-def parts_of(n: int, length: int, blocks: int) -> tuple[int, int]:
+def pixel_parts(n: int, length: int, blocks: int) -> tuple[int, int]:
     "How the pixels of a picture are shared out -> pixels of a part, and parts."
     # about two thousand workers fill a large card, and less than 64 pixels are not worth one
     wanted = max(1, min(length // 64, 2048 // (n * blocks), MOST_PARTS))
@@ -128,7 +140,7 @@ def normed(x: torch.Tensor, norm: nn.GroupNorm, add: torch.Tensor | None, silu: 
     inner = x.movedim(1, -1).contiguous()                          # no copy for channels-last
     n, channels = x.shape[:2]
     length, blocks = inner.numel() // (n * channels), -(-channels // WIDE)
-    per_part, parts = parts_of(n, length, blocks)
+    per_part, parts = pixel_parts(n, length, blocks)
     out, in_group = torch.empty_like(inner), channels // norm.num_groups
     sums, squares = torch.empty(2, n, parts, channels, device=x.device, dtype=torch.float32)
     scale, shift = torch.empty(2, n, channels, device=x.device, dtype=torch.float32)
@@ -198,9 +210,10 @@ def is_usual_block(block: Any) -> bool:
     if type(block) is not ResnetBlock2D: return False
     convs = [block.conv1, block.conv2]
     if any(type(conv) is not nn.Conv2d or conv.bias is None for conv in convs): return False
-    if type(block.conv_shortcut) not in (nn.Conv2d, type(None)) or not isinstance(block.nonlinearity, nn.SiLU): return False
-    plain = block.upsample is None and block.downsample is None and not block.skip_time_act
-    return plain and block.time_embedding_norm == "default" and block.output_scale_factor == 1
+    if type(block.conv_shortcut) not in (nn.Conv2d, type(None)): return False
+    plain = isinstance(block.nonlinearity, nn.SiLU) and not block.skip_time_act
+    same_size = block.upsample is None and block.downsample is None
+    return plain and same_size and block.time_embedding_norm == "default" and block.output_scale_factor == 1
 
 # %% ../nbs/05_group_norms.ipynb #374d708f
 def fuse_norms(model: nn.Module) -> int:
@@ -219,7 +232,8 @@ def check_kernels(device: torch.device, dtype: torch.dtype) -> None:
     norm = FusedNorm(32, 320)
     norm.weight.copy_(torch.randn(320, generator=g))
     norm.to(device, dtype)
-    x = (torch.randn(2, 320, 33, 31, generator=g) * 2 + 5).to(device, dtype).contiguous(memory_format=torch.channels_last)
+    x = (torch.randn(2, 320, 33, 31, generator=g) * 2 + 5).to(device, dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
     add = torch.randn(2, 320, generator=g).to(device, dtype)
     wanted = F.silu(F.group_norm(x.float() + add.float()[..., None, None], 32, norm.weight.float(), norm.bias.float()))
     total = 2 * x.float() + norm.weight.float()[:, None, None]
