@@ -66,9 +66,9 @@ train: $(VENV)/dev.stamp ## train the embedded model again from its public art (
 	  @iconify-json/fluent-emoji-flat@1.2.6 @lobehub/fluent-emoji-3d@1.1.0 emojibase-data@17.0.0
 	$(PY) -m aura_engine.train --npm $(NPM)/node_modules --out build/train $(ARGS)
 
-pictures: $(VENV)/dev.stamp ## make the pictures of README and index again
-	AURA_PICTURES=1 $(PY) tools/nb.py run index
-	AURA_PICTURES=1 $(PY) -m pytest -q tests/test_lab.py tests/test_browser.py -m "slow or not slow" -k "test_lab or screenshots"
+pictures: $(VENV)/dev.stamp ## make the pictures of the notebooks and README again, with this model and this look
+	$(PY) tools/pictures.py
+	$(PY) tools/nb.py run index
 	$(PY) tools/nb.py readme
 
 sbom: $(VENV)/dev.stamp ## every package of the image as CycloneDX JSON, into build/sbom.json

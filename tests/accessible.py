@@ -34,13 +34,20 @@ def violations(page, selector=None):
     return [(v["id"], [n["html"][:120] for n in v["nodes"]]) for v in found]
 
 
-def no_violations(page, scheme, selector=None, schemes=("light", "dark")):
-    """axe finds nothing, light and dark. `scheme(name)` sets the theme."""
+def wear(page, scheme, host="#studio"):
+    """Light or dark, by the system's setting or by Lab's theme; back when the Studio looks so."""
+    if host == "#studio": page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+    else: page.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", f"JupyterLab {scheme.title()}")
+    page.wait_for_function("([host, dark]) => document.querySelector(host).hasAttribute('data-dark') === dark", arg=[host, scheme == "dark"])
+    page.wait_for_timeout(200)                              # Lab has transitions
+
+
+def no_violations(page, host="#studio", schemes=("light", "dark")):
+    """axe finds nothing in the Studio of `host` (on its own page, nowhere), light and dark."""
     before = page.viewport_size
     for width in EVERY_WIDTH if os.environ.get("AURA_AXE") else (before["width"],):
         page.set_viewport_size({**before, "width": width})
         for name in ("light", "dark") if os.environ.get("AURA_AXE") else schemes:
-            scheme(name)
-            page.wait_for_timeout(600)                      # the theme is looked at twice a second
-            assert violations(page, selector) == [], (width, name)
+            wear(page, name, host)
+            assert violations(page, None if host == "#studio" else host) == [], (width, name)
     page.set_viewport_size(before)

@@ -7,7 +7,8 @@ from PIL import Image
 
 import accessible
 from hands import give, narrow_sliders, noise, slide, watch_the_bar
-from conftest import ROOT, Server, clean_env, start
+from conftest import ROOT, clean_env, start
+from edge import Edge
 from test_faults import Hub
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -325,11 +326,12 @@ def test_painting_by_touch(browser, server):
 
 
 @pytest.mark.parametrize("how", ["drop", "paste", "file"])
-def test_pictures_in(page, how):
+def test_pictures_in(page, how, tmp_path):
     """A large photo, as a file of 20 MB, becomes the start picture, small enough to travel; what is no picture is said."""
-    big_one = noise(3300, 2200) if how == "file" else noise(1800, 1200, "JPEG")
-    if how == "file": page.locator("input[type=file]").set_input_files({"name": "photo.jpg", "mimeType": "image/jpeg", "buffer": big_one})
-    else: give(page, how, big_one, "photo.jpg", "image/jpeg")
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(noise(3300, 2200) if how == "file" else noise(1800, 1200, "JPEG"))
+    if how == "file": page.locator("input[type=file]").set_input_files(photo)
+    else: give(page, how, photo.read_bytes(), photo.name, "image/jpeg")
     expect(page.get_by_role("img", name="photo.jpg")).to_be_visible()
     sent = []
     page.on("request", lambda r: sent.append(r.post_data_json) if r.url.endswith("/jobs") else None)
@@ -568,16 +570,12 @@ def test_two_tabs(page, context, server):
         finished(tab, 2)
 
 
-def start_on(port, log):
-    with open(log, "wb") as out:
-        process = subprocess.Popen(APP, cwd=ROOT, env=clean_env(PORT=port), stdout=out, stderr=out)
-    return Server(f"http://127.0.0.1:{port}", process, log)
+def test_the_engine_dies_and_comes_back(context, server, tmp_path):
+    """kill -9 in the middle of a picture: its preview stays, the Studio says when it tries again, and the picture comes.
 
-
-def test_the_engine_dies_and_comes_back(context, tmp_path):
-    """kill -9 in the middle of a picture: its preview stays, the Studio says when it tries again, and the picture comes."""
+    After it, another engine, which knows of no such job, answers at the same address."""
     first = start(APP, tmp_path / "log1.txt").wait_ready()
-    port = first.url.rsplit(":", 1)[1]
+    port = int(first.url.rsplit(":", 1)[1])
     page = context.new_page()
     page.goto(first.url)
     expect(state(page)).to_contain_text("ready")
@@ -587,11 +585,11 @@ def test_the_engine_dies_and_comes_back(context, tmp_path):
     expect(page.locator(".said")).to_contain_text("Trying again in", timeout=20_000)
     expect(page.locator(".frame img.preview")).to_be_visible()
     expect(state(page)).to_contain_text("not reachable", timeout=20_000)
-    again = start_on(port, tmp_path / "log2.txt")
-    try:
+    with Edge(target=server.url, port=port, host=f"127.0.0.1:{port}") as again:
         finished(page)
         assert fact(page, "seed").inner_text() == "9" and page.get_by_role("alert").is_hidden()
-    finally: again.stop()
+        asked = [first.split()[0] for first, _, _ in again.requests if "/jobs" in first]
+        assert asked[0] == "GET" and "POST" in asked        # for the job, which is forgotten, and for the picture again
 
 
 def test_generate_while_loading(page):
@@ -803,6 +801,7 @@ def test_docs_without_a_network(page, server):
     expect(page.locator(".opblock-body").first).to_contain_text("refinePrompt")
 
 
+KEPT = ROOT / "nbs/images" if os.environ.get("AURA_PICTURES") else None
 WIDTHS, SCHEMES = (320, 360, 620, 1040, 1600, 1680), ("light", "dark")
 THINGS = ("a penguin on blue", "a lion on yellow", "a cupcake on pink", "an owl", "a rocket on a black background", "a fox on a green background")
 
@@ -815,23 +814,25 @@ def gallery(browser, server, tmp_path_factory):
         page.goto(server.url)
         expect(state(page)).to_contain_text("ready")
         for n, thing in enumerate(THINGS, 1):
-            ask(page, thing, seed=10 + n)
+            ask(page, thing, seed=10 + n, steps=None if KEPT else 1)
             finished(page, n)
         page.locator("[name=seed]").fill("")
         yield page
 
 
-def pictures_folder(tmp_path): return ROOT / "nbs/images" if os.environ.get("AURA_PICTURES") else tmp_path
+def keep(page, name, tmp_path):
+    """A screenshot, for the notebooks if they are to be made again."""
+    out = (KEPT or tmp_path) / f"{name}.webp"
+    Image.open(io.BytesIO(page.screenshot(full_page=True))).save(out, quality=80)
+    assert out.stat().st_size > 5_000
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_widths_and_themes(gallery, width, scheme, tmp_path):
     """No line of it runs out of the window; axe finds nothing; the picture of it is kept."""
-    gallery.emulate_media(color_scheme=scheme, reduced_motion="reduce")
     gallery.set_viewport_size({"width": width, "height": 940})
-    gallery.wait_for_function("dark => document.getElementById('studio').hasAttribute('data-dark') === dark", arg=scheme == "dark")
-    gallery.wait_for_timeout(300)
+    accessible.wear(gallery, scheme)
     assert gallery.evaluate("document.documentElement.scrollWidth") <= width
     wide = gallery.evaluate("""w => [...document.getElementById('studio').shadowRoot.querySelectorAll('.card, .head, .row, .actions, .options, .box')]
         .filter(e => { const b = e.getBoundingClientRect(); return b.width && (b.right > w + 1 || b.left < -1) }).map(e => e.className)""", width)
@@ -842,10 +843,7 @@ def test_widths_and_themes(gallery, width, scheme, tmp_path):
         gallery.locator(".fold").click()
         gallery.mouse.move(0, 0)                            # nothing looks pointed at
         gallery.wait_for_timeout(200)
-    out = pictures_folder(tmp_path) / f"studio-{width}-{scheme}.webp"
-    if width in (360, 620, 1040, 1600):
-        Image.open(io.BytesIO(gallery.screenshot(full_page=True))).save(out, quality=80)
-        assert out.stat().st_size > 5_000
+    if width in (360, 620, 1040, 1600): keep(gallery, f"studio-{width}-{scheme}", tmp_path)
     assert big(gallery).bounding_box()["width"] >= min(width - 56, 314)
     assert accessible.violations(gallery) == []
 
@@ -860,11 +858,8 @@ def test_the_accessibility_tree(gallery):
     assert roles.count("option") == len(THINGS) and "status" in roles
 
 
-def scheme_of(page): return lambda name: page.emulate_media(color_scheme=name, reduced_motion="reduce")
-
-
 @pytest.mark.parametrize("what", ["settings", "panel", "compare", "alert", "start", "brush", "offer", "several", "copied", "empty"])
-def test_axe_in_other_states(gallery, browser, server, what):
+def test_axe_in_other_states(gallery, browser, server, what, tmp_path):
     page = gallery
     page.set_viewport_size({"width": 620, "height": 940})
     if what == "settings": page.locator(".fold").click()
@@ -883,11 +878,15 @@ def test_axe_in_other_states(gallery, browser, server, what):
     if what == "brush":
         press(page, "Paint what may change")
         stroke(page, (0.3, 0.3), (0.6, 0.4))
+        for width, scheme in ((360, "light"), (1040, "dark")) if KEPT else ():
+            page.set_viewport_size({"width": width, "height": 940})
+            accessible.wear(page, scheme)
+            keep(page, f"brush-{width}-{scheme}", tmp_path)
     if what == "empty":
         page = browser.new_context(bypass_csp=True, viewport={"width": 620, "height": 940}).new_page()
         page.goto(server.url)
         expect(state(page)).to_contain_text("ready")
-    accessible.no_violations(page, scheme_of(page), schemes=("light",))
+    accessible.no_violations(page, schemes=("light",))
     if what == "settings": page.locator(".fold").click()
     if what == "panel": state(page).click()
     if what == "compare": page.locator(".axes").get_by_role("button", name="Close").click()
@@ -936,7 +935,7 @@ def test_axe_in_the_states_of_the_engine(browser, server, what):
         where = page.get_by_role("alert") if what in ("failed", "key missing", "key wrong") else page.locator(".said")
         expect(where).to_contain_text(STATES[what])
         if what == "running": expect(page.locator(".frame img.preview")).to_be_visible()
-        accessible.no_violations(page, scheme_of(page))
+        accessible.no_violations(page)
         for url in ahead: others.delete(url)
         if page.locator(".meter").count() and what in ("queued", "running"): press(page, "Stop")
 
@@ -971,15 +970,21 @@ def test_form_request_receipt_round_trip(module):
     from aura_engine.models import ROWS
     from aura_engine.planning import plan
     from aura_engine.types import GenerateRequest
+    pairs, rows = [], []                                   # the browser is asked twice: for all bodies, then for all forms
     for row in ROWS.values():
         for aspect in ("1:1", "4:3", "3:2", "16:9", "3:4", "2:3", "9:16"):
             limits = {"steps": row.steps, "guidance": row.guidance, "native": row.native, "loras": [], "gpu": False}
             form = {"prompt": "a fox", "negative": "", "aspect": aspect, "n": 1, "seed": 7, "steps": row.steps[2], "guidance": row.guidance[2], "temperature": 1.25, "strength": None, "lora": None, "high": False}
-            body = module("m.requestOf(a[0], a[1]).body", form, limits)
-            picture = plan(GenerateRequest.model_validate(body), row).pictures[0]
-            receipt = {"prompt": picture.prompt, "negativePrompt": picture.negative_prompt, "width": picture.width, "height": picture.height, "steps": picture.steps, "guidanceScale": picture.guidance_scale,
-                       "strength": None, "seed": picture.seed, "temperature": picture.temperature, "loraAlias": None}
-            assert module("m.formOf(a[0], a[1])", receipt, limits) == form, (row.name, aspect)
+            pairs.append((form, limits))
+            rows.append(row)
+    bodies = module("a[0].map(([form, limits]) => m.requestOf(form, limits).body)", pairs)
+    receipts = []
+    for body, row in zip(bodies, rows, strict=True):
+        picture = plan(GenerateRequest.model_validate(body), row).pictures[0]
+        receipts.append({"prompt": picture.prompt, "negativePrompt": picture.negative_prompt, "width": picture.width, "height": picture.height, "steps": picture.steps,
+                         "guidanceScale": picture.guidance_scale, "strength": None, "seed": picture.seed, "temperature": picture.temperature, "loraAlias": None})
+    forms = module("a[0].map((receipt, i) => m.formOf(receipt, a[1][i][1]))", receipts, pairs)
+    for form, (asked, _), row in zip(forms, pairs, rows, strict=True): assert form == asked, (row.name, asked["aspect"])
 
 
 def test_generate_before_anything_is_known(module):

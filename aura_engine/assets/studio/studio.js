@@ -32,7 +32,7 @@ export class Trouble extends Error {
 
 	/** Wrong fields are said in the form's words. */
 	static from({ type = "", detail, title, status, errors: fields = [] }, more) {
-		const said = fields.map(({ loc, allowed }) => allowed && t("allowed", { field: t(fieldOf(loc)), allowed }));
+		const said = fields.map(({ loc, allowed }) => allowed && `${t(fieldOf(loc))}: ${allowed}.`);
 		return new Trouble(type.replace("urn:aura:", ""), said.join(" ") || detail || title, { status, fields, ...more });
 	}
 
@@ -590,7 +590,7 @@ const ICONS = {
 	again: "M16 10a6 6 0 1 1-2-4.5M16 2v4h-4", startFrom: "M16 10H4M9 5l-5 5 5 5",
 	compare: "M3 3h5v5H3zM12 3h5v5h-5zM3 12h5v5H3zM12 12h5v5h-5z", save: "M10 3v10M5 8l5 5 5-5M3 17h14",
 	remove: "M4 6h12M8 6V3h4v3M6 6v11h8V6",
-	paint: "M12.5 3.5l4 4-8.5 8.5-5 1 1-5z", keep: "M10 2.8l2.2 4.7 5 .6-3.7 3.5 1 5-4.5-2.5-4.5 2.5 1-5L2.8 8.1l5-.6z",
+	paint: "M13 3l4 4-9 9-5 1 1-5z", keep: "M10 3l2 5h5l-4 3 2 6-5-4-5 4 2-6-4-3h5z",
 };
 const SPACE = h("span.grow");
 const CHOSEN = "[role=option][tabindex='0']";
