@@ -87,6 +87,8 @@ def opened(browser, url):
     """A notebook with three widgets, with all its cells run."""
     page = browser.new_page(viewport={"width": 1200, "height": 1000}, permissions=["clipboard-read", "clipboard-write"])
     page.set_default_timeout(90_000)
+    page.elsewhere = []                                     # requests that leave this machine
+    page.on("request", lambda r: page.elsewhere.append(r.url) if not r.url.startswith(("http://127.0.0.1:", "data:", "blob:")) else None)
     page.goto(url)
     page.wait_for_function(IDLE)
     run_all(page)
@@ -100,6 +102,7 @@ def page(lab, browser):
     page = opened(browser, lab("00_start"))
     yield page
     page.close()
+    assert page.elsewhere == []
 
 
 @pytest.fixture
@@ -414,6 +417,7 @@ def states(lab, browser):
         return studio
     yield studio
     page.close()
+    assert page.elsewhere == []
 
 
 def generate(studio): studio.get_by_role("button", name="Generate", exact=True).click()
