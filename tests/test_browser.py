@@ -662,6 +662,8 @@ def test_compare(page):
     finished(page)
     prompt(page).fill("typed meanwhile")
     press(page, "Compare")
+    bottom = lambda what: page.locator(what).evaluate("e => e.getBoundingClientRect().bottom")
+    assert bottom("caption") <= bottom(".scroll")                           # what is compared can be read before there is a grid
     page.get_by_label("Over (x)").fill("1, 2, 300")
     press(page, "Make 0")
     expect(page.get_by_role("alert")).to_contain_text("1–50")
@@ -991,12 +993,12 @@ def test_generate_before_anything_is_known(module):
     """In a notebook the kernel may not have looked at its engine yet: the picture waits, nothing has failed."""
     code = """(async () => { let looks = 0, asked = 0;
         const store = {form: () => null, keepForm() {}, put() {}, remove() {}};
-        const engine = {store, health: async () => (looks++ ? {ready: true} : {status: "connecting"}), async* generate() { asked++; }};
+        const engine = {store, health: async () => (looks++ ? {ready: true} : {status: "connecting"}), async* generate() { asked++; }, examples: async () => []};
         const s = new m.Studio(engine);
         s.set({prompt: "a fox"});
         await s.generate();
         return [looks, asked, s.trouble]; })()"""
-    assert module(code) == [2, 1, None]
+    assert module(code) == [3, 1, None]                     # two looks before it is asked, and one when it is over
 
 
 def test_events_cut_at_every_byte(module):

@@ -368,6 +368,7 @@ export class Studio extends EventTarget {
 			if (second) this.spread = run.made;
 		}
 		this.touch({ finished: first && t("done") });
+		if (!run.aside) this.look();
 		return run.made;
 	}
 
@@ -444,7 +445,10 @@ export class Studio extends EventTarget {
 		this.set(formOf(receipt, this.limits));
 	}
 
-	startFrom() { return this.take(this.picture.blob, this.picture.receipt.prompt); }
+	startFrom() {
+		this.focusOn("prompt");
+		return this.take(this.picture.blob, this.picture.receipt.prompt);
+	}
 
 	save() {
 		const { picture } = this;
