@@ -24,9 +24,9 @@ from .transport import Ask, Replay
 from .types import AuraError, Cancelled, Done, Event, Image, Preview, Queued, Receipt, Step
 
 # %% auto #0
-__all__ = ['Listener', 'KEPT', 'Shot', 'Album', 'Message', 'preview_file', 'shot_message', 'message_of', 'WorkRecord',
-           'pictures_of_ask', 'Work', 'Gallery', 'Desk', 'engine_in', 'is_alike', 'is_successor', 'desk_of',
-           'close_desks']
+__all__ = ['Listener', 'KEPT', 'Shot', 'seconds_worked', 'Album', 'Message', 'preview_file', 'shot_message', 'message_of',
+           'WorkRecord', 'pictures_of_ask', 'Work', 'Gallery', 'Desk', 'engine_in', 'is_alike', 'is_successor',
+           'desk_of', 'close_desks']
 
 # %% ../nbs/13a_album.ipynb #4dfc70c6
 @dataclass(eq=False)
@@ -52,6 +52,13 @@ class Shot:
         return save_picture(self.image, path, self.receipt)
 
     def _repr_png_(self) -> bytes: return self.file
+
+# %% ../nbs/13a_album.ipynb #8a74c61f
+def seconds_worked(receipt: Receipt | None) -> float | None:
+    "How long the engine worked on a picture, by its receipt. None where that does not say."
+    stages = receipt.timings if receipt else {}
+    if not stages: return None
+    return round(sum(seconds for stage, seconds in stages.items() if stage != "queue"), 2)
 
 # %% ../nbs/13a_album.ipynb #2221aeae
 class Album:
@@ -206,7 +213,8 @@ class Work:
             self.desk.tidy()
 
     def _made(self, event: Image) -> None:
-        seconds = round(time.time() - self.at, 2)
+        seconds = seconds_worked(event.receipt)
+        if seconds is None: seconds = round(time.time() - self.at, 2)
         shot = Shot(f"{self.id}-{event.index}", event.image, event.receipt, self.engine, seconds)
         self.shots.append(shot)
         if self.aside: self.desk.album.set_aside(shot)
