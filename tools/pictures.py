@@ -22,7 +22,7 @@ def draw_prompts() -> None:
     from aura_engine.images import grid
     os.environ["SD_MODEL_ID"] = "embedded"
     with ae.AuraClient("offline") as client:
-        drawn = [client.generate(prompt, seed=11 + i)[0] for i, prompt in enumerate(PROMPTS)]
+        drawn = [client.generate(prompt, seed=11 + i).images[0] for i, prompt in enumerate(PROMPTS)]
     grid(drawn, width=128, columns=6).image.save(IMAGES / "prompts.webp", quality=88)
 
 
