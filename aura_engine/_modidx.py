@@ -124,6 +124,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'aura_engine.album.message_of': ('album.html#message_of', 'aura_engine/album.py'),
                                    'aura_engine.album.pictures_of_ask': ('album.html#pictures_of_ask', 'aura_engine/album.py'),
                                    'aura_engine.album.preview_file': ('album.html#preview_file', 'aura_engine/album.py'),
+                                   'aura_engine.album.seconds_worked': ('album.html#seconds_worked', 'aura_engine/album.py'),
                                    'aura_engine.album.shot_message': ('album.html#shot_message', 'aura_engine/album.py')},
             'aura_engine.answers': { 'aura_engine.answers.Api': ('answers.html#api', 'aura_engine/answers.py'),
                                      'aura_engine.answers.Api.__init__': ('answers.html#api.__init__', 'aura_engine/answers.py'),
