@@ -256,6 +256,7 @@ async def place_order(api: Api, ask: Ask, client: str, left: float = math.inf) -
 # %% ../nbs/09d_answers.ipynb #63f41e4c
 async def attended(request: Request, work: Coroutine[Any, Any, T]) -> T:
     "The result of `work`, which is cancelled when the client hangs up first. Raises Cancelled then."
+    if getattr(request.state, "answered", False): return await work      # a job that waited for its model
     task, gone = asyncio.create_task(work), asyncio.create_task(hung_up(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)

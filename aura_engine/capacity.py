@@ -8,10 +8,10 @@ import random, threading, time
 from collections.abc import Sequence
 from dataclasses import dataclass
 import httpx
-from .fleet import StepCurve
+from .fleet import StepCurve, engines_for
 
 # %% auto #0
-__all__ = ['steady_seconds', 'step_between', 'cost_of_thousand', 'OpenRun', 'OpenLoad']
+__all__ = ['steady_seconds', 'step_between', 'cost_of_thousand', 'Machine', 'slower', 'Fleet', 'fleet_for', 'OpenRun', 'OpenLoad']
 
 # %% ../nbs/19b_capacity.ipynb #38b566a5
 def steady_seconds(curve: StepCurve, rate: float, steps: int) -> float:
@@ -36,6 +36,36 @@ def step_between(curve: StepCurve, rows: float) -> float:
 def cost_of_thousand(price: float, rate: float) -> float:
     "The cost of 1,000 pictures on a machine of `price` an hour that makes `rate` pictures a second."
     return 1000 * price / (3600 * rate)
+
+# %% ../nbs/19b_capacity.ipynb #a4665c62
+@dataclass(frozen=True)
+class Machine:
+    "A machine that engines run on: its curve, and its price an hour. `measured`: not made from a data sheet."
+    name: str
+    curve: StepCurve
+    price: float
+    measured: bool = True
+
+def slower(curve: StepCurve, times: float) -> StepCurve:
+    "The curve of a machine that multiplies `times` slower, from a measured one."
+    full = curve.seconds(curve.most) / curve.most * times
+    steps = {rows: max(seconds, rows * full) for rows, seconds in curve.step.items()}
+    return StepCurve(steps, curve.decode * times)
+
+# %% ../nbs/19b_capacity.ipynb #83f35006
+@dataclass(frozen=True)
+class Fleet:
+    "How many machines a load needs, and what 1,000 of its pictures cost."
+    machines: int
+    thousand: float
+
+    def __str__(self) -> str: return f"{self.machines:,} (${self.thousand:,.2f})"
+
+def fleet_for(machine: Machine, day: float, steps: int, p95: float) -> Fleet:
+    "Machines for `day` pictures a day with 95 of 100 within `p95` seconds. ValueError: no number of them does that."
+    rate = day / 86_400
+    machines = engines_for(machine.curve, rate, steps, p95, most=5000)
+    return Fleet(machines, cost_of_thousand(machines * machine.price, rate))
 
 # %% ../nbs/19b_capacity.ipynb #f2ac4f37
 @dataclass

@@ -32,14 +32,15 @@ from .types import AuraError, Image, Invalid, Queued, Receipt, Step
 # %% auto #0
 __all__ = ['Local', 'CLOUD_HELP', 'Cloud', 'Mode', 'OFFLINE_HELP', 'Offline', 'ApiKey', 'AsJson', 'Quiet', 'OPTIONS', 'OR_ELSE',
            'OR_HERE', 'STDOUT', 'ABOUT', 'HELP_NAMES', 'cli', 'VERSION', 'Version', 'OUT_HELP', 'Out', 'Negative',
-           'Seed', 'Steps', 'Guidance', 'Lora', 'Temperature', 'Words', 'Aspect', 'Resolution', 'HowMany', 'Becoming',
-           'GIVEN_HELP', 'Given', 'STRENGTH_HELP', 'Strength', 'MASK_HELP', 'Mask', 'PADDING_HELP', 'Padding',
-           'AT_ONCE', 'Listed', 'Folder', 'Own', 'INIT_HELP', 'Init', 'ITS_MASK_HELP', 'ItsMask', 'HEALTH_ROWS',
-           'Origin', 'Host', 'Port', 'AS_IT_IS', 'FAULT', 'columns', 'queue_line', 'Meter', 'Bars', 'in_panel',
-           'or_else', 'in_options', 'errors_told', 'client_for', 'check_writable', 'slug_of', 'Destination', 'save_to',
-           'count_of', 'line_of', 'report_pictures', 'words_of', 'print_version', 'generate_command', 'refine_command',
-           'prompts_in', 'sheet_of', 'make_all', 'report_batch', 'batch_command', 'replay_command', 'health_table',
-           'health_command', 'serve_command', 'hand_over', 'fleet_command', 'bench_command', 'deploy_command', 'main']
+           'Seed', 'Steps', 'Guidance', 'Lora', 'MODEL_HELP', 'ModelName', 'Temperature', 'Words', 'Aspect',
+           'Resolution', 'HowMany', 'Becoming', 'GIVEN_HELP', 'Given', 'STRENGTH_HELP', 'Strength', 'MASK_HELP', 'Mask',
+           'PADDING_HELP', 'Padding', 'AT_ONCE', 'Listed', 'Folder', 'Own', 'INIT_HELP', 'Init', 'ITS_MASK_HELP',
+           'ItsMask', 'HEALTH_ROWS', 'Origin', 'Host', 'Port', 'AS_IT_IS', 'FAULT', 'columns', 'queue_line', 'Meter',
+           'Bars', 'in_panel', 'or_else', 'in_options', 'errors_told', 'client_for', 'check_writable', 'slug_of',
+           'Destination', 'save_to', 'count_of', 'line_of', 'report_pictures', 'words_of', 'print_version',
+           'generate_command', 'refine_command', 'prompts_in', 'sheet_of', 'make_all', 'report_batch', 'batch_command',
+           'replay_command', 'health_table', 'health_command', 'serve_command', 'hand_over', 'fleet_command',
+           'bench_command', 'deploy_command', 'main']
 
 # %% ../nbs/17_cli.ipynb #ad84d76c
 def columns() -> list[Any]:
@@ -113,7 +114,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 # %% ../nbs/17_cli.ipynb #6db20c6f
 OPTIONS = {"aspect_ratio": "--aspect", "guidance_scale": "--guidance", "negative_prompt": "--negative", "n": "--count",
            "padding_mask_crop": "--padding-mask-crop", "temperature": "--temperature", "strength": "--strength",
-           "seed": "--seed", "steps": "--steps", "lora": "--lora", "mask": "--mask"}
+           "seed": "--seed", "steps": "--steps", "lora": "--lora", "model": "--model", "mask": "--mask"}
 OR_ELSE = "Or name a Space with --cloud, or add --offline to make the picture in this process."
 OR_HERE = "Or add --offline to make the picture in this process."
 
@@ -260,6 +261,8 @@ Seed = Annotated[int | None, typer.Option(help="The same seed makes the same pic
 Steps = Annotated[int | None, typer.Option(help="Denoising steps. Default: the model's own.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale. Default: the model's own.")]
 Lora = Annotated[str | None, typer.Option(help="A LoRA of the engine (its SD_LORAS), by its alias.")]
+MODEL_HELP = "One of the engine's models (its SD_MODELS), by name. Default: the first."
+ModelName = Annotated[str | None, typer.Option("--model", help=MODEL_HELP)]
 Temperature = Annotated[float, typer.Option(help="0: always the same picture; 1: a fresh one (0-2).")]
 
 # %% ../nbs/17_cli.ipynb #d50c1803
@@ -273,7 +276,7 @@ HowMany = Annotated[int, typer.Option("--count", "-n", help="How many (1-4).")]
 def generate_command(
         prompt: Words, out: Out = None, negative: Negative = "", aspect: Aspect = "1:1",
         temperature: Temperature = 0.7, resolution: Resolution = "standard", seed: Seed = None,
-        n: HowMany = 1, steps: Steps = None, guidance: Guidance = None, lora: Lora = None,
+        n: HowMany = 1, steps: Steps = None, guidance: Guidance = None, lora: Lora = None, model: ModelName = None,
         local: Local = LOCAL, cloud: Cloud = None, mode: Mode = "auto", offline: Offline = False,
         api_key: ApiKey = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
     "Make pictures from a prompt."
@@ -285,7 +288,7 @@ def generate_command(
             made = client.generate(
                 to.prompt, aspect_ratio=aspect, temperature=temperature, resolution=resolution,
                 negative_prompt=negative, seed=seed, n=n, steps=steps, guidance_scale=guidance, lora=lora,
-                on_event=bars)
+                model=model, on_event=bars)
         report_pictures(made, to, as_json)
 
 # %% ../nbs/17_cli.ipynb #c6e72e77
@@ -304,9 +307,9 @@ Padding = Annotated[int | None, typer.Option("--padding-mask-crop", help=PADDING
 def refine_command(
         prompt: Becoming, images: Given, out: Out = None, mask: Mask = None, padding: Padding = None,
         strength: Strength = None, negative: Negative = "", temperature: Temperature = 0.7, seed: Seed = None,
-        steps: Steps = None, guidance: Guidance = None, lora: Lora = None, local: Local = LOCAL, cloud: Cloud = None,
-        mode: Mode = "auto", offline: Offline = False, api_key: ApiKey = None, as_json: AsJson = False,
-        quiet: Quiet = False) -> None:
+        steps: Steps = None, guidance: Guidance = None, lora: Lora = None, model: ModelName = None,
+        local: Local = LOCAL, cloud: Cloud = None, mode: Mode = "auto", offline: Offline = False,
+        api_key: ApiKey = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
     "Make new pictures from given ones."
     with errors_told(as_json, offline, images):
         to = Destination(out, words_of(prompt), len(images))
@@ -315,7 +318,7 @@ def refine_command(
             made = client.refine(
                 to.prompt, images, mask=mask, padding_mask_crop=padding, strength=strength,
                 negative_prompt=negative, temperature=temperature, seed=seed, steps=steps,
-                guidance_scale=guidance, lora=lora, on_event=bars)
+                guidance_scale=guidance, lora=lora, model=model, on_event=bars)
         report_pictures(made, to, as_json)
 
 # %% ../nbs/17_cli.ipynb #daad3c85
@@ -371,16 +374,17 @@ Folder = Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictur
 @cli.command("batch")
 def batch_command(
         prompts: Listed, out: Folder = Path("pictures"), aspect: Aspect = "1:1", seed: Seed = None,
-        temperature: Temperature = 0.7, steps: Steps = None, lora: Lora = None, local: Local = LOCAL,
-        cloud: Cloud = None, mode: Mode = "auto", offline: Offline = False, api_key: ApiKey = None,
-        as_json: AsJson = False, quiet: Quiet = False) -> None:
+        temperature: Temperature = 0.7, steps: Steps = None, lora: Lora = None, model: ModelName = None,
+        local: Local = LOCAL, cloud: Cloud = None, mode: Mode = "auto", offline: Offline = False,
+        api_key: ApiKey = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
     "Make a picture of each line of a file, and a contact sheet."
     with errors_told(as_json, offline):
         lines = prompts_in(prompts)
         check_writable(out / "sheet.png")
         with client_for(local, cloud, mode, offline, api_key) as client, Bars(quiet or as_json) as bars:
-            made = client.wait(make_all(client.aio, lines, out, bars, aspect_ratio=aspect, temperature=temperature,
-                                        seed=seed, steps=steps, lora=lora))
+            made = client.wait(make_all(
+                client.aio, lines, out, bars, aspect_ratio=aspect, temperature=temperature, seed=seed, steps=steps,
+                lora=lora, model=model))
         report_batch(made, lines, out, as_json)
 
 # %% ../nbs/17_cli.ipynb #7eb09728

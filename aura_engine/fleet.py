@@ -15,7 +15,8 @@ from .transport import engine_url
 from .types import Health, Invalid
 
 # %% auto #0
-__all__ = ['Look', 'look_at_all', 'fleet_table', 'fleet_json', 'main', 'StepCurve', 'SimulatedEngine', 'waits', 'engines_for']
+__all__ = ['MOST_SIMULATED', 'Look', 'look_at_all', 'fleet_table', 'fleet_json', 'main', 'StepCurve', 'SimulatedEngine', 'waits',
+           'engines_for']
 
 # %% ../nbs/19_many_engines.ipynb #bffcd989
 @dataclass(frozen=True)
@@ -142,12 +143,16 @@ def _until(engine: SimulatedEngine, time: float) -> list[float]:
     return out
 
 # %% ../nbs/19_many_engines.ipynb #3c7d365b
+MOST_SIMULATED = 50                                 # engines
+
 def engines_for(curve: StepCurve, rate: float, steps: int, p95: float, most: int = 1000) -> int:
     "The fewest engines with which 95 of 100 requests take `p95` seconds at most. ValueError: none do."
     alone = steps * curve.seconds(1) + curve.decode
     if alone > p95: raise ValueError(f"p95: given {p95:g} s, but one picture alone takes {alone:.2f} s")
-    few = max(1, int(rate / curve.most_a_second(steps)))
+    few = int(rate / curve.most_a_second(steps)) + 1
     for engines in range(few, most + 1):
-        took = waits(curve, engines, rate, steps)
+        some = min(engines, MOST_SIMULATED)
+        share = rate * some / engines
+        took = waits(curve, some, share, steps, pictures=max(2000, min(20_000, int(30 * p95 * share))))
         if took[int(.95 * len(took))] <= p95: return engines
     raise ValueError(f"{rate:g} pictures a second need more than {most} engines")

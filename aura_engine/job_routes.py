@@ -13,19 +13,21 @@ from fastapi import Request
 from fastapi.responses import EventSourceResponse, JSONResponse, Response
 from pydantic import Field
 from .answers import (
-    UNBUFFERED, Api, OrderedJob, Told, begin, deadline_of, heartbeat, model_name, sse_frame, tell, using)
+    UNBUFFERED, Api, OrderedJob, Told, begin, deadline_of, heartbeat, model_name, pictures_in, sse_frame, tell, using)
 from .errors import request_id
 from .planning import ReplayRequest
-from .types import (
-    GenerateRequest, Invalid, JobStatus, NotFound, QueueFull, RefineRequest, RequestModel, shown)
-from .walls import client_behind
+from .side_by_side import Seat, check_wait
+from aura_engine.types import (
+    AuraError, Cancelled, GenerateRequest, Invalid, JobStatus, NotFound, QueueFull, RefineRequest, RequestModel,
+    shown)
+from .walls import arrival, client_behind
 
 # %% auto #0
 __all__ = ['EVENT', 'GROWING', 'AROUND', 'AnyJob', 'SMALL_ASK', 'MOST_READERS', 'MOST_STREAMS', 'event_bytes', 'KeptEvents',
            'SentLog', 'status_told', 'KeptJob', 'held_by', 'job_address', 'job_progress', 'job_result', 'job_state',
-           'JobsFull', 'ReadersFull', 'StreamsFull', 'first_of_greediest', 'refuse_full', 'unknown_job', 'JobStore',
-           'GenerateJob', 'RefineJob', 'ReplayJob', 'watch_job', 'kept_ask', 'post_job', 'get_job', 'counted',
-           'get_job_events', 'delete_job']
+           'JobsFull', 'ReadersFull', 'StreamsFull', 'first_of_greediest', 'refuse_full', 'unknown_job', 'job_id',
+           'JobStore', 'GenerateJob', 'RefineJob', 'ReplayJob', 'watch_job', 'kept_ask', 'seat_to_wait_for', 'late_job',
+           'in_request', 'keep_late', 'begin_job', 'post_job', 'get_job', 'counted', 'get_job_events', 'delete_job']
 
 # %% ../nbs/09e_job_routes.ipynb #4c32c21b
 EVENT = 512                                                   # bytes of an event that holds nothing long, about
@@ -114,7 +116,8 @@ class KeptJob:
         self.id, self.client = id, client
         self.ask = ask                                        # what was posted, where it is small
         self.log = SentLog()
-        self.work = work                                      # None once the engine has finished with it
+        self.work = work                                      # None before the engine has it, and once it has finished
+        self.waits = 0                                        # bytes of pictures that the engine does not have yet
         self.task: asyncio.Task | None = None                 # the one that watches it
         self.status = JobStatus.queued
         self.ended: float | None = None                       # time.monotonic() of its end
@@ -130,12 +133,14 @@ class KeptJob:
     def end(self) -> None:
         "No event will follow: the engine has finished with it."
         self.ended = time.monotonic()
+        self.waits = 0
         self.work = None                                      # its log holds every picture once more
         self.log.close()
 
     async def cancel(self) -> None:
         "Stop it, wait a moment for its end, and free its pictures."
         if self.work: self.work.job.cancel()
+        elif self.task: self.task.cancel()                    # it waits for its model
         if self.task and self.ended is None: await asyncio.wait({self.task}, timeout=2)
         self.forget()
 
@@ -160,7 +165,7 @@ AROUND = 4096                                                 # bytes of a job b
 
 def held_by(kept: KeptJob) -> int:
     "Bytes that a kept job holds."
-    return AROUND + kept.log.bytes + (kept.work.job.start_bytes if kept.work else 0)
+    return AROUND + kept.log.bytes + (kept.work.job.start_bytes if kept.work else kept.waits)
 
 # %% ../nbs/09e_job_routes.ipynb #7e7ebc09
 def job_address(kept: KeptJob) -> dict[str, Any]:
@@ -224,6 +229,10 @@ def unknown_job(id: str, seconds: float) -> NotFound:
     gone = f"it never was, or it has ended and is forgotten (after {seconds / 60:g} minutes, or earlier to make room)"
     return NotFound(f"No job {shown(id, 60)}: {gone}.")
 
+def job_id(replica: str, work: OrderedJob | None) -> str:
+    "The id of a new job, which begins with the name of its engine."
+    return f"{replica}-{work.job.id if work else uuid.uuid4().hex}"
+
 # %% ../nbs/09e_job_routes.ipynb #852c53c3
 class JobStore:
     "Jobs by id, kept `seconds` after their end: at most `most`, of `bytes` in all. Only the event loop touches it."
@@ -266,9 +275,9 @@ class JobStore:
             self.beginning[client] -= 1
             self.beginning += Counter()                       # keeps those above zero
 
-    def add(self, work: OrderedJob, client: str, ask: dict[str, Any] | None = None) -> KeptJob:
-        "Keep a job that the engine has taken."
-        id = f"{self.replica}-{work.job.id}"
+    def add(self, work: OrderedJob | None, client: str, ask: dict[str, Any] | None = None) -> KeptJob:
+        "Keep a job that the engine has taken, or will take once its model is loaded (None)."
+        id = job_id(self.replica, work)
         self.kept[id] = kept = KeptJob(id, work, client, ask)
         return kept
 
@@ -329,19 +338,68 @@ def kept_ask(body: AnyJob) -> dict[str, Any] | None:
     return ask if len(str(ask)) <= SMALL_ASK else None
 
 # %% ../nbs/09e_job_routes.ipynb #eda9772e
+def seat_to_wait_for(request: Request, ask: Any, name: str | None, loc: str) -> Seat | None:
+    "The model that has to be loaded for a request; None: it can begin now, or is refused as any other."
+    api: Api = request.app.state.api
+    if api.models is None: return None
+    seat = api.models.seats.find(name, loc)
+    if seat.usable or api.models.starting or api.models.trouble(seat): return None
+    asked = deadline_of(ask)
+    left = arrival(request) + (asked or api.settings.deadline_seconds) - time.monotonic()
+    check_wait(api.models.seats, seat, left, asked)
+    return seat
+
+# %% ../nbs/09e_job_routes.ipynb #10dc11ba
+async def late_job(request: Request, body: AnyJob, kept: KeptJob, seat: Seat, loc: str) -> None:
+    "Begin a job when its model is loaded, and follow it to its end."
+    ask, api = body.request, request.app.state.api
+    try:
+        async with using(request, seat.name, loc, deadline_of(ask)) as api:
+            kept.work = await begin(request, ask, body.previews)
+    except AuraError as error: problem = in_request(error)
+    except asyncio.CancelledError: problem = Cancelled("The job was deleted before its model was loaded.")
+    else: return await watch_job(api, kept, kept.work)
+    api.metrics.failed(problem)
+    kept.tell(Told("failed", {"problem": problem.problem(request_id(request))}))
+    kept.tell(Told("done", {"warnings": []}))
+    kept.end()
+
+def in_request(error: AuraError) -> AuraError:
+    "An error about fields of the request that a job carries."
+    return Invalid.of(e.under("request.") for e in error.errors) if isinstance(error, Invalid) else error
+
+# %% ../nbs/09e_job_routes.ipynb #9eee7a77
+def keep_late(request: Request, body: AnyJob, seat: Seat, loc: str) -> KeptJob:
+    "Keep a job whose model has to be loaded."
+    store: JobStore = request.app.state.jobs
+    kept = store.add(None, client_behind(request), kept_ask(body))
+    kept.waits = sum(map(len, pictures_in(body.request).values()))
+    wait = round(request.app.state.api.models.wait_for(seat), 3)
+    kept.tell(Told("queued", {"position": 0, "etaSeconds": wait, "seeds": []}))
+    request.state.answered = True                             # the connection may close, the work goes on
+    kept.task = asyncio.create_task(late_job(request, body, kept, seat, loc))
+    return kept
+
+# %% ../nbs/09e_job_routes.ipynb #9cecbf54
+async def begin_job(request: Request, body: AnyJob) -> KeptJob:
+    "Hand a job to the engine of its model and keep it."
+    api: Api = request.app.state.api
+    ask, name = body.request, await model_name(api, body.request)
+    loc = "config.model" if isinstance(ask, RefineRequest) else "model"
+    seat = seat_to_wait_for(request, ask, name, loc)
+    if seat is not None: return keep_late(request, body, seat, loc)
+    async with using(request, name, loc, deadline_of(ask)) as api:
+        work = await begin(request, ask, body.previews)
+    kept = request.app.state.jobs.add(work, client_behind(request), kept_ask(body))
+    kept.task = asyncio.create_task(watch_job(api, kept, work))
+    return kept
+
 async def post_job(request: Request, body: AnyJob) -> Response:
     "Start a job and answer at once: 202 with the address to ask for it."
-    api, client = request.app.state.api, client_behind(request)
     store: JobStore = request.app.state.jobs
-    with store.place(client):
-        ask, name = body.request, await model_name(api, body.request)
-        loc = "config.model" if isinstance(ask, RefineRequest) else "model"
-        try:
-            async with using(request, name, loc, deadline_of(ask)) as api:
-                work = await begin(request, ask, body.previews)
-        except Invalid as error: raise Invalid.of(e.under("request.") for e in error.errors) from None
-        kept = store.add(work, client, kept_ask(body))
-    kept.task = asyncio.create_task(watch_job(api, kept, work))
+    with store.place(client_behind(request)):
+        try: kept = await begin_job(request, body)
+        except Invalid as error: raise in_request(error) from None
     return JSONResponse(job_address(kept), 202, {"location": f"/jobs/{kept.id}"})
 
 # %% ../nbs/09e_job_routes.ipynb #1ea2d28c

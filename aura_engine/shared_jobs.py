@@ -96,7 +96,8 @@ def number_of(id: str) -> int:
 # %% ../nbs/09g_shared_jobs.ipynb #04d5b172
 def with_seed(ask: dict[str, Any], kept: KeptJob) -> dict[str, Any]:
     "What was asked, with the seed that its first picture got."
-    seeds = [event.data["seeds"] for event in kept.told if event.name == "queued"]
+    told = [event.data["seeds"] for event in kept.told if event.name == "queued"]
+    seeds = [seeds for seeds in told if seeds]                # none is chosen while a model is loaded
     if not seeds: return ask
     return ask | {"request": ask["request"] | {"seed": seeds[0][0]}}
 
@@ -311,8 +312,8 @@ class WrittenJobs(JobStore):
         self.reached = True
         self._task: asyncio.Task | None = None
 
-    def add(self, work: OrderedJob, client: str, ask: dict[str, Any] | None = None) -> KeptJob:
-        "Keep a job that the engine has taken, and begin to write."
+    def add(self, work: OrderedJob | None, client: str, ask: dict[str, Any] | None = None) -> KeptJob:
+        "Keep a job that the engine has taken or will take, and begin to write."
         if self._task is None: self._task = asyncio.create_task(self._go_on())
         return super().add(work, client, ask)
 

@@ -136,6 +136,35 @@ def test_a_stream_begins_before_its_model_is_loaded(web):
     assert web.post("/generate", json={"prompt": "x", "model": "water"}, headers={"Accept": "text/event-stream"}).status_code == 422
 
 
+def job_ended(web, id):
+    """A job when it is over, and the names of its events."""
+    with web.stream("GET", f"/jobs/{id}/events") as answer: names = [line[7:] for line in answer.iter_lines() if line.startswith("event: ")]
+    return web.get(f"/jobs/{id}").json(), names
+
+
+def test_a_job_is_there_before_its_model_is_loaded(web):
+    assert drawn_by(ask(web)) == "embedded" and told(web)["noise"]["status"] == "unloaded"
+    def post(**more): return web.post("/jobs", json={"route": "generate", "request": {"prompt": "an owl", "steps": 1, "seed": 3, "model": "noise"} | more})
+    answer = post()
+    assert answer.status_code == 202 and answer.json()["status"] == "queued" and told(web)["noise"]["status"] != "ready"
+    waiting = web.get(answer.json()["statusUrl"]).json()
+    assert waiting["status"] == "queued" and waiting["etaSeconds"] > 0
+    made, names = job_ended(web, answer.json()["id"])
+    assert names == ["queued", "queued", "step", "image", "done"] and made["status"] == "succeeded"
+    assert [r["seed"] for r in made["result"]["receipts"]] == [3] and told(web)["noise"]["status"] == "ready"
+
+    assert drawn_by(ask(web)) == "embedded"                           # "noise" has to be loaded again
+    unwanted, wrong = post().json()["id"], post(steps=10_000)
+    assert web.delete(f"/jobs/{unwanted}").json()["status"] == "cancelled" and web.get(f"/jobs/{unwanted}").status_code == 410
+    assert wrong.status_code == 422 and wrong.json()["errors"][0]["loc"] == "request.steps"
+    pictured = web.post("/jobs", json={"route": "refine", "request": {"refinePrompt": "x", "images": ["eA=="], "config": {"model": "noise"}}})
+    assert pictured.status_code == 202                                # its picture is read when there is a model to say how
+    failed, names = job_ended(web, pictured.json()["id"])
+    assert names[-2:] == ["failed", "done"] and failed["problem"]["errors"][0]["loc"] == "request.images.0"
+    broken = web.post("/jobs", json={"route": "generate", "request": {"prompt": "x", "model": "broken"}})
+    assert broken.status_code == 503 and "broken" in broken.json()["detail"]
+
+
 def test_an_engine_with_one_model_knows_its_own_name_only():
     app, _ = create_server(load_settings(SD_MODEL_ID="embedded"))
     with TestClient(app) as client:
