@@ -13,23 +13,25 @@ from .server import Forwarded, create_server, log_to, proxies_of
 from .types import EngineState, NotReady
 
 # %% auto #0
-__all__ = ['JOB_PATH', 'GUESS', 'TARGET', 'Replica', 'own_name', 'owner_of', 'order_of', 'EngineRouter', 'path_of',
-           'engines_wanted', 'Shape', 'shape_of', 'number_of', 'options_of', 'app']
+__all__ = ['JOB_PATH', 'GUESS', 'TARGET', 'Replica', 'replica_name', 'owner_of', 'best_first', 'EngineRouter', 'path_of',
+           'engines_wanted', 'Shape', 'shape_of', 'number_given', 'deployment_options', 'app']
 
 # %% ../nbs/19c_ray_serve.ipynb #b7f09667
 class Replica:
     "One engine, as Ray Serve runs it. `env`: settings by the names of their environment variables."
     async def __init__(self, env: Mapping[str, str]):
-        settings = load_settings(**{"AURA_REPLICA": own_name(), **env})
+        settings = load_settings(**{"AURA_REPLICA": replica_name(), **env})
         log_to(sys.stderr, settings.log_level)
-        self.doors, self.engine = create_server(settings)
-        self.jobs, self.settings = self.doors.state.jobs, settings
+        self.settings = settings
+        doors, self.engine = create_server(settings)
+        self.jobs, self.doors = doors.state.jobs, doors
         self.engine.start()
         if not await asyncio.to_thread(self.engine.wait_ready): raise NotReady(self.engine.health().reason or "")
 
     def __serve_build_asgi_app__(self) -> Any:
         "The app with all front doors, behind Ray's proxy."
-        return Forwarded(self.doors, proxies_of(self.settings))
+        doors: Any = self.doors
+        return Forwarded(doors, proxies_of(self.settings))
 
     async def check_health(self) -> None:
         "Raise when this engine will not work again."
@@ -48,7 +50,7 @@ class Replica:
         await asyncio.to_thread(self.engine.drain, grace)
         await self.jobs.leave()
 
-def own_name() -> str:
+def replica_name() -> str:
     "The name that Ray gave this replica, as jobs carry it."
     from ray import serve
     return serve.get_replica_context().replica_id.unique_id
@@ -64,7 +66,7 @@ def owner_of(path: str) -> str | None:
 # %% ../nbs/19c_ray_serve.ipynb #51afdf6f
 GUESS = 1.0                                         # seconds of work in a request that nobody has predicted
 
-def order_of(told: Mapping[str, float], sent: Mapping[str, int], owner: str | None = None) -> list[str]:
+def best_first(told: Mapping[str, float], sent: Mapping[str, int], owner: str | None = None) -> list[str]:
     """Names of replicas, the best one first.
 
     `told`: seconds of work by name; `sent`: requests sent to each since it told.
@@ -75,9 +77,9 @@ def order_of(told: Mapping[str, float], sent: Mapping[str, int], owner: str | No
 
 # %% ../nbs/19c_ray_serve.ipynb #e41ba14e
 try: from ray.serve.request_router import RequestRouter
-except ImportError: RequestRouter = object
+except ImportError: RequestRouter: Any = object
 
-class EngineRouter(RequestRouter):
+class EngineRouter(RequestRouter):      # pyright: ignore[reportGeneralTypeIssues]  a class of Ray's, where there is one
     "Sends a request to its job's engine, else to the one with the least work."
     def initialize_state(self, **_: Any) -> None:
         "Ray calls this in place of `__init__`."
@@ -92,7 +94,7 @@ class EngineRouter(RequestRouter):
             # news of a replica has all in it that was sent to it before
             if self.told.get(name) != seconds: self.sent[name] = 0
         self.told = told
-        names = order_of(told, self.sent, owner_of(path_of(pending_request)))
+        names = best_first(told, self.sent, owner_of(path_of(pending_request)))
         return [[by_name[name]] for name in names]
 
     def on_request_routed(self, pending_request: Any, replica_id: Any, result: Any) -> None:
@@ -137,15 +139,15 @@ def shape_of(args: Mapping[str, Any]) -> Shape:
     least, most = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
     if most < least: raise SettingsError(f"engines: given {engines!r}, allowed: a number or a range, as 2 or 1-4.")
     load_settings(**env)                            # a wrong setting is said here, not by each replica
-    return Shape(least, most, number_of(args, "gpus", 0.0), number_of(args, "cpus", 1.0), env)
+    return Shape(least, most, number_given(args, "gpus", 0.0), number_given(args, "cpus", 1.0), env)
 
-def number_of(args: Mapping[str, Any], name: str, usual: float) -> float:
+def number_given(args: Mapping[str, Any], name: str, usual: float) -> float:
     "A number among the arguments."
     try: return float(args.get(name, usual))
     except (TypeError, ValueError): raise SettingsError(f"{name}: given {args[name]!r}, allowed: a number.") from None
 
 # %% ../nbs/19c_ray_serve.ipynb #5c6357e9
-def options_of(shape: Shape, grace: float) -> dict[str, Any]:
+def deployment_options(shape: Shape, grace: float) -> dict[str, Any]:
     "Options of the deployment. `grace`: seconds that an engine has to finish."
     scaling = {"min_replicas": shape.least, "max_replicas": shape.most, "upscale_delay_s": 10, "downscale_delay_s": 300,
                "look_back_period_s": 15, "policy": {"policy_function": "aura_engine.scale:engines_wanted"}}
@@ -163,5 +165,5 @@ def app(args: dict[str, Any]) -> Any:
     "The application of these arguments: `serve run aura_engine.scale:app engines=2`."
     from ray import serve
     shape = shape_of(args)
-    options = options_of(shape, load_settings(**shape.env).grace_seconds)
+    options = deployment_options(shape, load_settings(**shape.env).grace_seconds)
     return serve.deployment(serve.ingress()(Replica), **options).bind(shape.env)
