@@ -213,7 +213,9 @@ def is_usual_block(block: Any) -> bool:
     if type(block.conv_shortcut) not in (nn.Conv2d, type(None)): return False
     plain = isinstance(block.nonlinearity, nn.SiLU) and not block.skip_time_act
     same_size = block.upsample is None and block.downsample is None
-    return plain and same_size and block.time_embedding_norm == "default" and block.output_scale_factor == 1
+    # the up blocks of a VAE's decoder say "group", and have no time embedding to do anything with
+    adds = block.time_embedding_norm in ("default", "group" if block.time_emb_proj is None else "")
+    return plain and same_size and adds and block.output_scale_factor == 1
 
 # %% ../nbs/05_group_norms.ipynb #374d708f
 def fuse_norms(model: nn.Module) -> int:
