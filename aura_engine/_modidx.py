@@ -1417,6 +1417,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'aura_engine.gpu_bench.picture_lines': ('gpu.html#picture_lines', 'aura_engine/gpu_bench.py'),
                                        'aura_engine.gpu_bench.picture_table': ('gpu.html#picture_table', 'aura_engine/gpu_bench.py'),
                                        'aura_engine.gpu_bench.profile_stage': ('gpu.html#profile_stage', 'aura_engine/gpu_bench.py'),
+                                       'aura_engine.gpu_bench.profile_table': ('gpu.html#profile_table', 'aura_engine/gpu_bench.py'),
                                        'aura_engine.gpu_bench.quantized_stage': ('gpu.html#quantized_stage', 'aura_engine/gpu_bench.py'),
                                        'aura_engine.gpu_bench.quick_unet': ('gpu.html#quick_unet', 'aura_engine/gpu_bench.py'),
                                        'aura_engine.gpu_bench.race': ('gpu.html#race', 'aura_engine/gpu_bench.py'),

@@ -45,8 +45,8 @@ __all__ = ['SDXL_UNET', 'SIX_SIZES', 'TINY_SDXL', 'REAL_SIZE', 'TINY_SIZE', 'Tel
            'cudnn_attention', 'norms_stage', 'beside', 'overlap_stage', 'klein_stage', 'z_image_stage', 'GpuStage',
            'Record', 'listen', 'run_stage', 'gpu_card', 'installed', 'hardware', 'import_all', 'ResultsFile',
            'run_stages', 'main', 'stage_rows', 'timed_rows', 'matrix_rate', 'variant_cells', 'unet_table',
-           'picture_lines', 'picture_table', 'decode_table', 'flow_table', 'race_table', 'best_share', 'race_ratio',
-           'as_it_came', 'end_to_end', 'gpu_bars', 'ends_table', 'gpu_report']
+           'picture_lines', 'picture_table', 'decode_table', 'profile_table', 'flow_table', 'race_table', 'best_share',
+           'race_ratio', 'as_it_came', 'end_to_end', 'gpu_bars', 'ends_table', 'gpu_report']
 
 # %% ../nbs/18_gpu.ipynb #4b147af1
 SDXL_UNET: dict[str, Any] = dict(
@@ -997,13 +997,14 @@ def matrix_rate(results: dict[str, Any]) -> float | None:
 def variant_cells(rows: list[dict[str, Any]], batches: Sequence[int], rate: float) -> list[str]:
     "The line of one variant: a cell a batch, errors, seconds of compiling."
     at = {r["batch"]: f"{r['ms']:.1f} ms, {r['teraflops'] / rate:.0%}" for r in rows}
-    errors = [f"{max(r['error_max'] for r in rows):.3f}", f"{max(r['error_mean'] for r in rows):.4f}"]
+    compared = [r for r in rows if "error_max" in r]
+    errors = [f"{max((r[e] for r in compared), default=float('nan')):.4f}" for e in ("error_max", "error_mean")]
     compiling = ", ".join(f"{r['compile_s']} s" for r in rows if "compile_s" in r)
     return [rows[0]["variant"], *(at.get(b, "") for b in batches), *errors, compiling]
 
 # %% ../nbs/18_gpu.ipynb #1bfead2f
 def unet_table(results: dict[str, Any],
-               stages: Sequence[str] = ("unet", "compiled", "quantized", "autotuned")) -> str:
+               stages: Sequence[str] = ("unet", "norms", "compiled", "quantized", "autotuned")) -> str:
     "UNet calls as a markdown table."
     rate, rows = matrix_rate(results) or float("nan"), timed_rows(results, stages)
     batches, variants = sorted({r["batch"] for r in rows}), dict.fromkeys(r["variant"] for r in rows)
@@ -1045,6 +1046,12 @@ def decode_table(results: dict[str, Any]) -> str:
     rows = [r for stage in stages for r in stage_rows(results, stage, "ms_a_picture")]
     lines = [[r["variant"], r["batch"], f"{r['ms_a_picture']:.2f}"] for r in rows]
     return markdown_table(["decode", "batch", "ms a picture"], lines)
+
+# %% ../nbs/18_gpu.ipynb #1bcd4e21
+def profile_table(results: dict[str, Any]) -> str:
+    "The kernels of a step and of a decode, as a markdown table."
+    lines = [[r["what"], r["kernel"], r["calls"], f"{r['ms']:.2f}"] for r in stage_rows(results, "profile", "kernel")]
+    return markdown_table(["", "kernel", "calls", "ms"], lines) if lines else ""
 
 # %% ../nbs/18_gpu.ipynb #84983d4c
 def flow_table(results: dict[str, Any]) -> str:
@@ -1134,8 +1141,8 @@ def gpu_report(results: dict[str, Any]) -> str:
     tables = [unet_table(results), unet_table(results, ("sdxl", "compiled_sdxl")), decode_table(results)]
     raced = ("as_it_comes", "sdxl_as_it_comes", "stock_compiled", "engine", "embedded", "graphs")
     races = [race_table(results, stage) for stage in raced if stage_rows(results, stage, "contender")]
-    parts = [where, ends_table(results), *tables, picture_table(results), flow_table(results), *races,
-             bars_table(gpu_bars(results))]
+    more = [picture_table(results), profile_table(results), flow_table(results)]
+    parts = [where, ends_table(results), *tables, *more, *races, bars_table(gpu_bars(results))]
     return "\n\n".join(part for part in parts if part)
 
 # %% ../nbs/18_gpu.ipynb #78cf9bcd
