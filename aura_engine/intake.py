@@ -11,17 +11,18 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from fastapi import Request
-from starlette.datastructures import FormData
-from starlette.types import Message
-from .types import Invalid, Malformed, QueueFull, TooLarge, Words
+from python_multipart.multipart import parse_options_header
+from starlette.datastructures import FormData, Headers
+from starlette.types import Message, Scope
+from .types import Invalid, Malformed, QueueFull, TooLarge, Words, shown
 
 T = TypeVar("T")
 
 # %% auto #0
-__all__ = ['T', 'SMALL', 'LARGE', 'LONG', 'VALUES', 'JSON_TYPE', 'REST', 'size_named', 'too_large', 'BodiesFull', 'Arriving',
-           'slowest', 'Arrivals', 'may_give_way', 'announced', 'read_body', 'hung_up', 'Carved', 'carve', 'parse_json',
-           'check_type', 'read_form', 'PicturesFull', 'DecodeCost', 'DecodeTurn', 'cost_together', 'admit', 'FairPool',
-           'PictureLine', 'give_back_memory']
+__all__ = ['T', 'SMALL', 'LARGE', 'LONG', 'VALUES', 'LONGEST_PLACE', 'JSON_TYPE', 'REST', 'size_named', 'too_large', 'BodiesFull',
+           'Arriving', 'slowest', 'Arrivals', 'may_give_way', 'announced', 'read_body', 'hung_up', 'Carved', 'carve',
+           'parse_json', 'check_type', 'read_form', 'in_utf8', 'PicturesFull', 'DecodeCost', 'DecodeTurn',
+           'cost_together', 'admit', 'FairPool', 'PictureLine', 'give_back_memory']
 
 # %% ../nbs/09c_intake.ipynb #0da1155d
 SMALL, LARGE = 64 * 2**10, 32 * 2**20
@@ -182,7 +183,7 @@ def _closing(data: bytes, start: int) -> int:
 
 # %% ../nbs/09c_intake.ipynb #b53959c0
 def parse_json(data: bytes) -> Any:
-    "The value of a JSON body. Malformed when it is none, Invalid when it holds more than `VALUES` values."
+    "The value of a JSON body. Malformed when it is none, Invalid for more than `VALUES` values or unsendable ones."
     carved = carve(data) if len(data) > SMALL else None
     try:
         value = json.loads(b"".join(carved.kept) if carved else data)
@@ -199,20 +200,35 @@ def _text(part: bytes) -> str:
 def _filled(value: Any, texts: dict[str, str]) -> Any:
     "`value` with the long strings where their marks are. Invalid when it holds too many values."
     out, count = [value], 0
-    todo: list[Any] = [out]                                   # not recursive: the depth is not ours to choose
+    todo: list[tuple[Any, str]] = [(out, "")]                 # not recursive: the depth is not ours to choose
     while todo:
-        holder = todo.pop()
+        holder, where = todo.pop()
         keys = list(holder) if isinstance(holder, dict) else range(len(holder))
         count += len(keys)
         if count > VALUES: raise _too_many()
         for key in keys:
             inner = holder[key]
-            if isinstance(inner, str): holder[key] = texts.get(inner, inner)
-            elif isinstance(inner, (dict, list)): todo.append(inner)
+            if isinstance(inner, str): inner = holder[key] = texts.get(inner, inner)
+            loc = "" if holder is out else f"{where}.{key}" if where else str(key)
+            if isinstance(inner, (dict, list)): todo.append((inner, loc[:LONGEST_PLACE]))
+            _check_sendable(key, loc)
+            _check_sendable(inner, loc)
     return out[0]
 
 def _too_many() -> Invalid:
     return Invalid.value("body", given=Words(f"more than {VALUES} values"), allowed="the fields of this request")
+
+# %% ../nbs/09c_intake.ipynb #3f50ffb6
+LONGEST_PLACE = 100                                           # characters of where a value stands
+
+def _check_sendable(value: Any, loc: str) -> None:
+    "Raise Invalid for a value that no JSON text can hold."
+    place = shown(Words(loc[:LONGEST_PLACE] or "body"), LONGEST_PLACE)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise Invalid.value(place, given=value, allowed="a finite number")
+    if not isinstance(value, str) or value.isascii(): return
+    try: value.encode()
+    except UnicodeEncodeError: raise Invalid.value(place, given=value, allowed="text in Unicode") from None
 
 # %% ../nbs/09c_intake.ipynb #e8b47e72
 JSON_TYPE = re.compile(r"application/(?:[\w.+-]+\+)?json", re.I)
@@ -236,11 +252,20 @@ async def read_form(request: Request, most: int, arrivals: Arrivals, body: Arriv
         arrivals.add(body, len(message.get("body", b"")))
         if body.size > most: raise too_large(most)
         return message
-    upload = Request(request.scope, receive)
+    upload = Request(in_utf8(request.scope), receive)
     try:
         with may_give_way(body): form = await upload.form(max_files=files, max_fields=60)
         yield form
     finally: await upload.close()                             # its files
+
+# %% ../nbs/09c_intake.ipynb #6d4c7271
+def in_utf8(scope: Scope) -> Scope:
+    "The same request, whose form is read as UTF-8 whatever its Content-Type says."
+    kind, options = parse_options_header(Headers(scope=scope).get("content-type", ""))
+    # as the header had it, but for the quotation marks around it
+    boundary = b'; boundary="' + options[b"boundary"] + b'"' if b"boundary" in options else b""
+    others = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+    return {**scope, "headers": [(b"content-type", kind + boundary), *others]}
 
 # %% ../nbs/09c_intake.ipynb #b165cf12
 class PicturesFull(QueueFull): "Too many pictures are waiting to be read"

@@ -5,8 +5,10 @@
 # %% ../nbs/11_server.ipynb #071cbe45
 from __future__ import annotations
 import argparse, asyncio, errno, gc, json, logging, os, re, signal, socket, sys, threading, time, traceback
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn, TextIO
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, NoReturn, TextIO
+from urllib.parse import unquote
 import h11, uvicorn
 from fastapi import FastAPI
 from starlette.types import Scope
@@ -20,15 +22,17 @@ from .job_routes import JobStore
 from .shared_jobs import shared_jobs
 from .side_by_side import Models
 from .traces import traced
-from .types import AuraError, HeadersTooLarge, Malformed
-from .walls import HOST_SENT
+from .types import AuraError, HeadersTooLarge, Malformed, QueueFull
+from .walls import HOST_SENT, client_group
 
 log = logging.getLogger("aura_engine.server")
 
 # %% auto #0
-__all__ = ['log', 'CHATTY', 'PRIVATE', 'HOST', 'JsonLines', 'log_to', 'Punctual', 'Patient', 'unreadable', 'last_answer',
-           'Connection', 'Server', 'create_server', 'reach', 'proxies_of', 'with_host', 'Forwarded', 'server_config',
-           'raise_file_limit', 'refuse_workers', 'refuse_taken', 'not_started', 'settle', 'host_named', 'main']
+__all__ = ['log', 'CHATTY', 'HEAD', 'PRIVATE', 'ADDRESS', 'HOST', 'JsonLines', 'log_to', 'Punctual', 'Patient', 'unreadable',
+           'last_answer', 'Crumbs', 'Pieces', 'TooManyConnections', 'Counted', 'UnreadAnswers', 'Frugal', 'Connection',
+           'Server', 'create_server', 'reach', 'proxies_of', 'in_origin_form', 'with_host', 'Forwarded',
+           'server_config', 'raise_file_limit', 'refuse_workers', 'refuse_taken', 'not_started', 'settle', 'host_named',
+           'main']
 
 # %% ../nbs/11_server.ipynb #34c751a1
 _STANDARD = {*logging.makeLogRecord({}).__dict__, "message", "asctime", "color_message", "taskName"}
@@ -125,6 +129,7 @@ class Patient(Punctual):
 
     def send_400_response(self, msg: str) -> None:
         error = unreadable(sys.exc_info()[1])
+        if self.cycle: self.cycle.disconnected = True         # what the app still answers is not sent
         try:
             for event in last_answer(error): self.transport.write(self.conn.send(event) or b"")
         except h11.LocalProtocolError: pass                   # in the middle of an answer: nothing more can be said
@@ -133,6 +138,7 @@ class Patient(Punctual):
 # %% ../nbs/11_server.ipynb #b3c873d3
 def unreadable(reason: BaseException | None) -> AuraError:
     "Why h11 refused what a client sent: 431 for endless headers, 400 for the rest."
+    if isinstance(reason, Crumbs): return Malformed("The body comes in pieces that are too small.")
     endless = getattr(reason, "error_status_hint", 400) == 431
     return HeadersTooLarge("Headers of at most 64 KiB are read.") if endless else Malformed("This is not HTTP.")
 
@@ -143,8 +149,109 @@ def last_answer(error: AuraError) -> tuple[h11.Event, ...]:
     body = json.dumps(error.problem()).encode()
     return h11.Response(status_code=error.status, headers=headers), h11.Data(data=body), h11.EndOfMessage()
 
+# %% ../nbs/11_server.ipynb #f0855a43
+class Crumbs(h11.RemoteProtocolError): "A body in pieces that are too small"
+
+class Pieces(h11.Connection):
+    "h11 that raises Crumbs when, after `free` pieces of a body, they hold less than `least` bytes on average."
+    free, least = 500, 256
+    pieces = size = 0                                         # of this body so far
+
+    def next_event(self) -> Any:
+        event = super().next_event()
+        if isinstance(event, h11.Request): self.pieces = self.size = 0
+        if isinstance(event, h11.Data):
+            self.pieces += 1
+            self.size += len(event.data)
+            if self.pieces > self.free + self.size // self.least: raise Crumbs("a body in crumbs")
+        return event
+
+# %% ../nbs/11_server.ipynb #a00ec14c
+HEAD = 64 * 2**10                                             # bytes of headers
+
+class TooManyConnections(QueueFull): "You have too many connections"
+
+# %% ../nbs/11_server.ipynb #8e18682b
+class Counted(Patient):
+    "The same, with limits on the connections of one client and on what it sends after an answer."
+    most = 1024                                               # connections
+    rest = 2**20                                              # bytes of a body that nobody asked for
+    held: ClassVar[Counter[str]] = Counter()                  # connections by client
+    holder, of_proxy = "", False                              # the client, and whether it is a proxy
+    _beyond = 0                                               # bytes since the answer was complete
+
+    def __init__(self, *args: Any, **more: Any):
+        super().__init__(*args, **more)
+        self.conn = Pieces(h11.SERVER, HEAD)
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        peer = self.client[0] if self.client else ""
+        self.holder = client_group(peer)
+        self.of_proxy = not peer or peer in getattr(self.app, "trusted_hosts", ())
+        self.held[self.holder] += 1
+        if self.held[self.holder] > self.most and not self.of_proxy: self._refuse()
+
+    def _refuse(self) -> None:
+        error = TooManyConnections(f"You have {self.most} connections already.", retry_after=5)
+        for event in last_answer(error): self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        answered = self.cycle is not None and self.cycle.response_complete
+        self._beyond = self._beyond + len(data) if answered and self.conn.their_state is h11.SEND_BODY else 0
+        if self._beyond > self.rest: self.transport.abort()
+        else: super().data_received(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.held[self.holder] -= 1
+        if not self.held[self.holder]: del self.held[self.holder]
+        super().connection_lost(exc)
+
+# %% ../nbs/11_server.ipynb #203b237d
+class UnreadAnswers:
+    "Connections whose client has stopped to read, oldest first: `most` bytes together, half of them for one client."
+    def __init__(self, most: int = 256 * 2**20):
+        self.most = most
+        self.connections: dict[Counted, None] = {}
+
+    def add(self, connection: Counted) -> list[Counted]:
+        "Count one more -> those that have to end."
+        self.connections[connection] = None
+        ending = []
+        while victim := self._victim(c for c in self.connections if c not in ending): ending.append(victim)
+        return ending
+
+    def _victim(self, connections: Iterable[Counted]) -> Counted | None:
+        "The oldest connection of the client that holds too much; None: nobody does."
+        held: Counter[str] = Counter()
+        oldest: dict[str, Counted] = {}
+        for c in connections:
+            held[c.holder] += c.transport.get_write_buffer_size()
+            oldest.setdefault(c.holder, c)
+        greediest, most = max(held.items(), key=lambda one: one[1], default=("", 0))
+        too_much = held.total() > self.most or most > self.most // 2 and not oldest[greediest].of_proxy
+        return oldest[greediest] if too_much else None
+
+# %% ../nbs/11_server.ipynb #20ca8bc0
+class Frugal(Counted):
+    "The same, with a budget for answers that are not read."
+    unread: ClassVar[UnreadAnswers] = UnreadAnswers()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        for connection in self.unread.add(self): connection.transport.abort()
+
+    def resume_writing(self) -> None:
+        self.unread.connections.pop(self, None)
+        super().resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.unread.connections.pop(self, None)
+        super().connection_lost(exc)
+
 # %% ../nbs/11_server.ipynb #3d09bd88
-class Connection(Patient):
+class Connection(Frugal):
     "The protocol of this server: half-closed connections get their answer."
     probes = 0.05                                             # seconds until the first look, then twice as long
     _probe: asyncio.TimerHandle | None = None
@@ -228,6 +335,17 @@ def proxies_of(settings: Settings, env: Mapping[str, str] = os.environ) -> list[
     named = settings.proxies or (("private",) if env.get("SPACE_HOST") else ())
     return [network for name in named for network in (PRIVATE if name == "private" else (name,))]
 
+# %% ../nbs/11_server.ipynb #099fbe06
+ADDRESS = re.compile(rb"https?://([^/]*)(/.*)?", re.I)
+
+def in_origin_form(scope: Scope) -> Scope:
+    "A request for a whole address as one for a path, with the host of the address as its Host."
+    found = ADDRESS.fullmatch(scope.get("raw_path") or b"")
+    if not found: return scope
+    host, path = found[1].rpartition(b"@")[2], found[2] or b"/"
+    others = [(name, value) for name, value in scope["headers"] if name != b"host"]
+    return {**scope, "path": unquote(path.decode("latin-1")), "raw_path": path, "headers": [(b"host", host), *others]}
+
 # %% ../nbs/11_server.ipynb #d576b12a
 HOST = re.compile(rb"[\w.-]{1,253}(:\d{1,5})?|\[[0-9a-fA-F:.]{2,45}\](:\d{1,5})?")
 
@@ -245,6 +363,7 @@ class Forwarded(ProxyHeadersMiddleware):
     "Outside everything: client, scheme and host as the proxies of AURA_PROXIES report them."
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         peer = (scope.get("client") or ("",))[0]
+        if scope["type"] == "http": scope = in_origin_form(scope)
         if scope["type"] == "http" and peer in self.trusted_hosts: scope = with_host(scope)
         await super().__call__(scope, receive, send)
 

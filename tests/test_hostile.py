@@ -19,7 +19,9 @@ from hostile.honest import everyday
 MiB = 2**20
 VICTIM, LOOKOUT = "127.0.0.2", "127.0.0.3"             # other addresses than the attacker's: other clients
 # One thread of OpenMP: two that wait for each other on a busy machine spin, and the spinning would be counted.
-COUNTED = {"OMP_NUM_THREADS": 1, "MKL_NUM_THREADS": 1}
+# `AURA_HOSTILE_BACKEND=auto` takes the backend and precision that the engine chooses by itself: OpenVINO on most processors.
+BACKEND = os.environ.get("AURA_HOSTILE_BACKEND", "torch")
+COUNTED = {"OMP_NUM_THREADS": 1, "MKL_NUM_THREADS": 1, "SD_BACKEND": BACKEND, "SD_PRECISION": "fp32" if BACKEND == "torch" else "auto"}
 LAG = 2.0                                               # processor seconds that may pass while /health is answered
 QUESTION = {"prompt": "a red apple", "seed": 11, "steps": 4}
 
@@ -203,7 +205,7 @@ def test_afterwards_all_is_as_before(open_server):
 # a soak: honest clients alone and with the corpus beside them, in turn, so that both meet the same machine
 
 HONEST = ("a fox", "an owl on a tree", "a blue rocket", "a cat with a hat")
-SOAK = os.environ.get("AURA_SOAK_MINUTES")               # minutes with the corpus; alone it is half of that
+SOAK = os.environ.get("AURA_SOAK_MINUTES")               # minutes with the corpus; alone it is a quarter of that
 
 
 @dataclass
@@ -277,12 +279,12 @@ def beside(asked, attacks, seconds):
 
 
 def take_turns(w, besieger, minutes):
-    """Honest clients alone for half a minute, with the corpus for a minute, and so on -> what they saw (alone, mixed), and
+    """Honest clients alone for a quarter of a minute, with the corpus for a minute, and so on -> what they saw (alone, mixed), and
     the memory after the turn in which the last row of the corpus was sent for the first time (None: it was not)."""
     turns, rows, first = max(2, round(minutes)), sum(not attack.keyed for attack in CORPUS), None
     alone, mixed = [], []
     for _ in range(turns):
-        alone += honest_load(w, 30 * minutes / turns)
+        alone += honest_load(w, 15 * minutes / turns)
         besieger.go(60 * minutes / turns)
         mixed += honest_load(w, 60 * minutes / turns)
         besieger.rest()

@@ -92,6 +92,7 @@ BODIES = (
     row("10,000 parts of one name", "parts of a form", body("/v1/images/edits", lambda: multipart(10_000, name="prompt"), kind=FORM), REFUSED),
     row("a part of 20 MiB that is no file", "a field of a form", body("/v1/images/edits", lambda: multipart(1, 20 * MiB, "prompt"), kind=FORM), REFUSED),
     row("a boundary that never comes", "a form", body("/v1/images/edits", lambda: b"--cu" * 200_000, kind=FORM), REFUSED),
+    row("a form in Punycode and in other encodings", "a field of a form", lambda host: [http(host, "/v1/images/edits", multipart(1, 900_000, "prompt"), kind=f"{FORM}; charset={c}") for c in ("punycode", "idna", "undefined", "utf-16")], REFUSED),
     row("a form without a boundary", "a form", body("/v1/images/edits", lambda: multipart(3), kind="multipart/form-data"), REFUSED),
     row("100,000 form fields", "fields of a form", body("/v1/images/generations", lambda: b"&".join(b"k%d=0" % i for i in range(100_000)), kind="application/x-www-form-urlencoded"), (*REFUSED, 415)),
     row("5,000 keys for OpenAI's route", "errors of one request", body("/v1/images/generations", lambda: wide(5_000)), (200, *REFUSED)),

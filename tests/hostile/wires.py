@@ -24,6 +24,9 @@ WIRES = (
     # bodies that are not what their headers say
     row("a client that closes its half after asking", "a client's right", lambda host: [http(host, "/generate", GOOD)], {200}, half_close=True, answer=MiB),
     row("a body in chunks of one byte", "chunks of a body", lambda host: [head(host, "content-type: application/json", "transfer-encoding: chunked") + chunked(GOOD + b" " * 20_000, 1)], {200, 400, 413}, cpu=6, answer=MiB),
+    row("a picture in 300,000 chunks of one byte", "chunks of a body", lambda host: [head(host, "content-type: application/json", "transfer-encoding: chunked", path="/refine") + b"1\r\nx\r\n" * 300_000], {400}),
+    row("300,000 chunks for a question without a body", "chunks of a body", lambda host: [head(host, "transfer-encoding: chunked", path="/health", method="GET") + b"1\r\nx\r\n" * 300_000], {SILENT, 200, 400}),
+    row("40 MiB that nobody asked for", "a body after the answer", lambda host: [head(host, f"content-length: {40 * MiB}", path=p, method=m) + bytes(40 * MiB) for m, p in (("GET", "/health"), ("OPTIONS", "/generate"))], {SILENT, 200, 405}, cpu=6),
     row("a body in chunks of 40 MiB in all", "a body", lambda host: [head(host, "content-type: application/json", "transfer-encoding: chunked", path="/refine") + chunked(b" " * (40 * MiB), MiB)], {413}, cpu=6),
     row("chunks with long extensions", "chunks of a body", lambda host: [head(host, "content-type: application/json", "transfer-encoding: chunked") + b"1;" + b"x" * 100_000 + b"\r\n{\r\n0\r\n\r\n"], {SILENT, 400, 413, 422, 431}),
     row("two lengths, and a length beside chunks", "one meaning for a request", lambda host: [head(host, "content-length: 5", "content-length: 6") + b"{}   ", head(host, "content-length: 5", "transfer-encoding: chunked", "content-type: application/json") + b"0\r\n\r\nGET /health HTTP/1.1\r\n\r\n"], {SILENT, 400, 422}),
@@ -38,6 +41,8 @@ WIRES = (
     row("an id of 10 KB and a key of 10 KB", "headers", lambda host: [http(host, "/generate", GOOD, x_request_id="\x01" * 10_000, authorization="Bearer " + "k" * 10_000)], {200, 400, 431}, answer=MiB),
     row("a key of every byte", "the key", lambda host: [http(host, "/generate", GOOD, authorization="Bearer " + bytes(range(128, 256)).decode("latin-1"))], {401}, keyed=True),
     row("a thousand keys", "the key", lambda host: [http(host, "/generate", GOOD, authorization=f"Bearer {i}") for i in range(300)], {401, 429}, keyed=True, cpu=8, at_once=4),
+    row("a whole address for a path", "addresses", lambda host: [http(host, f"http://{host}{p}", kind="", method="GET") for p in ("/health", "/v1/models?a=b", "")], {200}),
+    row("a whole address of another host", "web pages of others", lambda host: [http(host, "http://evil.example/sdapi/v1/progress", kind="", method="GET"), http(host, "http://127.0.0.1@evil.example/sdapi/v1/progress", kind="", method="GET"), http("127.0.0.1", "http://evil.example/generate", GOOD, origin="http://evil.example")], {403}),
     row("paths of every kind", "addresses", lambda host: [http(host, p, b"", kind="", method="GET") for p in ("/" + "a" * 50_000, "/jobs/" + "f" * 5000, "/jobs/..%2f..%2fetc%2fpasswd", "/jobs/%00", "/%ff%fe", "//evil.example/", "/health?" + "a=1&" * 5000)], {SILENT, 200, 307, 400, 401, 404, 414, 431}, cpu=6),
     row("methods of every kind", "addresses", lambda host: [http(host, "/generate", b"", kind="", method=m) for m in ("TRACE", "CONNECT", "PUT", "X" * 5000, "GET")], {SILENT, 400, 404, 405, 431, 501}, cpu=6),
 
