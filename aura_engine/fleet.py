@@ -4,8 +4,9 @@
 
 # %% ../nbs/19_many_engines.ipynb #22c2c041
 from __future__ import annotations
-import argparse, asyncio, json, random, sys
+import argparse, asyncio, html, json, random, re, sys, threading
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 import httpx
@@ -15,16 +16,18 @@ from .transport import engine_url
 from .types import Health, Invalid
 
 # %% auto #0
-__all__ = ['MOST_SIMULATED', 'Look', 'look_at_all', 'fleet_table', 'fleet_json', 'main', 'StepCurve', 'SimulatedEngine', 'waits',
-           'engines_for']
+__all__ = ['COUNTED', 'NAMED', 'MOST_SIMULATED', 'Look', 'look_at_all', 'pictures_counted', 'thousand_so_far', 'fleet_row',
+           'cost_said', 'fleet_rows', 'fleet_table', 'fleet_json', 'main', 'fleet_html', 'FleetStatus', 'StepCurve',
+           'SimulatedEngine', 'waits', 'engines_for']
 
 # %% ../nbs/19_many_engines.ipynb #bffcd989
 @dataclass(frozen=True)
 class Look:
-    "What one engine said of itself. `problem`: why it said nothing."
+    "What one engine said of itself. `problem` when it did not, `made`: its pictures since its start, where it tells."
     url: str
     health: Health | None = None
     problem: str = ""
+    made: int | None = None
 
     @property
     def ready(self) -> bool:
@@ -32,54 +35,123 @@ class Look:
         return self.health is not None and self.health.ready
 
 async def _look(http: httpx.AsyncClient, url: str) -> Look:
-    try: return Look(url, Health.from_json((await http.get(url.rstrip("/") + "/health")).json()))
+    url = url.rstrip("/")
+    try: return Look(url, Health.from_json((await http.get(url + "/health")).json()), made=await _made(http, url))
     except (httpx.HTTPError, ValueError) as error: return Look(url, problem=str(error) or type(error).__name__)
 
+async def _made(http: httpx.AsyncClient, url: str) -> int | None:
+    answer = await http.get(url + "/metrics")
+    return pictures_counted(answer.text) if answer.status_code == 200 else None
+
 async def look_at_all(urls: Iterable[str], seconds: float = 5) -> list[Look]:
-    "Ask all engines at once how they are. A `problem` says which were silent for `seconds`. Invalid: no address."
+    "Ask each engine how it is, all at once. One that does not within `seconds` says why. Invalid: no address."
     urls = [engine_url(url, "URL") for url in urls]
     async with httpx.AsyncClient(timeout=seconds, trust_env=False) as http:
         return list(await asyncio.gather(*(_look(http, url) for url in urls)))
 
 # %% ../nbs/19_many_engines.ipynb #7e94a945
-def fleet_table(looks: Iterable[Look]) -> str:
+COUNTED = re.compile(r"^aura_generation_seconds_count\{.*\} (\S+)$", re.MULTILINE)
+
+def pictures_counted(metrics: str) -> int:
+    "Pictures that an engine has made, by what its /metrics says."
+    return round(sum(map(float, COUNTED.findall(metrics))))
+
+def thousand_so_far(looks: Iterable[Look], price: float) -> float | None:
+    "What 1,000 pictures of these engines have cost, at `price` an hour for each. None: they made none yet."
+    told = [look for look in looks if look.health is not None and look.made is not None]
+    hours = sum(look.health.uptime_seconds / 3600 for look in told if look.health is not None)
+    made = sum(look.made for look in told if look.made is not None)
+    return 1000 * price * hours / made if made else None
+
+# %% ../nbs/19_many_engines.ipynb #ba9b72db
+NAMED = ["engine", "state", "model", "device", "waiting", "seconds of work", "made", "version"]
+
+def fleet_row(look: Look, price: float | None = None) -> list[str]:
+    "One engine as the cells of a table. `price`: of an hour of it, for what 1,000 pictures cost."
+    said = look.health
+    if said is None: return [look.url, f"no answer: {look.problem}", *[""] * (7 if price is not None else 6)]
+    load, device, made = said.queue, said.gpu_name or said.device or "", "" if look.made is None else str(look.made)
+    row = [look.url, said.status, said.model, device, str(load.length), f"{load.seconds:.1f}", made, said.version]
+    return row if price is None else [*row, cost_said([look], price)]
+
+def cost_said(looks: Iterable[Look], price: float) -> str:
+    "What 1,000 pictures cost, in words."
+    cost = thousand_so_far(looks, price)
+    return "" if cost is None else f"{cost:,.2f}"
+
+# %% ../nbs/19_many_engines.ipynb #c3268e16
+def fleet_rows(looks: Iterable[Look], price: float | None = None) -> list[list[str]]:
+    "The names of the columns, a row for each engine, and the sum of their work."
+    looks = list(looks)
+    loads = [look.health.queue for look in looks if look.health is not None]
+    length, seconds = sum(load.length for load in loads), sum(load.seconds for load in loads)
+    made = sum(look.made or 0 for look in looks)
+    sums = ["together", "", "", "", str(length), f"{seconds:.1f}", str(made), ""]
+    named = NAMED if price is None else [*NAMED, "cost of 1,000"]
+    if price is not None: sums.append(cost_said(looks, price))
+    return [named, *(fleet_row(look, price) for look in looks), sums]
+
+def fleet_table(looks: Iterable[Look], price: float | None = None) -> str:
     "The engines as a markdown table, with the sum of their work."
-    rows = ["| engine | state | model | device | pictures | seconds of work | version |", "|" + " --- |" * 7]
-    length, seconds = 0, 0.0
-    for look in looks:
-        said = look.health
-        if said is None:
-            rows.append(f"| {look.url} | no answer: {look.problem} | | | | | |")
-            continue
-        load, device = said.queue, said.gpu_name or said.device or ""
-        length, seconds = length + load.length, seconds + load.seconds
-        cells = look.url, said.status, said.model, device, load.length, f"{load.seconds:.1f}", said.version
-        rows.append(f"| {' | '.join(map(str, cells))} |")
-    rows.append(f"| together | | | | {length} | {seconds:.1f} | |")
-    return "\n".join(rows)
+    named, *rows = (f"| {' | '.join(row)} |" for row in fleet_rows(looks, price))
+    return "\n".join([named, "|" + " --- |" * (named.count("|") - 1), *rows])
 
 # %% ../nbs/19_many_engines.ipynb #1bdb35de
 def fleet_json(looks: Iterable[Look]) -> list[dict[str, Any]]:
     "Each engine's address with what /health said, or with its problem."
-    said = [(look.url, look.health.to_json() if look.health else {"problem": look.problem}) for look in looks]
-    return [{"url": url, **facts} for url, facts in said]
+    looks = list(looks)
+    said = [look.health.to_json() if look.health else {"problem": look.problem} for look in looks]
+    return [{"url": look.url, "made": look.made, **facts} for look, facts in zip(looks, said)]
 
 # %% ../nbs/19_many_engines.ipynb #6a1f05c9
 def main(argv: list[str] | None = None) -> None:
     "`aura fleet URL …`: the table, or `--json`. The exit status is 1 unless all engines are ready."
     ap = argparse.ArgumentParser(description="Several engines side by side: state, model, queue, version.")
     ap.add_argument("urls", nargs="+", metavar="URL", help="an engine's address")
+    ap.add_argument("--price", type=float, help="of an hour of one engine: adds what 1,000 pictures have cost")
     ap.add_argument("--json", action="store_true", help="what /health of each says, as a JSON list")
     a = ap.parse_args(argv)
     try: looks = asyncio.run(look_at_all(a.urls))
     except Invalid as e: sys.exit(f"aura fleet: {e.detail}")
     if a.json: print(json.dumps(fleet_json(looks)))
-    else: Console().print(Rendered(fleet_table(looks)))
+    else: Console().print(Rendered(fleet_table(looks, a.price)))
     sys.exit(not all(look.ready for look in looks))
 
 # %% ../nbs/19_many_engines.ipynb #d9590e29
 #| eval: false
 if __name__ == "__main__": main()
+
+# %% ../nbs/19_many_engines.ipynb #b324f3e9
+def fleet_html(looks: Iterable[Look], price: float | None = None) -> str:
+    "The table as HTML."
+    head, *rows = ([html.escape(cell) for cell in row] for row in fleet_rows(looks, price))
+    body = "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in rows)
+    return f"<table><tr><th>{'</th><th>'.join(head)}</th></tr>{body}</table>"
+
+class FleetStatus:
+    "Several engines in a notebook, looked at every `every` seconds until `stop()`. `price`: of an hour of one."
+    def __init__(self, urls: Iterable[str], price: float | None = None, every: float = 3):
+        from ipywidgets import HTML
+        self.urls, self.price, self.every = list(urls), price, every
+        self.table = HTML()
+        self.stopped = threading.Event()
+        self.look()
+        threading.Thread(target=self._go_on, name="fleet", daemon=True).start()
+
+    def look(self) -> None:
+        "Look at all engines now."
+        with ThreadPoolExecutor(1) as apart:                  # a notebook's own thread has a loop that runs
+            looks = apart.submit(asyncio.run, look_at_all(self.urls)).result()
+        self.table.value = fleet_html(looks, self.price)
+
+    def _go_on(self) -> None:
+        while not self.stopped.wait(self.every): self.look()
+
+    def stop(self) -> None:
+        "Look no more."
+        self.stopped.set()
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any: return self.table._repr_mimebundle_(**kwargs)
 
 # %% ../nbs/19_many_engines.ipynb #7822b4c9
 @dataclass(frozen=True)

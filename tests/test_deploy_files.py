@@ -23,7 +23,7 @@ def holds_against_compose(content, folder):
     return done.returncode == 0, done.stdout
 
 
-@pytest.mark.parametrize("file", ["compose.yaml", "compose.gpu.yaml"])
+@pytest.mark.parametrize("file", ["compose.yaml", "compose.gpu.yaml", "compose.traces.yaml"])
 def test_compose_files_are_what_the_compose_specification_says(file, tmp_path):
     content = merged(file)
     good, said = holds_against_compose(content, tmp_path)
@@ -112,6 +112,17 @@ def test_the_files_agree_on_engines_and_ports():
     assert all(f"{name}:7860" in upstreams and re.search(rf"\b{replica}\b", upstreams) for name, replica in engines.items())
     assert all(set(service["environment"]) >= {"AURA_REDIS_URL", "AURA_PROXIES"} for name, service in compose["services"].items() if name in engines)
     assert set(merged("compose.gpu.yaml")["services"]) <= set(engines)
+
+
+def test_the_collector_passes_on_what_the_engines_send():
+    """The collector's own schema is not on this machine: its pipelines are held against its parts, and the addresses against each other."""
+    collector, compose = merged("collector.yaml"), merged("compose.traces.yaml")["services"]
+    for pipeline in collector["service"]["pipelines"].values():
+        assert all(set(names) <= set(collector[kind]) for kind, names in pipeline.items())
+    port = collector["receivers"]["otlp"]["protocols"]["http"]["endpoint"].rsplit(":", 1)[1]
+    for name in ("engine1", "engine2"): assert compose[name]["environment"]["OTEL_EXPORTER_OTLP_ENDPOINT"] == f"http://collector:{port}"
+    assert collector["exporters"]["otlphttp"]["endpoint"].split("//")[1].split(":")[0] in compose
+    assert set(compose) >= {"collector", "jaeger"} and "collector.yaml" in compose["collector"]["volumes"][0]
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not installed")

@@ -1,6 +1,7 @@
 """OpenTelemetry: spans from the door to the steps, the caller's trace, and nothing at all without the extra."""
-import asyncio, subprocess, sys
+import asyncio, subprocess, sys, time
 
+import httpx
 import pytest
 from starlette.testclient import TestClient
 
@@ -9,7 +10,7 @@ from aura_engine.server import create_server
 from aura_engine.traces import traced
 from aura_engine.transport import Remote, generation
 from aura_engine.types import AuraError
-from conftest import ROOT
+from conftest import ROOT, start
 
 trace = pytest.importorskip("opentelemetry.trace")
 instrumentation = pytest.importorskip("opentelemetry.instrumentation.fastapi")
@@ -93,6 +94,51 @@ def test_the_environment_switches_it_on(monkeypatch):
     assert not traced(app, {}) and not traced(app, {"OTEL_SERVICE_NAME": "x"})
     monkeypatch.setitem(sys.modules, "opentelemetry.instrumentation.fastapi", None)
     with pytest.raises(SettingsError, match="otel"): traced(app, {"OTEL_TRACES_EXPORTER": "console"})
+
+
+@pytest.fixture
+def collector():
+    """A receiver of OTLP over HTTP: the spans that were sent to it, with the name of their service."""
+    import gzip, http.server, threading
+    wire = pytest.importorskip("opentelemetry.proto.collector.trace.v1.trace_service_pb2")
+    got = []
+    class Receiver(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers["content-length"]))
+            if self.headers.get("content-encoding") == "gzip": body = gzip.decompress(body)
+            for resource in wire.ExportTraceServiceRequest.FromString(body).resource_spans:
+                name = {a.key: a.value.string_value for a in resource.resource.attributes}["service.name"]
+                got.extend((self.path, name, span) for scope in resource.scope_spans for span in scope.spans)
+            answer = wire.ExportTraceServiceResponse().SerializeToString()
+            self.send_response(200)
+            self.send_header("content-type", "application/x-protobuf")
+            self.send_header("content-length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+        def log_message(self, *_): pass
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", got
+    server.shutdown()
+
+
+@pytest.mark.slow
+def test_a_server_sends_its_spans_to_a_collector(collector, tmp_path):
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+    url, got = collector
+    server = start([sys.executable, "app.py"], tmp_path / "server.log", OTEL_EXPORTER_OTLP_ENDPOINT=url, OTEL_BSP_SCHEDULE_DELAY=200)
+    try:
+        server.wait_ready()
+        headers = {"traceparent": f"00-{CALLER}-00f067aa0ba902b7-01"}
+        answer = httpx.post(server.url + "/generate", json={"prompt": "a fox", "steps": 3}, headers=headers, timeout=60)
+        assert answer.status_code == 200
+        end = time.monotonic() + 20
+        while not any(span.name == "POST /generate" for *_, span in got): assert time.monotonic() < end; time.sleep(.1)
+    finally: server.process.kill()
+    mine = {span.name: span for *_, span in got if span.trace_id.hex() == CALLER}
+    assert {"POST /generate", "plan", "queue", "steps", "decode", "encode"} <= set(mine) and len(mine["steps"].events) == 3
+    assert {(path, name) for path, name, _ in got} == {("/v1/traces", "aura_engine")}
+    assert not any("/ready" in span.name or "/health" in span.name for *_, span in got)
 
 
 def test_nothing_of_it_is_needed():
