@@ -15,8 +15,8 @@ from .downloads import read_small
 # %% auto #0
 __all__ = ['BUCKETS', 'Key', 'MOST_KEYS', 'GROWTH', 'LONGEST', 'AGEING', 'E', 'OWES_MORE', 'GUEST_SLOWS', 'Curve', 'corrected',
            'area', 'forget_oldest', 'Curves', 'Beginnings', 'StepCost', 'median_of_calls', 'smoothed', 'measure_curve',
-           'curve_from', 'write_whole', 'read_curves', 'CurveFile', 'Entry', 'remaining', 'predict', 'urgency',
-           'mates_of', 'rows_in', 'is_guest', 'best_for', 'room_for', 'choose', 'work', 'eta']
+           'curve_from', 'write_whole', 'read_curves', 'CurveFile', 'Entry', 'seconds_left', 'note_seconds_left',
+           'urgency', 'mates_of', 'rows_in', 'is_guest', 'best_for', 'room_for', 'choose', 'work', 'eta']
 
 # %% ../nbs/07_batching.ipynb #f5d2786e
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
@@ -233,35 +233,35 @@ class Entry:
     "One picture in the engine."
     key: Key
     rows: int = 1                       # UNet rows a step: 2 with guidance
-    left: int                           # UNet steps to go
+    steps_left: int                     # UNet steps to go
     arrived: float                      # time.monotonic()
     begin: float = 0.0                  # seconds until it can step
     client: str = ""                    # whose it is
     used: float = 0.0                   # seconds of the device it has had
     owing: float = 0.0                  # seconds its client has had and was not forgiven, or has in line before it
-    remains: float = 0.0                # seconds of work left, alone, as `predict` saw it last
+    seconds_left: float = 0.0           # of its work, alone, as `note_seconds_left` found it last
     alone: bool = False                 # it failed once, and must not share a call
     tries: int = 0
 
 # %% ../nbs/07_batching.ipynb #e66e036f
 AGEING = 0.1        # seconds of remaining work that one second of waiting makes up for
 
-def remaining(e: Entry, cost: StepCost) -> float:
+def seconds_left(e: Entry, cost: StepCost) -> float:
     "Seconds of work left for one picture, alone."
-    return e.begin + e.left * cost.step(e.key).at(e.rows) + cost.decode(e.key)[1]
+    return e.begin + e.steps_left * cost.step(e.key).at(e.rows) + cost.decode(e.key)[1]
 
 # %% ../nbs/07_batching.ipynb #c04fd48a
-def predict(entries: Sequence[Entry], cost: StepCost) -> None:
-    "Set what `remains` of every entry: the same as `remaining`, for many at once."
+def note_seconds_left(entries: Sequence[Entry], cost: StepCost) -> None:
+    "Set `seconds_left` of every entry: the same as the function `seconds_left`, for many at once."
     paces: dict[tuple[Key, int], tuple[float, float]] = {}
     for e in entries:
         pace = paces.get((e.key, e.rows))
         if pace is None: pace = paces[e.key, e.rows] = cost.step(e.key).at(e.rows), cost.decode(e.key)[1]
-        e.remains = e.begin + e.left * pace[0] + pace[1]
+        e.seconds_left = e.begin + e.steps_left * pace[0] + pace[1]
 
 def urgency(e: Entry, cost: StepCost, now: float, ageing: float = AGEING) -> float:
     "Seconds of work left, minus a tenth of the seconds waited. The lowest goes first."
-    return remaining(e, cost) - ageing * (now - e.arrived)
+    return seconds_left(e, cost) - ageing * (now - e.arrived)
 
 # %% ../nbs/07_batching.ipynb #40ee7b65
 E = TypeVar("E", bound=Entry)
@@ -269,11 +269,11 @@ E = TypeVar("E", bound=Entry)
 def mates_of(first: E, order: Sequence[E]) -> list[E]:
     "The entries that can share a call with `first`, itself included."
     if first.alone: return [first]
-    return [e for e in order if e.key == first.key and bool(e.left) == bool(first.left) and not e.alone]
+    return [e for e in order if e.key == first.key and bool(e.steps_left) == bool(first.steps_left) and not e.alone]
 
 def rows_in(e: Entry) -> int:
     "Rows that an entry takes in its next call: one to be decoded, one or two to be stepped."
-    return e.rows if e.left else 1
+    return e.rows if e.steps_left else 1
 
 # %% ../nbs/07_batching.ipynb #d26d4f44
 OWES_MORE = 4.0         # a guest owes more than this many times the work and the debt of whoever goes first
@@ -281,7 +281,7 @@ GUEST_SLOWS = 1.5       # guests may make a call that much slower
 
 def is_guest(e: Entry, first: Entry, cost: StepCost) -> bool:
     "Whether an entry owes so much that it is a guest in the call of `first`."
-    return e.client != first.client and e.owing > OWES_MORE * (remaining(first, cost) + first.owing)
+    return e.client != first.client and e.owing > OWES_MORE * (seconds_left(first, cost) + first.owing)
 
 # %% ../nbs/07_batching.ipynb #33d0ad00
 def best_for(entries: Sequence[Entry], curve: Curve, most: int) -> int:
@@ -304,7 +304,7 @@ def room_for(mates: Sequence[Entry], curve: Curve, cost: StepCost, most: int) ->
 def choose(order: Sequence[E], cost: StepCost, most: int) -> tuple[list[E], int]:
     "The entries that go next, all to be stepped or all to be decoded, and the bucket of their call."
     first = order[0]
-    curve = cost.step(first.key) if first.left else cost.decode(first.key)
+    curve = cost.step(first.key) if first.steps_left else cost.decode(first.key)
     mates = mates_of(first, order)
     room = room_for(mates, curve, cost, most)
     batch, rows = [], 0
@@ -320,20 +320,20 @@ def work(entries: Sequence[Entry], cost: StepCost) -> float:
     rows: dict[Key, int] = {}
     pictures: dict[Key, int] = {}
     for e in entries:
-        rows[e.key] = rows.get(e.key, 0) + (e.rows if e.left else 0)
+        rows[e.key] = rows.get(e.key, 0) + (e.rows if e.steps_left else 0)
         pictures[e.key] = pictures.get(e.key, 0) + 1
     step = {key: cost.step(key).per_row(n or 1) for key, n in rows.items()}
     decode = {key: cost.decode(key).per_row(n) for key, n in pictures.items()}
-    return sum(e.begin + e.left * e.rows * step[e.key] + decode[e.key] for e in entries)
+    return sum(e.begin + e.steps_left * e.rows * step[e.key] + decode[e.key] for e in entries)
 
 # %% ../nbs/07_batching.ipynb #3ee700ff
 def eta(mine: Sequence[Entry], order: Sequence[Entry], cost: StepCost) -> float:
     "Predicted seconds until all of `mine` are finished, if the entries go in this order."
     last = max(i for i, e in enumerate(order) if e in mine)
     before = order[:last + 1]
-    slow = max(mine, key=lambda e: remaining(e, cost))
-    rows = sum(e.rows for e in order if e.left and e.key == slow.key)
+    slow = max(mine, key=lambda e: seconds_left(e, cost))
+    rows = sum(e.rows for e in order if e.steps_left and e.key == slow.key)
     step = cost.step(slow.key)
-    shared = slow.left * step[step.best(rows, slow.rows)]
+    shared = slow.steps_left * step[step.best(rows, slow.rows)]
     rest = sum(e.begin + cost.decode(e.key).per_row(len(before)) for e in before)
     return max(work(before, cost), shared + rest)

@@ -15,7 +15,7 @@ from .masks import Inpainting
 from .types import Cancelled, Done, Event, Failed, Image, JobStatus, Plan, Preview, Step
 
 # %% auto #0
-__all__ = ['PREVIEW_BYTES', 'News', 'GrowingLog', 'is_empty', 'bytes_in', 'PixelLog', 'status_after', 'Job']
+__all__ = ['PREVIEW_BYTES', 'News', 'GrowingLog', 'is_empty', 'bytes_in', 'PixelLog', 'PlanLog', 'status_after', 'Job']
 
 # %% ../nbs/08a_jobs.ipynb #67c54e30
 class News:
@@ -123,6 +123,32 @@ class PixelLog(GrowingLog):
         self.log[place] = replace(event, image=None)
         return bytes_in(event.image)
 
+# %% ../nbs/08a_jobs.ipynb #3e9896fd
+class PlanLog(PixelLog):
+    "The events of a plan, with the plan, and what both hold in pixels."
+    def __init__(self, plan: Plan):
+        super().__init__()
+        self.plan = plan
+
+    @property
+    def nbytes(self) -> int:
+        "Bytes of all pixels that it holds: finished pictures, previews, pictures to start from."
+        return self.pixel_bytes + self.start_bytes
+
+    @property
+    def start_bytes(self) -> int:
+        "Bytes of the pictures that it starts from, those under a mask included."
+        pictures = self.plan.pictures
+        given = {id(pixels): pixels for p in pictures for pixels in (p.init, p.inpainting)}
+        return sum(map(bytes_in, given.values()))
+
+    def free_inputs(self, index: int | None = None) -> None:
+        "Give back the pictures to start from, or that of picture `index`."
+        pictures = list(self.plan.pictures)
+        for i, p in enumerate(pictures):
+            if index in (None, i): pictures[i] = replace(p, init=None, inpainting=None)
+        self.plan = replace(self.plan, pictures=tuple(pictures))
+
 # %% ../nbs/08a_jobs.ipynb #b5c1dd14
 def status_after(event: Event, status: JobStatus) -> JobStatus:
     "The status of a job after one more event."
@@ -133,13 +159,12 @@ def status_after(event: Event, status: JobStatus) -> JobStatus:
     return status
 
 # %% ../nbs/08a_jobs.ipynb #87d1791e
-class Job(PixelLog):
+class Job(PlanLog):
     "What the engine does about one plan. `previews` may be switched on at any time."
     def __init__(self, plan: Plan, previews: bool = False, seconds: float = float("inf"),
                  client: str = "", arrived: float | None = None):
-        super().__init__()
+        super().__init__(plan)
         self.id = uuid.uuid4().hex
-        self.plan = plan
         self.previews = previews
         self.client = client                                # whose it is
         self.seconds = seconds                              # given up after so long
@@ -177,22 +202,3 @@ class Job(PixelLog):
         for e in self.log:
             if isinstance(e, Failed): raise e.error
         return sorted((e for e in self.log if isinstance(e, Image)), key=lambda e: e.index)
-
-    @property
-    def nbytes(self) -> int:
-        "Bytes of all pixels that this job holds: finished pictures, previews, pictures to start from."
-        return self.pixel_bytes + self.start_bytes
-
-    @property
-    def start_bytes(self) -> int:
-        "Bytes of the pictures that it starts from, those under a mask included."
-        pictures = self.plan.pictures
-        given = {id(pixels): pixels for p in pictures for pixels in (p.init, p.inpainting)}
-        return sum(map(bytes_in, given.values()))
-
-    def free_inputs(self, index: int | None = None) -> None:
-        "Give back the pictures that this job starts from, or that of picture `index`."
-        pictures = list(self.plan.pictures)
-        for i, p in enumerate(pictures):
-            if index in (None, i): pictures[i] = replace(p, init=None, inpainting=None)
-        self.plan = replace(self.plan, pictures=tuple(pictures))

@@ -8,7 +8,7 @@ import heapq, math, threading, time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from .batching import AGEING, E, Entry, StepCost, eta, predict, work
+from .batching import AGEING, E, Entry, StepCost, eta, note_seconds_left, work
 from .jobs import Job
 from .trajectory import Decoded, Trajectory
 from .types import AuraError, Done, Event, Failed, Invalid, Picture, Queued, QueueFull, QueueLoad
@@ -108,7 +108,7 @@ class ClientLine(list[E]):
         "The weight of the next task, which sets what it is `owing` and counts its work. Call it once a task."
         first = self[0]
         first.owing = self.work_before
-        self.work_before += first.remains
+        self.work_before += first.seconds_left
         waited = 0.0 if self.in_debt else now - max(first.arrived, self.clear_since)
         return self.work_before - AGEING * waited
 
@@ -128,8 +128,8 @@ def lines_of(ordered: Sequence[E], shares: Shares) -> list[ClientLine[E]]:
 # %% ../nbs/08b_queue.ipynb #fd6a2129
 def fair_order(tasks: Sequence[E], cost: StepCost, now: float, shares: Shares) -> list[E]:
     "All tasks in the order in which they should be served."
-    predict(tasks, cost)
-    ordered = sorted(tasks, key=lambda t: t.remains - AGEING * (now - t.arrived))
+    note_seconds_left(tasks, cost)
+    ordered = sorted(tasks, key=lambda t: t.seconds_left - AGEING * (now - t.arrived))
     lines = lines_of(ordered, shares)
     if len(lines) == 1: return ordered
     heap = [(line.next_weight(now), n, line) for n, line in enumerate(lines)]

@@ -199,7 +199,7 @@ def cut_short(task: Task) -> bool:
     "Take the predicted picture for the finished one. False when no step has been taken."
     t = task.trajectory
     if t is None or t.estimate is None: return False
-    t.latents, task.left = t.estimate, 0
+    t.latents, task.steps_left = t.estimate, 0
     return True
 
 def left_out(task: Task) -> list[str]:
@@ -255,7 +255,7 @@ class Runner:
         for i, p in enumerate(job.plan.pictures):
             key, rows = key_of(self.texts, p)
             begin = self.cost.begin(key, p.init is not None)
-            out.append(Task(key=key, rows=rows, left=p.steps, arrived=now, begin=begin, client=job.client,
+            out.append(Task(key=key, rows=rows, steps_left=p.steps, arrived=now, begin=begin, client=job.client,
                             job=job, index=i, picture=p))
         return out
 

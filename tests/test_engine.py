@@ -164,7 +164,7 @@ def gate(engine):
 def alone(engine, p):
     """Predicted seconds of one picture with nobody else there."""
     key, rows = key_of(engine.runner.texts, p)
-    mine = [Entry(key=key, rows=rows, left=p.steps, arrived=0.0, begin=engine.cost.begin(key, False))]
+    mine = [Entry(key=key, rows=rows, steps_left=p.steps, arrived=0.0, begin=engine.cost.begin(key, False))]
     return eta(mine, mine, engine.cost)
 
 
@@ -231,7 +231,7 @@ def fault(engine):
     hooks = []
     yield lambda f: hooks.append(engine.parts.unet.register_forward_pre_hook(f))
     for h in hooks: h.remove()
-    engine.turns.ladder.rows = engine.settings.max_batch
+    engine.turns.recovery.rows = engine.settings.max_batch
 
 
 def test_out_of_memory_makes_the_batch_smaller(engine, fault):
@@ -246,14 +246,14 @@ def test_out_of_memory_makes_the_batch_smaller(engine, fault):
 
 def test_out_of_memory_in_the_decode_is_survived(engine, photo):
     """First try without memory: the picture comes, its receipt says how; the next one is made as ever."""
-    left = [1]
+    failing = [1]
 
     def full(module, args):
-        if left and left.pop(): raise torch.OutOfMemoryError("provoked")
+        if failing and failing.pop(): raise torch.OutOfMemoryError("provoked")
     hook = engine.parts.vae.decoder.register_forward_pre_hook(full)
     try: saved = engine.submit(Plan((APPLE,))).result(120)[0]
     finally: hook.remove()
-    assert not left and saved.image.tobytes() == photo.tobytes() and any("memory" in c for c in saved.receipt.corrections)
+    assert not failing and saved.image.tobytes() == photo.tobytes() and any("memory" in c for c in saved.receipt.corrections)
     after = engine.submit(Plan((APPLE,))).result(120)[0]
     assert after.image.tobytes() == photo.tobytes() and not after.receipt.corrections and not engine.parts.vae.use_tiling
 

@@ -28,12 +28,12 @@ APPLE = Picture("a red apple", 128, 128, steps=4, guidance_scale=1.0, seed=7)
 
 
 def asked(client="", steps=4, arrived=0.0, **more):
-    return Entry(key=SHAPE, left=steps, arrived=arrived, client=client, **more)
+    return Entry(key=SHAPE, steps_left=steps, arrived=arrived, client=client, **more)
 
 
 def submit(queue, client, steps, n=1, cost=GPU, deadline=None):
     job = Job(Plan((APPLE,) * n, deadline=deadline), client=client)
-    tasks = [Task(key=SHAPE, left=steps, arrived=queue.clock(), client=client, job=job, index=i, picture=APPLE) for i in range(n)]
+    tasks = [Task(key=SHAPE, steps_left=steps, arrived=queue.clock(), client=client, job=job, index=i, picture=APPLE) for i in range(n)]
     queue.submit(job, tasks, cost)
     return job
 
@@ -73,12 +73,12 @@ def simulate(cost, load, abused, n=250, flood=80, steps=50):
         if not tasks: now = coming[-1].arrived; continue
         shares.pass_time(now, len({e.client for e in tasks}))
         batch, bucket = choose(fair_order(tasks, cost, now, shares), cost, 16)
-        stepping = batch[0].left > 0
+        stepping = batch[0].steps_left > 0
         took = (cost.step(SHAPE) if stepping else cost.decode(SHAPE))[bucket]
         now += took
         for e in batch:
             e.used += took / len(batch)
-            if stepping: e.left -= 1
+            if stepping: e.steps_left -= 1
             else:
                 tasks.remove(e)
                 shares.charge(e.client, e.used)
