@@ -24,7 +24,7 @@ class News:
         self._threads = threading.Condition()
         self._loops: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 
-    def tell(self) -> None:
+    def wake(self) -> None:
         "Wake everybody."
         with self._threads:
             self._threads.notify_all()
@@ -63,7 +63,7 @@ class GrowingLog:
         "Add an event and wake all readers."
         self.times.append(time.monotonic())
         self.log.append(event)
-        self._news.tell()
+        self._news.wake()
 
     def events(self, timeout: float | None = None) -> Iterator[Event]:
         "All events from the first to Done. Waits `timeout` seconds for each, then raises TimeoutError."

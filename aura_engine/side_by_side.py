@@ -275,7 +275,7 @@ class Leaving:
         for seat in self.seats.by_name.values():
             stayed = time.monotonic() - seat.since >= (seat.known.seconds if seat.known else 0.0)
             leaving = seat is victim and (seat.leaving or stayed or not seat.busy)
-            if seat.leaving and not leaving: self.news.tell()
+            if seat.leaving and not leaving: self.news.wake()
             seat.leaving = leaving
 
     def unload_idle(self, coming: Seat) -> None:
@@ -295,7 +295,7 @@ class Leaving:
         engine.turns = None                         # an answer on its way may still hold the engine
         collect_memory()
         log.info("unloaded", extra={"model": victim.settings.model_id})
-        self.news.tell()
+        self.news.wake()
 
 # %% ../nbs/08e_side_by_side.ipynb #7c5bb28f
 class Loading(Leaving):
@@ -324,7 +324,7 @@ class Loading(Leaving):
         except AuraError as error: mark_failed(seat, error)
         else: self._ready(seat)
         seat.coming = False
-        self.news.tell()
+        self.news.wake()
 
     def _ready(self, seat: Seat) -> None:
         engine, now = seat.engine, time.monotonic()
@@ -455,7 +455,7 @@ def health_of_all(models: ModelsView) -> Health:
     assert said is not None
     loads = [load_of(seat) for seat in models.seats.loaded]
     queue = QueueLoad(sum(load.length for load in loads), round(sum(load.seconds for load in loads), 2))
-    return replace(said, status=models.status, ready=models.ready, queue=queue, models=models.told(),
+    return replace(said, status=models.status, ready=models.ready, queue=queue, models=models.states(),
                    uptime_seconds=round(time.monotonic() - models.started, 1))
 
 # %% ../nbs/08e_side_by_side.ipynb #a15b2681
@@ -491,7 +491,7 @@ class ModelsView(Claims):
         "Whether the default model works on a GPU."
         return self.seats.default.gpu
 
-    def told(self) -> tuple[ModelState, ...]:
+    def states(self) -> tuple[ModelState, ...]:
         "How each model stands."
         return tuple(map(state_of, self.seats.by_name.values()))
 
@@ -517,7 +517,7 @@ class Models(ModelsView):
         with self.changed:
             self.closed = True
             self.changed.notify_all()
-        self.news.tell()
+        self.news.wake()
         # one that is loading may fail meanwhile
         engines = [engine for seat in self.seats.loaded if (engine := seat.engine) is not None]
         threads = [threading.Thread(target=engine.drain, args=(grace,)) for engine in engines]

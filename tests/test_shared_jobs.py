@@ -3,7 +3,7 @@ import asyncio, shutil, subprocess, time
 
 import pytest
 
-from aura_engine.answers import Told
+from aura_engine.answers import ClientEvent
 from aura_engine.job_routes import KeptJob
 from aura_engine.shared_jobs import FarJobs, Writer
 from conftest import free_port
@@ -32,8 +32,8 @@ async def connected(port):
     return redis
 
 
-async def told(writer, kept, *events):
-    for event in events: kept.tell(event)
+async def added(writer, kept, *events):
+    for event in events: kept.add(event)
     await writer.write(kept)
 
 
@@ -49,16 +49,16 @@ def test_readers_of_a_far_job_read_what_is_new_and_share_it(port):
         redis = await connected(port)
         writer, kept, far = Writer(redis, 60), KeptJob(ID, ask={"route": "generate", "request": {"prompt": "x"}}), FarJobs(redis)
         await writer.say_alive()
-        await told(writer, kept, Told("queued", {"position": 0, "etaSeconds": 1.0, "seeds": [7]}), *(Told("image", {"index": i, "image": PICTURE}, i) for i in range(10)))
+        await added(writer, kept, ClientEvent("queued", {"position": 0, "etaSeconds": 1.0, "seeds": [7]}), *(ClientEvent("image", {"index": i, "image": PICTURE}, i) for i in range(10)))
         readers = [asyncio.create_task(read(far, await far.job(ID))) for _ in range(8)]
         late = asyncio.create_task(read(far, await far.job(ID), 11))
         await asyncio.sleep(.1)
         assert list(far.followed) == [ID] and far.followed[ID].readers == 9
         sent = (await redis.info("stats"))["total_net_output_bytes"]
         for step in range(20):                                # two seconds in which the old readers read everything eight times each
-            await told(writer, kept, Told("preview", {"index": 10 + step}, 10 + step), Told("image", {"index": 10 + step, "image": "small"}, 10 + step))
+            await added(writer, kept, ClientEvent("preview", {"index": 10 + step}, 10 + step), ClientEvent("image", {"index": 10 + step, "image": "small"}, 10 + step))
             await asyncio.sleep(.05)
-        await told(writer, kept, Told("done", {"warnings": []}))
+        await added(writer, kept, ClientEvent("done", {"warnings": []}))
         every = await asyncio.wait_for(asyncio.gather(*readers, late), 10)
         sent = (await redis.info("stats"))["total_net_output_bytes"] - sent
         assert all(frames == every[0] for frames in every[:8]) and len(numbers(every[0])) == 32        # previews are not told
@@ -75,7 +75,7 @@ def test_a_far_job_that_ends_otherwise_ends_its_streams(port, end):
         redis = await connected(port)
         writer, kept, far = Writer(redis, 60), KeptJob(ID, ask={"route": "generate", "request": {"prompt": "x"}}), FarJobs(redis)
         await writer.say_alive()
-        await told(writer, kept, Told("queued", {"position": 0, "etaSeconds": 1.0, "seeds": [7]}))
+        await added(writer, kept, ClientEvent("queued", {"position": 0, "etaSeconds": 1.0, "seeds": [7]}))
         reader = asyncio.create_task(read(far, await far.job(ID)))
         await asyncio.sleep(.05)
         if end == "deleted": kept.forget(); await writer.write(kept)
@@ -99,18 +99,18 @@ def test_a_running_far_job_is_read_once_however_often_it_is_asked_for(port):
         redis = await connected(port)
         writer, kept, far = Writer(redis, 60), KeptJob(ID, ask={"route": "generate", "request": {"prompt": "x"}}), FarJobs(redis)
         await writer.say_alive()
-        await told(writer, kept, Told("queued", {"position": 0, "etaSeconds": 1.0, "seeds": [7]}), Told("image", {"index": 0, "image": PICTURE}, 0))
+        await added(writer, kept, ClientEvent("queued", {"position": 0, "etaSeconds": 1.0, "seeds": [7]}), ClientEvent("image", {"index": 0, "image": PICTURE}, 0))
         await far.job(ID)
         sent = (await redis.info("stats"))["total_net_output_bytes"]
         for step in range(20):
-            await told(writer, kept, Told("step", {"index": 1, "step": step, "steps": 20}, 1))
+            await added(writer, kept, ClientEvent("step", {"index": 1, "step": step, "steps": 20}, 1))
             seen = await far.job(ID)
-            assert [event.name for event in seen.told] == ["queued", "image", *["step"] * (step + 1)]
+            assert [event.name for event in seen.events] == ["queued", "image", *["step"] * (step + 1)]
         await asyncio.gather(*(far.job(ID) for _ in range(5)))           # at the same time: each event is taken once
-        assert len(seen.told) == 22
+        assert len(seen.events) == 22
         sent = (await redis.info("stats"))["total_net_output_bytes"] - sent
         assert sent < len(PICTURE), sent
-        await told(writer, kept, Told("done", {"warnings": []}))
+        await added(writer, kept, ClientEvent("done", {"warnings": []}))
         kept.end()
         assert (await far.job(ID)).status == "succeeded" and not far.known.jobs
         kept.forget()
@@ -128,7 +128,7 @@ def test_a_far_job_that_ends_between_two_questions(port, end):
         redis = await connected(port)
         writer, kept, far = Writer(redis, 60), KeptJob(ID, ask={"route": "generate", "request": {"prompt": "x"}}), FarJobs(redis)
         await writer.say_alive()
-        await told(writer, kept, Told("queued", {"position": 0, "etaSeconds": 1.0, "seeds": [7]}))
+        await added(writer, kept, ClientEvent("queued", {"position": 0, "etaSeconds": 1.0, "seeds": [7]}))
         assert (await far.job(ID)).status == "queued" and far.known.jobs
         if end == "deleted": kept.forget(); await writer.write(kept)
         if end == "forgotten": await writer.forget({})
@@ -138,7 +138,7 @@ def test_a_far_job_that_ends_between_two_questions(port, end):
         if seen: assert (seen.deleted, seen.lost) == (end == "deleted", end == "engine gone")
         await writer.say_alive()
         if end == "engine gone":                              # it was only slow: its job goes on
-            await told(writer, kept, Told("step", {"index": 0, "step": 1, "steps": 4}, 0))
+            await added(writer, kept, ClientEvent("step", {"index": 0, "step": 1, "steps": 4}, 0))
             assert (await far.job(ID)).status == "running"
         await redis.aclose()
     asyncio.run(go())

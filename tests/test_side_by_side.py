@@ -254,7 +254,7 @@ def test_both_at_once_where_both_fit_and_each_counts_the_others_work(models, mon
         assert beside.result(60) and not busy.done                    # it did not wait for all of the other's work
         busy.cancel()
     asyncio.run(go())
-    assert [s.status for s in models.told()][:2] == ["ready", "ready"]
+    assert [s.status for s in models.states()][:2] == ["ready", "ready"]
 
 
 def test_what_loading_took_is_remembered(cache, folder, tmp_path):
