@@ -98,7 +98,7 @@ def _git(root: Path, *words: str) -> str:
 
 
 def _git_changes(root: Path) -> list[str]:
-    # Most folders without a repository are told apart without starting git.
+    # Most folders without a repository are recognised without starting git.
     if not any((folder / ".git").exists() for folder in (root, *root.parents)): return []
     rows = _git(root, "status", "--porcelain", "-z", "--no-renames", ".").split("\0")
     # Each row is two letters, a space, and a path from the top of the repository.

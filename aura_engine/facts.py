@@ -151,7 +151,7 @@ KINDS = (
     Kind("a FLUX model", (_UNET + "double_blocks.",), _FOLDER.format("FLUX.2-klein")),
     Kind("a Stable Diffusion 3 model", (_UNET + "joint_blocks.",), _NOT_SD),
     Kind("a Stable Diffusion 3 model", ("joint_blocks.",), _NOT_SD),
-    Kind("a model of films (Stable Video Diffusion)", (_UNET, "conditioner.embedders.0.open_clip."), _NOT_SD),
+    Kind("a video model (Stable Video Diffusion)", (_UNET, "conditioner.embedders.0.open_clip."), _NOT_SD),
     Kind("a Z-Image model", ("cap_embedder.",), _FOLDER.format("Z-Image-Turbo")),
     Kind("a Z-Image model", (_UNET + "cap_embedder.",), _FOLDER.format("Z-Image-Turbo")),
     Kind("a ControlNet", ("control_model.",), "it steers another model and draws nothing alone"),
@@ -159,8 +159,8 @@ KINDS = (
     Kind("a ControlNet", ("input_hint_block.",), "it steers another model and draws nothing alone"),
     Kind("a T2I-Adapter", ("adapter.",), "it steers another model and draws nothing alone"),
     Kind("an IP-Adapter", ("ip_adapter.",), "it shows pictures to another model and draws nothing alone"),
-    Kind("a motion module", ("down_blocks.0.motion_modules.",), "it makes films of another model's pictures"),
-    Kind("a motion module", ("up_blocks.0.motion_modules.",), "it makes films of another model's pictures"),
+    Kind("a motion module", ("down_blocks.0.motion_modules.",), "it animates another model's pictures"),
+    Kind("a motion module", ("up_blocks.0.motion_modules.",), "it animates another model's pictures"),
     # a checkpoint may hold stray tensors of other kinds, so it comes before them
     Kind("an EDM model", (_UNET, "edm_"), "its noise schedule (playground-v2.5's, CosXL's) is one that this engine "
                                           "does not draw with"),
@@ -168,7 +168,7 @@ KINDS = (
     Kind("an SDXL checkpoint", (_UNET, "conditioner.embedders.1.")),
     Kind("a Stable Diffusion 2 checkpoint", (_UNET, "cond_stage_model.model.")),
     Kind("a Stable Diffusion 1 checkpoint", (_UNET, "cond_stage_model.transformer.")),
-    Kind("the running average of a training", ("model_ema.",), "take the file that holds the model itself"),
+    Kind("the running average of a training run", ("model_ema.",), "take the file that holds the model itself"),
     Kind("a textual inversion", ("emb_params",), _WORD),
     Kind("a textual inversion", ("clip_g",), _WORD),
     Kind("a textual inversion", ("<",), _WORD),
@@ -180,14 +180,14 @@ KINDS = (
     Kind("a UNet alone", ("input_blocks.", "output_blocks."), _BASE),
     Kind("a UNet alone", ("down_blocks.", "mid_block."), _BASE),
     Kind("a whole model in diffusers' names", ("unet.", "vae."), "take the folder that it was made from"),
-    Kind("a training's dictionary", ("state_dict.",), "save what lies in its state_dict as a file of its own"),
+    Kind("a training program's dictionary", ("state_dict.",), "save what lies in its state_dict as a file of its own"),
     Kind("a T5 text encoder", ("encoder.block.",), _PART),
     Kind("a tiny VAE", ("decoder.layers.",), "name its folder in SD_VAE_ID, with its config.json"),
-    Kind("a VAE", ("decoder.", "encoder."), "it belongs into SD_VAE_ID"),
-    Kind("a VAE", ("first_stage_model.",), "it belongs into SD_VAE_ID"),
+    Kind("a VAE", ("decoder.", "encoder."), "it belongs in SD_VAE_ID"),
+    Kind("a VAE", ("first_stage_model.",), "it belongs in SD_VAE_ID"),
     Kind("a text encoder", ("text_model.",), _PART),
     Kind("a text encoder", ("transformer.resblocks.",), _PART),
-    Kind("an encoder of pictures", ("vision_model.",), _PART),
+    Kind("an image encoder", ("vision_model.",), _PART),
 )
 
 # %% ../nbs/04b_facts.ipynb #e9d32f66

@@ -350,8 +350,8 @@ def check_whole(model: str) -> None:
     path = Path(model).expanduser()
     if not is_local(model) or (path / "model_index.json").is_file() or not (path / "config.json").is_file(): return
     part = config_in(path, "config.json").get("_class_name", "part")
-    belongs = {"UNet2DConditionModel": "name its base in SD_BASE_ID", "AutoencoderKL": "a VAE belongs into SD_VAE_ID",
-               "AutoencoderTiny": "a VAE belongs into SD_VAE_ID"}.get(part, "it draws nothing alone, and is not served")
+    belongs = {"UNet2DConditionModel": "name its base in SD_BASE_ID", "AutoencoderKL": "a VAE belongs in SD_VAE_ID",
+               "AutoencoderTiny": "a VAE belongs in SD_VAE_ID"}.get(part, "it draws nothing alone, and is not served")
     raise Unusable(f"the folder holds a {part} alone: {belongs}")
 
 # %% ../nbs/04e_loader.ipynb #5cc8d5a7
@@ -541,7 +541,7 @@ def components_of(pipe: Any, row: Row, **more: Any) -> Components:
 
 # %% ../nbs/04e_loader.ipynb #ce0cb6e8
 def check_flow(row: Row, pipe: Any, settings: Settings, device: torch.device) -> None:
-    "Invalid or ModelError for what a flow-matching transformer is not served with, or what only one is served with."
+    "Invalid or ModelError for settings that a flow-matching transformer does not take, or that only one takes."
     if not row.flow: return check_unet_settings(row, settings)
     if settings.lcm_lora_id:
         raise Invalid.value("SD_LCM_LORA_ID", given=settings.lcm_lora_id,

@@ -333,7 +333,7 @@ def adapter_name(alias: str) -> str:
     return "alias_" + alias.encode().hex()
 
 # %% ../nbs/04d_loras.ipynb #e5bc2800
-A_METHOD = "it is a method with its own sampler and steps, for all requests: it belongs into SD_LCM_LORA_ID"
+A_METHOD = "it is a method with its own sampler and steps, for all requests: it belongs in SD_LCM_LORA_ID"
 
 def peft_config(layers: Mapping[str, LoraLayer], dora: bool) -> Any:
     "What peft is told: exactly these layers, each with its rank."

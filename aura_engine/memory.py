@@ -88,7 +88,7 @@ class Sizes:
 # %% ../nbs/03e_memory.ipynb #4e1905ae
 @dataclass(frozen=True)
 class Choice:
-    "How a model is held. `wide`: bytes a number. `encoder`: device, cpu or release. `quant`: bits of linear weights."
+    "How a model is held. `wide`: bytes a number. `encoder`: device, cpu or release. `bits`: of linear weights."
     wide: int = 2
     encoder: str = "device"
     bits: float = 0                              # of a linear layer's weights; 0: as wide as the rest

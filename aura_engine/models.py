@@ -503,7 +503,7 @@ def _other_family(row: Row, lora: str) -> Invalid:
 def _unknown_method(row: Row, lora: str) -> Invalid:
     "The refusal of a LoRA that is no published method."
     known = dict.fromkeys(r.lora for r in ROWS.values() if r.lora and r.name.startswith(row.name))
-    why = ("it is none of the published methods. A style belongs into SD_LORAS; for another method set SD_SAMPLER, "
+    why = ("it is none of the published methods. A style belongs in SD_LORAS; for another method set SD_SAMPLER, "
            "SD_STEPS and SD_GUIDANCE as its authors say")
     return Invalid.value("SD_LCM_LORA_ID", given=lora, allowed=", ".join(known), why=why)
 

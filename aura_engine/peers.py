@@ -23,14 +23,14 @@ __all__ = ['OURS', 'HF_SERVE', 'PEER_CLIENTS', 'PEER_RESULTS', 'hf_body', 'our_b
 
 # %% ../nbs/14b_peers.ipynb #06e39676
 def hf_body(picture: Picture) -> dict[str, Any]:
-    "What hf-serve wants to hear for a picture."
+    "The JSON that hf-serve takes for a picture."
     asked = {"width": picture.width, "height": picture.height, "num_inference_steps": picture.steps,
              "guidance_scale": picture.guidance_scale, "seed": picture.seed}
     return {"inputs": picture.prompt, "parameters": asked}
 
 # %% ../nbs/14b_peers.ipynb #60522225
 def our_body(picture: Picture) -> dict[str, Any]:
-    "The same picture, as `/generate` wants to hear it."
+    "The same picture, as `/generate` takes it."
     return {"prompt": picture.prompt, "steps": picture.steps, "seed": picture.seed}
 
 # %% ../nbs/14b_peers.ipynb #d4ee35b8

@@ -336,7 +336,7 @@ def said_of_config(config: Mapping[str, Any], classes: Iterable[type], where: st
 
 # %% ../nbs/04c_reader.ipynb #a57f7041
 def complete(reader: Reader, module: Any, part: str, files: list[Path]) -> None:
-    "Hold a part against its files, and give it what its library missed. Unusable, naming what is not there."
+    "Compare a part with its files, and give it what its library missed. Unusable, naming what is not there."
     tables = {file: header(file) for file in files}
     for file, table in tables.items(): check_types(file, table)
     names = [name for table in tables.values() for name in table]
@@ -601,7 +601,7 @@ def no_parts(reader: Reader, folder: Path, names: list[str]) -> dict[str, Any]:
 # %% ../nbs/04c_reader.ipynb #c345f1ce
 def whole_pipeline(reader: Reader, folder: Path, names: list[str], given: dict[str, Any],
                    own_parts: OwnParts = no_parts) -> Any:
-    "A pipeline from the files `names` of a folder, with the parts `given`, held against its files."
+    "A pipeline from the files `names` of a folder, with the parts `given`, compared with its files."
     check_files(folder, names)
     try:
         # some parts are read by themselves, and put in their places afterwards
@@ -667,7 +667,7 @@ def said_of_more(pipe: Any, file: Path) -> list[str]:
 GUIDED = "cond_proj.weight"                       # the end of a tensor that only the UNet of an LCM has
 
 def guided_unet(reader: Reader, file: Path, config: Path) -> dict[str, Any]:
-    "{'unet': that of an LCM} for a checkpoint with one, else {}. Its guidance is an input, which one tensor tells."
+    "{'unet': that of an LCM} for a checkpoint with one, else {}. One tensor more shows that guidance is an input."
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
     names = [name for name in header(file) if name.startswith(ORIGINAL) and name.endswith(GUIDED)]
     if not names: return {}
@@ -695,7 +695,7 @@ def single_pipeline(reader: Reader, file: Path, config: Path, given: dict[str, A
     return made
 
 # %% ../nbs/04c_reader.ipynb #9f5a5b0d
-ASSUMED = "SD_VAE_ID={}: its file does not say for which family it is made, and {} has no VAE to hold it against"
+ASSUMED = "SD_VAE_ID={}: its file does not say for which family it is made, and {} has no VAE to compare it with"
 
 def read_single(reader: Reader, source: str, vae: str | None = None) -> tuple[Any, Path]:
     "(pipeline, file) from one original-layout .safetensors file. `vae`: where one comes from that the file lacks."

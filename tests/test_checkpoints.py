@@ -255,7 +255,7 @@ def test_methods_are_drawn_as_their_cards_say(tmp_path, lora):
 def test_an_unknown_method_is_refused_with_what_to_do(tmp_path):
     """Row 3: a style given as a method was drawn as LCM without a word."""
     folder, file = saved(tmp_path / "model", "sd15", OFFICIAL["cosine"]), tiny.lora(tmp_path / "ink.safetensors")
-    with pytest.raises(Invalid, match="A style belongs into SD_LORAS"): loaded(folder, SD_LCM_LORA_ID=str(file))
+    with pytest.raises(Invalid, match="A style belongs in SD_LORAS"): loaded(folder, SD_LCM_LORA_ID=str(file))
     row = loaded(folder, SD_LCM_LORA_ID=str(file), SD_SAMPLER="ddim", SD_STEPS="12", SD_GUIDANCE="3").row
     assert (row.sampler, row.steps[1], row.guidance[1]) == ("ddim", 12, 3.0)
     assert loaded(folder, SD_LCM_LORA_ID=str(tiny.lora(tmp_path / "my-lcm.safetensors"))).row.sampler == "lcm"
@@ -288,7 +288,7 @@ def test_a_local_lcm_unet_takes_the_base_that_is_named(tmp_path):
     folder.rename(mine := tmp_path / "mine")
     assert loaded(mine, SD_BASE_ID=str(base)).row.name == "sdxl-lcm"
     with pytest.raises(ModelError, match="holds a UNet2DConditionModel alone: name its base in SD_BASE_ID"): loaded(mine)
-    with pytest.raises(ModelError, match="holds a AutoencoderKL alone: a VAE belongs into SD_VAE_ID"): loaded(base / "vae")
+    with pytest.raises(ModelError, match="holds a AutoencoderKL alone: a VAE belongs in SD_VAE_ID"): loaded(base / "vae")
 
 
 def test_a_folder_called_lcm_makes_no_method(tmp_path):

@@ -174,7 +174,7 @@ def test_a_wrong_setting_says_so(value, words):
 
 
 WRONG = {"another base": "does not fit this model", "no lora": "and no LoRA", "pickle": "only safetensors", "missing": "no such file or folder", "cut": "damaged", "nan": "values that are no numbers",
-         "latent-consistency/lcm-lora-sdv1-5": "belongs into SD_LCM_LORA_ID"}
+         "latent-consistency/lcm-lora-sdv1-5": "belongs in SD_LCM_LORA_ID"}
 
 
 @pytest.mark.parametrize("how", WRONG)

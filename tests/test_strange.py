@@ -178,7 +178,7 @@ def test_files_that_are_none(at, how):
 
 
 KINDS = {"SDXL's textual inversion": ("a textual inversion", ["clip_g", "clip_l"]), "diffusers' one": ("a textual inversion", ["<cat>"]), "T5": ("a T5 text encoder", ["encoder.block.0.x", "decoder.block.0.x"]), "films": ("a model of films", ["model.diffusion_model.x", "conditioner.embedders.0.open_clip.x"]), "ControlNet's LoRA": ("a ControlNet", ["input_hint_block.0.x", "lora_controlnet"]), "SD3": ("a Stable Diffusion 3 model", ["joint_blocks.x"]),
-         "training": ("a training's dictionary", ["state_dict.model.x"]), "one in all": ("a whole model in diffusers' names", ["unet.x", "vae.x"]), "ControlNet": ("a ControlNet", ["controlnet_cond_embedding.x", "down_blocks.x", "mid_block.x"]),
+         "training": ("a training program's dictionary", ["state_dict.model.x"]), "one in all": ("a whole model in diffusers' names", ["unet.x", "vae.x"]), "ControlNet": ("a ControlNet", ["controlnet_cond_embedding.x", "down_blocks.x", "mid_block.x"]),
          "motion": ("a motion module", ["down_blocks.0.motion_modules.0.x", "mid_block.x"]), "IP-Adapter": ("an IP-Adapter", ["image_proj.x", "ip_adapter.1.x"]), "clip": ("a text encoder", ["text_model.encoder.x"]), "UNet": ("a UNet alone", ["input_blocks.0.x", "output_blocks.0.x"])}
 
 
@@ -200,10 +200,10 @@ def test_a_vae_in_one_file(at):
     bare = single(at, "novae", lambda s: {k: v for k, v in s.items() if not k.startswith(stem)})
     parts = loaded(bare, SD_VAE_ID=str(files[1]))
     assert torch.equal(parts.vae.state_dict()["decoder.conv_in.weight"], want["decoder.conv_in.weight"])
-    assert any("has no VAE to hold it against" in note for note in parts.notes), parts.notes
+    assert any("has no VAE to compare it with" in note for note in parts.notes), parts.notes
     for source, words in ((at / "style.safetensors", "style.safetensors is a LoRA, and no VAE"), (at / "sd", "it holds a whole model; name the folder of the part in it")):
         with pytest.raises(AuraError, match=words): loaded(at / "sd", SD_VAE_ID=str(source))
-    with pytest.raises(AuraError, match="is a VAE: it belongs into SD_VAE_ID"): loaded(files[1])
+    with pytest.raises(AuraError, match="is a VAE: it belongs in SD_VAE_ID"): loaded(files[1])
 
 
 VAES = {"scale": (dict(scaling_factor=0.13025), "scaling_factor 0.13025, not 0.18215"), "shift": (dict(shift_factor=0.1), "shift_factor 0.1, not None"), "statistics": (dict(latents_mean=[0.0] * 4, latents_std=[1.0] * 4), "latents_mean"),
@@ -302,7 +302,7 @@ def test_weights_that_are_to_be_scaled_are_refused(at):
 @pytest.mark.parametrize("key", ["edm_mean", "edm_vpred.sigma_max", None])
 def test_other_noise_in_one_file(at, key):
     if key: file, words = single(at, "edm", lambda s: s | {key: torch.zeros(4)}), "is an EDM model"
-    else: file, words = single(at, "average", lambda s: {k.replace("model.diffusion_model.", "model_ema.diffusion_model"): v for k, v in s.items()}), "is the running average of a training"
+    else: file, words = single(at, "average", lambda s: {k.replace("model.diffusion_model.", "model_ema.diffusion_model"): v for k, v in s.items()}), "is the running average of a training run"
     with pytest.raises(AuraError, match=words): loaded(file)
 
 
