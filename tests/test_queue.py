@@ -296,7 +296,7 @@ def test_an_engine_starts_on_a_damaged_cache_and_says_so(tmp_path, monkeypatch):
     kept.parent.mkdir()
     kept.write_text("null")
     for noted in (True, False):
-        with Engine(load_settings(SD_MODEL_ID="embedded", SD_DEVICE="cpu", SD_BACKEND="torch", AURA_MAX_BATCH="2")).start() as engine:
+        with Engine(load_settings(SD_MODEL_ID="embedded", SD_DEVICE="cpu", SD_BACKEND="torch", SD_PRECISION="fp32", AURA_MAX_BATCH="2")).start() as engine:
             assert engine.wait_ready(300), engine.reason
             assert any("damaged" in w for w in engine.health().warnings) == noted
 
