@@ -30,9 +30,10 @@ from .types import (COME_BACK, AuraError, Cancelled, DeadlineExceeded, Degenerat
 log = logging.getLogger("aura_engine")
 
 # %% auto #0
-__all__ = ['log', 'is_out_of_memory', 'drop_caches', 'Ladder', 'hurry_up', 'Pasting', 'steps_left', 'Turns', 'reason_of',
-           'memory', 'EngineView', 'stopping', 'ready_runner', 'Engine', 'optimizations_of', 'warnings_of', 'health_of',
-           'with_model', 'Lease', 'Engines', 'shared_engine', 'close_engines']
+__all__ = ['log', 'is_out_of_memory', 'drop_caches', 'TiledVae', 'report_failure', 'Recovery', 'hurry_up', 'Pasting', 'Delivery',
+           'steps_left', 'Turns', 'reason_of', 'memory', 'EngineView', 'stopping', 'ready_runner', 'Engine',
+           'optimizations_of', 'warnings_of', 'health_of', 'with_model', 'Lease', 'Engines', 'shared_engine',
+           'close_engines']
 
 # %% ../nbs/08d_engine.ipynb #24881fea
 def is_out_of_memory(error: Exception) -> bool:
@@ -48,20 +49,46 @@ def drop_caches(parts: Components) -> None:
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
 # %% ../nbs/08d_engine.ipynb #4c191848
-class Ladder:
+class TiledVae:
+    "Switches a model's VAE to slices and tiles, which need less memory, for one picture."
+    def __init__(self, parts: Components):
+        self.parts = parts
+        self.task: Task | None = None               # the picture it is switched on for
+
+    def switch(self, task: Task | None) -> None:
+        "On for `task`. None: off."
+        self.task = task
+        action = "enable" if task else "disable"
+        for how in ("slicing", "tiling"):
+            if hasattr(self.parts.vae, f"use_{how}"): getattr(self.parts.vae, f"{action}_{how}")()
+
+    def release(self, tasks: Sequence[Task]) -> None:
+        "Off, when its picture is not among `tasks` any more."
+        if self.task and self.task not in tasks: self.switch(None)
+
+# %% ../nbs/08d_engine.ipynb #0d8826b8
+def report_failure(batch: Sequence[Task], error: Exception) -> str:
+    "Log a failed call -> the incident number, which its client may report."
+    incident = uuid.uuid4().hex[:8]
+    said = {"incident": incident, "kind": type(error).__name__, "pictures": len(batch)}
+    log.warning("a step failed", extra=said, exc_info=None if is_out_of_memory(error) else error)
+    return incident
+
+# %% ../nbs/08d_engine.ipynb #444c92f7
+class Recovery:
     "What is tried after a call has failed. `rows`: how many rows a call may have now, at most `most` (AURA_MAX_BATCH)."
     def __init__(self, parts: Components, most: int):
-        self.parts, self.most, self.rows = parts, most, most
-        self.spared: Task | None = None             # for this picture the VAE works in tiles
-        self.incidents = 0
-        self.short = 0                              # pictures in a row that did not fit
+        self.parts, self.most = parts, most
+        self.rows = most
+        self.tiled = TiledVae(parts)
+        self.misfits = 0                            # pictures in a row that did not fit
 
-    def climb(self, batch: Sequence[Task], error: Exception) -> AuraError | None:
+    def recover(self, batch: Sequence[Task], error: Exception) -> AuraError | None:
         """None: try again. Otherwise the error of the request, which is alone in `batch`.
 
         Raises EngineFailed when no call will work any more."""
         memory = is_out_of_memory(error)
-        incident = self._report(batch, error, memory)
+        incident = report_failure(batch, error)
         error.__traceback__ = None                  # it would keep the failed step's tensors alive
         if memory: drop_caches(self.parts)
         elif isinstance(error, torch.AcceleratorError):
@@ -70,40 +97,23 @@ class Ladder:
         task = batch[0]
         task.tries += 1
         if not memory: return EngineFailed(f"The model failed on this request (incident {incident}).")
-        if task.tries == 1: return self.save_memory(task)
-        return self._give_up()
-
-    def save_memory(self, task: Task | None) -> None:
-        "Let the VAE work in slices and tiles as long as `task` is here. None: as usual again."
-        self.spared = task
-        action = "enable" if task else "disable"
-        for how in ("slicing", "tiling"):
-            if hasattr(self.parts.vae, f"use_{how}"): getattr(self.parts.vae, f"{action}_{how}")()
-
-    def relax(self, unet_calls: int) -> None:
-        "After a shortage of memory, try larger batches again now and then."
-        if unet_calls % 200 == 0: self.rows = min(2 * self.rows, self.most)
-
-    def _report(self, batch: Sequence[Task], error: Exception, memory: bool) -> str:
-        self.incidents += 1
-        incident = uuid.uuid4().hex[:8]
-        said = {"incident": incident, "kind": type(error).__name__, "pictures": len(batch)}
-        log.warning("a step failed", extra=said, exc_info=None if memory else error)
-        return incident
+        if task.tries == 1: return self.tiled.switch(task)
+        self.misfits += 1
+        said = "This picture does not fit into the device's memory; ask for a smaller one, or again later."
+        return OutOfMemory(said, retry_after=10)
 
     def _divide(self, batch: Sequence[Task], memory: bool) -> None:
-        if memory and batch[0].left: self.rows = max(1, sum(task.rows for task in batch) // 2)
+        if memory and batch[0].steps_left: self.rows = max(1, sum(task.rows for task in batch) // 2)
         else:
             for task in batch: task.alone = True
 
-    def _give_up(self) -> AuraError:
-        self.short += 1
-        return OutOfMemory("This picture does not fit into the device's memory; ask for a smaller one, or again later.",
-                           retry_after=10)
+    def allow_more(self, unet_calls: int) -> None:
+        "After a shortage of memory, try larger batches again now and then."
+        if unet_calls % 200 == 0: self.rows = min(2 * self.rows, self.most)
 
     def check(self) -> None:
         "EngineFailed when there is no hope that the memory comes back."
-        if self.short < 5: return
+        if self.misfits < 5: return
         raise EngineFailed("Five pictures in a row did not fit into the device's memory; the process needs a restart.")
 
 # %% ../nbs/08d_engine.ipynb #be35a152
@@ -112,7 +122,7 @@ def hurry_up(queue: Queue, job: Job) -> None:
     begun = [task for task in queue.tasks if task.job is job and cut_short(task)]
     # a job that has nothing to show takes its first step
     if not begun and not any(isinstance(event, Image) for event in job.log): return
-    queue.remove(lambda task: task.job is job and task.left > 0)
+    queue.remove(lambda task: task.job is job and task.steps_left > 0)
     if not begun: queue.end(job)
 
 # %% ../nbs/08d_engine.ipynb #ce1e7ff5
@@ -132,6 +142,40 @@ class Pasting:
         assert work is not None
         return work.result()
 
+# %% ../nbs/08d_engine.ipynb #15b0bec8
+class Delivery:
+    "Takes decoded pictures to their jobs."
+    def __init__(self, runner: Runner, queue: Queue, recovery: Recovery):
+        self.runner, self.queue, self.recovery = runner, queue, recovery
+        self.pasting = Pasting(queue.wake)
+        self.decoded_again = 0                      # pictures whose first decoding was no picture
+
+    def take(self, task: Task, outcome: Decoded | Degenerate) -> None:
+        "What to do with the outcome of a decoding."
+        if isinstance(outcome, Degenerate): self.queue.end(task.job, outcome)
+        elif task.picture.inpainting: self.pasting.begin(task, outcome)
+        else: self.hand_out(task, outcome)
+
+    def take_pasted(self, task: Task) -> None:
+        "Hand out a picture that is whole again. Raises what went wrong with it."
+        self.hand_out(task, self.pasting.end(task))
+
+    def hand_out(self, task: Task, made: Decoded) -> None:
+        "The picture and its receipt to the job, which ends with its last one."
+        self.queue.remove(lambda other: other is task)
+        job, repairs = task.job, left_out(task)
+        image, again = made
+        if again:
+            self.decoded_again += 1
+            repairs.append("decoded again in fp32")
+            job.cuts.append("a picture was decoded again in fp32: half precision overflowed")
+        if task is self.recovery.tiled.task: repairs.append("decoded in tiles: memory was short")
+        self.recovery.misfits = 0
+        receipt = receipt_of_task(task, self.runner.parts, self.runner.versions, repairs)
+        job.free_inputs(task.index)
+        job.emit(Image(task.index, image, receipt))
+        if not job.done and not any(other.job is job for other in self.queue.tasks): self.queue.end(job)
+
 # %% ../nbs/08d_engine.ipynb #06cd07fe
 def steps_left(task: Task) -> int:
     "UNet steps that a picture, which has begun, has to go."
@@ -143,23 +187,22 @@ class Turns:
     "The engine's work, one call at a time."
     def __init__(self, runner: Runner, queue: Queue, most: int):
         self.runner, self.queue = runner, queue
-        self.ladder = Ladder(runner.parts, most)
-        self.pasting = Pasting(queue.wake)
-        self.repairs = 0                            # pictures that had to be decoded twice
+        self.recovery = Recovery(runner.parts, most)
+        self.delivery = Delivery(runner, queue, self.recovery)
 
     def turn(self) -> None:
         "Do what is to be done next. Returns at once when there is nothing."
         self._end_overdue()
-        spared = self.ladder.spared
-        if spared and spared not in self.queue.tasks: self.ladder.save_memory(None)
+        self.recovery.tiled.release(self.queue.tasks)
         for task in [task for task in self.queue.tasks if task.pasting and task.due]:
-            self.take_pasted(task)
+            try: self.delivery.take_pasted(task)
+            except Exception as error: self._fail([task], error)
         cost = self.runner.cost
         waiting = [task for task in self.queue.order(cost) if not task.pasting]
         if not waiting: return
-        batch, bucket = choose(waiting, cost, self.ladder.rows)
+        batch, bucket = choose(waiting, cost, self.recovery.rows)
         try:
-            if batch[0].left: self.step(batch, bucket)
+            if batch[0].steps_left: self.step(batch, bucket)
             else: self.finish(batch, bucket)
             for task in batch: task.tries = 0
         except Exception as error: self._fail(batch, error)
@@ -167,9 +210,9 @@ class Turns:
     def step(self, batch: Sequence[Task], bucket: int) -> None:
         "One UNet call, and the news of it."
         self.runner.step(batch, bucket)
-        self.ladder.relax(self.runner.unet_calls)
+        self.recovery.allow_more(self.runner.unet_calls)
         # all of them have taken the step, also when a preview fails below
-        for task in batch: task.left = steps_left(task)
+        for task in batch: task.steps_left = steps_left(task)
         for task in batch:
             t, job = task.trajectory, task.job
             assert t is not None
@@ -177,31 +220,8 @@ class Turns:
             if job.previews: job.emit(Preview(task.index, self.runner.preview(task)))
 
     def finish(self, batch: Sequence[Task], bucket: int) -> None:
-        "Decode finished pictures and hand them out."
-        for task, outcome in zip(batch, self.runner.decode(batch, bucket)):
-            if isinstance(outcome, Degenerate): self.queue.end(task.job, outcome)
-            elif task.picture.inpainting: self.pasting.begin(task, outcome)
-            else: self._hand_out(task, outcome)
-
-    def take_pasted(self, task: Task) -> None:
-        "Hand out a picture that is whole again."
-        try: self._hand_out(task, self.pasting.end(task))
-        except Exception as error: self._fail([task], error)
-
-    def _hand_out(self, task: Task, made: Decoded) -> None:
-        self.queue.remove(lambda other: other is task)
-        job, repairs = task.job, left_out(task)
-        image, again = made
-        if again:
-            self.repairs += 1
-            repairs.append("decoded again in fp32")
-            job.cuts.append("a picture was decoded again in fp32: half precision overflowed")
-        if task is self.ladder.spared: repairs.append("decoded in tiles: memory was short")
-        self.ladder.short = 0
-        receipt = receipt_of_task(task, self.runner.parts, self.runner.versions, repairs)
-        job.free_inputs(task.index)
-        job.emit(Image(task.index, image, receipt))
-        if not job.done and not any(other.job is job for other in self.queue.tasks): self.queue.end(job)
+        "One call of the decoder, and where its pictures go."
+        for task, outcome in zip(batch, self.runner.decode(batch, bucket)): self.delivery.take(task, outcome)
 
     def _end_overdue(self) -> None:
         now = time.monotonic()
@@ -212,11 +232,10 @@ class Turns:
             elif job.hurried: hurry_up(self.queue, job)
 
     def _fail(self, batch: Sequence[Task], error: Exception) -> None:
-        if isinstance(error, AuraError): answer: AuraError | None = error
-        else: answer = self.ladder.climb(batch, error)
+        answer = error if isinstance(error, AuraError) else self.recovery.recover(batch, error)
         if answer is None: return
         for job in {task.job for task in batch}: self.queue.end(job, answer)
-        self.ladder.check()
+        self.recovery.check()
 
 # %% ../nbs/08d_engine.ipynb #c2dc9784
 def reason_of(error: BaseException) -> str:
@@ -399,7 +418,7 @@ def warnings_of(engine: EngineView) -> tuple[str, ...]:
     said = list(engine.warnings)
     if engine.turns:
         said += engine.turns.runner.parts.notes
-        if n := engine.turns.repairs: said.append(f"{n} pictures had to be decoded again in fp32")
+        if n := engine.turns.delivery.decoded_again: said.append(f"{n} pictures had to be decoded again in fp32")
     return tuple(said)
 
 # %% ../nbs/08d_engine.ipynb #c3564fe8
