@@ -307,7 +307,7 @@ def engine_in(client: AuraClient) -> Any:
     return getattr(client.aio.doors[0], "engine", None)
 
 def is_alike(a: AuraClient, b: AuraClient) -> bool:
-    "Whether two clients ask the same engine, or knock at the same addresses."
+    "Whether two clients ask the same engine, or ask at the same addresses."
     engines = [engine_in(a), engine_in(b)]
     if any(engines): return engines[0] is engines[1]
     return [d.url for d in a.aio.doors] == [d.url for d in b.aio.doors]

@@ -21,9 +21,9 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 __all__ = ['log', 'T', 'REASONS', 'LONG_WAITS', 'MOST_KINDS', 'STEPS', 'Finish', 'Ask', 'MASKED', 'Revise', 'KINDS', 'UNBUFFERED',
            'Metrics', 'Stopwatch', 'Api', 'unready', 'add_gauges', 'gpu_memory', 'Output', 'Order', 'order_of',
            'OrderedJob', 'pictures_in', 'cost_of', 'place_order', 'attended', 'deadline_of', 'begin', 'model_asked',
-           'model_name', 'using', 'api_of', 'follow', 'file_of', 'Files', 'files_of', 'answer_kind', 'Told',
-           'sse_frame', 'preview_jpeg', 'told', 'tell', 'heartbeat', 'event_stream', 'sse_events', 'one_picture',
-           'respond', 'late_stream', 'late_events', 'respond_with']
+           'model_name', 'using', 'api_of', 'follow', 'file_of', 'Files', 'files_of', 'answer_kind', 'ClientEvent',
+           'sse_frame', 'preview_jpeg', 'client_event', 'client_events', 'heartbeat', 'event_stream', 'sse_events',
+           'one_picture', 'respond', 'late_stream', 'late_events', 'respond_with']
 
 # %% ../nbs/09d_answers.ipynb #824b34f6
 from PIL import Image as Pillow
@@ -404,7 +404,7 @@ def answer_kind(accept: str) -> str:
 
 # %% ../nbs/09d_answers.ipynb #646d279c
 @dataclass(frozen=True)
-class Told:
+class ClientEvent:
     "An event as clients get it: its name, its JSON data, and the index of the picture it is about (None: all)."
     name: str
     data: dict[str, Any]
@@ -427,26 +427,26 @@ def preview_jpeg(pixels: np.ndarray, side: int = 512) -> bytes:
     return out.getvalue()
 
 # %% ../nbs/09d_answers.ipynb #bee65652
-async def told(api: Api, event: Event, work: OrderedJob, request_id: str = "") -> Told:
+async def client_event(api: Api, event: Event, work: OrderedJob, request_id: str = "") -> ClientEvent:
     "An event as clients get it: queued, step, preview, image, failed or done."
     order, client = work.order, work.job.client
     if isinstance(event, Queued):
         seeds = [picture.seed for picture in order.plan.pictures]
-        return Told("queued", {"position": event.position, "etaSeconds": event.eta_seconds, "seeds": seeds})
+        return ClientEvent("queued", {"position": event.position, "etaSeconds": event.eta_seconds, "seeds": seeds})
     if isinstance(event, Step):
-        return Told("step", {"index": event.index, "step": event.step, "steps": event.steps}, event.index)
+        return ClientEvent("step", {"index": event.index, "step": event.step, "steps": event.steps}, event.index)
     if isinstance(event, Preview):
         image = await api.encode(client, preview_jpeg, event.image)
-        return Told("preview", {"index": event.index, "image": to_base64(image)}, event.index)
+        return ClientEvent("preview", {"index": event.index, "image": to_base64(image)}, event.index)
     if isinstance(event, Image):
         file, receipt = await api.encode(client, file_of, event, order.output)
         data = {"index": event.index, "image": to_base64(file), "receipt": receipt.to_json()}
-        return Told("image", data, event.index)
-    if isinstance(event, Failed): return Told("failed", {"problem": event.error.problem(request_id)})
-    return Told("done", {"warnings": list(event.warnings)})
+        return ClientEvent("image", data, event.index)
+    if isinstance(event, Failed): return ClientEvent("failed", {"problem": event.error.problem(request_id)})
+    return ClientEvent("done", {"warnings": list(event.warnings)})
 
 # %% ../nbs/09d_answers.ipynb #974aab0e
-async def tell(api: Api, work: OrderedJob, request_id: str = "") -> AsyncGenerator[Told]:
+async def client_events(api: Api, work: OrderedJob, request_id: str = "") -> AsyncGenerator[ClientEvent]:
     "A job's events as clients get them. `done` is always the last. Failures are counted."
     differs: list[str] = []
     try:
@@ -456,11 +456,11 @@ async def tell(api: Api, work: OrderedJob, request_id: str = "") -> AsyncGenerat
                 if isinstance(event, Image) and event.receipt:
                     differs = work.order.differs(event.receipt)
                 if isinstance(event, Done): event = replace(event, warnings=(*event.warnings, *differs))
-                yield await told(api, event, work, request_id)
+                yield await client_event(api, event, work, request_id)
     except Exception:
         log.exception("a job broke", extra={"requestId": request_id})
-        yield Told("failed", {"problem": as_error(RuntimeError()).problem(request_id)})
-        yield Told("done", {"warnings": []})
+        yield ClientEvent("failed", {"problem": as_error(RuntimeError()).problem(request_id)})
+        yield ClientEvent("done", {"warnings": []})
 
 # %% ../nbs/09d_answers.ipynb #dcb203e5
 async def heartbeat(source: AsyncGenerator[bytes], seconds: float = 10,
@@ -497,7 +497,7 @@ def event_stream(api: Api, source: AsyncGenerator[bytes], job) -> Response:
 
 async def sse_events(api: Api, work: OrderedJob, request_id: str) -> AsyncGenerator[bytes]:
     "A job as server-sent events."
-    async with aclosing(tell(api, work, request_id)) as events:
+    async with aclosing(client_events(api, work, request_id)) as events:
         async for event in events: yield sse_frame(event.name, event.data)
 
 # %% ../nbs/09d_answers.ipynb #6c41b10e

@@ -13,7 +13,8 @@ from fastapi import Request
 from fastapi.responses import EventSourceResponse, JSONResponse, Response
 from pydantic import Field
 from .answers import (
-    UNBUFFERED, Api, OrderedJob, Told, begin, deadline_of, heartbeat, model_name, pictures_in, sse_frame, tell, using)
+    UNBUFFERED, Api, ClientEvent, OrderedJob, begin, client_events, deadline_of, heartbeat, model_name,
+    pictures_in, sse_frame, using)
 from .errors import request_id
 from .planning import ReplayRequest
 from .side_by_side import Seat, check_wait
@@ -24,27 +25,28 @@ from .walls import arrival, client_behind
 
 # %% auto #0
 __all__ = ['EVENT', 'GROWING', 'AROUND', 'AnyJob', 'SMALL_ASK', 'MOST_READERS', 'MOST_STREAMS', 'event_bytes', 'KeptEvents',
-           'SentLog', 'status_told', 'KeptJob', 'held_by', 'job_address', 'job_progress', 'job_result', 'job_state',
-           'JobsFull', 'ReadersFull', 'StreamsFull', 'first_of_greediest', 'refuse_full', 'unknown_job', 'job_id',
-           'JobStore', 'GenerateJob', 'RefineJob', 'ReplayJob', 'watch_job', 'kept_ask', 'seat_to_wait_for', 'late_job',
-           'in_request', 'keep_late', 'begin_job', 'post_job', 'get_job', 'counted', 'get_job_events', 'delete_job']
+           'SentLog', 'client_status_after', 'KeptJob', 'held_by', 'job_address', 'job_progress', 'job_result',
+           'job_state', 'JobsFull', 'ReadersFull', 'StreamsFull', 'first_of_greediest', 'refuse_full', 'unknown_job',
+           'job_id', 'JobStore', 'GenerateJob', 'RefineJob', 'ReplayJob', 'watch_job', 'kept_ask', 'seat_to_wait_for',
+           'late_job', 'in_request', 'keep_late', 'begin_job', 'post_job', 'get_job', 'counted', 'get_job_events',
+           'delete_job']
 
 # %% ../nbs/09e_job_routes.ipynb #4c32c21b
 EVENT = 512                                                   # bytes of an event that holds nothing long, about
 
-def event_bytes(event: Told | None) -> int:
+def event_bytes(event: ClientEvent | None) -> int:
     "Bytes that an event holds, about: its texts, and what Python needs for a small one."
     if event is None: return 0
     return EVENT + sum(len(str(value)) for value in event.data.values())
 
 # %% ../nbs/09e_job_routes.ipynb #e421d115
 class KeptEvents:
-    "Events in the places where they were told, and the `bytes` they hold. One that was freed leaves a None."
+    "Events in the places in which they were sent, and the `bytes` they hold. One that was freed leaves a None."
     def __init__(self) -> None:
-        self.events: list[Told | None] = []
+        self.events: list[ClientEvent | None] = []
         self.bytes = 0
 
-    def keep(self, event: Told | None) -> None:
+    def keep(self, event: ClientEvent | None) -> None:
         "Add an event."
         self.events.append(event)
         self.bytes += event_bytes(event)
@@ -74,7 +76,7 @@ class SentLog(KeptEvents):
         self.closed = False
         self._news = asyncio.Event()
 
-    def add(self, event: Told | None) -> None:
+    def add(self, event: ClientEvent | None) -> None:
         "Keep an event and wake whoever waits for it."
         self.keep(event)
         self._wake()
@@ -99,7 +101,7 @@ class SentLog(KeptEvents):
             await news.wait()
 
 # %% ../nbs/09e_job_routes.ipynb #8129fb21
-def status_told(event: Told, status: JobStatus) -> JobStatus:
+def client_status_after(event: ClientEvent, status: JobStatus) -> JobStatus:
     "The status of a job after one more event."
     if event.name == "step": return JobStatus.running
     if event.name == "failed":
@@ -124,10 +126,10 @@ class KeptJob:
         self.deleted = False
         self.lost = False                                     # its engine is gone, and the job with it
 
-    def tell(self, event: Told) -> None:
+    def add(self, event: ClientEvent) -> None:
         "Keep an event. A preview goes when the next picture comes, and of a deleted job no picture stays."
         if event.name in GROWING: self.log.drop("preview", event.index)
-        self.status = status_told(event, self.status)
+        self.status = client_status_after(event, self.status)
         self.log.add(None if self.deleted and event.name in GROWING else event)
 
     def end(self) -> None:
@@ -156,7 +158,7 @@ class KeptJob:
         return self.deleted or self.lost
 
     @property
-    def told(self) -> list[Told]:
+    def events(self) -> list[ClientEvent]:
         "The events that are still there."
         return [event for event in self.log.events if event]
 
@@ -176,15 +178,15 @@ def job_address(kept: KeptJob) -> dict[str, Any]:
 # %% ../nbs/09e_job_routes.ipynb #4fd2fe1f
 def job_progress(kept: KeptJob) -> list[dict[str, int]]:
     "The last step of each picture."
-    last = {event.index: event.data for event in kept.told if event.name == "step"}
+    last = {event.index: event.data for event in kept.events if event.name == "step"}
     return [data for _, data in sorted(last.items())]
 
 # %% ../nbs/09e_job_routes.ipynb #9b774025
 def job_result(kept: KeptJob) -> dict[str, Any]:
     "The pictures of a job that succeeded, as its route answers."
-    images = [event.data for event in kept.told if event.name == "image"]
+    images = [event.data for event in kept.events if event.name == "image"]
     images.sort(key=lambda data: data["index"])
-    warnings = kept.told[-1].data["warnings"]
+    warnings = kept.events[-1].data["warnings"]
     return {"images": [data["image"] for data in images], "receipts": [data["receipt"] for data in images],
             "warnings": warnings}
 
@@ -192,7 +194,7 @@ def job_result(kept: KeptJob) -> dict[str, Any]:
 def job_state(kept: KeptJob, request_id: str = "") -> dict[str, Any]:
     "What GET /jobs/{id} answers."
     said = job_address(kept)
-    named = {event.name: event.data for event in kept.told if event.name in ("queued", "failed")}
+    named = {event.name: event.data for event in kept.events if event.name in ("queued", "failed")}
     first = named.get("queued", {"position": 0, "etaSeconds": 0.0})
     if not kept.status.over: said |= {"position": first["position"], "etaSeconds": first["etaSeconds"]}
     said["progress"] = job_progress(kept)
@@ -324,8 +326,8 @@ AnyJob = Annotated[GenerateJob | RefineJob | ReplayJob, Field(discriminator="rou
 # %% ../nbs/09e_job_routes.ipynb #b4fbd73e
 async def watch_job(api: Api, kept: KeptJob, work: OrderedJob) -> None:
     "Follow a job to its end and keep what it tells."
-    async with aclosing(tell(api, work)) as events:
-        async for event in events: kept.tell(event)
+    async with aclosing(client_events(api, work)) as events:
+        async for event in events: kept.add(event)
     kept.end()
 
 # %% ../nbs/09e_job_routes.ipynb #ebad01f9
@@ -360,8 +362,8 @@ async def late_job(request: Request, body: AnyJob, kept: KeptJob, seat: Seat, lo
     except asyncio.CancelledError: problem = Cancelled("The job was deleted before its model was loaded.")
     else: return await watch_job(api, kept, kept.work)
     api.metrics.failed(problem)
-    kept.tell(Told("failed", {"problem": problem.problem(request_id(request))}))
-    kept.tell(Told("done", {"warnings": []}))
+    kept.add(ClientEvent("failed", {"problem": problem.problem(request_id(request))}))
+    kept.add(ClientEvent("done", {"warnings": []}))
     kept.end()
 
 def in_request(error: AuraError) -> AuraError:
@@ -375,7 +377,7 @@ def keep_late(request: Request, body: AnyJob, seat: Seat, loc: str) -> KeptJob:
     kept = store.add(None, client_behind(request), kept_ask(body))
     kept.waits = sum(map(len, pictures_in(body.request).values()))
     wait = round(request.app.state.api.models.wait_for(seat), 3)
-    kept.tell(Told("queued", {"position": 0, "etaSeconds": wait, "seeds": []}))
+    kept.add(ClientEvent("queued", {"position": 0, "etaSeconds": wait, "seeds": []}))
     request.state.answered = True                             # the connection may close, the work goes on
     kept.task = asyncio.create_task(late_job(request, body, kept, seat, loc))
     return kept

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
-from .answers import OrderedJob, Told
+from .answers import OrderedJob, ClientEvent
 from .job_routes import JobStore, KeptJob
 from .types import AuraError, NotReady
 
@@ -17,7 +17,7 @@ log = logging.getLogger("aura_engine.shared_jobs")
 
 # %% auto #0
 __all__ = ['log', 'SHARED_ID', 'Entries', 'EVERY', 'ALIVE_SECONDS', 'HOUR', 'WAIT', 'MOST_KNOWN', 'KNOWN_BYTES', 'stream_of',
-           'alive_key', 'cancel_key', 'entry_of', 'told_in', 'EngineGone', 'StoreUnreachable', 'FarJob', 'far_job',
+           'alive_key', 'cancel_key', 'entry_of', 'event_in', 'EngineGone', 'StoreUnreachable', 'FarJob', 'far_job',
            'number_of', 'with_seed', 'lose', 'Written', 'Writer', 'redis_reached', 'entries_read', 'FarReader',
            'KnownJobs', 'FarJobs', 'WrittenJobs', 'SharedJobs', 'shared_jobs']
 
@@ -37,15 +37,15 @@ def cancel_key(process: str) -> str:
 # %% ../nbs/09g_shared_jobs.ipynb #954ddb62
 SHARED_ID = re.compile(r"[a-z0-9]{1,16}-[0-9a-f]{32}")
 
-def entry_of(event: Told) -> dict[str, str]:
+def entry_of(event: ClientEvent) -> dict[str, str]:
     "An event as the fields of a stream's entry."
     index = "" if event.index is None else str(event.index)
     return {"name": event.name, "data": json.dumps(event.data), "index": index}
 
-def told_in(entry: dict[str, str]) -> Told:
+def event_in(entry: dict[str, str]) -> ClientEvent:
     "The event of a stream's entry."
     index = entry["index"]
-    return Told(entry["name"], json.loads(entry["data"]), int(index) if index else None)
+    return ClientEvent(entry["name"], json.loads(entry["data"]), int(index) if index else None)
 
 # %% ../nbs/09g_shared_jobs.ipynb #b4a7c513
 class EngineGone(AuraError, status=410, code="engine_gone"): "The engine of this job is gone"
@@ -73,12 +73,12 @@ class FarJob(KeptJob):
             if entry["name"] == "deleted":
                 self.forget()
                 self.log.close()
-            else: self._tell(number_of(id), told_in(entry))
+            else: self._add_numbered(number_of(id), event_in(entry))
 
-    def _tell(self, number: int, event: Told) -> None:
+    def _add_numbered(self, number: int, event: ClientEvent) -> None:
         if number <= len(self.log.events): return             # somebody else has read it meanwhile
         while len(self.log.events) < number - 1: self.log.add(None)      # previews have numbers too
-        self.tell(event)
+        self.add(event)
         if event.name == "done": self.end()
 
 # %% ../nbs/09g_shared_jobs.ipynb #88782bf4
@@ -96,8 +96,8 @@ def number_of(id: str) -> int:
 # %% ../nbs/09g_shared_jobs.ipynb #04d5b172
 def with_seed(ask: dict[str, Any], kept: KeptJob) -> dict[str, Any]:
     "What was asked, with the seed that its first picture got."
-    told = [event.data["seeds"] for event in kept.told if event.name == "queued"]
-    seeds = [seeds for seeds in told if seeds]                # none is chosen while a model is loaded
+    queued = [event.data["seeds"] for event in kept.events if event.name == "queued"]
+    seeds = [seeds for seeds in queued if seeds]              # none is chosen while a model is loaded
     if not seeds: return ask
     return ask | {"request": ask["request"] | {"seed": seeds[0][0]}}
 
@@ -107,8 +107,9 @@ def lose(kept: KeptJob) -> None:
     seeded = bool(kept.ask) and kept.ask["request"].get("seed") is not None
     said = "send the request in `ask` again" if kept.ask else "send the request again"
     if seeded: said += ": the same model makes the same pictures"
-    kept.tell(Told("failed", {"problem": EngineGone(f"The engine that made this job is gone; {said}.").problem()}))
-    kept.tell(Told("done", {"warnings": []}))
+    error = EngineGone(f"The engine that made this job is gone; {said}.")
+    kept.add(ClientEvent("failed", {"problem": error.problem()}))
+    kept.add(ClientEvent("done", {"warnings": []}))
     kept.end()
     kept.lost = True
 
@@ -145,7 +146,7 @@ class Writer:
         if kept.deleted and not state.deleted: state = Written()
         new = kept.log.events[state.events:]
         if state.begun and not new: return
-        # what is told while we wait for Redis is written the next time
+        # events that come while we wait for Redis are written the next time
         after_this = Written(state.events + len(new), kept.deleted, True)
         key = stream_of(kept.id)
         async with self.redis.pipeline(transaction=True) as todo:
