@@ -17,8 +17,8 @@ from .types import Health, Invalid
 
 # %% auto #0
 __all__ = ['COUNTED', 'NAMED', 'MOST_SIMULATED', 'Look', 'look_at_all', 'pictures_counted', 'thousand_so_far', 'fleet_row',
-           'cost_said', 'fleet_rows', 'fleet_table', 'fleet_json', 'main', 'fleet_html', 'FleetStatus', 'StepCurve',
-           'SimulatedEngine', 'waits', 'engines_for']
+           'cost_said', 'fleet_rows', 'fleet_table', 'fleet_json', 'upstream', 'nginx_engines', 'main', 'fleet_html',
+           'FleetStatus', 'StepCurve', 'SimulatedEngine', 'waits', 'engines_for']
 
 # %% ../nbs/19_many_engines.ipynb #bffcd989
 @dataclass(frozen=True)
@@ -104,14 +104,37 @@ def fleet_json(looks: Iterable[Look]) -> list[dict[str, Any]]:
     return [{"url": look.url, "made": look.made, **facts} for look, facts in zip(looks, said)]
 
 # %% ../nbs/19_many_engines.ipynb #6a1f05c9
+def upstream(name: str, addresses: Iterable[str], *options: str) -> str:
+    "A group of engines in nginx's words."
+    servers = [f"server {address};" for address in addresses]
+    return "\n  ".join([f"upstream {name} {{", *options, *servers]) + "\n}"
+
+def nginx_engines(urls: Iterable[str]) -> str:
+    "The engines as `deploy/nginx/engines.conf`, by their addresses. Invalid: no address, or not of http."
+    urls = [engine_url(url, "URL") for url in urls]
+    for url in urls:
+        if not url.startswith("http://"): raise Invalid.value("URL", given=url, allowed="an http:// address")
+    hosts = [url.removeprefix("http://").rstrip("/") for url in urls]
+    # max_fails=0: a loading or full engine is no failure, see nginx.conf
+    groups = [upstream("engines", (f"{host} max_fails=0" for host in hosts), "zone engines 64k;", "least_conn;")]
+    for number, host in enumerate(hosts, 1):
+        others = [f"{other} max_fails=0 backup" for other in hosts if other != host]
+        groups.append(upstream(f"e{number}", [f"{host} max_fails=0", *others]))
+    owners = "\n".join(f"  ~^/jobs/e{number}-  e{number};" for number in range(1, len(hosts) + 1))
+    return "\n".join([*groups, f"map $uri $engine {{\n  default engines;\n{owners}\n}}"])
+
+# %% ../nbs/19_many_engines.ipynb #7f257434
 def main(argv: list[str] | None = None) -> None:
     "`aura fleet URL …`: the table, or `--json`. The exit status is 1 unless all engines are ready."
     ap = argparse.ArgumentParser(description="Several engines side by side: state, model, queue, version.")
     ap.add_argument("urls", nargs="+", metavar="URL", help="an engine's address")
+    ap.add_argument("--nginx", action="store_true", help="print deploy/nginx/engines.conf for them, and ask nobody")
     ap.add_argument("--price", type=float, help="of an hour of one engine: adds what 1,000 pictures have cost")
     ap.add_argument("--json", action="store_true", help="what /health of each says, as a JSON list")
     a = ap.parse_args(argv)
-    try: looks = asyncio.run(look_at_all(a.urls))
+    try:
+        if a.nginx: return print(nginx_engines(a.urls))
+        looks = asyncio.run(look_at_all(a.urls))
     except Invalid as e: sys.exit(f"aura fleet: {e.detail}")
     if a.json: print(json.dumps(fleet_json(looks)))
     else: Console().print(Rendered(fleet_table(looks, a.price)))

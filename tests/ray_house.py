@@ -1,8 +1,9 @@
 """What happens to requests on Ray Serve, told as JSON on the last line. test_ray.py runs it in a network of its own.
 
 Ray listens on the address of the machine. In a namespace that has only a loopback nobody else can reach it."""
-import json, os, signal, subprocess, sys, threading, time
+import json, os, shutil, signal, subprocess, sys, tempfile, threading, time
 from collections import Counter
+from pathlib import Path
 
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
 
@@ -12,7 +13,8 @@ from ray import serve
 
 from aura_engine.scale import app
 
-PORT, REDIS = 18000, 16379
+PORT, SHIELD, REDIS = 18000, 18001, 16379
+ROOT = Path(__file__).parent.parent
 ENV = {"SD_MODEL_ID": "embedded", "SD_BACKEND": "torch", "SD_PRECISION": "fp32", "AURA_REDIS_URL": f"redis://127.0.0.1:{REDIS}/0", "AURA_GRACE_SECONDS": "20"}
 door = httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=120, trust_env=False, limits=httpx.Limits(max_connections=20))
 began = time.monotonic()
@@ -62,13 +64,13 @@ def jobs():
     return {"owners": len({id.split("-")[0] for id in ids}), "states": dict(Counter(states))}
 
 
-def under_load(clients, body, during):
+def under_load(clients, body, during, port=PORT):
     """Clients that ask again and again while `during()` runs -> how often each kind of answer came."""
     answers, over = Counter(), threading.Event()
     def one(seed):
         while not over.is_set():
             try:
-                got = door.post("/generate", json=body | {"seed": seed})
+                got = door.post(f"http://127.0.0.1:{port}/generate", json=body | {"seed": seed})
                 answers[f"{got.status_code} {got.headers.get('content-type')}"] += 1
             except httpx.HTTPError as error: answers[type(error).__name__] += 1
     threads = [threading.Thread(target=one, args=(seed,)) for seed in range(clients)]
@@ -91,7 +93,7 @@ def until(so, seconds=120):
         time.sleep(.5)
 
 
-def killed():
+def killed(port=PORT):
     """kill -9 of one replica under eight clients, and of its job."""
     owner = {}
     def kill():
@@ -101,9 +103,22 @@ def killed():
         owner.update(id=id)
         until(lambda: name not in pids())
         until(lambda: replicas() == {"RUNNING": 2})
-    answers = under_load(8, {"prompt": "a fox", "steps": 8}, kill)
+    answers = under_load(8, {"prompt": "a fox", "steps": 8}, kill, port)
     lost = ended(owner["id"], 30)
     return {"answers": answers, "job": lost.status_code, "ask": "ask" in lost.json()}
+
+
+def shielded():
+    """The same behind the nginx of deploy/, which sends again what Ray answers with 500."""
+    with tempfile.TemporaryDirectory() as folder:
+        conf = Path(shutil.copytree(ROOT / "deploy/nginx", Path(folder) / "nginx"))
+        engines, settings = (conf / "engines.conf").read_text(), (conf / "nginx.conf").read_text()
+        (conf / "engines.conf").write_text(engines.replace("engine1:7860", f"127.0.0.1:{PORT}").replace("engine2:7860", f"127.0.0.1:{PORT}"))
+        (conf / "nginx.conf").write_text(settings.replace("error timeout http_503", "error timeout http_500 http_503"))
+        (conf / "listen.conf").write_text(f"listen 127.0.0.1:{SHIELD};")
+        nginx = subprocess.Popen(["nginx", "-p", folder, "-c", str(conf / "nginx.conf"), "-g", "daemon off;"])
+        try: return killed(SHIELD)
+        finally: nginx.terminate()
 
 
 def updated():
@@ -144,4 +159,4 @@ def main(names):
     print(json.dumps(told))
 
 
-if __name__ == "__main__": main(sys.argv[1:] or ["doors", "jobs", "killed", "updated", "scaled"])
+if __name__ == "__main__": main(sys.argv[1:] or ["doors", "jobs", "killed", "shielded", "updated", "scaled"])

@@ -125,6 +125,17 @@ def test_the_collector_passes_on_what_the_engines_send():
     assert set(compose) >= {"collector", "jaeger"} and "collector.yaml" in compose["collector"]["volumes"][0]
 
 
+@pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is not installed")
+def test_nginx_reads_the_engines_that_aura_fleet_writes(tmp_path):
+    conf = shutil.copytree(DEPLOY / "nginx", tmp_path / "nginx")
+    urls = [f"http://127.0.0.1:786{i}" for i in (1, 2, 3, 4)]
+    (conf / "engines.conf").write_text(subprocess.run([sys.executable, "-m", "aura_engine.fleet", "--nginx", *urls], cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    done = subprocess.run(["nginx", "-t", "-p", str(tmp_path), "-c", str(conf / "nginx.conf")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    refused = subprocess.run([sys.executable, "-m", "aura_engine.fleet", "--nginx", "https://a.example"], cwd=ROOT, capture_output=True, text=True)
+    assert refused.returncode == 1 and "https://a.example" in refused.stderr
+
+
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not installed")
 def test_systemd_reads_its_unit(tmp_path):
     unit = (DEPLOY / "systemd/aura@.service").read_text().replace("/opt/aura/.venv/bin/aura", sys.executable)

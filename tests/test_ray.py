@@ -8,7 +8,7 @@ from aura_engine.scale import shape_of
 from conftest import ROOT, clean_env
 
 HOUSE = ROOT / "tests/ray_house.py"
-PARTS = ["doors", "jobs", "killed", "updated", "scaled"]
+PARTS = ["doors", "jobs", "killed", "shielded", "updated", "scaled"]
 
 
 def in_own_network(argv):
@@ -17,7 +17,7 @@ def in_own_network(argv):
 
 
 def can_run():
-    if not importlib.util.find_spec("ray") or not shutil.which("redis-server") or not shutil.which("unshare"): return False
+    if not importlib.util.find_spec("ray") or not all(map(shutil.which, ("redis-server", "nginx", "unshare"))): return False
     return subprocess.run(in_own_network(["true"]), capture_output=True).returncode == 0
 
 
@@ -30,7 +30,7 @@ def told(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-only_with_ray = pytest.mark.skipif(not can_run(), reason="Ray, Redis or Linux namespaces are not here (pip install ray[serve])")
+only_with_ray = pytest.mark.skipif(not can_run(), reason="Ray, Redis, nginx or Linux namespaces are not here (pip install ray[serve])")
 
 
 @only_with_ray
@@ -53,6 +53,12 @@ def test_a_killed_replica_is_replaced_and_its_job_says_so(told):
     answers = told["killed"]["answers"]
     lost = sum(count for kind, count in answers.items() if not kind.startswith("200"))
     assert lost <= 8 and answers["200 application/json"] > lost and told["killed"]["job"] == 410 and told["killed"]["ask"]
+
+
+@only_with_ray
+@pytest.mark.slow
+def test_behind_nginx_nothing_is_lost_with_a_killed_replica(told):
+    assert set(told["shielded"]["answers"]) == {"200 application/json"}
 
 
 @only_with_ray
