@@ -1,7 +1,7 @@
 """What happens to requests on Ray Serve, told as JSON on the last line. test_ray.py runs it in a network of its own.
 
 Ray listens on the address of the machine. In a namespace that has only a loopback nobody else can reach it."""
-import json, os, shutil, signal, subprocess, sys, tempfile, threading, time
+import json, os, shutil, signal, socket, subprocess, sys, tempfile, threading, time
 from collections import Counter
 from pathlib import Path
 
@@ -116,9 +116,15 @@ def shielded():
         (conf / "engines.conf").write_text(engines.replace("engine1:7860", f"127.0.0.1:{PORT}").replace("engine2:7860", f"127.0.0.1:{PORT}"))
         (conf / "nginx.conf").write_text(settings.replace("error timeout http_503", "error timeout http_500 http_503"))
         (conf / "listen.conf").write_text(f"listen 127.0.0.1:{SHIELD};")
-        nginx = subprocess.Popen(["nginx", "-p", folder, "-c", str(conf / "nginx.conf"), "-g", "daemon off;"])
-        try: return killed(SHIELD)
+        nginx = subprocess.Popen(["nginx", "-p", folder, "-c", str(conf / "nginx.conf"), "-g", "daemon off; user root;"])
+        try:
+            until(lambda: listens(SHIELD))
+            return killed(SHIELD)
         finally: nginx.terminate()
+
+
+def listens(port):
+    with socket.socket() as s: return s.connect_ex(("127.0.0.1", port)) == 0
 
 
 def updated():
