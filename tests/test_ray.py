@@ -91,7 +91,7 @@ def test_the_file_is_what_rays_schema_says():
     from ray.serve.schema import ServeDeploySchema
     content = yaml.safe_load((ROOT / "deploy/ray/serve.yaml").read_text())
     assert ServeDeploySchema(**content).applications[0].import_path == "aura_engine.scale:app"
-    with pytest.raises(ValidationError): ServeDeploySchema(**content | {"applications": [content["applications"][0] | {"import": "x"}]})
+    with pytest.raises(ValidationError): ServeDeploySchema(**content | {"applications": [content["applications"][0] | {"route_prefix": "no slash"}]})
 
 
 def test_kuberays_file_has_pods_that_kubernetes_reads():
