@@ -5,7 +5,7 @@
 # %% ../nbs/90a_art.ipynb #8dc9e172
 from __future__ import annotations
 import io, itertools, json, math, random, re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -17,13 +17,13 @@ from tqdm.auto import tqdm
 
 # %% auto #0
 __all__ = ['PEOPLE', 'SYMBOLS', 'WHOLE', 'PARTS', 'GROUPS', 'VARIANTS', 'NOT_A_VARIANT', 'UNWANTED', 'LIVING', 'THINGS',
-           'TAGS_THAT_NAME', 'STYLES', 'SIDE', 'SHAPE_NAMES', 'COLOURS', 'SQUARE', 'SMALL', 'ARRANGEMENTS', 'BESIDE',
-           'BACKDROPS', 'LAYOUTS', 'DAY', 'NIGHT', 'LIGHTS', 'POSES', 'Emoji', 'plain_code', 'all_emoji', 'is_wanted',
-           'synonyms', 'named', 'Icon', 'flat_art', 'solid_art', 'draw_icon', 'small_picture', 'png_bytes', 'make_art',
-           'resized', 'Art', 'draw_shape', 'make_shapes', 'Scene', 'Column', 'Place', 'cell', 'backdrop_masks',
-           'backdrops', 'places', 'lay_over', 'Layout', 'Pose', 'pose_matrix', 'warped', 'posed_sprites', 'compose',
-           'lay_posed', 'as_pictures', 'held_out', 'kept_apart', 'every_single', 'every_pose', 'crowds',
-           'random_scenes']
+           'TAGS_THAT_NAME', 'ABROAD', 'STYLES', 'SIDE', 'SHAPE_NAMES', 'COLOURS', 'SQUARE', 'SMALL', 'ARRANGEMENTS',
+           'BESIDE', 'BACKDROPS', 'LAYOUTS', 'DAY', 'NIGHT', 'LIGHTS', 'POSES', 'Emoji', 'plain_code', 'all_emoji',
+           'is_wanted', 'synonyms', 'named', 'Icon', 'flat_art', 'solid_art', 'draw_icon', 'small_picture', 'png_bytes',
+           'make_art', 'resized', 'Art', 'draw_shape', 'make_shapes', 'Scene', 'Column', 'Place', 'cell',
+           'backdrop_masks', 'backdrops', 'places', 'lay_over', 'Layout', 'Pose', 'pose_matrix', 'warped',
+           'posed_sprites', 'compose', 'lay_posed', 'as_pictures', 'held_out', 'kept_apart', 'every_single',
+           'every_pose', 'crowds', 'random_scenes']
 
 # %% ../nbs/90a_art.ipynb #43caa035
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ cat face: cat head, kitten face; dog: hound; service dog: assistance dog; rabbit
 chipmunk: squirrel; bear: brown bear; rhinoceros: rhino; hippopotamus: hippo; baby chick: chick
 crocodile: alligator; turtle: tortoise; sauropod: dinosaur; t-rex: tyrannosaurus
 blowfish: pufferfish; spiral shell: seashell; honeybee: bee; lady beetle: ladybug
-bouquet: bunch of flowers; potted plant: houseplant; evergreen tree: pine tree, fir tree
+bouquet: bunch of flowers; blossom: flower; potted plant: houseplant; evergreen tree: pine tree, fir tree
 deciduous tree: tree; four leaf clover: clover; mushroom: toadstool; tangerine: mandarin
 red apple: apple; cherries: cherry; blueberries: blueberry; kiwi fruit: kiwi; eggplant: aubergine
 ear of corn: corn, maize; hot pepper: chili pepper; bread: loaf of bread; baguette bread: baguette
@@ -140,11 +140,23 @@ TAGS_THAT_NAME = {*"""
 """.split()}
 
 # %% ../nbs/90a_art.ipynb #219142ed
+ABROAD = """
+cat: gato, katze, gatto; dog: perro, hund, chien, cachorro; horse: caballo, pferd, cheval, cavallo
+fish: pez, fisch, poisson, pesce, peixe; bird: pájaro, vogel, oiseau, uccello
+deciduous tree: árbol, baum, arbre, albero; blossom: flor, blume, fleur, fiore; house: casa, haus, maison
+sun: sol, sonne, soleil; crescent moon: luna, mond, lune, lua; star: estrella, étoile, stella
+red heart: corazón, herz, cœur, cuore; red apple: manzana, apfel, pomme, mela
+automobile: coche, auto, voiture, macchina, carro
+"""
+
+# %% ../nbs/90a_art.ipynb #8b001de6
 def synonyms() -> dict[str, list[str]]:
     "Label -> further names, as written above."
-    lines = (LIVING + THINGS).strip().splitlines()
-    rows = [row.partition(":") for line in lines if line for row in line.split(";")]
-    return {_straight(label.strip()): [w.strip() for w in more.split(",")] for label, _, more in rows}
+    more: dict[str, list[str]] = defaultdict(list)
+    for row in re.split(r"[;\n]", (LIVING + THINGS + ABROAD).strip()):
+        label, _, names = row.partition(":")
+        if names: more[_straight(label.strip())] += [name.strip() for name in names.split(",")]
+    return more
 
 # %% ../nbs/90a_art.ipynb #58e72874
 def _straight(text: str) -> str:
@@ -474,12 +486,13 @@ def every_single(things: int) -> torch.Tensor:
     return torch.tensor(rows)
 
 # %% ../nbs/90a_art.ipynb #e4c33192
-def every_pose(things: int, rng: random.Random) -> torch.Tensor:
-    "Every thing alone in both styles and all poses, on a background that may be trained on: [N, 7]."
+def every_pose(things: int, rng: random.Random, looks: int = 1) -> torch.Tensor:
+    "Every thing alone in both styles and all poses, on `looks` backgrounds that may be trained on: [N, 7]."
     rows = []
     for thing, style, pose in itertools.product(range(things), range(len(STYLES)), range(len(POSES))):
-        colour = rng.choice([c for c in range(len(COLOURS)) if c not in held_out(thing)])
-        rows.append(Scene(0, thing, thing, style, colour, rng.randrange(BACKDROPS), pose))
+        free = [c for c in range(len(COLOURS)) if c not in held_out(thing)]
+        for colour in rng.sample(free, looks):
+            rows.append(Scene(0, thing, thing, style, colour, rng.randrange(BACKDROPS), pose))
     return torch.tensor(rows)
 
 # %% ../nbs/90a_art.ipynb #f9e99356

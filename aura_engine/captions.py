@@ -16,7 +16,7 @@ __all__ = ['LEADS', 'TAILS', 'PLACES', 'LOOKS', 'BEFORE', 'NUMBERS', 'BESIDE_WOR
            'SCENERY', 'MANNERS', 'COMMON', 'SMALL_WORDS', 'ODD_PLURALS', 'UNBREAKABLE', 'JOINTS', 'PREPOSITIONS',
            'LETTERS', 'UNHEARD', 'AFRESH', 'plural_word', 'plural', 'mistyped', 'with_article', 'meant_words',
            'sentence_pieces', 'make_fillers', 'some_name', 'one_thing', 'subject', 'CaptionFacts', 'loose', 'opening',
-           'extras', 'joined', 'sentence', 'strewn', 'Said', 'says', 'caption', 'unheard', 'plain_prompts',
+           'extras', 'joined', 'sentence', 'strewn', 'Said', 'says', 'some_hue', 'caption', 'unheard', 'plain_prompts',
            'unheard_prompts', 'learned_words']
 
 # %% ../nbs/90b_captions.ipynb #aa569622
@@ -91,6 +91,8 @@ SCENERY = [
     "on a hill", "in the forest", "at night", "in the sky", "by the river", "on a table", "in a field",
     "at sunset", "on the road", "in the city", "near a lake", "in the garden", "under the stars",
     "in the snow", "in the jungle", "in the ocean", "on a farm", "in winter", "in the morning",
+    "with a smile", "with curly hair", "with big ears", "with a long tail", "with friends", "with a view",
+    "with sprinkles", "with whipped cream", "with many colours",
 ]
 MANNERS = [
     "watercolor", "oil painting", "pixel art", "cartoon", "sketch", "realistic", "vector art", "anime",
@@ -193,20 +195,20 @@ def some_name(rng: random.Random, names: list[str], many: bool = False) -> str:
     return name.replace(" ", UNBREAKABLE)
 
 # %% ../nbs/90b_captions.ipynb #3bea56c4
-def one_thing(rng: random.Random, names: list[str], counted: bool = False) -> str:
-    "One of a thing, as people say it: 'a fox', 'the cute fox', 'fox'. `counted`: 'one fox'."
-    filler = rng.choice(FILLERS) + " " if rng.random() < .08 else ""
-    name = filler + some_name(rng, names)
+def one_thing(rng: random.Random, names: list[str], counted: bool = False, hue: str = "") -> str:
+    "One of a thing, as people say it: 'a fox', 'the cute fox', 'fox'. `counted`: 'one fox', `hue`: 'a blue fox'."
+    before = hue or (rng.choice(FILLERS) if rng.random() < .08 else "")
+    name = f"{before} {some_name(rng, names)}".strip()
     if counted: return rng.choice(["one ", "a single "]) + name
     if rng.random() < .1: name += " " + rng.choice(DOINGS)
     # 'a fox' is the usual form
     return rng.choice([name, "the " + name, *[with_article(name)] * 3])
 
 # %% ../nbs/90b_captions.ipynb #8159d9d4
-def subject(rng: random.Random, names: list[list[str]], scene: Scene) -> str:
-    "What is in the picture: 'a fox', 'three foxes', 'a fox and a rocket'."
+def subject(rng: random.Random, names: list[list[str]], scene: Scene, hue: str = "") -> str:
+    "What is in the picture: 'a fox', 'three foxes', 'a fox and a rocket'. A `hue` is said of one thing alone."
     kind, first = scene.arrangement, names[scene.first]
-    if kind == 0: return one_thing(rng, first, counted=rng.random() < .1)
+    if kind == 0: return one_thing(rng, first, rng.random() < .1, hue)
     if kind < BESIDE: return f"{rng.choice(NUMBERS[kind])} {some_name(rng, first, many=True)}"
     return rng.choice(PAIRS[kind]).format(a=one_thing(rng, first), b=one_thing(rng, names[scene.second]))
 
@@ -277,9 +279,9 @@ LETTERS = "abcdefghijklmnoprstuvw"
 
 # %% ../nbs/90b_captions.ipynb #1498a8ee
 def strewn(rng: random.Random, text: str, fillers: Sequence[str]) -> str:
-    "`text` with one to seven words in it that mean nothing here."
+    "`text` with one to fourteen words in it that mean nothing here."
     words = text.split(" ")
-    for _ in range(rng.randint(1, rng.choice([1, 3, 7]))):
+    for _ in range(rng.randint(1, rng.choice([1, 3, 7, 14]))):
         if rng.random() < .8: word = rng.choice(fillers)
         else: word = "".join(rng.choices(LETTERS, k=rng.randint(3, 8)))
         words.insert(rng.choice([0, len(words), rng.randrange(len(words) + 1)]), word)
@@ -296,16 +298,26 @@ def says(rng: random.Random, colour: float = .7, style: float = .4) -> Said:
     "Draw what a caption names, by these shares."
     return Said(rng.random() < colour, rng.random() < style)
 
+# %% ../nbs/90b_captions.ipynb #652058c2
+def some_hue(rng: random.Random, names: list[list[str]], thing: int) -> str:
+    "A colour that may be said of a thing, or none if the thing has one in its name or in another's."
+    hue, own = rng.choice(list(COLOURS)), names[thing]
+    if own[0].split()[0] in COLOURS: return ""
+    others = {f"{hue} {name}" for name in own}
+    return hue if all(others.isdisjoint(those) for those in names) else ""
+
 # %% ../nbs/90b_captions.ipynb #65b66429
 def caption(rng: random.Random, names: list[list[str]], scene: Scene, fillers: Sequence[str] = COMMON,
             said: Said | None = None) -> str:
     "One wording of a scene, which names what `said` says. Chance decides what `said` leaves out."
-    what, said = subject(rng, names, scene), said or says(rng)
+    said, is_loose = said or says(rng), rng.random() < .3
     colour = list(COLOURS)[scene.colour] if said.colour else ""
+    hued = colour and not is_loose and rng.random() < .12
+    what = subject(rng, names, scene, some_hue(rng, names, scene.first) if hued else "")
     facts = CaptionFacts(what, colour, STYLES[scene.style] if said.style else "")
     if scene.arrangement < BESIDE and rng.random() < .3:        # "and" need not name a second thing
         fillers = [*rng.choices(fillers, k=6), "and"]
-    if rng.random() < .3: text = loose(rng, facts, fillers)
+    if is_loose: text = loose(rng, facts, fillers)
     else:
         text = sentence(rng, facts)
         if rng.random() < .35: text = strewn(rng, text, fillers)

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 # %% auto #0
-__all__ = ['TOKENS', 'START', 'END', 'WORD_END', 'CHANNELS', 'LATENT', 'DECODER', 'LIGHT_DECODER', 'WIDTH', 'CELLS',
-           'caption_corpus', 'byte_pairs', 'make_tokenizer', 'start_well', 'DecoderShape', 'make_vae',
-           'decoder_gigaflops', 'make_text', 'cells', 'uncells', 'make_unet', 'make_schedule']
+__all__ = ['TOKENS', 'START', 'END', 'WORD_END', 'CHANNELS', 'LATENT', 'DECODER', 'WIDTH', 'CELLS', 'caption_corpus',
+           'byte_pairs', 'make_tokenizer', 'start_well', 'DecoderShape', 'make_vae', 'decoder_gigaflops', 'make_text',
+           'cells', 'uncells', 'make_unet', 'make_schedule']
 
 # %% ../nbs/90c_nets.ipynb #298b840f
 TOKENS = 48                                    # places in a prompt
@@ -86,8 +86,7 @@ class DecoderShape(NamedTuple):
     width: int
     blocks: tuple[int, int, int, int]
 
-DECODER = DecoderShape(44, (3, 3, 2, 1))
-LIGHT_DECODER = DecoderShape(32, (6, 4, 2, 0))
+DECODER = DecoderShape(32, (6, 4, 2, 0))
 
 # %% ../nbs/90c_nets.ipynb #7bb7658d
 def make_vae(channels: int = CHANNELS, encoder: int = 32,

@@ -6,8 +6,9 @@
 from __future__ import annotations
 import argparse, json, math, os, random, re, shutil, time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
@@ -17,7 +18,7 @@ from aura_engine.art import (BACKDROPS, COLOURS, LAYOUTS, LIGHTS, POSES, SQUARE,
     Scene)
 from .art import compose, crowds, every_pose, every_single, make_art, random_scenes
 from .captions import Said, caption, learned_words, make_fillers, says
-from .nets import CELLS, LIGHT_DECODER, TOKENS, WIDTH, cells, uncells
+from .nets import CELLS, TOKENS, WIDTH, cells, uncells
 from .nets import make_schedule, make_text, make_tokenizer, make_unet, make_vae
 if TYPE_CHECKING:
     from diffusers import AutoencoderTiny, UNet2DConditionModel
@@ -25,17 +26,17 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 # %% auto #0
-__all__ = ['ENDS', 'SAVE_EVERY', 'CANVASES', 'OPEN', 'NOT_OPEN', 'EARLY', 'NOISIEST', 'FEW_STEPS', 'GIVEN', 'DECIDED',
-           'LORA_LAYERS', 'LEAPS', 'NO_CHECKER', 'STAGE_NAMES', 'is_large_matrix', 'matrix_of', 'Optimisers',
-           'averaged', 'TrainProgress', 'Learner', 'Smooth', 'StageMeter', 'Stage', 'autocast', 'seeded',
-           'picture_loss', 'latent_loss', 'autoencoder_batch', 'train_vae', 'Pooled', 'encode_scenes',
-           'encode_in_parts', 'make_pool', 'Relatives', 'instead', 'open_facts', 'Mix', 'Example', 'Speaker', 'Batch',
-           'some_rows', 'token_ids', 'Wordings', 'word_loader', 'Sketcher', 'train_text', 'fresh_seed', 'adopt_text',
-           'normal_equations', 'fit_head', 'any_of', 'timesteps', 'quarter_means', 'moved_by', 'exchanged', 'agreeing',
+__all__ = ['ENDS', 'SAVE_EVERY', 'Loss', 'CANVASES', 'OPEN', 'NOT_OPEN', 'EARLY', 'NOISIEST', 'FEW_STEPS', 'GIVEN', 'DECIDED',
+           'LORA_LAYERS', 'LEAPS', 'NO_CHECKER', 'STAGE_NAMES', 'is_large_matrix', 'matrix_of', 'orthogonal',
+           'StackedMuon', 'Optimisers', 'RecordedStep', 'averaged', 'TrainProgress', 'Learner', 'Smooth', 'StageMeter',
+           'Stage', 'autocast', 'seeded', 'picture_loss', 'latent_loss', 'some_pictures', 'random_crops',
+           'picture_loader', 'train_vae', 'Pooled', 'encode_scenes', 'encode_in_parts', 'encode_pool', 'make_pool',
+           'Relatives', 'instead', 'open_facts', 'Mix', 'Example', 'Speaker', 'Batch', 'some_rows', 'token_ids',
+           'Wordings', 'word_loader', 'Sketcher', 'train_text', 'fresh_seed', 'adopt_text', 'normal_equations',
+           'fit_head', 'numbers_on', 'any_of', 'timesteps', 'quarter_means', 'moved_by', 'exchanged', 'agreeing',
            'Diffusion', 'Question', 'text_states', 'text_sketch', 'Teacher', 'velocity_loss', 'new_unet', 'train_unet',
-           'Pupil', 'train_lora', 'polish_decoder', 'light_vae', 'some_noise', 'train_decoder', 'with_decoder',
-           'without_lora', 'save_lora', 'pack_model', 'plot_losses', 'Minutes', 'train_arguments', 'ready_art',
-           'ready_tokenizer', 'train_all', 'main']
+           'Pupil', 'train_lora', 'polish_decoder', 'without_lora', 'save_lora', 'pack_model', 'plot_losses', 'Minutes',
+           'train_arguments', 'ready_art', 'ready_tokenizer', 'train_all', 'main']
 
 # %% ../nbs/90d_stages.ipynb #2566872b
 ENDS = re.compile("embedding|conv_in|conv_out|head|lora")
@@ -52,6 +53,41 @@ def matrix_of(weight: torch.nn.Parameter) -> torch.nn.Parameter:
     return torch.nn.Parameter(weight.data.view(len(weight), -1))
 
 # %% ../nbs/90d_stages.ipynb #48fa98a2
+def orthogonal(updates: torch.Tensor) -> torch.Tensor:
+    "The nearest matrices of equal singular values, roughly, of [N, m, n]: five Newton-Schulz steps, as torch's Muon."
+    wide = updates.bfloat16()
+    if tall := wide.shape[1] > wide.shape[2]: wide = wide.mT
+    wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = wide @ wide.mT
+        again = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        wide = torch.baddbmm(wide, again, wide, beta=3.4445)
+    return (wide.mT if tall else wide).float()
+
+# %% ../nbs/90d_stages.ipynb #30308c38
+class StackedMuon(torch.optim.Optimizer):
+    "torch's Muon with `adjust_lr_fn='match_rms_adamw'`, all matrices of one shape at once. `lr` is a tensor."
+    def __init__(self, matrices: Iterable[torch.nn.Parameter], lr: torch.Tensor, weight_decay: float = .01):
+        by_shape: dict[torch.Size, list[torch.nn.Parameter]] = defaultdict(list)
+        for matrix in matrices: by_shape[matrix.shape].append(matrix)
+        groups = [{"params": those, "lr": lr.clone()} for those in by_shape.values()]
+        super().__init__(groups, dict(weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        "One step down the gradients."
+        for group in self.param_groups:
+            matrices, rate = group["params"], group["lr"]
+            grads = torch.stack([m.grad for m in matrices])                # [N, m, n]
+            state = self.state[matrices[0]]
+            if not state: state["momentum"] = torch.zeros_like(grads)
+            momentum = state["momentum"].lerp_(grads, .05)
+            size = .2 * math.sqrt(max(matrices[0].shape))                  # as large as an update of AdamW
+            updates = orthogonal(grads.lerp(momentum, .95)) * (rate * size)
+            torch._foreach_mul_(matrices, 1 - rate * group["weight_decay"])
+            torch._foreach_sub_(matrices, list(updates.unbind()))
+
+# %% ../nbs/90d_stages.ipynb #3bf65b82
 class Optimisers:
     "AdamW at a top rate of `lr`, and Muon at `muon` times that for the large matrices. 0: no Muon."
     def __init__(self, model: torch.nn.Module, params: list[torch.nn.Parameter], lr: float,
@@ -59,18 +95,20 @@ class Optimisers:
         large = {id(p) for name, p in model.named_parameters() if muon and is_large_matrix(name, p)}
         self.params = params
         self.matrices = [(p, matrix_of(p)) for p in params if id(p) in large]
-        rest = {"params": [p for p in params if id(p) not in large], "top": lr}
-        adam = torch.optim.AdamW([rest], betas=(.9, .98), weight_decay=weight_decay, fused=True)
-        self.each: list[torch.optim.Optimizer] = [adam]
+        device = params[0].device
+        rest = [p for p in params if id(p) not in large]
+        adam = torch.optim.AdamW(rest, torch.tensor(lr, device=device), (.9, .98), weight_decay=weight_decay,
+                                 fused=True, capturable=device.type == "cuda")
+        self.each: list[tuple[torch.optim.Optimizer, float]] = [(adam, lr)]
         if self.matrices:
-            own = {"params": [matrix for _, matrix in self.matrices], "top": lr * muon}
-            more = torch.optim.Muon([own], weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-            self.each.append(more)
+            top = torch.tensor(lr * muon, device=device)
+            more = StackedMuon((matrix for _, matrix in self.matrices), top, weight_decay)
+            self.each.append((more, lr * muon))
 
     def set_rate(self, share: float) -> None:
         "Learn at `share` of the top rates."
-        for optimiser in self.each:
-            for group in optimiser.param_groups: group["lr"] = group["top"] * share
+        for optimiser, top in self.each:
+            for group in optimiser.param_groups: group["lr"].fill_(top * share)
 
     def step(self, loss: torch.Tensor) -> None:
         "One step down the gradient of `loss`, whose norm is clipped to 1."
@@ -79,7 +117,43 @@ class Optimisers:
         torch.nn.utils.clip_grad_norm_(self.params, 1.0)
         for p, matrix in self.matrices:
             matrix.grad = None if p.grad is None else p.grad.view_as(matrix)
-        for optimiser in self.each: optimiser.step()
+        for optimiser, _ in self.each: optimiser.step()
+
+# %% ../nbs/90d_stages.ipynb #021b54ea
+Loss = Callable[..., torch.Tensor]
+
+class RecordedStep:
+    "A whole training step as CUDA graphs, one a shape of its inputs. Give the inputs, get the loss."
+    def __init__(self, loss_of: Loss, optimisers: Optimisers):
+        self.loss_of, self.optimisers = loss_of, optimisers
+        self.recorded: dict[torch.Size, tuple[torch.cuda.CUDAGraph, list[torch.Tensor], torch.Tensor]] = {}
+
+    def once(self, places: Sequence[torch.Tensor]) -> torch.Tensor:
+        "One step, not recorded."
+        loss = self.loss_of(*places)
+        self.optimisers.step(loss)
+        return loss.detach()
+
+    def record(self, inputs: Sequence[torch.Tensor]) -> None:
+        "Take three steps, so that every buffer is there, and record a fourth."
+        places = [x.clone() for x in inputs]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3): self.once(places)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # the thread that pins the next batch's memory may go on meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"): loss = self.once(places)
+        self.recorded[inputs[0].shape] = graph, places, loss
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        "One step."
+        if inputs[0].shape not in self.recorded: self.record(inputs)
+        graph, places, loss = self.recorded[inputs[0].shape]
+        torch._foreach_copy_(places, list(inputs))
+        graph.replay()
+        return loss.clone()
 
 # %% ../nbs/90d_stages.ipynb #e677c3ea
 def averaged(model: torch.nn.Module, decay: float,
@@ -112,16 +186,15 @@ class Learner:
         self.optimisers = Optimisers(model, list(params), lr, **optimiser)
         self.average = averaged(model, average, lambda: self.progress.step)
 
-    def update(self, loss: torch.Tensor) -> None:
-        "One optimiser step. Every fourth goes into the average."
-        self.optimisers.step(loss)
+    def update(self) -> None:
+        "Count a step; every fourth goes into the average."
         if self.progress.step % 4 == 0: self.average.update_parameters(self.model)
         self.progress.step += 1
 
     def save(self, path: Path) -> None:
         "Write a checkpoint. If that is interrupted, the last one stays whole."
         state = {"model": self.model.state_dict(), "average": self.average.state_dict(),
-                 "opts": [o.state_dict() for o in self.optimisers.each], **vars(self.progress)}
+                 "opts": [o.state_dict() for o, _ in self.optimisers.each], **vars(self.progress)}
         unfinished = path.with_suffix(".tmp")
         torch.save(state, unfinished)
         unfinished.replace(path)
@@ -132,7 +205,7 @@ class Learner:
         state = torch.load(path, map_location=where, weights_only=True)
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
-        for optimiser, its in zip(self.optimisers.each, state["opts"]): optimiser.load_state_dict(its)
+        for (optimiser, _), its in zip(self.optimisers.each, state["opts"]): optimiser.load_state_dict(its)
         self.progress = TrainProgress(state["step"], state["spent"], state["log"])
 
 # %% ../nbs/90d_stages.ipynb #67104067
@@ -184,6 +257,7 @@ class Stage:
                  average: float = .998, warmup: int = 100, **optimiser):
         self.path, self.seconds = out / f"{name}.pt", minutes * 60
         self.warmup, self.saved = warmup, time.time()
+        self.recorded: RecordedStep | None = None
         self.learner = Learner(model, params or model.parameters(), lr, average, **optimiser)
         if self.path.exists(): self.learner.load(self.path)
         self.progress = self.learner.progress
@@ -206,7 +280,18 @@ class Stage:
 
     def learn(self, loss: torch.Tensor, **shown: float | torch.Tensor) -> None:
         "One optimiser step. `shown` goes to the bar and into the log. A checkpoint is written when due."
-        self.learner.update(loss)
+        self.learner.optimisers.step(loss)
+        self.learned(loss, **shown)
+
+    def learn_by(self, loss_of: Loss, *inputs: torch.Tensor) -> None:
+        "One optimiser step by a function of tensors, which is recorded on a GPU."
+        if not inputs[0].is_cuda: return self.learn(loss_of(*inputs))
+        if self.recorded is None: self.recorded = RecordedStep(loss_of, self.learner.optimisers)
+        self.learned(self.recorded(*inputs))
+
+    def learned(self, loss: torch.Tensor, **shown: float | torch.Tensor) -> None:
+        "What follows a step."
+        self.learner.update()
         self.meter.show(loss, shown)
         self.meter.tick()
         if time.time() - self.saved < SAVE_EVERY: return
@@ -239,25 +324,37 @@ def latent_loss(z: torch.Tensor) -> torch.Tensor:
     return middle + spread + F.relu(z.abs() - 2.8).mean()
 
 # %% ../nbs/90d_stages.ipynb #788c65bd
-def autoencoder_batch(art: Art, rng: random.Random) -> torch.Tensor:
-    "Random pictures, channels last: 96 of [3, 128, 128] on a GPU, 16 crops of [3, 64, 64] on a CPU."
-    big = art.device.type == "cuda"
-    x = compose(art, random_scenes(len(art), 96 if big else 16, rng).to(art.device))
-    if not big:
-        top, left = rng.randrange(65), rng.randrange(65)
-        x = x[..., top:top + 64, left:left + 64]
-    return x.contiguous(memory_format=torch.channels_last)
+def some_pictures(art: Art, n: int, rng: random.Random) -> torch.Tensor:
+    "`n` random pictures, uint8 [n, 3, 128, 128] on the art's device."
+    parts = random_scenes(len(art), n, rng).to(art.device).split(2048)
+    return torch.cat([((compose(art, part) + 1) * 127.5).round().byte() for part in parts])
 
 # %% ../nbs/90d_stages.ipynb #b6bce8ee
+def random_crops(art: Art, rng: random.Random) -> torch.Tensor:
+    "16 crops of random pictures, [16, 3, 64, 64] in -1..1."
+    top, left = rng.randrange(65), rng.randrange(65)
+    return compose(art, random_scenes(len(art), 16, rng))[..., top:top + 64, left:left + 64]
+
+# %% ../nbs/90d_stages.ipynb #fd352eeb
+def picture_loader(art: Art, rng: random.Random) -> Iterator[torch.Tensor]:
+    "Endless batches in -1..1, channels last: on a CPU 16 crops, on a GPU 64 pictures of 50,000."
+    whole = some_pictures(art, 50_000, rng) if art.device.type == "cuda" else None
+    while True:
+        if whole is None: x = random_crops(art, rng)
+        else: x = whole[torch.randint(len(whole), (64,), device=art.device)] / 127.5 - 1
+        yield x.contiguous(memory_format=torch.channels_last)
+
+# %% ../nbs/90d_stages.ipynb #d2fc69ed
 def train_vae(art: Art, out: Path, minutes: float, start: Path | None = None) -> AutoencoderTiny:
     "Train the autoencoder, from nothing or from the packed model `start`."
     rng, vae = seeded(1), make_vae()
-    if start: vae.load_state_dict(type(vae).from_pretrained(start / "vae").state_dict())
+    if start: vae = type(vae).from_pretrained(start / "vae")
     fast_layout: Any = dict(memory_format=torch.channels_last)
     torch.nn.Module.to(vae, art.device, **fast_layout)
+    pictures = picture_loader(art, rng)
     stage = Stage("vae", vae, out, minutes, lr=1.5e-3, weight_decay=1e-4)
     for _ in stage:
-        x = autoencoder_batch(art, rng)
+        x = next(pictures)
         with autocast(art.device):
             z = vae.encoder(x)
             y = vae.decoder(z + .03 * torch.randn_like(z))
@@ -284,9 +381,9 @@ class Pooled(NamedTuple):
 # %% ../nbs/90d_stages.ipynb #d05305fb
 @torch.inference_mode()
 def encode_scenes(art: Art, vae: AutoencoderTiny, scenes: torch.Tensor, size: tuple[int, int] = SQUARE,
-                  batch: int = 64) -> torch.Tensor:
+                  ) -> torch.Tensor:
     "Scenes [N, 7] -> latents [N, C, h, w], fp16, on the art's device."
-    out = []
+    out, batch = [], 2048 if art.device.type == "cuda" else 64
     for some in tqdm(scenes.split(batch), desc=f"encode {size[0]}x{size[1]}", mininterval=5):
         pictures = compose(art, some.to(art.device), size)
         with autocast(art.device): out.append(vae.encoder(pictures))
@@ -304,19 +401,27 @@ def encode_in_parts(art: Art, vae: AutoencoderTiny, scenes: torch.Tensor, part: 
     return torch.cat(done).to(art.device)
 
 # %% ../nbs/90d_stages.ipynb #dd60a7f8
-def make_pool(art: Art, vae: AutoencoderTiny, crowd: int, path: Path) -> list[Pooled]:
-    "Encode all single scenes, all poses, `crowd` others, then some of each canvas. They are kept in `path`."
-    if path.exists():
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-        return [Pooled(scenes, latents.to(art.device), n) for scenes, latents, n in stored]
+def encode_pool(art: Art, vae: AutoencoderTiny, crowd: int, part: Path | None) -> list[Pooled]:
+    "Encode all single scenes, all poses, `crowd` others, then some of each canvas. `part`: as above."
     rng, single = seeded(2), every_single(len(art))
-    alone = torch.cat([single, every_pose(len(art), rng)])
+    alone = torch.cat([single, every_pose(len(art), rng, looks=1 if part else 2)])
     scenes = torch.cat([alone, crowds(len(art), crowd, rng)])
-    part = path.with_suffix(".part")
-    pool = [Pooled(scenes, encode_in_parts(art, vae, scenes, part), len(alone))]
+    square = encode_in_parts(art, vae, scenes, part) if part else encode_scenes(art, vae, scenes)
+    pool = [Pooled(scenes, square, len(alone))]
     for size in CANVASES:
         some = single[torch.randperm(len(single))[:max(len(single) // 24, 64)]]
         pool.append(Pooled(some, encode_scenes(art, vae, some, size), len(some)))
+    return pool
+
+# %% ../nbs/90d_stages.ipynb #14d2f831
+def make_pool(art: Art, vae: AutoencoderTiny, crowd: int, path: Path) -> list[Pooled]:
+    "The pool with `crowd` scenes of several things. It is kept in `path` unless a GPU makes it."
+    if art.device.type == "cuda": return encode_pool(art, vae, crowd, None)
+    if path.exists():
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+        return [Pooled(scenes, latents.to(art.device), n) for scenes, latents, n in stored]
+    part = path.with_suffix(".part")
+    pool = encode_pool(art, vae, crowd, part)
     torch.save([tuple(p) for p in pool], path)
     part.unlink()
     return pool
@@ -417,8 +522,10 @@ def some_rows(rng: random.Random, pooled: Pooled, n: int, alone: float,
 # %% ../nbs/90d_stages.ipynb #f75b7417
 def token_ids(tokenizer: CLIPTokenizer, texts: list[str]) -> torch.Tensor:
     "[B, TOKENS], padded or cut."
-    how: Any = dict(padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt")
-    return tokenizer(texts, **how)["input_ids"]
+    fast: Any = tokenizer.backend_tokenizer        # what the tokenizer itself asks, at two thirds of the time
+    fast.enable_truncation(TOKENS)
+    fast.enable_padding(length=TOKENS, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
+    return torch.tensor([encoding.ids for encoding in fast.encode_batch_fast(texts)])
 
 # %% ../nbs/90d_stages.ipynb #48fff3c0
 class Wordings(torch.utils.data.IterableDataset[Batch]):
@@ -477,7 +584,7 @@ def train_text(tokenizer: CLIPTokenizer, art: Art, pool: list[Pooled], out: Path
     seeded(3)
     upright = pool[0].upright()
     latents = upright.latents
-    device, batch = latents.device, 1024 if latents.is_cuda else 144
+    device, batch = latents.device, 512 if latents.is_cuda else 144
     model = Sketcher(tokenizer, latents.shape[1]).to(device)
     words = word_loader([upright], art, tokenizer, batch, Mix(other=0, empty=.02, seed=fresh_seed()))
     if start: adopt_text(model, start, words, latents)
@@ -531,17 +638,22 @@ def fit_head(model: Sketcher, batches: list[Batch], latents: torch.Tensor) -> No
     model.head.bias.copy_(fit[-1])
 
 # %% ../nbs/90d_stages.ipynb #c4872a4f
-EARLY = .25                                    # share of the stage that is spent on the sketch alone
+EARLY = .12                                    # share of the stage that is spent on the sketch alone
 NOISIEST = 999
 # where few-step samplers stop
-FEW_STEPS = [999] * 6 + [879, 759, 759, 639, 499, 499, 379, 259, 259, 139]
-GIVEN = [799, 799, 759, 639, 599, 499, 399, 299]    # where refinements begin
+FEW_STEPS = *[999] * 6, 879, 759, 759, 639, 499, 499, 379, 259, 259, 139
+GIVEN = 799, 799, 759, 639, 599, 499, 399, 299      # where refinements begin
 DECIDED = 850                                  # from here up the noise decides
 
-def any_of(some: list[int], like: torch.Tensor) -> torch.Tensor:
+@lru_cache
+def numbers_on(device: torch.device, some: tuple[int, ...]) -> torch.Tensor:
+    "Numbers as a tensor, made once: the copy to a GPU waits for all it has to do."
+    return torch.tensor(some, device=device)
+
+def any_of(some: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
     "[B] numbers drawn from `some`, on the device of `like` [B]."
     which = torch.randint(len(some), (len(like),), device=like.device)
-    return torch.tensor(some, device=like.device)[which]
+    return numbers_on(like.device, some)[which]
 
 # %% ../nbs/90d_stages.ipynb #32434098
 def timesteps(swapped: torch.Tensor, few: float = .6) -> torch.Tensor:
@@ -658,7 +770,7 @@ class Teacher:
         return Question(self.diffusion.noised(latents[batch.given].float(), t, noise), t, hidden, aim)
 
 # %% ../nbs/90d_stages.ipynb #d31fa930
-def velocity_loss(unet: Callable[..., Any], q: Question, diffusion: Diffusion) -> torch.Tensor:
+def velocity_loss(unet: Callable[..., Any], diffusion: Diffusion, q: Question) -> torch.Tensor:
     "Weighted squared error of the UNet's answers to a question."
     with autocast(q.x.device): v = unet(q.x, q.t, q.hidden).sample.float()
     error = (v - diffusion.velocity(q.x, q.t, q.aim)).square().mean((1, 2, 3))
@@ -676,19 +788,19 @@ def new_unet(channels: int, device: torch.device, start: Path | None = None) -> 
 
 # %% ../nbs/90d_stages.ipynb #0a078f31
 def train_unet(tokenizer: CLIPTokenizer, art: Art, sketcher: Sketcher, pool: list[Pooled], out: Path,
-               minutes: float, compiled: bool = False, start: Path | None = None) -> UNet2DConditionModel:
+               minutes: float, start: Path | None = None) -> UNet2DConditionModel:
     "Train the UNet on the text encoder's hidden states. It ends as the running average of its weights."
     seeded(4)
     latents, teacher = pool[0].latents, Teacher(sketcher, pool)
-    batch, unet = 768 if latents.is_cuda else 48, new_unet(latents.shape[1], latents.device, start)
-    fast = torch.compile(unet, dynamic=False) if compiled else unet
+    batch, unet = 256 if latents.is_cuda else 48, new_unet(latents.shape[1], latents.device, start)
     words = word_loader(pool, art, tokenizer, batch, Mix(swapped=.35, seed=fresh_seed()))
     stage = Stage("unet", unet, out, minutes, lr=1e-3 if start else 2e-3, average=.99, muon=1.)
+    def loss_of(*question: torch.Tensor) -> torch.Tensor:
+        return velocity_loss(unet, teacher.diffusion, Question(*question))
     for _ in stage:
         b = next(words).to(latents.device)
         early = not start and stage.share < EARLY and b.canvas == 0
-        question = teacher.question(b, early)
-        stage.learn(velocity_loss(fast if b.canvas == 0 else unet, question, teacher.diffusion))
+        stage.learn_by(loss_of, *teacher.question(b, early))
     return unet
 
 # %% ../nbs/90d_stages.ipynb #be30ea20
@@ -749,9 +861,10 @@ def polish_decoder(art: Art, vae: AutoencoderTiny, out: Path, minutes: float) ->
     "Train only the decoder, the encoder kept as it is."
     rng, decoder = seeded(7), vae.requires_grad_(True).decoder
     vae.encoder.requires_grad_(False)
+    pictures = picture_loader(art, rng)
     stage = Stage("decoder", vae, out, minutes, lr=8e-4, params=decoder.parameters(), weight_decay=1e-4)
     for _ in stage:
-        x = autoencoder_batch(art, rng)
+        x = next(pictures)
         with autocast(art.device):
             with torch.no_grad(): z = vae.encoder(x)
             strength = .25 * torch.rand(len(z), 1, 1, 1, device=z.device)
@@ -759,45 +872,6 @@ def polish_decoder(art: Art, vae: AutoencoderTiny, out: Path, minutes: float) ->
         loss, mse = picture_loss(y.float(), x)
         stage.learn(loss, mse=mse)
     return vae
-
-# %% ../nbs/90d_stages.ipynb #824a7d6f
-def light_vae(start: Path) -> AutoencoderTiny:
-    "The encoder of the packed model `start`, frozen, with an untrained light decoder."
-    from diffusers import AutoencoderTiny
-    packed: Any = AutoencoderTiny.from_pretrained(start / "vae")
-    vae = make_vae(packed.config.latent_channels, decoder=LIGHT_DECODER)
-    vae.encoder.load_state_dict(packed.encoder.state_dict())
-    vae.encoder.requires_grad_(False)
-    return vae
-
-def some_noise(n: int, device: torch.device) -> torch.Tensor:
-    "[n, 1, 1, 1] strengths: 0.03 or anything up to 0.25, half of each."
-    strong = .25 * torch.rand(n, 1, 1, 1, device=device)
-    return torch.where(torch.rand(n, 1, 1, 1, device=device) < .5, strong, .03)
-
-# %% ../nbs/90d_stages.ipynb #70ce9fd2
-def train_decoder(art: Art, start: Path, out: Path, minutes: float) -> AutoencoderTiny:
-    "Train a light decoder for the encoder of the packed model `start`. Resumes a checkpoint in `out`."
-    rng, vae = seeded(8), light_vae(start)
-    fast_layout: Any = dict(memory_format=torch.channels_last)
-    torch.nn.Module.to(vae, art.device, **fast_layout)
-    stage = Stage("light_decoder", vae, out, minutes, lr=1.5e-3, params=vae.decoder.parameters(),
-                  weight_decay=1e-4)
-    for _ in stage:
-        x = autoencoder_batch(art, rng)
-        with autocast(art.device):
-            with torch.no_grad(): z = vae.encoder(x)
-            y = vae.decoder(z + some_noise(len(z), z.device) * torch.randn_like(z))
-        loss, mse = picture_loss(y.float(), x)
-        stage.learn(loss, mse=mse)
-    return vae
-
-# %% ../nbs/90d_stages.ipynb #61b4ede3
-def with_decoder(start: Path, vae: AutoencoderTiny, folder: Path) -> None:
-    "Write the packed model `start` to `folder` with this autoencoder in it, fp16."
-    if folder.resolve() != start.resolve(): shutil.copytree(start, folder, dirs_exist_ok=True)
-    shutil.rmtree(folder / "vae")
-    vae.cpu().half().save_pretrained(folder / "vae")
 
 # %% ../nbs/90d_stages.ipynb #e8084287
 def without_lora(unet: UNet2DConditionModel) -> UNet2DConditionModel:
@@ -875,11 +949,8 @@ def train_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="how long each stage trains")
     add("--crowd", type=int, default=60000,
         help="how many scenes of several things are encoded for training")
-    add("--compile", action="store_true", help="torch.compile the UNet's training (pays on a GPU)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
     add("--start", type=Path, help="a packed model to go on from; a stage of 0 minutes keeps its part")
-    add("--light-decoder", type=float, metavar="MINUTES",
-        help="only train a lighter decoder for --start")
     add("--pack", type=Path, default=Path("build/train/model"),
         help="the diffusers folder is written here")
     return ap.parse_args(argv)
@@ -905,7 +976,7 @@ def train_all(a: argparse.Namespace, art: Art) -> None:
     vae = train_vae(art, out, minutes.vae, a.start)
     pool = make_pool(art, vae, a.crowd, out / "pool.pt")
     sketcher = train_text(tokenizer, art, pool, out, minutes.text, a.start)
-    unet = train_unet(tokenizer, art, sketcher, pool, out, minutes.unet, a.compile, a.start)
+    unet = train_unet(tokenizer, art, sketcher, pool, out, minutes.unet, a.start)
     unet = train_lora(tokenizer, art, unet, sketcher, pool, out, minutes.lora)
     vae = polish_decoder(art, vae, out, minutes.decoder)
     plot_losses(out).savefig(out / "losses.png", dpi=150)
@@ -913,12 +984,9 @@ def train_all(a: argparse.Namespace, art: Art) -> None:
 
 # %% ../nbs/90d_stages.ipynb #1babb119
 def main(argv: list[str] | None = None) -> None:
-    "`python -m aura_engine.train`: all stages, or only a light decoder."
+    "`python -m aura_engine.train`."
     a = train_arguments(argv)
-    art = ready_art(a.npm, a.out, a.device)
-    if a.light_decoder:
-        with_decoder(a.start, train_decoder(art, a.start, a.out, a.light_decoder), a.pack)
-    else: train_all(a, art)
+    train_all(a, ready_art(a.npm, a.out, a.device))
 
 # %% ../nbs/90d_stages.ipynb #f6b92ca5
 #| eval: false
