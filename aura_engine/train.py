@@ -123,7 +123,7 @@ class Optimisers:
 Loss = Callable[..., torch.Tensor]
 
 class RecordedStep:
-    "A whole training step as CUDA graphs, one a shape of its inputs. Give the inputs, get the loss."
+    "A training step by its inputs, which gives the loss. On a GPU it is recorded, once a shape of the inputs."
     def __init__(self, loss_of: Loss, optimisers: Optimisers):
         self.loss_of, self.optimisers = loss_of, optimisers
         self.recorded: dict[torch.Size, tuple[torch.cuda.CUDAGraph, list[torch.Tensor], torch.Tensor]] = {}
@@ -149,6 +149,7 @@ class RecordedStep:
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
         "One step."
+        if not inputs[0].is_cuda: return self.once(inputs)
         if inputs[0].shape not in self.recorded: self.record(inputs)
         graph, places, loss = self.recorded[inputs[0].shape]
         torch._foreach_copy_(places, list(inputs))
@@ -257,7 +258,6 @@ class Stage:
                  average: float = .998, warmup: int = 100, **optimiser):
         self.path, self.seconds = out / f"{name}.pt", minutes * 60
         self.warmup, self.saved = warmup, time.time()
-        self.recorded: RecordedStep | None = None
         self.learner = Learner(model, params or model.parameters(), lr, average, **optimiser)
         if self.path.exists(): self.learner.load(self.path)
         self.progress = self.learner.progress
@@ -283,14 +283,8 @@ class Stage:
         self.learner.optimisers.step(loss)
         self.learned(loss, **shown)
 
-    def learn_by(self, loss_of: Loss, *inputs: torch.Tensor) -> None:
-        "One optimiser step by a function of tensors, which is recorded on a GPU."
-        if not inputs[0].is_cuda: return self.learn(loss_of(*inputs))
-        if self.recorded is None: self.recorded = RecordedStep(loss_of, self.learner.optimisers)
-        self.learned(self.recorded(*inputs))
-
     def learned(self, loss: torch.Tensor, **shown: float | torch.Tensor) -> None:
-        "What follows a step."
+        "What follows an optimiser step."
         self.learner.update()
         self.meter.show(loss, shown)
         self.meter.tick()
@@ -797,10 +791,11 @@ def train_unet(tokenizer: CLIPTokenizer, art: Art, sketcher: Sketcher, pool: lis
     stage = Stage("unet", unet, out, minutes, lr=1e-3 if start else 2e-3, average=.99, muon=1.)
     def loss_of(*question: torch.Tensor) -> torch.Tensor:
         return velocity_loss(unet, teacher.diffusion, Question(*question))
+    step = RecordedStep(loss_of, stage.learner.optimisers)
     for _ in stage:
         b = next(words).to(latents.device)
         early = not start and stage.share < EARLY and b.canvas == 0
-        stage.learn_by(loss_of, *teacher.question(b, early))
+        stage.learned(step(*teacher.question(b, early)))
     return unet
 
 # %% ../nbs/90d_stages.ipynb #be30ea20
