@@ -503,7 +503,7 @@ def without(*names: str) -> None:
 def graphs_stage(size: BenchSize, tell: Tell) -> None:
     "The engine with the embedded model, with CUDA graphs and without."
     for name in ("CUDA graphs", "no CUDA graphs"):
-        if name.startswith("no"): without("CUDA graphs", "recorded decode", "fused norms")
+        if name.startswith("no"): without("CUDA graphs", "recorded decode")
         with measured_engine(tell, name, SD_DEVICE=size.device, SD_PRECISION="auto") as ours:
             side, many = ours.engine.parts.row.native, size.pictures * 3 // 2
             if not name.startswith("no"): compare_crowd(ours.engine, tell, side)
@@ -573,8 +573,8 @@ def as_it_comes_stage(size: BenchSize, tell: Tell) -> None:
         race_as_it_comes("engine, full VAE", side, "lcm", size, tell, SD_MODEL_ID=model)
         race_as_it_comes("engine, tiny VAE", side, "lcm", size, tell, SD_MODEL_ID=model,
                          SD_VAE_ID=str(folder / "tiny_vae"))
-        without("fused norms", "recorded decode")
-        race_as_it_comes("engine, full VAE, no fused norms, decode not recorded", side, "lcm", size, tell,
+        without("recorded decode")
+        race_as_it_comes("engine, full VAE, decode not recorded", side, "lcm", size, tell,
                          SD_MODEL_ID=model)
 
 # %% ../nbs/18_gpu.ipynb #8b13f197

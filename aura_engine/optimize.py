@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from .compiling import CompiledUNet, GraphedDecode, GraphedText, GraphedUNet
 from .config import Settings
-from .group_norms import check_kernels, fuse_norms
 from .loader import Components, has_bf16
 from .packing import can_pack, double_once, pack
 from .precision import bf16_gain, cpu_limit, model_threads
@@ -31,9 +30,8 @@ __all__ = ['log', 'Answer', 'SMALL', 'ONCE_FOR_EACH', 'SAME_SUMS', 'TECHNIQUES',
            'size_of', 'bytes_of', 'on_cuda', 'card_memory', 'torch_on_cpu', 'fewer_threads', 'set_threads', 'can_bf16',
            'to_bf16', 'refuse', 'was_saved', 'can_openvino', 'use_openvino', 'by_torch', 'channels_last', 'can_double',
            'double', 'can_pack_weights', 'pack_weights', 'can_bf16_vae', 'bf16_vae', 'can_offload', 'offload',
-           'can_fuse_qkv', 'fuse_qkv', 'can_compile', 'compile_unet', 'can_graph', 'graph_unet', 'graph_decode',
-           'can_fuse_norms', 'fused_norms', 'seal', 'done', 'fits', 'optimize', 'Drawn', 'draw', 'Variant', 'middle',
-           'measured', 'waterfall']
+           'can_fuse_qkv', 'fuse_qkv', 'can_compile', 'compile_unet', 'can_graph', 'graph_unet', 'graph_decode', 'seal',
+           'done', 'fits', 'optimize', 'Drawn', 'draw', 'Variant', 'middle', 'measured', 'waterfall']
 
 # %% ../nbs/05f_optimize.ipynb #4e6774a5
 Answer = bool | str                               # yes, no, or why it was declined
@@ -249,20 +247,6 @@ def graph_decode(parts: Components, settings: Settings) -> str:
     parts.vae.decode = GraphedDecode(parts.vae)
     return "CUDA graphs of the decoder"
 
-# %% ../nbs/05f_optimize.ipynb #a52cf89d
-def can_fuse_norms(parts: Components, settings: Settings) -> Answer:
-    "Where calls are recorded, with Triton."
-    if can_graph(parts, settings) is not True: return False
-    return True if find_spec("triton") else "Triton is not installed"
-
-# %% ../nbs/05f_optimize.ipynb #363eeb67
-def fused_norms(parts: Components, settings: Settings) -> str:
-    "Fuse the norms of VAE and UNet, if the kernels compute what torch does."
-    for dtype in {parts.vae.dtype, parts.dtype}: check_kernels(parts.device, dtype)
-    compiled = parts.row.flow or can_compile(parts, settings) is True
-    blocks = fuse_norms(parts.vae) + (0 if compiled else fuse_norms(parts.unet))
-    return f"group norm, SiLU and sums in one ({blocks} blocks)"
-
 # %% ../nbs/05f_optimize.ipynb #32639a38
 def seal(parts: Components) -> None:
     "The warm-up is over: from here on nothing is compiled while somebody waits."
@@ -284,7 +268,6 @@ TECHNIQUES = [
     Technique("VAE in bf16", can_bf16_vae, bf16_vae, "CUDA, SDXL in fp16", "rounding; no overflow"),
     Technique("offload", can_offload, offload, "CUDA, small card", "a transfer at each text and decode"),
     Technique("fused QKV", can_fuse_qkv, fuse_qkv, "CUDA", "no LoRA per request", unet=True),
-    Technique("fused norms", can_fuse_norms, fused_norms, "CUDA, recorded, Triton", "rounding; seconds at start"),
     Technique("torch.compile", can_compile, compile_unet, "CUDA, TORCH_COMPILE=1",
               "tens of seconds a shape, at start", unet=True),
     Technique("CUDA graphs", can_graph, graph_unet, "CUDA, memory of four models",
