@@ -143,6 +143,7 @@ def job_ended(web, id):
 
 
 def test_a_job_is_there_before_its_model_is_loaded(web):
+    assert ask(web, model="noise").status_code == 200                 # from here on it is known how long that takes
     assert drawn_by(ask(web)) == "embedded" and told(web)["noise"]["status"] == "unloaded"
     def post(**more): return web.post("/jobs", json={"route": "generate", "request": {"prompt": "an owl", "steps": 1, "seed": 3, "model": "noise"} | more})
     answer = post()
