@@ -62,7 +62,7 @@ def seconds_worked(receipt: Receipt | None) -> float | None:
 
 # %% ../nbs/13a_album.ipynb #2221aeae
 class Album:
-    "Pictures, newest first. `most` deleted ones, and as many that were never part of it, can be brought (back)."
+    "Pictures, newest first. Those that were deleted or never added lie `aside`: the last `most` of both together."
     def __init__(self, most: int = 64):
         self.most = most
         self.shots: list[Shot] = []
@@ -134,7 +134,7 @@ def message_of(event: Event | Notice) -> Message | None:
 Listener = Callable[[Message], None]
 
 class WorkRecord:
-    "The messages of one question, for those who listen now and those who come late."
+    "The messages of one request, for those who listen now and those who join late."
     def __init__(self) -> None:
         self.messages: list[Message] = []
         self._listeners: list[Listener] = []
@@ -159,7 +159,7 @@ class WorkRecord:
             self._listeners.append(hear)
 
     def progress(self, pictures: int) -> float:
-        "How far a question for so many pictures is, 0 to 1."
+        "How far a request for so many pictures is, 0 to 1."
         with self._lock:
             steps = {m.body["index"]: m.body for m in self.messages if m.body["type"] == "step"}
         shares = [s["step"] / s["steps"] for s in steps.values()]
@@ -167,13 +167,13 @@ class WorkRecord:
 
 # %% ../nbs/13a_album.ipynb #1ef9fb5f
 def pictures_of_ask(ask: Ask) -> int:
-    "How many pictures a question asks for."
+    "How many pictures a request asks for."
     if isinstance(ask, Replay): return 1
     return getattr(ask, "n", 0) or len(getattr(ask, "images", ()))
 
 # %% ../nbs/13a_album.ipynb #fc5589d8
 class Work:
-    "A question under way. `request`: what the browser shows of it. `aside`: its pictures are not in the album yet."
+    "A request under way. `ask`: what was asked. `aside`: its pictures do not go into the album yet."
     def __init__(self, desk: Desk, ask: Ask, id: str = "", aside: bool = False):
         self.desk = desk
         self.ask = ask
@@ -274,13 +274,13 @@ class Desk(Gallery):
         self.watchers: list[Callable[[], None]] = []
 
     def lay_out(self, ask: Ask, id: str = "", aside: bool = False) -> Work:
-        "Work on a question, not begun yet. An id that is known gives the work that has it."
+        "Work on a request, not begun yet. An id that is known gives the work that has it."
         work = self.works.get(id) or Work(self, ask, id, aside)
         self.works[work.id] = work
         return work
 
     def begin(self, ask: Ask, id: str = "", aside: bool = False) -> Work:
-        "Start work on a question. A question that was sent twice under one id is worked on once."
+        "Start work on a request. A request that was sent twice under one id is worked on once."
         work = self.lay_out(ask, id, aside)
         if work.future is None: work.future = self.client.start(work.run())
         self.changed()

@@ -70,7 +70,7 @@ def fleet_for(machine: Machine, day: float, steps: int, p95: float) -> Fleet:
 # %% ../nbs/19b_capacity.ipynb #f2ac4f37
 @dataclass
 class OpenRun:
-    "What an open load came to: sorted seconds of each request that got a picture, and how many did not."
+    "The result of an open load: sorted seconds of each request that got a picture, and how many did not."
     seconds: list[float]
     failed: int = 0
 

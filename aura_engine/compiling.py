@@ -31,7 +31,7 @@ def solid(given: Any) -> Any:
 class CompiledUNet:
     """A UNet compiled for each (rows, latents, text) shape it meets until it is sealed. Later shapes run eagerly.
 
-    When compiling fails, all shapes do, and `tell` gets a sentence for people."""
+    When compiling fails, all shapes run eagerly, and `tell` gets a sentence for people."""
     GRAPHS = 64                                   # as many as shapes are wanted; torch gives up after 8
 
     def __init__(self, unet: Any, tell: Callable[[str], None] = log.warning, **how: Any):
@@ -115,7 +115,7 @@ def alike(a: Any, b: Any) -> bool:
     return all(torch.allclose(x, y, rtol=2e-2, atol=2e-2) for x, y in zip(tree_leaves(a), tree_leaves(b), strict=True))
 
 def record(function: Any, given: Inputs, pool: Any) -> Recording | None:
-    "A recording of one call, in a shared pool of memory. None when it cannot be made: the call then runs without."
+    "A recording of one call, in a shared pool of memory. None when it cannot be made: the call then runs as usual."
     inputs = solid(given)
     try:
         graph = torch.cuda.CUDAGraph()
@@ -135,7 +135,7 @@ class Recordings:
     "The recordings of one function, one for each set of shapes, at most `keep`."
     def __init__(self, function: Any, keep: int = 64):
         self.function, self.keep = function, keep
-        self.met: set[tuple] = set()                                    # shapes that came once
+        self.met: set[tuple] = set()                                    # shapes that came at least once: warm
         self.recorded: OrderedDict[tuple, Recording | None] = OrderedDict()
         self.pool: Any = None
 

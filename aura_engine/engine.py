@@ -37,7 +37,7 @@ __all__ = ['log', 'is_out_of_memory', 'drop_caches', 'TiledVae', 'report_failure
 
 # %% ../nbs/08d_engine.ipynb #24881fea
 def is_out_of_memory(error: Exception) -> bool:
-    "Whether a call failed for want of memory, in whatever words cuDNN, cuBLAS and the driver say it."
+    "Whether a call failed because memory ran out, in the words of torch, cuDNN, cuBLAS or the driver."
     words = ("ALLOC_FAILED", "CUDA error: out of memory")
     return isinstance(error, torch.OutOfMemoryError) or any(w in str(error) for w in words)
 
@@ -127,7 +127,7 @@ def hurry_up(queue: Queue, job: Job) -> None:
 
 # %% ../nbs/08d_engine.ipynb #ce1e7ff5
 class Pasting:
-    "Puts what was drawn back under its mask, one picture at a time. `wake()` is called when one is done."
+    "Pastes what was drawn under a mask into its picture, one at a time. `wake()` is called when one is done."
     def __init__(self, wake: Callable[[], None]):
         self.pool, self.wake = ThreadPoolExecutor(1, "paste"), wake
 

@@ -23,7 +23,7 @@ __all__ = ['COUNTED', 'NAMED', 'MOST_SIMULATED', 'Look', 'look_at_all', 'picture
 # %% ../nbs/19_many_engines.ipynb #bffcd989
 @dataclass(frozen=True)
 class Look:
-    "What one engine said of itself. `problem` when it did not, `made`: its pictures since its start, where it tells."
+    "What one engine said of itself. `problem`: why it did not. `made`: its pictures since its start, if it tells."
     url: str
     health: Health | None = None
     problem: str = ""
@@ -67,7 +67,7 @@ def thousand_so_far(looks: Iterable[Look], price: float) -> float | None:
 NAMED = ["engine", "state", "model", "device", "waiting", "seconds of work", "made", "version"]
 
 def fleet_row(look: Look, price: float | None = None) -> list[str]:
-    "One engine as the cells of a table. `price`: of an hour of it, for what 1,000 pictures cost."
+    "One engine as the cells of a table. `price`: what an hour of it costs, to add the cost of 1,000 pictures."
     said = look.health
     if said is None: return [look.url, f"no answer: {look.problem}", *[""] * (7 if price is not None else 6)]
     load, device, made = said.queue, said.gpu_name or said.device or "", "" if look.made is None else str(look.made)
@@ -244,7 +244,7 @@ def engines_for(curve: StepCurve, rate: float, steps: int, p95: float, most: int
     "The fewest engines with which 95 of 100 requests take `p95` seconds at most. ValueError: none do."
     alone = steps * curve.seconds(1) + curve.decode
     if alone > p95: raise ValueError(f"p95: given {p95:g} s, but one picture alone takes {alone:.2f} s")
-    few = int(rate / curve.most_a_second(steps)) + 1
+    few = int(rate / curve.most_a_second(steps)) + 1    # with fewer, even full steps are not enough
     for engines in range(few, most + 1):
         some = min(engines, MOST_SIMULATED)
         share = rate * some / engines

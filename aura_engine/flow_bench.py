@@ -128,7 +128,7 @@ class FlowBench:
 
     @property
     def cuda(self) -> bool:
-        "Whether the model is on a GPU that answers before it has worked."
+        "Whether the model is on a GPU, whose launches are asynchronous."
         return self.parts.device.type == "cuda"
 
     def seconds(self, call: Callable[[], Any], warmups: int = 2) -> float:

@@ -71,7 +71,7 @@ class BenchSize:
     megabytes: int = 4096                      # that are copied
     clients: int = 32
     pictures: int = 128
-    patience: float = 1.                       # times a stage's most seconds
+    patience: float = 1.                       # factor on the time limit of each stage
     compiler: str = "inductor"
 
     @property

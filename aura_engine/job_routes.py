@@ -41,7 +41,7 @@ def event_bytes(event: ClientEvent | None) -> int:
 
 # %% ../nbs/09e_job_routes.ipynb #e421d115
 class KeptEvents:
-    "Events in the places in which they were sent, and the `bytes` they hold. One that was freed leaves a None."
+    "Events in the order in which they were sent, and the `bytes` they hold. One that was freed leaves a None."
     def __init__(self) -> None:
         self.events: list[ClientEvent | None] = []
         self.bytes = 0
@@ -298,7 +298,7 @@ class JobStore:
         return kept.log.read(after)
 
     async def leave(self) -> None:
-        "The engine stops: nothing more will be asked."
+        "The engine stops. Nothing to do here: a store that others read writes down how its jobs ended."
 
 # %% ../nbs/09e_job_routes.ipynb #28c80462
 class GenerateJob(RequestModel):

@@ -42,8 +42,8 @@ class Technique:
     name: str
     applies: Callable[[Components, Settings], Answer]
     apply: Callable[[Components, Settings], str]
-    where: str
-    cost: str
+    where: str                                    # for the printed table: on what hardware or settings
+    cost: str                                     # and what it costs, in time, memory or likeness
     unet: bool = False                            # only for a UNet
 
 # %% ../nbs/05f_optimize.ipynb #923551a9
@@ -117,7 +117,7 @@ def was_saved(parts: Components) -> bool:
 
 # %% ../nbs/05f_optimize.ipynb #3275c6d3
 def can_openvino(parts: Components, settings: Settings) -> Answer:
-    "On a CPU, with the package, for a model without LoRAs by the request."
+    "On a CPU, with the package, for a model without LoRAs that requests name."
     asked, there = settings.backend == "openvino", find_spec("openvino") is not None
     if asked and not there:
         refuse("needs the openvino package: pip install 'aura-engine[openvino]', or use SD_BACKEND=torch.")
@@ -201,7 +201,7 @@ def offload(parts: Components, settings: Settings) -> str:
 
 # %% ../nbs/05f_optimize.ipynb #d554c9dd
 def can_fuse_qkv(parts: Components, settings: Settings) -> Answer:
-    "On a GPU, without LoRAs by the request."
+    "On a GPU, without LoRAs that requests name."
     if not on_cuda(parts): return False
     return "SD_LORAS: a LoRA changes the three one by one" if settings.loras else True
 
@@ -228,7 +228,7 @@ def compile_unet(parts: Components, settings: Settings) -> str:
 
 # %% ../nbs/05f_optimize.ipynb #2b08e3b5
 def can_graph(parts: Components, settings: Settings) -> Answer:
-    "On an NVIDIA card with memory of four models."
+    "On an NVIDIA card with more than four times the model's memory."
     if not on_cuda(parts) or parts.backend != "torch" or torch.version.hip: return False
     if settings.loras: return "SD_LORAS: each alias would be recorded for itself"
     enough = 4 * bytes_of(parts) < card_memory(parts)

@@ -69,7 +69,7 @@ GUESS = 1.0                                         # seconds of work in a reque
 def best_first(told: Mapping[str, float], sent: Mapping[str, int], owner: str | None = None) -> list[str]:
     """Names of replicas, the best one first.
 
-    `told`: seconds of work by name; `sent`: requests sent to each since it told.
+    `told`: seconds of work by name. `sent`: requests sent to each since it told.
     """
     names = list(told)
     random.shuffle(names)                           # sorting keeps it among equals
@@ -91,7 +91,7 @@ class EngineRouter(RequestRouter):      # pyright: ignore[reportGeneralTypeIssue
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
         told = {name: replica.routing_stats.get("seconds", 0.0) for name, replica in by_name.items()}
         for name, seconds in told.items():
-            # news of a replica has all in it that was sent to it before
+            # a new report covers everything that was sent before it
             if self.told.get(name) != seconds: self.sent[name] = 0
         self.told = told
         names = best_first(told, self.sent, owner_of(path_of(pending_request)))

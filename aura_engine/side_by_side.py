@@ -87,7 +87,7 @@ class Known:
     seconds: float
 
 class KnownFile:
-    "What is known of models, in a JSON file, by id. A file that cannot be read or written is done without."
+    "What is known of models, in a JSON file, by id. One that cannot be read counts as empty."
     def __init__(self, path: Path, keep: int = 200):
         self.path, self.keep = path, keep
 
@@ -217,7 +217,7 @@ class Seats:
 
     @property
     def wished(self) -> list[Seat]:
-        "Seats without one that somebody waits for, who came first first."
+        "Seats without an engine that somebody waits for, first come, first served."
         seats = [seat for seat in self.by_name.values() if seat.engine is None and seat.wanted and not seat.problem]
         return sorted(seats, key=lambda seat: min((claim.began for claim in seat.claims), default=0.0))
 
@@ -271,7 +271,7 @@ class Leaving:
             else: time.sleep(LOOK)
 
     def tell_to_leave(self, victim: Seat | None) -> None:
-        "Have a model take no more work, unless it has work and was loaded only now. All others stay."
+        "Have a model take no more work, unless it is busy and was loaded a moment ago. All others stay."
         for seat in self.seats.by_name.values():
             stayed = time.monotonic() - seat.since >= (seat.known.seconds if seat.known else 0.0)
             leaving = seat is victim and (seat.leaving or stayed or not seat.busy)

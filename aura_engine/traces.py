@@ -102,7 +102,7 @@ def trace_headers() -> dict[str, str]:
 
 # %% ../nbs/08f_traces.ipynb #2fb85c06
 def traced(app: Any, env: Mapping[str, str] = os.environ) -> bool:
-    "Make a span of each request of an app, and send spans where the environment says -> whether it says so."
+    "Make a span of each request of an app, and send spans where the environment says -> whether it names a place."
     to_console = env.get("OTEL_TRACES_EXPORTER") == "console"
     if not (to_console or env.get("OTEL_EXPORTER_OTLP_ENDPOINT")): return False
     try:

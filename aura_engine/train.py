@@ -123,7 +123,7 @@ class Optimisers:
 Loss = Callable[..., torch.Tensor]
 
 class RecordedStep:
-    "A training step by its inputs, which gives the loss. On a GPU it is recorded, once a shape of the inputs."
+    "A training step: inputs -> the loss. On a GPU it is recorded, once for each shape of the inputs."
     def __init__(self, loss_of: Loss, optimisers: Optimisers):
         self.loss_of, self.optimisers = loss_of, optimisers
         self.recorded: dict[torch.Size, tuple[torch.cuda.CUDAGraph, list[torch.Tensor], torch.Tensor]] = {}

@@ -41,7 +41,7 @@ def form_of(given: dict[str, Any]) -> dict[str, Any]:
 
 # %% ../nbs/13b_widgets.ipynb #84f1918b
 def ask_of(form: dict[str, Any], start: Any = None, mask: Any = None) -> Ask:
-    "The form as a question. With a picture to start from it is a refinement. Invalid names the wrong field."
+    "The form as a request. With a picture to start from it is a refinement. Invalid names the wrong field."
     options = {"seed": form["seed"], "steps": form["steps"], "guidance_scale": form["guidance"]}
     options |= {"temperature": form["temperature"], "negative_prompt": form["negative"], "lora": form["lora"]}
     if start is not None:
@@ -52,7 +52,7 @@ def ask_of(form: dict[str, Any], start: Any = None, mask: Any = None) -> Ask:
 
 # %% ../nbs/13b_widgets.ipynb #b1c57ce0
 def asked_by(message: dict[str, Any], pictures: Sequence[bytes]) -> Ask:
-    "A message of the browser as a question. Invalid when it is none."
+    "A message of the browser as a request. Invalid when it is none."
     body = message["body"]
     if message["route"] == "replay": return repetition(body["receipt"])
     if message["route"] == "generate": return checked(GenerateRequest, **body)
@@ -102,7 +102,7 @@ class Pane(Still):
     value = T.Dict(FORM).tag(sync=True)
     choice = T.Unicode("").tag(sync=True)
     jobs = T.List().tag(sync=True)
-    looking: Future[Any] | None = None              # until it was made whole: a refused one is closed, too
+    looking: Future[Any] | None = None              # None until `__init__` is done: `close` may come first
 
     def __init__(self, source: Any = None, every: float = 3, origin: str | None = None, **traits: Any):
         self.desk = desk_of(source)
@@ -190,7 +190,7 @@ class Line(Pane):
         self.tell("album", message)
 
     def use_key(self, key: str) -> None:
-        "Send this key with every question from now on."
+        "Send this key with every request from now on."
         self.keyed = True
         for door in self.doors:
             if isinstance(door, Remote): door.http.headers["authorization"] = f"Bearer {key}"
