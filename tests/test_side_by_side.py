@@ -162,6 +162,7 @@ def test_a_job_is_there_before_its_model_is_loaded(web):
     assert pictured.status_code == 202                                # its picture is read when there is a model to say how
     failed, names = job_ended(web, pictured.json()["id"])
     assert names[-2:] == ["failed", "done"] and failed["problem"]["errors"][0]["loc"] == "request.images.0"
+    assert ask(web, model="broken").status_code == 503                # whoever comes soon after is told at once
     broken = web.post("/jobs", json={"route": "generate", "request": {"prompt": "x", "model": "broken"}})
     assert broken.status_code == 503 and "broken" in broken.json()["detail"]
 
