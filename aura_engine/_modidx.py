@@ -206,6 +206,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'aura_engine.app.get_examples': ('app.html#get_examples', 'aura_engine/app.py'),
                                  'aura_engine.app.get_health': ('app.html#get_health', 'aura_engine/app.py'),
                                  'aura_engine.app.get_metrics': ('app.html#get_metrics', 'aura_engine/app.py'),
+                                 'aura_engine.app.get_openapi': ('app.html#get_openapi', 'aura_engine/app.py'),
                                  'aura_engine.app.get_page': ('app.html#get_page', 'aura_engine/app.py'),
                                  'aura_engine.app.get_page_file': ('app.html#get_page_file', 'aura_engine/app.py'),
                                  'aura_engine.app.get_page_texts': ('app.html#get_page_texts', 'aura_engine/app.py'),

@@ -22,14 +22,15 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 # %% auto #0
 __all__ = ['SMALL_EXAMPLES', 'EXAMPLES', 'STUDIO', 'STUDIO_FILES', 'PAGE_POLICY', 'REF', 'TEXT', 'FILE', 'PICTURES', 'MAKING',
            'JOB', 'routes', 'INLINE', 'JOBS', 'OWN_ID', 'post_generate', 'post_refine', 'post_replay', 'get_health',
-           'get_ready', 'get_metrics', 'get_examples', 'get_page', 'get_page_file', 'get_page_texts', 'Route',
-           'content', 'named_schema', 'frames_of', 'responses', 'checked_body', 'parsed_body', 'endpoint',
+           'get_ready', 'get_metrics', 'get_openapi', 'get_examples', 'get_page', 'get_page_file', 'get_page_texts',
+           'Route', 'content', 'named_schema', 'frames_of', 'responses', 'checked_body', 'parsed_body', 'endpoint',
            'answer_error', 'on_error', 'methods_at', 'ask_host', 'ask_key', 'create_app', 'add_route', 'bodies_read',
            'body_schemas', 'describe_defaults', 'answer_schemas', 'openapi']
 
 # %% ../nbs/09f_app.ipynb #83d929dd
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.routing import Route as PlainRoute
 from . import __version__
 from .answers import Api, add_gauges, respond
 from .bodies import Answer, Examples, HealthBody, JobState, Problem, Ready, StreamEvent
@@ -71,6 +72,13 @@ async def get_ready(request: Request) -> Response:
 async def get_metrics(request: Request) -> Response:
     "Prometheus exposition."
     return Response(request.app.state.api.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+# %% ../nbs/09f_app.ipynb #a5f56a34
+async def get_openapi(request: Request) -> Response:
+    "The app's OpenAPI document."
+    app = request.app
+    if app.state.document is None: app.state.document = JSONResponse(app.openapi()).body
+    return Response(app.state.document, media_type="application/json")
 
 # %% ../nbs/09f_app.ipynb #0af11879
 SMALL_EXAMPLES = ("a red apple", "an owl", "a fox", "a rocket on a black background", "a green apple", "a sailboat",
@@ -288,7 +296,8 @@ def create_app(engine, extra_routes: Sequence[Route] = (), shapes: dict[str, Sha
     app.state.api, app.state.jobs = api, jobs or JobStore(engine.settings.replica)
     add_gauges(api)
     for route in table: add_route(app, route, locked=engine.settings.api_key is not None)
-    app.openapi = partial(openapi, app, app.openapi, table)
+    app.openapi, app.state.document = partial(openapi, app, app.openapi, table), None
+    app.router.routes.insert(0, PlainRoute("/openapi.json", get_openapi, include_in_schema=False))
     return app
 
 # %% ../nbs/09f_app.ipynb #46b4d535

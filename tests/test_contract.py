@@ -213,7 +213,9 @@ def test_openapi_is_typed():
 
 def test_openapi_names_the_types_that_are_sent(web, apple):
     """What a client is told to expect of a 200 is what comes: each GET and HEAD without a choice, and what has several types."""
-    paths = web.get("/openapi.json").json()["paths"]
+    document = web.get("/openapi.json")
+    assert document.content == web.get("/openapi.json").content and document.headers["content-type"] == "application/json"
+    paths = document.json()["paths"]
     url = web.post("/v1/images/generations", json={"prompt": "a fox", "num_inference_steps": 1, "response_format": "url"}).json()["data"][0]["url"]
     job = web.post("/jobs", json={"route": "generate", "request": {"prompt": "a fox", "steps": 1}}).json()["statusUrl"]
     real = {"/pictures/{name}": [url], "/jobs/{id}/events": [job + "/events"], "/jobs/{id}": [job], "/studio/{name}": ["/studio/page.js", "/studio/studio.css"], "/v1/models/{id}": ["/v1/models/embedded"]}
