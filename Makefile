@@ -36,10 +36,10 @@ check: $(VENV)/dev.stamp ## ruff and the type checker (basic) on the package and
 	$(PY) -m basedpyright --level error
 
 test: $(VENV)/dev.stamp ## every test but the slow ones
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests -m "not slow" -ra -n auto --maxprocesses 4 --dist worksteal
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests -m "not slow" -ra --timeout 600 -n auto --maxprocesses 4 --dist worksteal
 
 test-slow: $(VENV)/dev.stamp $(VENV)/site.stamp ## the slow tests; prints what was skipped and why
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests -m slow -ra -n auto --maxprocesses 2 --dist loadfile
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests -m slow -ra --timeout 1200 -n auto --maxprocesses 2 --dist loadfile
 
 lab: $(VENV)/dev.stamp ## the notebooks in JupyterLab
 	$(PY) -m jupyterlab nbs/00_start.ipynb

@@ -535,17 +535,17 @@ def test_a_reload_loses_nothing(page):
 
 def test_what_is_typed_around_a_reload_stays(page, context, server):
     """The form is there when it is first seen, so nothing typed then is overwritten; what was typed just before is kept."""
-    page.evaluate("""() => { const e = document.getElementById('studio').shadowRoot.querySelector('[name=prompt]');
-        e.value = 'the very last word'; e.dispatchEvent(new Event('input', {bubbles: true})); location.reload(); }""")
     held = []
     page.route("**/health", lambda r: held.append(r))                       # an engine that takes its time
-    page.wait_for_event("load")
+    with page.expect_navigation():
+        page.evaluate("""() => { const e = document.getElementById('studio').shadowRoot.querySelector('[name=prompt]');
+            e.value = 'the very last word'; e.dispatchEvent(new Event('input', {bubbles: true})); setTimeout(() => location.reload()); }""")
     expect(prompt(page)).to_have_value("the very last word")
     expect(prompt(page)).to_be_focused()
     page.keyboard.press("End")
     page.keyboard.type(", and more")
-    while not held: page.wait_for_timeout(50)
-    held[-1].continue_()                                                    # earlier ones went with the page that asked
+    expect(state(page)).not_to_contain_text("ready")
+    if held: held[-1].continue_()                                           # earlier ones went with the page that asked
     page.unroute("**/health")
     expect(state(page)).to_contain_text("ready")
     expect(prompt(page)).to_have_value("the very last word, and more")

@@ -177,7 +177,7 @@ def test_files_that_are_none(at, how):
         with pytest.raises(AuraError, match=f"{how}.safetensors {words}"): loaded(at / "sd" if setting else at / f"{how}.safetensors", **setting)
 
 
-KINDS = {"SDXL's textual inversion": ("a textual inversion", ["clip_g", "clip_l"]), "diffusers' one": ("a textual inversion", ["<cat>"]), "T5": ("a T5 text encoder", ["encoder.block.0.x", "decoder.block.0.x"]), "films": ("a model of films", ["model.diffusion_model.x", "conditioner.embedders.0.open_clip.x"]), "ControlNet's LoRA": ("a ControlNet", ["input_hint_block.0.x", "lora_controlnet"]), "SD3": ("a Stable Diffusion 3 model", ["joint_blocks.x"]),
+KINDS = {"SDXL's textual inversion": ("a textual inversion", ["clip_g", "clip_l"]), "diffusers' one": ("a textual inversion", ["<cat>"]), "T5": ("a T5 text encoder", ["encoder.block.0.x", "decoder.block.0.x"]), "films": ("a video model", ["model.diffusion_model.x", "conditioner.embedders.0.open_clip.x"]), "ControlNet's LoRA": ("a ControlNet", ["input_hint_block.0.x", "lora_controlnet"]), "SD3": ("a Stable Diffusion 3 model", ["joint_blocks.x"]),
          "training": ("a training program's dictionary", ["state_dict.model.x"]), "one in all": ("a whole model in diffusers' names", ["unet.x", "vae.x"]), "ControlNet": ("a ControlNet", ["controlnet_cond_embedding.x", "down_blocks.x", "mid_block.x"]),
          "motion": ("a motion module", ["down_blocks.0.motion_modules.0.x", "mid_block.x"]), "IP-Adapter": ("an IP-Adapter", ["image_proj.x", "ip_adapter.1.x"]), "clip": ("a text encoder", ["text_model.encoder.x"]), "UNet": ("a UNet alone", ["input_blocks.0.x", "output_blocks.0.x"])}
 
