@@ -18,7 +18,7 @@ from .bench import (bars_table, closed_loop, decode_curve, machine, markdown_tab
     median_seconds, summary)
 from .engine import Engine
 from .flow_bench import measure_flow
-from .group_norms import fuse_norms
+from .group_norms import check_kernels, fuse_norms
 from .loader import Components, quiet
 from .compiling import CompiledUNet, GraphedUNet
 from .optimize import TECHNIQUES
@@ -734,6 +734,8 @@ def cudnn_attention() -> Iterator[None]:
 @torch.inference_mode()
 def norms_stage(size: BenchSize, tell: Tell) -> None:
     "SD 1.5's UNet recorded: as before, with fused norms, with cuDNN's attention."
+    # wrong kernels are not worth a row
+    check_kernels(torch.device("cuda" if size.cuda else "cpu"), torch.float16 if size.cuda else torch.float32)
     for name, norms, attention in (("recorded", False, nullcontext), ("recorded, fused norms", True, nullcontext),
                                    ("recorded, fused norms, cuDNN attention", True, cudnn_attention)):
         with attention():
