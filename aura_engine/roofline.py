@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 import torch
 from .bench import markdown_table
@@ -121,8 +122,7 @@ def stage_rates(parts: Components, stock: Components, side: int, rows: Sequence[
     "Time every stage on `parts`, with the operations that `stock` counts."
     most, measured = limits(), []
     for stage in stage_inputs(stock, side, rows):
-        seconds = processor_seconds(lambda: stage.call(parts))    # noqa: B023
-        work = gigaflops(lambda: stage.call(stock))               # noqa: B023
+        seconds, work = processor_seconds(partial(stage.call, parts)), gigaflops(partial(stage.call, stock))
         precision = stage_precision(stage.name, parts)
         measured.append(StageRate(stage.name, stage.rows, work, seconds, precision, most[precision]))
     return measured
