@@ -23,6 +23,7 @@ from .loader import Components, quiet
 from .compiling import CompiledUNet, GraphedUNet
 from .optimize import TECHNIQUES
 from .packing import double_once
+from .roofline import flops_of
 from .trajectory import TextCache, Trajectory, advance, decode_batch
 from .types import Picture, Plan
 from .unet_input import UNetInput
@@ -32,14 +33,14 @@ from .waterfall import end_marks, filled, random_model, random_text
 # %% auto #0
 __all__ = ['SDXL_UNET', 'SIX_SIZES', 'TINY_SDXL', 'REAL_SIZE', 'TINY_SIZE', 'Tell', 'PLAIN_UNET', 'SEARCH', 'EIGHT_BITS',
            'RACE_THINGS', 'BIG_TEXT', 'Decode', 'DECODES', 'STAGES', 'Told', 'GPU_RESULTS', 'WHOLE', 'BenchSize',
-           'settled', 'seconds_of', 'unet_call', 'flops_of', 'error_of', 'limits', 'UNetVariant', 'new_unet_of',
-           'unet_variants', 'variant_answer', 'waterfall_of', 'speed', 'new_vae', 'decode_times', 'decode_row',
-           'unet_stage', 'vae_stage', 'sdxl_stage', 'Compiling', 'repeated', 'compiled_calls', 'compiled_rows',
-           'compile_and_time', 'compiled_stage', 'compiled_sdxl_stage', 'autotuned_stage', 'in_eight_bits',
-           'quantized_stage', 'work_folder', 'saved_model', 'requests_of', 'Entered', 'race', 'picture_gaps',
-           'in_company', 'compare_crowd', 'engine_report', 'measured_engine', 'stock', 'neighbours', 'peak_memory',
-           'engine_stage', 'embedded_stage', 'without', 'graphs_stage', 'engine_compiled_stage', 'second_text',
-           'random_sdxl', 'race_as_it_comes', 'as_it_comes_stage', 'sdxl_as_it_comes_stage', 'compiled_pipeline',
+           'settled', 'seconds_of', 'unet_call', 'error_of', 'limits', 'UNetVariant', 'new_unet_of', 'unet_variants',
+           'variant_answer', 'waterfall_of', 'speed', 'new_vae', 'decode_times', 'decode_row', 'unet_stage',
+           'vae_stage', 'sdxl_stage', 'Compiling', 'repeated', 'compiled_calls', 'compiled_rows', 'compile_and_time',
+           'compiled_stage', 'compiled_sdxl_stage', 'autotuned_stage', 'in_eight_bits', 'quantized_stage',
+           'work_folder', 'saved_model', 'requests_of', 'Entered', 'race', 'picture_gaps', 'in_company',
+           'compare_crowd', 'engine_report', 'measured_engine', 'stock', 'neighbours', 'peak_memory', 'engine_stage',
+           'embedded_stage', 'without', 'graphs_stage', 'engine_compiled_stage', 'second_text', 'random_sdxl',
+           'race_as_it_comes', 'as_it_comes_stage', 'sdxl_as_it_comes_stage', 'compiled_pipeline',
            'stock_compiled_stage', 'graphed_decode', 'as_it_is', 'with_norms', 'with_doublings', 'in_tiles',
            'time_decode', 'decode_stage', 'compiled_decode_stage', 'kernels_of', 'profile_stage', 'quick_unet',
            'cudnn_attention', 'norms_stage', 'beside', 'overlap_stage', 'klein_stage', 'z_image_stage', 'GpuStage',
@@ -120,12 +121,6 @@ def unet_call(config: dict[str, Any], batch: int, size: BenchSize, dtype: torch.
     return UNetInput(sample, time_, text, draw(batch, pooled), sizes)
 
 # %% ../nbs/18_gpu.ipynb #917ce0b9
-def flops_of(call: Callable[[], Any]) -> int:
-    "Floating point operations of convolutions, matrix products and attention in a call."
-    from torch.utils.flop_counter import FlopCounterMode
-    with torch.no_grad(), FlopCounterMode(display=False) as counter: call()
-    return counter.get_total_flops()
-
 def error_of(out: torch.Tensor, ref: torch.Tensor) -> dict[str, float]:
     "How far an answer is from fp32's, in units of the answer's own spread."
     gap, spread = (out.float() - ref).abs(), ref.std()

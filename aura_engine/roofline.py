@@ -18,21 +18,21 @@ from .precision import seconds_of_product
 from .types import Picture, Plan
 
 # %% auto #0
-__all__ = ['limit', 'gigaflops', 'StageInput', 'text_stage', 'step_stage', 'decode_stage', 'stage_inputs', 'stock_parts',
-           'processor_seconds', 'StageRate', 'limits', 'stage_precision', 'stage_rates', 'picture_seconds',
+__all__ = ['core_limit', 'flops_of', 'StageInput', 'text_input', 'step_input', 'decode_input', 'stage_inputs', 'stock_parts',
+           'processor_seconds', 'StageRate', 'core_limits', 'stage_precision', 'stage_rates', 'picture_seconds',
            'picture_rate', 'roofline_table']
 
 # %% ../nbs/16b_roofline.ipynb #cedbbd55
-def limit(dtype: torch.dtype, n: int = 1024, rounds: int = 8) -> float:
+def core_limit(dtype: torch.dtype, n: int = 1024, rounds: int = 8) -> float:
     "GFLOP/s of one thread in a large matrix product, the best of `rounds`."
     return 2 * n ** 3 / seconds_of_product(dtype, n, rounds) / 1e9
 
 # %% ../nbs/16b_roofline.ipynb #ba93073c
-def gigaflops(call: Callable[[], Any]) -> float:
-    "GFLOP of the matrix products and convolutions in one call."
+def flops_of(call: Callable[[], Any]) -> int:
+    "Floating point operations of convolutions, matrix products and attention in a call."
     from torch.utils.flop_counter import FlopCounterMode
     with torch.no_grad(), FlopCounterMode(display=False) as counter: call()
-    return counter.get_total_flops() / 1e9
+    return counter.get_total_flops()
 
 # %% ../nbs/16b_roofline.ipynb #303759c7
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class StageInput:
     call: Callable[[Components], Any]
 
 # %% ../nbs/16b_roofline.ipynb #281af6fe
-def text_stage(parts: Components) -> StageInput:
+def text_input(parts: Components) -> StageInput:
     "The text encoder with one prompt, because the engine encodes each new prompt once."
     words = torch.ones(1, parts.text_encoders[0].config.max_position_embeddings, dtype=torch.long)
     return StageInput("text", 1, lambda p: p.text_encoders[0](words))
 
-def step_stage(parts: Components, side: int, rows: int) -> StageInput:
+def step_input(parts: Components, side: int, rows: int) -> StageInput:
     "A step of the UNet with latents [rows, C, side, side]."
     noisy = torch.randn(rows, parts.latent_channels, side, side)
     words = parts.text_encoders[0].config.max_position_embeddings
@@ -59,7 +59,7 @@ def step_stage(parts: Components, side: int, rows: int) -> StageInput:
     return StageInput("step", rows, call)
 
 # %% ../nbs/16b_roofline.ipynb #896d3fb1
-def decode_stage(parts: Components, side: int, rows: int) -> StageInput:
+def decode_input(parts: Components, side: int, rows: int) -> StageInput:
     "The decoder with latents [rows, C, side, side]."
     latents = torch.randn(rows, parts.latent_channels, side, side)
     def call(p: Components) -> Any: return p.vae.decode(latents.to(p.vae.dtype), return_dict=False)
@@ -67,8 +67,8 @@ def decode_stage(parts: Components, side: int, rows: int) -> StageInput:
 
 def stage_inputs(parts: Components, side: int, rows: Sequence[int] = (1, 8)) -> list[StageInput]:
     "Every stage of a Stable Diffusion model, steps and decodes for each number of rows."
-    return [text_stage(parts), *(step_stage(parts, side, n) for n in rows),
-            *(decode_stage(parts, side, n) for n in rows)]
+    return [text_input(parts), *(step_input(parts, side, n) for n in rows),
+            *(decode_input(parts, side, n) for n in rows)]
 
 # %% ../nbs/16b_roofline.ipynb #2a8d437c
 def stock_parts(**settings: str) -> Components:
@@ -108,10 +108,10 @@ class StageRate:
         return self.rate / self.limit
 
 # %% ../nbs/16b_roofline.ipynb #e0d8c5e5
-def limits() -> dict[str, float]:
+def core_limits() -> dict[str, float]:
     "GFLOP/s of one thread by precision. bf16 only where the processor has instructions for it."
-    found = {"fp32": limit(torch.float32, rounds=40)}
-    return found | {"bf16": limit(torch.bfloat16, rounds=40)} if has_bf16() else found
+    found = {"fp32": core_limit(torch.float32, rounds=40)}
+    return found | {"bf16": core_limit(torch.bfloat16, rounds=40)} if has_bf16() else found
 
 def stage_precision(name: str, parts: Components) -> str:
     "The precision that a stage works in. Text stays in the encoder's own."
@@ -120,9 +120,10 @@ def stage_precision(name: str, parts: Components) -> str:
 
 def stage_rates(parts: Components, stock: Components, side: int, rows: Sequence[int] = (1, 8)) -> list[StageRate]:
     "Time every stage on `parts`, with the operations that `stock` counts."
-    most, measured = limits(), []
+    most, measured = core_limits(), []
     for stage in stage_inputs(stock, side, rows):
-        seconds, work = processor_seconds(partial(stage.call, parts)), gigaflops(partial(stage.call, stock))
+        seconds = processor_seconds(partial(stage.call, parts))
+        work = flops_of(partial(stage.call, stock)) / 1e9
         precision = stage_precision(stage.name, parts)
         measured.append(StageRate(stage.name, stage.rows, work, seconds, precision, most[precision]))
     return measured
