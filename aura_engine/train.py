@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
 
 # %% auto #0
-__all__ = ['ENDS', 'SAVE_EVERY', 'Loss', 'CANVASES', 'OPEN', 'NOT_OPEN', 'EARLY', 'NOISIEST', 'FEW_STEPS', 'GIVEN', 'DECIDED',
-           'LORA_LAYERS', 'LEAPS', 'NO_CHECKER', 'STAGE_NAMES', 'is_large_matrix', 'matrix_of', 'orthogonal',
-           'StackedMuon', 'Optimisers', 'RecordedStep', 'averaged', 'TrainProgress', 'Learner', 'Smooth', 'StageMeter',
-           'Stage', 'autocast', 'seeded', 'picture_loss', 'latent_loss', 'some_pictures', 'random_crops',
+__all__ = ['ENDS', 'SAVE_EVERY', 'Loss', 'CANVASES', 'FACTS', 'NOT_OPEN', 'SKETCH_SHARE', 'NOISIEST', 'FEW_STEPS', 'REFINED_FROM',
+           'FACTS_FROM', 'LORA_LAYERS', 'LEAPS', 'NO_CHECKER', 'STAGE_NAMES', 'is_large_matrix', 'matrix_of',
+           'orthogonal', 'StackedMuon', 'Optimisers', 'RecordedStep', 'averaged', 'TrainProgress', 'Learner', 'Smooth',
+           'StageMeter', 'Stage', 'autocast', 'seeded', 'picture_loss', 'latent_loss', 'some_pictures', 'random_crops',
            'picture_loader', 'train_vae', 'Pooled', 'encode_scenes', 'encode_in_parts', 'encode_pool', 'make_pool',
-           'Relatives', 'instead', 'open_facts', 'Mix', 'Example', 'Speaker', 'Batch', 'some_rows', 'token_ids',
+           'Relatives', 'stand_in_for', 'open_facts_of', 'Mix', 'Example', 'Speaker', 'Batch', 'some_rows', 'token_ids',
            'Wordings', 'word_loader', 'Sketcher', 'train_text', 'fresh_seed', 'adopt_text', 'normal_equations',
-           'fit_head', 'numbers_on', 'any_of', 'timesteps', 'quarter_means', 'moved_by', 'exchanged', 'agreeing',
-           'Diffusion', 'Question', 'text_states', 'text_sketch', 'Teacher', 'velocity_loss', 'new_unet', 'train_unet',
-           'Pupil', 'train_lora', 'polish_decoder', 'without_lora', 'save_lora', 'pack_model', 'plot_losses', 'Minutes',
-           'train_arguments', 'ready_art', 'ready_tokenizer', 'train_all', 'main']
+           'fit_head', 'Diffusion', 'Question', 'text_states', 'text_sketch', 'constant_on', 'draw_from', 'timesteps',
+           'quarter_means', 'add_to_quarters', 'with_largest_at', 'write_facts', 'Teacher', 'velocity_loss', 'new_unet',
+           'train_unet', 'Pupil', 'train_lora', 'polish_decoder', 'without_lora', 'save_lora', 'pack_model',
+           'plot_losses', 'Minutes', 'train_arguments', 'ready_art', 'ready_tokenizer', 'train_all', 'main']
 
 # %% ../nbs/90d_stages.ipynb #2566872b
 ENDS = re.compile("embedding|conv_in|conv_out|head|lora")
@@ -432,8 +432,8 @@ class Relatives:
             if row < pooled.singles: self.by_pose[s.pose].append(row)
 
 # %% ../nbs/90d_stages.ipynb #91936154
-def instead(relatives: Relatives, rng: random.Random, row: int, said: Said) -> int:
-    "A row to be given in place of `row`, or `row` itself where there is none."
+def stand_in_for(relatives: Relatives, rng: random.Random, row: int, said: Said) -> int:
+    "A row to be shown in place of `row`, or `row` itself where there is none."
     scene = relatives.scenes[row]
     kind = rng.randrange(5) if rng.random() < .2 else scene.arrangement
     style = rng.randrange(len(STYLES)) if said.style and rng.random() < .5 else scene.style
@@ -442,59 +442,60 @@ def instead(relatives: Relatives, rng: random.Random, row: int, said: Said) -> i
     return rng.choice(relatives.by_look.get(look, [row]))
 
 # %% ../nbs/90d_stages.ipynb #3559a861
-OPEN = (2, len(LAYOUTS), len(LIGHTS), len(STYLES), len(COLOURS), BACKDROPS)
+FACTS = {"mirrored": 2, "layout": len(LAYOUTS), "light": len(LIGHTS),
+         "style": len(STYLES), "colour": len(COLOURS), "backdrop": BACKDROPS}
 NOT_OPEN = -1
 
 # %% ../nbs/90d_stages.ipynb #5e869eb3
-def open_facts(scene: Scene, said: Said | None, has_pose: bool) -> list[int]:
-    "One number for each of OPEN: what the scene has there, or NOT_OPEN. `said` None: nothing is said."
+def open_facts_of(scene: Scene, said: Said | None, has_pose: bool) -> list[int]:
+    "The scene's kind of each of FACTS, NOT_OPEN where `said` tells it. `said` None: the caption is empty."
     pose = POSES[scene.pose] if has_pose else (NOT_OPEN,) * 3
     style = NOT_OPEN if said and said.style else scene.style
     colour = NOT_OPEN if said and said.colour else scene.colour
     return [*pose, style, colour, scene.backdrop]
 
-# %% ../nbs/90d_stages.ipynb #9b46a464
+# %% ../nbs/90d_stages.ipynb #7a632664
 @dataclass(frozen=True)
 class Mix:
     "Shares of what `Wordings` yields. `seed` makes it repeatable."
     alone: float = .55                         # one thing
     other: float = .12                         # another canvas than the square
     empty: float = .08                         # no caption
-    swapped: float = 0.                        # of the square, given as something else
+    stand_ins: float = 0.                      # of the square's rows, shown as another scene
     seed: int = 0
 
-# %% ../nbs/90d_stages.ipynb #7a632664
-class Example(NamedTuple):
-    "One row: what is given, what is left open, what is said."
-    given: int
-    left: list[int]
-    words: str
-
 # %% ../nbs/90d_stages.ipynb #bdefdba4
+class Example(NamedTuple):
+    "One row of a batch."
+    shown: int                                 # the row whose picture the UNet sees with noise
+    open_facts: list[int]                      # one number for each of FACTS
+    words: str                                 # the caption
+
+# %% ../nbs/90d_stages.ipynb #0bad8d79
 class Speaker:
-    "Captions for rows of the pool, and what each gives and leaves open."
+    "Makes examples of rows of the pool."
     def __init__(self, square: Pooled, names: list[list[str]], fillers: list[str], mix: Mix):
         self.names, self.fillers = names, fillers
         self.mix, self.relatives = mix, Relatives(square)
 
     def example(self, rng: random.Random, canvas: int, row: int, scene: Scene) -> Example:
         "One row of a batch. Only the square (canvas 0) has relatives."
-        swap = canvas == 0 and rng.random() < self.mix.swapped
+        stand_in = canvas == 0 and rng.random() < self.mix.stand_ins
         said = None if rng.random() < self.mix.empty else says(rng)
-        if swap: said = says(rng, colour=.45, style=.35)
+        if stand_in: said = says(rng, colour=.45, style=.35)
         words = caption(rng, self.names, scene, self.fillers, said) if said else ""
-        left = open_facts(scene, said, canvas == 0 and scene.arrangement == 0)
-        given = instead(self.relatives, rng, row, said) if swap and said else row
-        return Example(given, left, words)
+        shown = stand_in_for(self.relatives, rng, row, said) if stand_in and said else row
+        has_pose = canvas == 0 and scene.arrangement == 0
+        return Example(shown, open_facts_of(scene, said, has_pose), words)
 
 # %% ../nbs/90d_stages.ipynb #9609e274
 class Batch(NamedTuple):
-    "Rows of one canvas of the pool, what is given instead, what the captions leave open, the captions."
-    canvas: int                                # number in the pool
-    rows: torch.Tensor                         # [B]
-    given: torch.Tensor                        # [B]
-    left: torch.Tensor                         # [B, len(OPEN)]
-    ids: torch.Tensor                          # [B, TOKENS]
+    "Examples of one canvas of the pool."
+    canvas: int                                # its number in the pool
+    rows: torch.Tensor                         # the scenes asked for, [B]
+    shown: torch.Tensor                        # the scenes that the UNet sees with noise, [B]
+    open_facts: torch.Tensor                   # [B, len(FACTS)]
+    ids: torch.Tensor                          # the captions' token ids, [B, TOKENS]
 
     def to(self, device: torch.device) -> Batch:
         "The same on a device."
@@ -534,10 +535,10 @@ class Wordings(torch.utils.data.IterableDataset[Batch]):
         rows = some_rows(rng, self.pool[canvas], self.batch, self.speaker.mix.alone, by_pose)
         scenes = [Scene(*row) for row in self.pool[canvas].scenes[rows].tolist()]
         examples = [self.speaker.example(rng, canvas, row, scene) for row, scene in zip(rows, scenes)]
-        given = torch.tensor([e.given for e in examples])
-        left = torch.tensor([e.left for e in examples])
+        shown = torch.tensor([e.shown for e in examples])
+        open_facts = torch.tensor([e.open_facts for e in examples])
         ids = token_ids(self.tokenizer, [e.words for e in examples])
-        return Batch(canvas, torch.tensor(rows), given, left, ids)
+        return Batch(canvas, torch.tensor(rows), shown, open_facts, ids)
 
     def __iter__(self) -> Iterator[Batch]:
         worker, mix = torch.utils.data.get_worker_info(), self.speaker.mix
@@ -631,82 +632,19 @@ def fit_head(model: Sketcher, batches: list[Batch], latents: torch.Tensor) -> No
     model.head.weight.copy_(fit[:-1].T)
     model.head.bias.copy_(fit[-1])
 
-# %% ../nbs/90d_stages.ipynb #c4872a4f
-EARLY = .12                                    # share of the stage that is spent on the sketch alone
-NOISIEST = 999
-# where few-step samplers stop
-FEW_STEPS = *[999] * 6, 879, 759, 759, 639, 499, 499, 379, 259, 259, 139
-GIVEN = 799, 799, 759, 639, 599, 499, 399, 299      # where refinements begin
-DECIDED = 850                                  # from here up the noise decides
-
-@lru_cache
-def numbers_on(device: torch.device, some: tuple[int, ...]) -> torch.Tensor:
-    "Numbers as a tensor, made once: the copy to a GPU waits for all it has to do."
-    return torch.tensor(some, device=device)
-
-def any_of(some: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    "[B] numbers drawn from `some`, on the device of `like` [B]."
-    which = torch.randint(len(some), (len(like),), device=like.device)
-    return numbers_on(like.device, some)[which]
-
-# %% ../nbs/90d_stages.ipynb #32434098
-def timesteps(swapped: torch.Tensor, few: float = .6) -> torch.Tensor:
-    """[B] timesteps, a share `few` of them from FEW_STEPS, the others anywhere.
-
-    Where `swapped` [B] is true they come from GIVEN, the others from within its bounds."""
-    n, device = len(swapped), swapped.device
-    is_few = torch.rand(n, device=device) < few
-    anywhere = torch.randint(1000, (n,), device=device)
-    between = torch.randint(GIVEN[-1], GIVEN[0] + 1, (n,), device=device)
-    own = torch.where(is_few, any_of(FEW_STEPS, swapped), anywhere)
-    return torch.where(swapped, torch.where(is_few, any_of(GIVEN, swapped), between), own)
-
-# %% ../nbs/90d_stages.ipynb #ab59b301
-def quarter_means(noise: torch.Tensor) -> torch.Tensor:
-    "Noise [B, C, h, w] of even sides -> the scaled means of each channel's quarters, [B, C * 4]."
-    h, w = noise.shape[-2:]
-    return F.adaptive_avg_pool2d(noise, 2).flatten(1) * math.sqrt(h * w / 4)
-
-# %% ../nbs/90d_stages.ipynb #88e7c3b8
-def moved_by(noise: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    "Noise [B, C, h, w] whose quarter means are changed by `change` [B, C * 4]."
-    h, w = noise.shape[2:]
-    quarters = (change / math.sqrt(h * w / 4)).view(*noise.shape[:2], 2, 2)
-    return noise + F.interpolate(quarters, size=(h, w), mode="nearest")
-
-# %% ../nbs/90d_stages.ipynb #39f4faa8
-def exchanged(numbers: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    "Numbers [B, kinds], each row's largest exchanged with the one at `wanted` [B]."
-    rows, largest = torch.arange(len(numbers), device=numbers.device), numbers.argmax(1)
-    changed = numbers.clone()
-    changed[rows, wanted] = numbers[rows, largest]
-    changed[rows, largest] = numbers[rows, wanted]
-    return changed
-
-# %% ../nbs/90d_stages.ipynb #8fff4e60
-def agreeing(noise: torch.Tensor, left: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    "Noise [B, C, h, w] that says what captions leave open, `left` [B, len(OPEN)], where t [B] is DECIDED or more."
-    numbers = quarter_means(noise)
-    free = numbers.shape[1] - sum(OPEN)                        # numbers that no fact owns
-    parts = []
-    for own, fact in zip(numbers.split([*OPEN, free], 1), left.T):
-        decides = (t >= DECIDED) & (fact != NOT_OPEN)
-        parts.append(torch.where(decides[:, None], exchanged(own, fact.clamp(min=0)), own))
-    wanted = torch.cat([*parts, numbers[:, sum(OPEN):]], 1)
-    return moved_by(noise, wanted - numbers)
-
-# %% ../nbs/90d_stages.ipynb #1ea76e8b
+# %% ../nbs/90d_stages.ipynb #fe4bd7d8
 class Diffusion:
     "Noising and v-prediction by the model's schedule, for latents [B, C, h, w] and timesteps [B]."
     def __init__(self, device: torch.device):
         self.kept = make_schedule().alphas_cumprod.to(device)        # share of the variance, by timestep
 
     def amounts(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        "How much of the picture and of the noise there is at t, [B, 1, 1, 1] each."
+        "Signal and spread: how much of the picture and of the noise there is at t, [B, 1, 1, 1] each."
         kept = self.kept[t].view(-1, 1, 1, 1)
         return kept.sqrt(), (1 - kept).sqrt()
 
     def noised(self, picture: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        "The picture with noise in it."
         signal, spread = self.amounts(t)
         return signal * picture + spread * noise
 
@@ -720,55 +658,123 @@ class Diffusion:
         signal, spread = self.amounts(t)
         return (signal * x - picture) / spread
 
-# %% ../nbs/90d_stages.ipynb #ac91fcbc
+# %% ../nbs/90d_stages.ipynb #c4872a4f
 class Question(NamedTuple):
-    "What a UNet gets and what it should answer."
-    x: torch.Tensor                            # noised latents [B, C, h, w]
+    "What a UNet gets, and what it should answer."
+    x: torch.Tensor                            # latents with noise [B, C, h, w]
     t: torch.Tensor                            # timesteps [B]
     hidden: torch.Tensor                       # the text encoder's states [B, TOKENS, WIDTH]
     aim: torch.Tensor                          # the picture to be answered [B, C, h, w]
 
-# %% ../nbs/90d_stages.ipynb #8d49ec51
+# %% ../nbs/90d_stages.ipynb #32434098
+SKETCH_SHARE = .12                             # of the stage
+NOISIEST = 999                                 # pure noise
+
+# %% ../nbs/90d_stages.ipynb #d359672c
 @torch.no_grad()
 def text_states(sketcher: Sketcher, ids: torch.Tensor) -> torch.Tensor:
     "The text encoder's states for token ids [B, TOKENS]: [B, TOKENS, WIDTH]."
     with autocast(ids.device): return sketcher.text(ids).last_hidden_state
 
+# %% ../nbs/90d_stages.ipynb #ba562bfb
 @torch.no_grad()
 def text_sketch(sketcher: Sketcher, hidden: torch.Tensor) -> torch.Tensor:
-    "What the text alone has in mind, from its states: latents [B, C, 16, 16]."
+    "The sketch in the text encoder's states: latents [B, C, 16, 16]."
     with autocast(hidden.device): sketch = sketcher.head(hidden[:, -CELLS:])
     return uncells(sketch).float()
 
-# %% ../nbs/90d_stages.ipynb #ea89d039
-class Teacher:
-    """Makes questions for the UNet from batches of the pool.
+# %% ../nbs/90d_stages.ipynb #2c5b71ca
+FEW_STEPS = *[999] * 6, 879, 759, 759, 639, 499, 499, 379, 259, 259, 139
+REFINED_FROM = 799, 799, 759, 639, 599, 499, 399, 299
 
-    The text encoder and its head stay as they are."""
+# %% ../nbs/90d_stages.ipynb #8cb7c087
+@lru_cache
+def constant_on(device: torch.device, numbers: tuple[int, ...]) -> torch.Tensor:
+    "Numbers as a tensor, made once: a copy to a GPU waits until the GPU has done all its work."
+    return torch.tensor(numbers, device=device)
+
+# %% ../nbs/90d_stages.ipynb #9d1e0e8e
+def draw_from(numbers: tuple[int, ...], n: int, device: torch.device) -> torch.Tensor:
+    "[n] of `numbers`, drawn at random."
+    return constant_on(device, numbers)[torch.randint(len(numbers), (n,), device=device)]
+
+# %% ../nbs/90d_stages.ipynb #6305e5dc
+def timesteps(stand_in: torch.Tensor, few: float = .6) -> torch.Tensor:
+    "[B] timesteps. `stand_in` [B]: which rows show one. `few`: the share that few-step samplers visit."
+    n, device = len(stand_in), stand_in.device
+    visited = torch.rand(n, device=device) < few
+    anywhere = torch.randint(1000, (n,), device=device)
+    between = torch.randint(REFINED_FROM[-1], REFINED_FROM[0] + 1, (n,), device=device)
+    usual = torch.where(visited, draw_from(FEW_STEPS, n, device), anywhere)
+    refining = torch.where(visited, draw_from(REFINED_FROM, n, device), between)
+    return torch.where(stand_in, refining, usual)
+
+# %% ../nbs/90d_stages.ipynb #ab59b301
+def quarter_means(noise: torch.Tensor) -> torch.Tensor:
+    "Noise [B, C, h, w] of even sides -> the scaled means of each channel's quarters, [B, C * 4]."
+    h, w = noise.shape[-2:]
+    return F.adaptive_avg_pool2d(noise, 2).flatten(1) * math.sqrt(h * w / 4)
+
+# %% ../nbs/90d_stages.ipynb #88e7c3b8
+def add_to_quarters(noise: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+    "Noise [B, C, h, w] whose quarter means are changed by `change` [B, C * 4]."
+    h, w = noise.shape[2:]
+    quarters = (change / math.sqrt(h * w / 4)).view(*noise.shape[:2], 2, 2)
+    return noise + F.interpolate(quarters, size=(h, w), mode="nearest")
+
+# %% ../nbs/90d_stages.ipynb #39f4faa8
+def with_largest_at(wanted: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    "Numbers [B, kinds] of one fact: each row's largest is exchanged with the one at `wanted` [B]."
+    rows, largest = torch.arange(len(numbers), device=numbers.device), numbers.argmax(1)
+    changed = numbers.clone()
+    changed[rows, wanted] = numbers[rows, largest]
+    changed[rows, largest] = numbers[rows, wanted]
+    return changed
+
+# %% ../nbs/90d_stages.ipynb #73b1c376
+FACTS_FROM = 850                               # the timestep from which up the noise names open facts
+
+def write_facts(noise: torch.Tensor, open_facts: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    "Noise [B, C, h, w] that names `open_facts` [B, len(FACTS)] where t [B] is FACTS_FROM or more."
+    numbers = quarter_means(noise)
+    owned = sum(FACTS.values())
+    parts = []
+    for own, kind in zip(numbers[:, :owned].split([*FACTS.values()], 1), open_facts.T):
+        names_it = (t >= FACTS_FROM) & (kind != NOT_OPEN)
+        parts.append(torch.where(names_it[:, None], with_largest_at(kind.clamp(min=0), own), own))
+    parts.append(numbers[:, owned:])
+    return add_to_quarters(noise, torch.cat(parts, 1) - numbers)
+
+# %% ../nbs/90d_stages.ipynb #ac91fcbc
+class Teacher:
+    "Makes questions for the UNet. The text encoder and its head stay as they are."
     def __init__(self, sketcher: Sketcher, pool: list[Pooled]):
         self.pool, self.device = pool, pool[0].latents.device
         self.sketcher = sketcher.eval().requires_grad_(False)
         self.diffusion = Diffusion(self.device)
 
-    def question(self, batch: Batch, early: bool = False) -> Question:
-        "What to ask about a batch. `early`: for the sketch only."
-        latents, t = self.pool[batch.canvas].latents, timesteps(swapped=batch.given != batch.rows)
+    def question(self, batch: Batch, sketch_only: bool = False) -> Question:
+        "What to ask about a batch. `sketch_only`: pure noise asks for the sketch."
+        latents = self.pool[batch.canvas].latents
+        t = timesteps(stand_in=batch.shown != batch.rows)
         hidden = text_states(self.sketcher, batch.ids)
         noise = torch.randn(len(t), *latents.shape[1:], device=self.device)
-        if early:
+        if sketch_only:
             t.fill_(NOISIEST)
             aim = text_sketch(self.sketcher, hidden)
         else:
-            noise = agreeing(noise, batch.left, t)
+            noise = write_facts(noise, batch.open_facts, t)
             aim = latents[batch.rows].float()
-        return Question(self.diffusion.noised(latents[batch.given].float(), t, noise), t, hidden, aim)
+        x = self.diffusion.noised(latents[batch.shown].float(), t, noise)
+        return Question(x, t, hidden, aim)
 
-# %% ../nbs/90d_stages.ipynb #d31fa930
+# %% ../nbs/90d_stages.ipynb #8d49ec51
 def velocity_loss(unet: Callable[..., Any], diffusion: Diffusion, q: Question) -> torch.Tensor:
     "Weighted squared error of the UNet's answers to a question."
     with autocast(q.x.device): v = unet(q.x, q.t, q.hidden).sample.float()
     error = (v - diffusion.velocity(q.x, q.t, q.aim)).square().mean((1, 2, 3))
-    return (error * (1 - diffusion.kept[q.t]).clamp(min=.4)).mean()
+    share_of_noise = 1 - diffusion.kept[q.t]
+    return (error * share_of_noise.clamp(min=.4)).mean()
 
 # %% ../nbs/90d_stages.ipynb #1db4d7a6
 def new_unet(channels: int, device: torch.device, start: Path | None = None) -> UNet2DConditionModel:
@@ -786,16 +792,16 @@ def train_unet(tokenizer: CLIPTokenizer, art: Art, sketcher: Sketcher, pool: lis
     "Train the UNet on the text encoder's hidden states. It ends as the running average of its weights."
     seeded(4)
     latents, teacher = pool[0].latents, Teacher(sketcher, pool)
-    batch, unet = 256 if latents.is_cuda else 48, new_unet(latents.shape[1], latents.device, start)
-    words = word_loader(pool, art, tokenizer, batch, Mix(swapped=.35, seed=fresh_seed()))
+    size, unet = 256 if latents.is_cuda else 48, new_unet(latents.shape[1], latents.device, start)
+    words = word_loader(pool, art, tokenizer, size, Mix(stand_ins=.35, seed=fresh_seed()))
     stage = Stage("unet", unet, out, minutes, lr=1e-3 if start else 2e-3, average=.99, muon=1.)
     def loss_of(*question: torch.Tensor) -> torch.Tensor:
         return velocity_loss(unet, teacher.diffusion, Question(*question))
     step = RecordedStep(loss_of, stage.learner.optimisers)
     for _ in stage:
-        b = next(words).to(latents.device)
-        early = not start and stage.share < EARLY and b.canvas == 0
-        stage.learned(step(*teacher.question(b, early)))
+        batch = next(words).to(latents.device)
+        sketch_only = not start and stage.share < SKETCH_SHARE and batch.canvas == 0
+        stage.learned(step(*teacher.question(batch, sketch_only)))
     return unet
 
 # %% ../nbs/90d_stages.ipynb #be30ea20
@@ -823,9 +829,9 @@ class Pupil:
         leaps = torch.tensor(LEAPS)[torch.randint(len(LEAPS), (len(batch.rows),))]
         first, then = leaps.T.to(batch.rows.device)
         noise = torch.randn(len(first), *latents.shape[1:], device=latents.device)
-        noise = agreeing(noise, batch.left, first)
+        noise = write_facts(noise, batch.open_facts, first)
         hidden = text_states(self.teacher.sketcher, batch.ids)
-        x = self.diffusion.noised(latents[batch.given].float(), first, noise)
+        x = self.diffusion.noised(latents[batch.shown].float(), first, noise)
         again = self.diffusion.noised(self.answer(x, first, hidden), then, torch.randn_like(x))
         x = torch.where((first == then).view(-1, 1, 1, 1), x, again)
         return Question(x, then, hidden, latents[batch.rows].float())
@@ -841,7 +847,7 @@ def train_lora(tokenizer: CLIPTokenizer, art: Art, unet: UNet2DConditionModel, s
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_LAYERS, init_lora_weights=True)
     unet.requires_grad_(False).add_adapter(config, adapter_name="lcm")
     mine = [p for p in unet.parameters() if p.requires_grad]
-    words = word_loader(pool, art, tokenizer, batch, Mix(empty=.02, swapped=.35, seed=fresh_seed()))
+    words = word_loader(pool, art, tokenizer, batch, Mix(empty=.02, stand_ins=.35, seed=fresh_seed()))
     stage = Stage("lora", unet, out, minutes, lr=1e-3, params=mine, average=.98, warmup=30,
                   weight_decay=0)
     pupil = Pupil(unet, Teacher(sketcher, pool))
