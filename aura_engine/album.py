@@ -273,7 +273,7 @@ class Desk(Gallery):
         self.works: dict[str, Work] = {}
         self.watchers: list[Callable[[], None]] = []
 
-    def lay_out(self, ask: Ask, id: str = "", aside: bool = False) -> Work:
+    def work_for(self, ask: Ask, id: str = "", aside: bool = False) -> Work:
         "Work on a request, not begun yet. An id that is known gives the work that has it."
         work = self.works.get(id) or Work(self, ask, id, aside)
         self.works[work.id] = work
@@ -281,7 +281,7 @@ class Desk(Gallery):
 
     def begin(self, ask: Ask, id: str = "", aside: bool = False) -> Work:
         "Start work on a request. A request that was sent twice under one id is worked on once."
-        work = self.lay_out(ask, id, aside)
+        work = self.work_for(ask, id, aside)
         if work.future is None: work.future = self.client.start(work.run())
         self.changed()
         return work

@@ -15,7 +15,9 @@ __all__ = ['steady_seconds', 'step_between', 'cost_of_thousand', 'Machine', 'slo
 
 # %% ../nbs/19b_capacity.ipynb #38b566a5
 def steady_seconds(curve: StepCurve, rate: float, steps: int) -> float:
-    "Mean seconds of a picture when `rate` a second arrive at one engine. ValueError: it cannot make so many."
+    """Mean seconds of a picture when `rate` a second arrive at one engine.
+
+    ValueError: it cannot make so many."""
     if rate >= curve.most_a_second(steps):
         raise ValueError(f"rate: given {rate:g} a second, allowed: less than {curve.most_a_second(steps):.3g}")
     batch = 1.0
@@ -27,7 +29,7 @@ def steady_seconds(curve: StepCurve, rate: float, steps: int) -> float:
     return seconds
 
 def step_between(curve: StepCurve, rows: float) -> float:
-    "Seconds of a step with a mean of `rows` rows."
+    "Seconds of a step with `rows` rows on average, 1.5 for instance."
     below = int(rows)
     share = rows - below
     return (1 - share) * curve.seconds(below) + share * curve.seconds(below + 1)
@@ -40,14 +42,14 @@ def cost_of_thousand(price: float, rate: float) -> float:
 # %% ../nbs/19b_capacity.ipynb #a4665c62
 @dataclass(frozen=True)
 class Machine:
-    "A machine that engines run on: its curve, and its price an hour. `measured`: not made from a data sheet."
+    "A machine that engines run on. `price`: of an hour. `measured`: False for an estimate from a data sheet."
     name: str
     curve: StepCurve
     price: float
     measured: bool = True
 
 def slower(curve: StepCurve, times: float) -> StepCurve:
-    "The curve of a machine that multiplies `times` slower, from a measured one."
+    "The curve of a machine that computes `times` slower, estimated from a measured one."
     full = curve.seconds(curve.most) / curve.most * times
     steps = {rows: max(seconds, rows * full) for rows, seconds in curve.step.items()}
     return StepCurve(steps, curve.decode * times)
@@ -62,7 +64,9 @@ class Fleet:
     def __str__(self) -> str: return f"{self.machines:,} (${self.thousand:,.2f})"
 
 def fleet_for(machine: Machine, day: float, steps: int, p95: float) -> Fleet:
-    "Machines for `day` pictures a day with 95 of 100 within `p95` seconds. ValueError: no number of them does that."
+    """The machines for `day` pictures a day, with 95 of 100 within `p95` seconds.
+
+    ValueError: no number of them does that."""
     rate = day / 86_400
     machines = engines_for(machine.curve, rate, steps, p95, most=5000)
     return Fleet(machines, cost_of_thousand(machines * machine.price, rate))
@@ -70,9 +74,9 @@ def fleet_for(machine: Machine, day: float, steps: int, p95: float) -> Fleet:
 # %% ../nbs/19b_capacity.ipynb #f2ac4f37
 @dataclass
 class OpenRun:
-    "The result of an open load: sorted seconds of each request that got a picture, and how many did not."
-    seconds: list[float]
-    failed: int = 0
+    "The result of an open load."
+    seconds: list[float]                            # of each request that got a picture, sorted
+    failed: int = 0                                 # requests that got none
 
     @property
     def mean(self) -> float:
@@ -109,7 +113,7 @@ class OpenLoad:
             else: self.made.failed += 1
 
     def run(self, rate: float, pictures: int, seed: int = 0) -> OpenRun:
-        "Ask for `pictures`, `rate` a second on average -> what came of it."
+        "Ask for `pictures`, `rate` a second on average, and wait for all of them."
         draw, threads = random.Random(seed), []
         at = time.perf_counter()
         for n in range(pictures):

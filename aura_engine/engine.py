@@ -265,8 +265,8 @@ class EngineView:
         self.queue = Queue(settings.max_queue_seconds, settings.deadline_seconds)
         self.turns: Turns | None = None             # when the model is loaded
         self.weights: int | None = None             # bytes of it
-        # holds the device for one call: where several engines share it, see 08e
-        self.turn: Callable[[], AbstractContextManager[None]] = nullcontext
+        # holds the device for one turn; several engines may share it (08e)
+        self.hold_device: Callable[[], AbstractContextManager[None]] = nullcontext
 
     @property
     def ready(self) -> bool:
@@ -374,7 +374,7 @@ class Engine(EngineView):
             if not self._closed: self.status = EngineState.ready
             self._settled.set()
             while self.queue.wait(lambda: self._closed) and not self._closed:
-                with self.turn(): turns.turn()
+                with self.hold_device(): turns.turn()
         except AuraError as e: self._fail(e.detail)
         except BaseException as e:                  # also what libraries raise to end a program
             log.exception("the engine thread stopped")

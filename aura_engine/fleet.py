@@ -18,7 +18,7 @@ from .types import Health, Invalid
 # %% auto #0
 __all__ = ['COUNTED', 'NAMED', 'MOST_SIMULATED', 'Look', 'look_at_all', 'pictures_counted', 'thousand_so_far', 'fleet_row',
            'cost_said', 'fleet_rows', 'fleet_table', 'fleet_json', 'upstream', 'nginx_engines', 'main', 'fleet_html',
-           'FleetStatus', 'StepCurve', 'SimulatedEngine', 'waits', 'engines_for']
+           'FleetStatus', 'StepCurve', 'SimulatedEngine', 'latencies', 'engines_for']
 
 # %% ../nbs/19_many_engines.ipynb #bffcd989
 @dataclass(frozen=True)
@@ -219,7 +219,8 @@ class SimulatedEngine:
             self.left.remove(one)
             yield self.now - one[1]
 
-def waits(curve: StepCurve, engines: int, rate: float, steps: int, pictures: int = 2000, seed: int = 0) -> list[float]:
+def latencies(curve: StepCurve, engines: int, rate: float, steps: int, pictures: int = 2000,
+              seed: int = 0) -> list[float]:
     "Seconds that each of `pictures` requests takes when `rate` a second arrive at random at `engines` engines, sorted."
     draw, now, out = random.Random(seed), 0.0, []
     fleet = [SimulatedEngine(curve) for _ in range(engines)]
@@ -248,6 +249,6 @@ def engines_for(curve: StepCurve, rate: float, steps: int, p95: float, most: int
     for engines in range(few, most + 1):
         some = min(engines, MOST_SIMULATED)
         share = rate * some / engines
-        took = waits(curve, some, share, steps, pictures=max(2000, min(20_000, int(30 * p95 * share))))
+        took = latencies(curve, some, share, steps, pictures=max(2000, min(20_000, int(30 * p95 * share))))
         if took[int(.95 * len(took))] <= p95: return engines
     raise ValueError(f"{rate:g} pictures a second need more than {most} engines")

@@ -33,14 +33,14 @@ from .waterfall import end_marks, filled, random_model, random_text
 # %% auto #0
 __all__ = ['SDXL_UNET', 'SIX_SIZES', 'TINY_SDXL', 'REAL_SIZE', 'TINY_SIZE', 'Tell', 'PLAIN_UNET', 'SEARCH', 'EIGHT_BITS',
            'RACE_THINGS', 'BIG_TEXT', 'Decode', 'DECODES', 'STAGES', 'Told', 'GPU_RESULTS', 'WHOLE', 'BenchSize',
-           'settled', 'seconds_of', 'unet_call', 'error_of', 'limits', 'UNetVariant', 'new_unet_of', 'unet_variants',
-           'variant_answer', 'waterfall_of', 'speed', 'new_vae', 'decode_times', 'decode_row', 'unet_stage',
-           'vae_stage', 'sdxl_stage', 'Compiling', 'repeated', 'compiled_calls', 'compiled_rows', 'compile_and_time',
-           'compiled_stage', 'compiled_sdxl_stage', 'autotuned_stage', 'in_eight_bits', 'quantized_stage',
-           'work_folder', 'saved_model', 'requests_of', 'Entered', 'race', 'picture_gaps', 'in_company',
-           'compare_crowd', 'engine_report', 'measured_engine', 'stock', 'neighbours', 'peak_memory', 'engine_stage',
-           'embedded_stage', 'without', 'graphs_stage', 'engine_compiled_stage', 'second_text', 'random_sdxl',
-           'race_as_it_comes', 'as_it_comes_stage', 'sdxl_as_it_comes_stage', 'compiled_pipeline',
+           'settled', 'seconds_of', 'unet_call', 'error_of', 'device_limits', 'UNetVariant', 'new_unet_of',
+           'unet_variants', 'variant_answer', 'waterfall_of', 'speed', 'new_vae', 'decode_times', 'decode_row',
+           'unet_stage', 'vae_stage', 'sdxl_stage', 'Compiling', 'repeated', 'compiled_calls', 'compiled_rows',
+           'compile_and_time', 'compiled_stage', 'compiled_sdxl_stage', 'autotuned_stage', 'in_eight_bits',
+           'quantized_stage', 'work_folder', 'saved_model', 'requests_of', 'Entered', 'race', 'picture_gaps',
+           'in_company', 'compare_crowd', 'engine_report', 'measured_engine', 'stock', 'neighbours', 'peak_memory',
+           'engine_stage', 'embedded_stage', 'without', 'graphs_stage', 'engine_compiled_stage', 'second_text',
+           'random_sdxl', 'race_as_it_comes', 'as_it_comes_stage', 'sdxl_as_it_comes_stage', 'compiled_pipeline',
            'stock_compiled_stage', 'graphed_decode', 'as_it_is', 'with_norms', 'with_doublings', 'in_tiles',
            'time_decode', 'decode_stage', 'compiled_decode_stage', 'kernels_of', 'profile_stage', 'quick_unet',
            'cudnn_attention', 'norms_stage', 'beside', 'overlap_stage', 'klein_stage', 'z_image_stage', 'GpuStage',
@@ -130,7 +130,7 @@ def error_of(out: torch.Tensor, ref: torch.Tensor) -> dict[str, float]:
 # %% ../nbs/18_gpu.ipynb #05280d7e
 Tell = Callable[[dict[str, Any]], Any]
 
-def limits(size: BenchSize, tell: Tell) -> None:
+def device_limits(size: BenchSize, tell: Tell) -> None:
     "The rate of a large matrix product, and of a copy."
     n = size.matrix
     for dtype in dict.fromkeys((size.dtype, torch.float32)):
@@ -788,7 +788,7 @@ class GpuStage:
     most: float
 
 STAGES = {
-    "limits": GpuStage(limits, 3, 15),
+    "limits": GpuStage(device_limits, 3, 15),
     "as_it_comes": GpuStage(as_it_comes_stage, 25, 75),
     "decode": GpuStage(decode_stage, 12, 40),
     "norms": GpuStage(norms_stage, 10, 30),

@@ -119,7 +119,7 @@ class KeptJob:
         self.ask = ask                                        # what was posted, where it is small
         self.log = SentLog()
         self.work = work                                      # None before the engine has it, and once it has finished
-        self.waits = 0                                        # bytes of pictures that the engine does not have yet
+        self.pending_bytes = 0                                # of pictures that the engine does not have yet
         self.task: asyncio.Task | None = None                 # the one that watches it
         self.status = JobStatus.queued
         self.ended: float | None = None                       # time.monotonic() of its end
@@ -135,7 +135,7 @@ class KeptJob:
     def end(self) -> None:
         "No event will follow: the engine has finished with it."
         self.ended = time.monotonic()
-        self.waits = 0
+        self.pending_bytes = 0
         self.work = None                                      # its log holds every picture once more
         self.log.close()
 
@@ -167,7 +167,7 @@ AROUND = 4096                                                 # bytes of a job b
 
 def held_by(kept: KeptJob) -> int:
     "Bytes that a kept job holds."
-    return AROUND + kept.log.bytes + (kept.work.job.start_bytes if kept.work else kept.waits)
+    return AROUND + kept.log.bytes + (kept.work.job.start_bytes if kept.work else kept.pending_bytes)
 
 # %% ../nbs/09e_job_routes.ipynb #7e7ebc09
 def job_address(kept: KeptJob) -> dict[str, Any]:
@@ -243,7 +243,7 @@ class JobStore:
         self.seconds = seconds
         self.most, self.bytes = most, bytes
         self.kept: dict[str, KeptJob] = {}
-        self.beginning = Counter()                            # places that are taken for jobs to come, by client
+        self.reserved = Counter()                             # places that are taken for jobs to come, by client
         self.readers = Counter()                              # of streams that are open now, by job
         self.streams = Counter()                              # the same by client
 
@@ -265,17 +265,17 @@ class JobStore:
     @contextmanager
     def place(self, client: str = "") -> Iterator[None]:
         "A place for one more job of this client, which the block begins and adds. JobsFull when there is none."
-        coming = self.beginning.total()
+        coming = self.reserved.total()
         self.sweep(1 + coming)
         jobs = list(self.kept.values())
         mine = [kept for kept in jobs if kept.client == client]
-        refuse_full(mine, self.beginning[client], self.most // 4, self.bytes // 2, "of your jobs")
+        refuse_full(mine, self.reserved[client], self.most // 4, self.bytes // 2, "of your jobs")
         refuse_full(jobs, coming, self.most, self.bytes, "jobs")
-        self.beginning[client] += 1
+        self.reserved[client] += 1
         try: yield
         finally:
-            self.beginning[client] -= 1
-            self.beginning += Counter()                       # keeps those above zero
+            self.reserved[client] -= 1
+            self.reserved += Counter()                       # keeps those above zero
 
     def add(self, work: OrderedJob | None, client: str, ask: dict[str, Any] | None = None) -> KeptJob:
         "Keep a job that the engine has taken, or will take once its model is loaded (None)."
@@ -375,7 +375,7 @@ def keep_late(request: Request, body: AnyJob, seat: Seat, loc: str) -> KeptJob:
     "Keep a job whose model has to be loaded."
     store: JobStore = request.app.state.jobs
     kept = store.add(None, client_behind(request), kept_ask(body))
-    kept.waits = sum(map(len, pictures_in(body.request).values()))
+    kept.pending_bytes = sum(map(len, pictures_in(body.request).values()))
     wait = round(request.app.state.api.models.wait_for(seat), 3)
     kept.add(ClientEvent("queued", {"position": 0, "etaSeconds": wait, "seeds": []}))
     request.state.answered = True                             # the connection may close, the work goes on

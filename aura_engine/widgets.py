@@ -24,8 +24,8 @@ STUDIO_FOLDER = _HERE / "assets/studio"
 
 # %% auto #0
 __all__ = ['STUDIO_FOLDER', 'FORM', 'VARIED', 'Axis', 'form_of', 'ask_of', 'asked_by', 'shown_of', 'Still', 'module_text', 'Pane',
-           'account_of', 'examples_from', 'Line', 'Conversation', 'Exhibit', 'Studio', 'EngineStatus', 'checked_axis',
-           'Axes', 'Compare']
+           'account_of', 'examples_from', 'TalkingPane', 'Conversation', 'Exhibit', 'Studio', 'EngineStatus',
+           'checked_axis', 'Axes', 'Compare']
 
 # %% ../nbs/13b_widgets.ipynb #a1cd870a
 FORM: dict[str, Any] = {
@@ -173,7 +173,7 @@ async def examples_from(client: AuraClient) -> list[str]:
     except Exception: return []
 
 # %% ../nbs/13b_widgets.ipynb #aeccc632
-class Line(Pane):
+class TalkingPane(Pane):
     "A pane that tells its browser what happens, and gives its engines the key that the browser was asked for."
     keyed = T.Bool(False).tag(sync=True)            # whether a key was given: never the key itself
 
@@ -196,7 +196,7 @@ class Line(Pane):
             if isinstance(door, Remote): door.http.headers["authorization"] = f"Bearer {key}"
 
 # %% ../nbs/13b_widgets.ipynb #5d95034c
-class Conversation(Line):
+class Conversation(TalkingPane):
     "A pane that the browser talks to: it asks, stops, listens again, and changes the album."
     def __init__(self, *args: Any, **more: Any):
         super().__init__(*args, **more)
@@ -387,7 +387,7 @@ class Compare(Conversation):
         receipt = first if isinstance(first, Receipt) else (await self.client.aio.collect(first)).receipts[0]
         if receipt is None: raise Invalid("This engine gives no receipts, so nothing can be compared.")
         cells = self.axes.cells
-        works = [self.desk.lay_out(Replay(self.axes.varied(receipt, cell)), aside=True) for cell in cells]
+        works = [self.desk.work_for(Replay(self.axes.varied(receipt, cell)), aside=True) for cell in cells]
         # What the browser draws: the axes, and the work behind each tile.
         form = {"prompt": receipt.prompt, "seed": receipt.seed}
         self.table = {**self.axes.told(), "jobs": [w.id for w in works], "form": form}

@@ -80,7 +80,7 @@ def test_posts_that_come_together_take_no_more_places_than_there_are():
             except ValueError: pass
         await asyncio.gather(*(post(n, breaks=True) for n in range(2)))
         await asyncio.gather(*(post(n) for n in range(9)))
-        assert (len(store.kept), full) == (2, 7) and not store.beginning      # a quarter of eight
+        assert (len(store.kept), full) == (2, 7) and not store.reserved      # a quarter of eight
     asyncio.run(go())
 
 

@@ -249,7 +249,7 @@ def test_both_at_once_where_both_fit_and_each_counts_the_others_work(models, mon
         mine, theirs = (models.seats.by_name[name].engine for name in ("embedded", "noise"))
         alone = mine.submit(APPLE)
         alone.result(60)
-        with models.stile.turn("test"):                               # nobody works meanwhile
+        with models.stile.hold("test"):                               # nobody works meanwhile
             busy, beside = theirs.submit(LONG), mine.submit(APPLE)
             assert models.health().queue.length == 7
         assert beside.log[0].eta_seconds > 1.5 * alone.log[0].eta_seconds
