@@ -40,7 +40,7 @@ from .intake import LARGE, SMALL, check_type, parse_json, read_body
 from .job_routes import AnyJob, JobStore, delete_job, get_job, get_job_events, post_job
 from .planning import ReplayRequest
 from .types import AuraError, GenerateRequest, NotFound, RefineRequest, shown
-from .walls import Cors, Guard, Origins, Stamp, check_key, client_behind, refuse_rebound
+from .walls import Cors, Door, Guard, Origins, Stamp, check_key, client_behind, refuse_rebound
 
 # %% ../nbs/09f_app.ipynb #d9dcd2f5
 async def post_generate(request: Request, body: GenerateRequest) -> Response:
@@ -287,8 +287,8 @@ def create_app(engine, extra_routes: Sequence[Route] = (), shapes: dict[str, Sha
     api, table = Api(engine, shapes), (*routes, *extra_routes)
     space = os.environ.get("SPACE_HOST", "").lower()
     origins = Origins(tuple(engine.settings.allow_origins), (space,) if space else ())
-    walls = [Middleware(Stamp, count=api.metrics.answered), Middleware(Cors, origins=origins),
-             Middleware(Guard, origins=origins, answer=answer_error)]
+    walls = [Middleware(Stamp, count=api.metrics.answered), Middleware(Door, answer=answer_error),
+             Middleware(Cors, origins=origins), Middleware(Guard, origins=origins, answer=answer_error)]
     handlers: Any = dict.fromkeys((AuraError, RequestValidationError, HTTPException), on_error)
     app = FastAPIOffline(title="Aura engine", version=__version__, description="Text to image, image to image.",
                          middleware=walls, redirect_slashes=False, redoc_url=None, exception_handlers=handlers)

@@ -5,6 +5,7 @@
 # %% ../nbs/09b_walls.ipynb #d35ac3a5
 from __future__ import annotations
 import asyncio, base64, hmac, logging, re, secrets, time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, ip_address, ip_network
@@ -16,15 +17,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from . import __version__
 from .config import normalise_origin
 from .errors import request_id
-from .types import AuraError, FieldError, ForeignOrigin, Unauthorized, Unsupported, shown
+from .types import AuraError, FieldError, ForeignOrigin, QueueFull, Unauthorized, Unsupported, shown
 
 log = logging.getLogger("aura_engine.walls")
 
 # %% auto #0
-__all__ = ['log', 'ID', 'QUIET', 'EXPOSED', 'REST_BYTES', 'REST_SECONDS', 'REST_PAUSE', 'HOST_SENT', 'Marked', 'Stamp', 'arrival',
-           'note_request', 'Origins', 'name_in', 'is_certain', 'is_private', 'Cors', 'log_foreign', 'Exchange',
-           'discard_rest', 'Guard', 'refuse_foreign', 'refuse_rebound', 'refuse_compressed', 'key_given', 'check_key',
-           'client_group', 'client_behind']
+__all__ = ['log', 'ID', 'QUIET', 'EXPOSED', 'REST_BYTES', 'REST_SECONDS', 'REST_PAUSE', 'HOST_SENT', 'LONGEST_LINE', 'TURN',
+           'Marked', 'Stamp', 'arrival', 'note_request', 'Origins', 'name_in', 'is_certain', 'is_private', 'Cors',
+           'log_foreign', 'Exchange', 'discard_rest', 'Guard', 'refuse_foreign', 'refuse_rebound', 'refuse_compressed',
+           'key_given', 'check_key', 'client_group', 'client_behind', 'Allowances', 'TooManyRequests', 'Overflow',
+           'Door']
 
 # %% ../nbs/09b_walls.ipynb #6da864fc
 ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -278,3 +280,78 @@ def client_group(address: str) -> str:
 def client_behind(request: Request) -> str:
     "The client of a request, as fairness counts it."
     return client_group(request.client.host if request.client else "")
+
+# %% ../nbs/09b_walls.ipynb #6f6ac7e2
+class Allowances:
+    "How many requests a client may send: `most` at once, and `rate` a second in the long run."
+    def __init__(self, most: int = 32, rate: float = 16.0):
+        self.most, self.rate, self.clock = most, rate, time.monotonic
+        self._used: dict[str, tuple[float, float]] = {}       # by client: so many, at that time
+
+    def take(self, client: str) -> bool:
+        "Use one of a client's. False when it has none left."
+        now = self.clock()
+        used, since = self._used.pop(client, (0.0, now))
+        used = max(0.0, used - self.rate * (now - since))
+        fits = used + 1 <= self.most
+        self._used[client] = (used + fits, now)               # the newest stand last
+        if len(self._used) > 10_000: self._used.pop(next(iter(self._used)))
+        return fits
+
+# %% ../nbs/09b_walls.ipynb #eb6802c5
+LONGEST_LINE = 1024
+TURN = 0.002                                                  # seconds in which a cheap request is answered
+
+class TooManyRequests(QueueFull): "You have too many requests waiting"
+
+class Overflow:
+    "Requests that wait, by client. Together they get about `share` of the event loop."
+    def __init__(self, allowances: Allowances, share: float = 0.25):
+        self.allowances = allowances
+        self.rest = 1 / share - 1                             # seconds for each second of work
+        self.lines: dict[str, deque[asyncio.Future[None]]] = {}
+        self._serving: asyncio.Task[None] | None = None
+
+    async def turn(self, client: str) -> None:
+        "Wait until it is the turn of this request. Raises TooManyRequests."
+        line = self.lines.setdefault(client, deque())
+        if len(line) >= LONGEST_LINE:
+            raise TooManyRequests(f"{len(line)} requests of yours are waiting already.", retry_after=5)
+        line.append(asyncio.get_running_loop().create_future())
+        if self._serving is None: self._serving = asyncio.create_task(self._serve())
+        await line[-1]
+
+    async def _serve(self) -> None:
+        while self.lines:
+            client = next(iter(self.lines))
+            line = self.lines.pop(client)
+            turn = line.popleft()
+            if line: self.lines[client] = line                # behind the other clients
+            if turn.done(): continue                          # it was cancelled
+            allowed, began = self.allowances.take(client), time.thread_time()
+            turn.set_result(None)
+            await asyncio.sleep(TURN)
+            if not allowed: await asyncio.sleep(self.rest * (time.thread_time() - began))
+        self._serving = None
+
+# %% ../nbs/09b_walls.ipynb #43982c92
+class Door:
+    "Layer behind `Stamp`: lets requests in, and makes whoever floods it wait. `answer`: as of `Guard`."
+    def __init__(self, app: ASGIApp, answer: Callable[[Request, Exception], Response]):
+        self.app, self.answer = app, answer
+        self.allowances = Allowances()
+        self.overflow = Overflow(self.allowances)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http": return await self.app(scope, receive, send)
+        request = Request(scope)
+        try: await self._enter(client_behind(request))
+        except TooManyRequests as full:
+            exchange = Exchange(scope, receive, send)
+            return await self.answer(request, full)(scope, exchange.receive, exchange.send)
+        await self.app(scope, receive, send)
+
+    async def _enter(self, client: str) -> None:
+        # whoever waits already goes on waiting, in the order of arrival
+        waits = client in self.overflow.lines
+        if waits or not self.allowances.take(client): await self.overflow.turn(client)

@@ -6,6 +6,7 @@ from pathlib import Path
 import httpx
 import pytest
 from conftest import ROOT, start
+from hostile.attack import Target, http
 from PIL import Image
 
 KEY = {"Authorization": "Bearer sesame-7"}
@@ -194,6 +195,22 @@ def test_at_start_it_says_who_can_reach_it(tmp_path, env, words, open_to_all):
 def test_paths_and_methods_that_people_mean(web):
     assert web.head("/health").status_code == web.head("/ready").status_code == 200 and web.head("/health").content == b""
     assert web.post("//generate", json={"prompt": ""}).status_code == 422
+
+
+# floods
+
+@pytest.mark.parametrize("ask", [http("x", "/metrics", kind="", method="GET"), http("x", "/generate", b'{"prompt":""}')], ids=["metrics", "refused prompts"])
+def test_a_flood_of_cheap_requests_waits_behind_itself(server, ask):
+    """While 120 of one client are answered, 64 of them at once, another client gets twelve answers and a part of the flood still waits."""
+    target, answered = Target(server.url), []
+    flood = ThreadPoolExecutor(64)
+    for _ in range(120): flood.submit(lambda: answered.append(target.exchange(ask).status))
+    time.sleep(0.3)
+    others = [target.exchange(http("x", "/health", kind="", method="GET"), "127.0.0.7").status for _ in range(12)]
+    meanwhile = len(answered)
+    flood.shutdown()
+    assert others == [200] * 12 and set(answered) <= {200, 422} and len(answered) == 120      # nobody is refused
+    assert meanwhile < 100
 
 
 # connections
