@@ -627,7 +627,7 @@ def read_png_info(text: str) -> PngInfo:
 
 async def post_png_info(request: Request, body: PngInfoRequest) -> Response:
     "The texts that a PNG carries."
-    info = await request.app.state.api.read(read_png_info, body.image)
+    info = await request.app.state.api.read(client_behind(request), read_png_info, body.image)
     return JSONResponse(info.model_dump())
 
 # %% ../nbs/10c_a1111.ipynb #ced80bec

@@ -6,7 +6,6 @@
 from __future__ import annotations
 import asyncio, io, logging, math, os, re, time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from copy import copy
 from dataclasses import dataclass, replace
@@ -20,10 +19,10 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 # %% auto #0
 __all__ = ['log', 'T', 'REASONS', 'LONG_WAITS', 'MOST_KINDS', 'STEPS', 'Finish', 'Ask', 'MASKED', 'Revise', 'KINDS', 'UNBUFFERED',
            'Metrics', 'Stopwatch', 'Api', 'unready', 'add_gauges', 'gpu_memory', 'Output', 'Order', 'order_of',
-           'OrderedJob', 'pictures_in', 'cost_of', 'place_order', 'attended', 'deadline_of', 'begin', 'model_asked',
-           'model_name', 'using', 'api_of', 'follow', 'file_of', 'Files', 'files_of', 'answer_kind', 'ClientEvent',
-           'sse_frame', 'preview_jpeg', 'client_event', 'client_events', 'heartbeat', 'event_stream', 'sse_events',
-           'one_picture', 'respond', 'late_stream', 'late_events', 'respond_with']
+           'OrderedJob', 'pictures_in', 'cost_of', 'place_order', 'attended', 'in_time', 'deadline_of', 'begin',
+           'let_go', 'model_asked', 'model_name', 'using', 'api_of', 'follow', 'file_of', 'Files', 'files_of',
+           'answer_kind', 'ClientEvent', 'sse_frame', 'preview_jpeg', 'client_event', 'client_events', 'heartbeat',
+           'event_stream', 'sse_events', 'one_picture', 'respond', 'late_stream', 'late_events', 'respond_with']
 
 # %% ../nbs/09d_answers.ipynb #824b34f6
 from PIL import Image as Pillow
@@ -125,7 +124,7 @@ class Api:
         self.metrics, self.arrivals = Metrics(), Arrivals()
         self.line = PictureLine(slots=max(1, (os.cpu_count() or 1) // 4))     # the model needs the processor too
         self.encoders = FairPool(2, "encode")                 # finished pictures
-        self.readers = ThreadPoolExecutor(2, "read")          # what comes in
+        self.readers = FairPool(2, "read")                    # what comes in
 
     def of(self, engine) -> Api:
         "The same with the engine of one of several models."
@@ -137,9 +136,9 @@ class Api:
         "Run `f(*args)` where finished pictures are encoded, when it is this client's turn."
         with spanned("encode"): return await self.encoders.run(client, f, *args)
 
-    async def read(self, f: Callable[..., T], *args) -> T:
-        "Run `f(*args)` where requests are read."
-        return await asyncio.get_running_loop().run_in_executor(self.readers, f, *args)
+    async def read(self, client: str, f: Callable[..., T], *args) -> T:
+        "Run `f(*args)` where requests are read, when it is this client's turn."
+        return await self.readers.run(client, f, *args)
 
     def health(self) -> Health:
         "What the engine is, has and does. Its seconds of work include the pictures that have to be decoded first."
@@ -247,9 +246,9 @@ def cost_of(ask: Ask, row: Row) -> DecodeCost:
 async def place_order(api: Api, ask: Ask, client: str, left: float = math.inf) -> Order:
     "The order of a request with `left` seconds, made beside the event loop. Raises NotReady, PicturesFull, Invalid."
     row, gpu = api.row(), api.engine.gpu
-    cost = await api.read(cost_of, ask, row)
+    cost = await api.read(client, cost_of, ask, row)
     if cost.seconds: order = await api.line.decode(client, cost, order_of, ask, row, gpu, left=left)
-    else: order = await api.read(order_of, ask, row, gpu)
+    else: order = await api.read(client, order_of, ask, row, gpu)
     log.debug("plan", extra={"prompts": [p.prompt for p in order.plan.pictures]})
     return order
 
@@ -267,6 +266,15 @@ async def attended(request: Request, work: Coroutine[Any, Any, T]) -> T:
         gone.cancel()
 
 # %% ../nbs/09d_answers.ipynb #cdadde0d
+async def in_time(request: Request, seconds: float, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled `seconds` after the request came, or when its client hangs up.
+
+    Raises DeadlineExceeded and Cancelled then."""
+    try:
+        async with asyncio.timeout(arrival(request) + seconds - time.monotonic()): return await attended(request, work)
+    except TimeoutError: raise DeadlineExceeded("The pictures of this request were not read in time.") from None
+
+# %% ../nbs/09d_answers.ipynb #7b3c278d
 def deadline_of(ask: Ask) -> float | None:
     "The seconds after which nobody wants the answer. None: the engine's own limit."
     if isinstance(ask, ReplayRequest): return None
@@ -283,14 +291,21 @@ async def begin(request: Request, ask: Ask, previews: bool = False, revise: Revi
     seconds = max(deadline_of(ask) or api.settings.deadline_seconds, 1.0)
     try:
         left = arrived + seconds - time.monotonic()
-        async with asyncio.timeout(left): order = await attended(request, place_order(api, ask, client, left))
+        order = await in_time(request, seconds, place_order(api, ask, client, left))
         if revise: order = revise(order, api.row())
         job = api.engine.submit(order.plan, previews=previews, client=client, arrived=arrived)
         return OrderedJob(job, order.without_starts())
-    except TimeoutError: raise DeadlineExceeded("The pictures of this request were not read in time.") from None
     except Invalid as error:
         if isinstance(ask, RefineRequest): raise in_config(error) from None
         raise
+
+# %% ../nbs/09d_answers.ipynb #e620dbc5
+def let_go(request: Request, ask: Ask) -> None:
+    "Free the texts of the pictures of a request that has been planned."
+    fields: dict[str, Any] = vars(ask)                        # requests are frozen for everybody else
+    for name in {"images", "mask", "image", "init"} & fields.keys(): fields[name] = None
+    api: Api = request.app.state.api
+    api.arrivals.bodies.discard(getattr(request.state, "body", None))
 
 # %% ../nbs/09d_answers.ipynb #cea4fb28
 def model_asked(ask: Ask) -> str | None:
@@ -301,10 +316,10 @@ def model_asked(ask: Ask) -> str | None:
     try: return receipt_of(from_base64(ask.image or "", "image")).model
     except Invalid: return None                               # planning says what is wrong
 
-async def model_name(api: Api, ask: Ask) -> str | None:
+async def model_name(api: Api, ask: Ask, client: str) -> str | None:
     "The name of the model that a request asks for, or None for the default."
     if not isinstance(ask, ReplayRequest): return model_asked(ask)
-    name = await api.read(model_asked, ask) if api.models else None
+    name = await api.read(client, model_asked, ask) if api.models else None
     return name if api.models and name in api.models.names else None
 
 # %% ../nbs/09d_answers.ipynb #79f33afd
@@ -512,7 +527,7 @@ async def respond(request: Request, ask: Ask) -> Response:
     "Answer a checked request in the way its Accept header asks for."
     loc = "config.model" if isinstance(ask, RefineRequest) else "model"
     api: Api = request.app.state.api
-    name = await model_name(api, ask)
+    name = await model_name(api, ask, client_behind(request))
     streams = answer_kind(request.headers.get("accept", "")) == "events"
     if api.models and streams:
         seat = api.models.seats.find(name, loc)
@@ -539,6 +554,7 @@ async def late_events(request: Request, ask: Ask, seat: Seat, loc: str) -> Async
     try:
         async with using(request, seat.name, loc, deadline_of(ask)) as api:
             work = await begin(request, ask, previews=True)
+            let_go(request, ask)
         async with aclosing(sse_events(api, work, request_id(request))) as frames:
             async for frame in frames: yield frame
     except AuraError as error:
@@ -552,6 +568,7 @@ async def respond_with(api: Api, request: Request, ask: Ask) -> Response:
     kind = answer_kind(request.headers.get("accept", ""))
     if kind not in ("json", "events"): one_picture(ask)
     work = await begin(request, ask, previews=kind == "events")
+    let_go(request, ask)
     if kind == "events": return event_stream(api, sse_events(api, work, request_id(request)), work.job)
     if kind in MIME: work = replace(work, order=replace(work.order, output=Output(kind)))
     made = await files_of(api, work, request)

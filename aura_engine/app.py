@@ -5,7 +5,7 @@
 # %% ../nbs/09f_app.ipynb #9a11aab8
 from __future__ import annotations
 import os, re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,9 +23,9 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 __all__ = ['SMALL_EXAMPLES', 'EXAMPLES', 'STUDIO', 'STUDIO_FILES', 'PAGE_POLICY', 'REF', 'TEXT', 'FILE', 'PICTURES', 'MAKING',
            'JOB', 'routes', 'INLINE', 'JOBS', 'OWN_ID', 'post_generate', 'post_refine', 'post_replay', 'get_health',
            'get_ready', 'get_metrics', 'get_openapi', 'get_examples', 'get_page', 'get_page_file', 'get_page_texts',
-           'Route', 'content', 'named_schema', 'frames_of', 'responses', 'checked_body', 'parsed_body', 'endpoint',
-           'answer_error', 'on_error', 'methods_at', 'ask_host', 'ask_key', 'create_app', 'add_route', 'bodies_read',
-           'body_schemas', 'describe_defaults', 'answer_schemas', 'openapi']
+           'Route', 'content', 'named_schema', 'frames_of', 'responses', 'checked_body', 'count_body', 'parsed_body',
+           'endpoint', 'answer_error', 'on_error', 'methods_at', 'ask_host', 'ask_key', 'create_app', 'add_route',
+           'bodies_read', 'body_schemas', 'describe_defaults', 'answer_schemas', 'openapi']
 
 # %% ../nbs/09f_app.ipynb #83d929dd
 from starlette.exceptions import HTTPException
@@ -40,7 +40,7 @@ from .intake import LARGE, SMALL, check_type, parse_json, read_body
 from .job_routes import AnyJob, JobStore, delete_job, get_job, get_job_events, post_job
 from .planning import ReplayRequest
 from .types import AuraError, GenerateRequest, NotFound, RefineRequest, shown
-from .walls import Cors, Door, Guard, Origins, Stamp, check_key, client_behind, refuse_rebound
+from .walls import Cors, FloodGate, Guard, Origins, Stamp, check_key, client_behind, refuse_rebound
 
 # %% ../nbs/09f_app.ipynb #d9dcd2f5
 async def post_generate(request: Request, body: GenerateRequest) -> Response:
@@ -211,23 +211,27 @@ routes = (
 INLINE = 8192                                                 # bytes that are checked faster than a thread wakes
 JOBS = ("generate", "refine", "replay")                       # a union's branch is part of pydantic's paths
 
-def checked_body(adapter: TypeAdapter, data: bytes) -> Any:
+def checked_body(adapter: TypeAdapter, data: bytes | bytearray) -> Any:
     "The bytes of a JSON body -> the model, or Malformed or Invalid. An empty body is no value."
     value = parse_json(data) if data else None
     try: return adapter.validate_python(value)
     except ValidationError as error: raise invalid(error, JOBS) from None
 
 # %% ../nbs/09f_app.ipynb #a9697168
+async def count_body(request: Request) -> AsyncIterator[None]:
+    "While a request is answered, its body is one of `api.arrivals`."
+    with request.app.state.api.arrivals.body(client_behind(request)) as request.state.body: yield
+
+# %% ../nbs/09f_app.ipynb #883f9f58
 async def parsed_body(request: Request, most: int, adapter: TypeAdapter) -> Any:
     "The checked body of a request: JSON of at most `most` bytes."
     api: Api = request.app.state.api
     check_type(request)
-    with api.arrivals.body(client_behind(request)) as arriving:
-        data = await read_body(request, most, api.arrivals, arriving)
-        if len(data) > SMALL:
-            api.line.rest_soon()  # its memory is given back, also when it is refused
-        if len(data) <= INLINE: return checked_body(adapter, data)
-        return await api.read(checked_body, adapter, data)
+    data = await read_body(request, most, api.arrivals, request.state.body)
+    if len(data) > SMALL:
+        api.line.rest_soon()  # its memory is given back, also when it is refused
+    if len(data) <= INLINE: return checked_body(adapter, data)
+    return await api.read(client_behind(request), checked_body, adapter, data)
 
 # %% ../nbs/09f_app.ipynb #fb3493e4
 def endpoint(route: Route) -> Callable:
@@ -287,7 +291,7 @@ def create_app(engine, extra_routes: Sequence[Route] = (), shapes: dict[str, Sha
     api, table = Api(engine, shapes), (*routes, *extra_routes)
     space = os.environ.get("SPACE_HOST", "").lower()
     origins = Origins(tuple(engine.settings.allow_origins), (space,) if space else ())
-    walls = [Middleware(Stamp, count=api.metrics.answered), Middleware(Door, answer=answer_error),
+    walls = [Middleware(Stamp, count=api.metrics.answered), Middleware(FloodGate, answer=answer_error),
              Middleware(Cors, origins=origins), Middleware(Guard, origins=origins, answer=answer_error)]
     handlers: Any = dict.fromkeys((AuraError, RequestValidationError, HTTPException), on_error)
     app = FastAPIOffline(title="Aura engine", version=__version__, description="Text to image, image to image.",
@@ -306,6 +310,7 @@ def add_route(app: FastAPI, route: Route, locked: bool) -> None:
     name = f"{route.name or route.handler.__name__}_{route.method.lower()}"
     lock = [Depends(ask_key)] if locked and route.keyed else []
     if route.shows and not lock: lock = [Depends(ask_host)]
+    if route.method == "POST": lock = [*lock, Depends(count_body)]
     # FastAPI adds a body of any shape to every answer of a JSON class, so that class is for routes that have a shape
     kind = JSONResponse if route.ok else Response
     app.add_api_route(route.path, endpoint(route), methods=[route.method], operation_id=name,

@@ -4,7 +4,7 @@
 
 # %% ../nbs/10_dialects.ipynb #e701724f
 from __future__ import annotations
-import io, json, math, re
+import io, json, math, re, time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, TypeVar
@@ -19,7 +19,7 @@ __all__ = ['Asked', 'Pixels', 'SIDE', 'Size', 'WALKS', 'LONG_PROMPT', 'MOST_PICT
            'enlarged']
 
 # %% ../nbs/10_dialects.ipynb #5c9dbfb6
-from .answers import Api, Finish, Order
+from .answers import Api, Finish, Order, in_time
 from .errors import invalid
 from .images import (
     decode_cost, encode, essential, facts_of, from_base64, jpeg_parts, png_parts, to_base64, webp_parts)
@@ -27,7 +27,7 @@ from .intake import DecodeCost
 from .models import Row
 from .types import (MAX_PROMPT, MAX_SEED, WHOLE, FieldError, Invalid, Note, NotFound,
     Picture, Words, shown)
-from .walls import client_behind
+from .walls import arrival, client_behind
 
 Asked = TypeVar("Asked", bound=BaseModel)
 Pixels = Annotated[int, Field(ge=64, le=2048), WHOLE]         # a side of a picture
@@ -115,10 +115,14 @@ async def remade_mask(request: Request, text: str | None, change: Callable[[Pill
     "A mask in base64, changed. `change` gets it as RGBA and returns a mask of ours (L, white is drawn anew)."
     if text is None: return None
     api: Api = request.app.state.api
-    data = await api.read(from_base64, text, "mask")
-    seconds, peak = decode_cost(await api.read(facts_of, data, "mask"))
+    return await in_time(request, api.settings.deadline_seconds, _mask_in_turn(request, api, text, change))
+
+async def _mask_in_turn(request: Request, api: Api, text: str, change: Callable[[Pillow.Image], Pillow.Image]) -> str:
+    client, left = client_behind(request), arrival(request) + api.settings.deadline_seconds - time.monotonic()
+    data = await api.read(client, from_base64, text, "mask")
+    seconds, peak = decode_cost(await api.read(client, facts_of, data, "mask"))
     cost = DecodeCost(2 * seconds, 2 * peak + len(data))      # it is read, changed and written again
-    return await api.line.decode(client_behind(request), cost, _remade, data, change)
+    return await api.line.decode(client, cost, _remade, data, change, left=left)
 
 def _remade(data: bytes, change: Callable[[Pillow.Image], Pillow.Image]) -> str:
     return to_base64(encode(change(with_alpha(data)), "png"))

@@ -102,12 +102,11 @@ async def read_hf(request: Request) -> HfAsk:
     if kind and kind not in BARE:
         return ask_in_json(await parsed_body(request, LARGE, TypeAdapter(HfRequest)))
     api = request.app.state.api
-    with api.arrivals.body(client_behind(request)) as arriving:
-        data = await read_body(request, LARGE, api.arrivals, arriving)
-        api.line.rest_soon()
-        if not kind and not data.startswith(SIGNATURES): check_type(request)
-        prompt = request.query_params.get("prompt")
-        return await api.read(ask_in_bytes, data, prompt and prompt[:LONG_PROMPT])
+    data = await read_body(request, LARGE, api.arrivals, request.state.body)
+    api.line.rest_soon()
+    if not kind and not data.startswith(SIGNATURES): check_type(request)
+    prompt = request.query_params.get("prompt")
+    return await api.read(client_behind(request), ask_in_bytes, data, prompt and prompt[:LONG_PROMPT])
 
 BARE = (*MIME.values(), "image/jpg", "application/octet-stream")
 

@@ -66,7 +66,7 @@ def slowest(bodies: Iterable[Arriving], grace: float) -> Arriving | None:
 
 # %% ../nbs/09c_intake.ipynb #2f856301
 class Arrivals:
-    "The large bodies in memory: `most` bytes together, half of them by one client. Only the event loop touches it."
+    "The large bodies in memory: `most` bytes together, a quarter by one client. Only the event loop touches it."
     def __init__(self, most: int = 8 * LARGE, grace: float = 3.0):
         self.most, self.grace = most, grace
         self.bodies: set[Arriving] = set()
@@ -83,7 +83,7 @@ class Arrivals:
         "Count `size` more bytes of a body. BodiesFull when neither it nor another can make room for them."
         body.size += size
         of_client = sum(b.size for b in self.bodies if b.client == body.client)
-        if of_client > self.most // 2:
+        if of_client > self.most // 4:
             raise BodiesFull("Your other uploads have to be read first.", retry_after=5)
         while sum(b.size for b in self.bodies) > self.most:
             victim = slowest(self.bodies, self.grace)
@@ -109,21 +109,20 @@ def announced(request: Request, most: int) -> None:
     if length.isdigit() and int(length) > most: raise too_large(most)
 
 # %% ../nbs/09c_intake.ipynb #fbda528d
-async def read_body(request: Request, most: int, arrivals: Arrivals, body: Arriving) -> bytes:
+async def read_body(request: Request, most: int, arrivals: Arrivals, body: Arriving) -> bytearray:
     "The bytes of a request's body. Raises TooLarge, BodiesFull, or Malformed when the client has left."
     announced(request, most)
-    parts, size, more = [], 0, True
+    data, more = bytearray(), True
     with may_give_way(body):
         while more:
             message = await request.receive()
             if message["type"] != "http.request":
                 raise Malformed("The connection ended before the body did.")
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > most: raise too_large(most)
-            if size > SMALL: arrivals.add(body, size - body.size)
+            data += message.get("body", b"")                  # grows in place: parts to be joined would be a copy
+            if len(data) > most: raise too_large(most)
+            if len(data) > SMALL: arrivals.add(body, len(data) - body.size)
             more = message.get("more_body", False)
-    return b"".join(parts)
+    return data
 
 # %% ../nbs/09c_intake.ipynb #8ae235fe
 async def hung_up(request: Request) -> None:
@@ -135,14 +134,14 @@ LONG = 4096                                                   # characters from 
 VALUES = 2000                                                 # numbers, texts, lists and objects that one body may hold
 
 class Carved:
-    "A JSON text without its long strings: `kept` pieces, 64 KiB at most, and the `long` strings by their marks."
+    "A JSON text without its long strings: `kept` pieces, 64 KiB at most, and where the `long` strings stand, by mark."
     def __init__(self) -> None:
         self.token = secrets.token_hex(8)                     # nobody outside can write a mark
-        self.kept: list[bytes] = []
-        self.long: dict[str, bytes] = {}
+        self.kept: list[bytes | bytearray] = []
+        self.long: dict[str, slice] = {}
         self.size = 0
 
-    def keep(self, piece: bytes) -> None:
+    def keep(self, piece: bytes | bytearray) -> None:
         "Add a piece of what is parsed. Invalid when it becomes too much."
         self.kept.append(piece)
         self.size += len(piece)
@@ -150,28 +149,27 @@ class Carved:
             given, allowed = Words("too much besides the pictures"), f"at most {size_named(SMALL)} of it"
             raise Invalid.value("body", given=given, allowed=allowed)
 
-    def cut(self, text: bytes) -> None:
+    def cut(self, place: slice) -> None:
         "Put a mark in the place of a long string."
         mark = f"{self.token}{len(self.long)}"
-        self.long[mark] = text
+        self.long[mark] = place
         self.keep(b'"%s"' % mark.encode())
 
 # %% ../nbs/09c_intake.ipynb #1599c843
-def carve(data: bytes) -> Carved:
+def carve(data: bytes | bytearray) -> Carved:
     "Cut the long strings out of a JSON text. Invalid when too much remains."
     carved, at = Carved(), 0
     while (start := data.find(b'"', at, at + SMALL + 1)) >= 0:
-        end = _closing(data, start)
+        end = _closing(data, start) + 1
         carved.keep(data[at:start])
-        text = data[start:end + 1]
-        if len(text) > LONG: carved.cut(text)
-        else: carved.keep(text)
-        at = end + 1
+        if end - start > LONG: carved.cut(slice(start, end))
+        else: carved.keep(data[start:end])
+        at = end
     carved.keep(data[at:at + SMALL + 1])
     return carved
 
 # %% ../nbs/09c_intake.ipynb #9fba83d1
-def _closing(data: bytes, start: int) -> int:
+def _closing(data: bytes | bytearray, start: int) -> int:
     "Where the string that opens at `start` closes. A quotation mark after an odd number of backslashes is part of it."
     end = start
     while True:
@@ -182,19 +180,20 @@ def _closing(data: bytes, start: int) -> int:
         if (end - first) % 2 == 0: return end
 
 # %% ../nbs/09c_intake.ipynb #b53959c0
-def parse_json(data: bytes) -> Any:
+def parse_json(data: bytes | bytearray) -> Any:
     "The value of a JSON body. Malformed when it is none, Invalid for more than `VALUES` values or unsendable ones."
     carved = carve(data) if len(data) > SMALL else None
     try:
         value = json.loads(b"".join(carved.kept) if carved else data)
-        texts = {mark: _text(part) for mark, part in carved.long.items()} if carved else {}
+        texts = {mark: _text(data, place) for mark, place in carved.long.items()} if carved else {}
     except (ValueError, RecursionError): raise Malformed("The body is not readable JSON.") from None
     return _filled(value, texts)
 
 # %% ../nbs/09c_intake.ipynb #caa1c60b
-def _text(part: bytes) -> str:
+def _text(data: bytes | bytearray, place: slice) -> str:
     "A long JSON string as text. Few have escapes, such as the `\\/` of PHP."
-    return json.loads(part) if b"\\" in part else part[1:-1].decode()
+    if data.find(b"\\", place.start, place.stop) >= 0: return json.loads(data[place])
+    return str(memoryview(data)[place.start + 1:place.stop - 1], "utf-8")
 
 # %% ../nbs/09c_intake.ipynb #d921b178
 def _filled(value: Any, texts: dict[str, str]) -> Any:

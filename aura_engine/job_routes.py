@@ -13,8 +13,8 @@ from fastapi import Request
 from fastapi.responses import EventSourceResponse, JSONResponse, Response
 from pydantic import Field
 from .answers import (
-    UNBUFFERED, Api, ClientEvent, OrderedJob, begin, client_events, deadline_of, heartbeat, model_name,
-    pictures_in, sse_frame, using)
+    UNBUFFERED, Api, ClientEvent, OrderedJob, begin, client_events, deadline_of, heartbeat, let_go,
+    model_name, pictures_in, sse_frame, using)
 from .errors import request_id
 from .planning import ReplayRequest
 from .side_by_side import Seat, check_wait
@@ -358,6 +358,7 @@ async def late_job(request: Request, body: AnyJob, kept: KeptJob, seat: Seat, lo
     try:
         async with using(request, seat.name, loc, deadline_of(ask)) as api:
             kept.work = await begin(request, ask, body.previews)
+            let_go(request, ask)
     except AuraError as error: problem = in_request(error)
     except asyncio.CancelledError: problem = Cancelled("The job was deleted before its model was loaded.")
     else: return await watch_job(api, kept, kept.work)
@@ -386,13 +387,14 @@ def keep_late(request: Request, body: AnyJob, seat: Seat, loc: str) -> KeptJob:
 async def begin_job(request: Request, body: AnyJob) -> KeptJob:
     "Hand a job to the engine of its model and keep it."
     api: Api = request.app.state.api
-    ask, name = body.request, await model_name(api, body.request)
+    ask, name = body.request, await model_name(api, body.request, client_behind(request))
     loc = "config.model" if isinstance(ask, RefineRequest) else "model"
     seat = seat_to_wait_for(request, ask, name, loc)
     if seat is not None: return keep_late(request, body, seat, loc)
     async with using(request, name, loc, deadline_of(ask)) as api:
         work = await begin(request, ask, body.previews)
     kept = request.app.state.jobs.add(work, client_behind(request), kept_ask(body))
+    let_go(request, ask)
     kept.task = asyncio.create_task(watch_job(api, kept, work))
     return kept
 

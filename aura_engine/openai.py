@@ -432,15 +432,14 @@ async def form_edit(request: Request) -> Edit:
     "The edit in a form: text fields, files `image` or `image[]`, a file `mask`."
     api: Api = request.app.state.api
     files: dict[str, list[bytes]] = {"image": [], "mask": []}
-    with api.arrivals.body(client_behind(request)) as arriving:
-        async with read_form(request, LARGE, api.arrivals, arriving, MAX_N + 1) as form:
-            parts = form.multi_items()
-            fields = {name: part for name, part in parts if isinstance(part, str)}
-            for name, part in parts:                          # a file with another name is refused
-                if not isinstance(part, str): files[file_field(name)].append(await part.read())
+    async with read_form(request, LARGE, api.arrivals, request.state.body, MAX_N + 1) as form:
+        parts = form.multi_items()
+        fields = {name: part for name, part in parts if isinstance(part, str)}
+        for name, part in parts:                              # a file with another name is refused
+            if not isinstance(part, str): files[file_field(name)].append(await part.read())
     try: ask = EditRequest.model_validate_strings(fields, strict=False)
     except ValidationError as error: raise invalid(error) from None
-    texts = [await api.read(to_base64, data) for data in files["image"]]
+    texts = [await api.read(client_behind(request), to_base64, data) for data in files["image"]]
     names = [name for name, part in parts if not isinstance(part, str) and file_field(name) == "image"]
     if len(names) > 1: names = [f"{name.removesuffix('[]')}[{i}]" for i, name in enumerate(names)]
     return Edit(ask, texts, names, to_base64(files["mask"][0]) if files["mask"] else None)

@@ -26,7 +26,7 @@ __all__ = ['log', 'ID', 'QUIET', 'EXPOSED', 'REST_BYTES', 'REST_SECONDS', 'REST_
            'Marked', 'Stamp', 'arrival', 'note_request', 'Origins', 'name_in', 'is_certain', 'is_private', 'Cors',
            'log_foreign', 'Exchange', 'discard_rest', 'Guard', 'refuse_foreign', 'refuse_rebound', 'refuse_compressed',
            'key_given', 'check_key', 'client_group', 'client_behind', 'Allowances', 'TooManyRequests', 'Overflow',
-           'Door']
+           'FloodGate']
 
 # %% ../nbs/09b_walls.ipynb #6da864fc
 ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -335,7 +335,7 @@ class Overflow:
         self._serving = None
 
 # %% ../nbs/09b_walls.ipynb #43982c92
-class Door:
+class FloodGate:
     "Layer behind `Stamp`: lets requests in, and makes whoever floods it wait. `answer`: as of `Guard`."
     def __init__(self, app: ASGIApp, answer: Callable[[Request, Exception], Response]):
         self.app, self.answer = app, answer
