@@ -221,7 +221,7 @@ class OrderedJob:
 def pictures_in(ask: Ask) -> dict[str, str]:
     "The pictures of a request that have to be decoded, as base64, by the path of their field."
     if isinstance(ask, GenerateRequest): return {}
-    given = [("mask", ask.mask)]
+    given = [("mask", ask.mask), *((f"references.{i}", text) for i, text in enumerate(ask.references))]
     if isinstance(ask, RefineRequest):
         given += [(f"images.{i}", text) for i, text in enumerate(ask.images)]
     else: given.append(("init", ask.init))

@@ -14,9 +14,10 @@ from .downloads import read_small
 
 # %% auto #0
 __all__ = ['BUCKETS', 'Key', 'MOST_KEYS', 'GROWTH', 'LONGEST', 'AGEING', 'E', 'OWES_MORE', 'GUEST_SLOWS', 'Curve', 'corrected',
-           'area', 'forget_oldest', 'Curves', 'Beginnings', 'StepCost', 'median_of_calls', 'smoothed', 'measure_curve',
-           'curve_from', 'write_whole', 'read_curves', 'CurveFile', 'Entry', 'seconds_left', 'note_seconds_left',
-           'urgency', 'mates_of', 'rows_in', 'is_guest', 'best_for', 'room_for', 'choose', 'work', 'eta']
+           'area', 'looked_at', 'forget_oldest', 'Curves', 'Beginnings', 'StepCost', 'median_of_calls', 'smoothed',
+           'measure_curve', 'curve_from', 'write_whole', 'read_curves', 'CurveFile', 'Entry', 'seconds_left',
+           'note_seconds_left', 'urgency', 'mates_of', 'rows_in', 'is_guest', 'best_for', 'room_for', 'choose', 'work',
+           'eta']
 
 # %% ../nbs/07_batching.ipynb #f5d2786e
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
@@ -54,11 +55,15 @@ def corrected(curve: Curve, rows: int, seconds: float, weight: float) -> Curve:
     return Curve({b: s * (1 + (change if b == mine else change / 2)) for b, s in curve.items()})
 
 # %% ../nbs/07_batching.ipynb #1d20b07f
-Key = tuple                   # (channels, h, w, text tokens, LoRA): what pictures in one call share
+Key = tuple                   # (channels, h, w, text tokens, LoRA, *shapes looked at): what pictures in one call share
 
 def area(key: Key) -> int:
     "Latent positions of a shape."
     return key[1] * key[2]
+
+def looked_at(key: Key) -> int:
+    "Latent positions of the pictures that a shape looks at."
+    return sum(height * width for height, width in key[5:])
 
 MOST_KEYS = 512               # shapes of which something is remembered: a stranger may name thousands
 
@@ -70,17 +75,23 @@ def forget_oldest(known: dict[Any, Any], kept: Any) -> None:
 # %% ../nbs/07_batching.ipynb #65eafe7e
 class Curves:
     "The curves of one kind of call, by shape key. `weight`: how much one call counts."
-    def __init__(self, native: Key, curve: dict[int, float], weight: float):
+    def __init__(self, native: Key, curve: dict[int, float], weight: float, looks: bool = False):
         self.native, self.weight = native, weight
+        self.looks = looks                           # whether its calls hold the pictures that are looked at
         self.known = {native: Curve(curve)}
 
     def __call__(self, key: Key) -> Curve:
         curve = self.known.get(key)
         if curve is None:
-            factor = area(key) / area(self.native)
-            curve = self.known[key] = Curve({b: s * factor for b, s in self.known[self.native].items()})
+            curve = self.known[key] = self._scaled(key)
             forget_oldest(self.known, self.native)
         return curve
+
+    def _scaled(self, key: Key) -> Curve:
+        native, looked = self.known[self.native], looked_at(key) if self.looks else 0
+        factor = (area(key) + looked) / area(self.native)
+        room = 2 * max(native) / factor if looked else max(native)        # rows
+        return Curve({b: s * factor for b, s in native.items() if b == 1 or b <= room})
 
     def observe(self, key: Key, rows: int, seconds: float) -> None:
         "A call of `rows` took `seconds`."
@@ -112,7 +123,7 @@ class StepCost:
     def __init__(self, native: Key, steps: dict[int, float], decodes: dict[int, float],
                  begin: float = 0.0, encode: float = 0.0):
         self.native = native
-        self.step = Curves(native, steps, weight=0.1)
+        self.step = Curves(native, steps, weight=0.1, looks=True)
         # there are fewer decodes than steps, so each counts more
         self.decode = Curves(native, decodes, weight=0.2)
         self.begin = Beginnings(native, begin, encode)

@@ -34,13 +34,13 @@ __all__ = ['Local', 'CLOUD_HELP', 'Cloud', 'Mode', 'OFFLINE_HELP', 'Offline', 'A
            'OR_HERE', 'STDOUT', 'ABOUT', 'HELP_NAMES', 'cli', 'VERSION', 'Version', 'OUT_HELP', 'Out', 'Negative',
            'Seed', 'Steps', 'Guidance', 'Lora', 'MODEL_HELP', 'ModelName', 'Temperature', 'Words', 'Aspect',
            'Resolution', 'HowMany', 'Becoming', 'GIVEN_HELP', 'Given', 'STRENGTH_HELP', 'Strength', 'MASK_HELP', 'Mask',
-           'PADDING_HELP', 'Padding', 'AT_ONCE', 'Listed', 'Folder', 'Own', 'INIT_HELP', 'Init', 'ITS_MASK_HELP',
-           'ItsMask', 'HEALTH_ROWS', 'Origin', 'Host', 'Port', 'AS_IT_IS', 'FAULT', 'columns', 'queue_line', 'Meter',
-           'Bars', 'in_panel', 'or_else', 'in_options', 'errors_told', 'client_for', 'check_writable', 'slug_of',
-           'Destination', 'save_to', 'count_of', 'line_of', 'report_pictures', 'words_of', 'print_version',
-           'generate_command', 'refine_command', 'prompts_in', 'sheet_of', 'make_all', 'report_batch', 'batch_command',
-           'replay_command', 'health_table', 'health_command', 'serve_command', 'hand_over', 'fleet_command',
-           'bench_command', 'deploy_command', 'main']
+           'REFERENCE_HELP', 'References', 'PADDING_HELP', 'Padding', 'AT_ONCE', 'Listed', 'Folder', 'Own', 'INIT_HELP',
+           'Init', 'ITS_MASK_HELP', 'ItsMask', 'LOOKED_HELP', 'LookedAt', 'HEALTH_ROWS', 'Origin', 'Host', 'Port',
+           'AS_IT_IS', 'FAULT', 'columns', 'queue_line', 'Meter', 'Bars', 'in_panel', 'or_else', 'in_options',
+           'errors_told', 'client_for', 'check_writable', 'slug_of', 'Destination', 'save_to', 'count_of', 'line_of',
+           'report_pictures', 'words_of', 'print_version', 'generate_command', 'refine_command', 'prompts_in',
+           'sheet_of', 'make_all', 'report_batch', 'batch_command', 'replay_command', 'health_table', 'health_command',
+           'serve_command', 'hand_over', 'fleet_command', 'bench_command', 'deploy_command', 'main']
 
 # %% ../nbs/17_cli.ipynb #ad84d76c
 def columns() -> list[Any]:
@@ -114,7 +114,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 # %% ../nbs/17_cli.ipynb #6db20c6f
 OPTIONS = {"aspect_ratio": "--aspect", "guidance_scale": "--guidance", "negative_prompt": "--negative", "n": "--count",
            "padding_mask_crop": "--padding-mask-crop", "temperature": "--temperature", "strength": "--strength",
-           "seed": "--seed", "steps": "--steps", "lora": "--lora", "model": "--model", "mask": "--mask"}
+           "seed": "--seed", "steps": "--steps", "lora": "--lora", "model": "--model", "mask": "--mask",
+           "references": "--reference"}
 OR_ELSE = "Or name a Space with --cloud, or add --offline to make the picture in this process."
 OR_HERE = "Or add --offline to make the picture in this process."
 
@@ -299,14 +300,16 @@ STRENGTH_HELP = "How far from the picture it may go (0.05-1). Default: 0.5, with
 Strength = Annotated[float | None, typer.Option(help=STRENGTH_HELP)]
 MASK_HELP = "A picture that says where: white is drawn anew, black or transparent stays."
 Mask = Annotated[Path | None, typer.Option(help=MASK_HELP, exists=True, dir_okay=False)]
+REFERENCE_HELP = "Another picture to look at, for models that look at several. May be given up to three times."
+References = Annotated[list[Path] | None, typer.Option("--reference", help=REFERENCE_HELP, exists=True, dir_okay=False)]
 PADDING_HELP = "Work on the mask and so many pixels around it alone, at the model's full size."
 Padding = Annotated[int | None, typer.Option("--padding-mask-crop", help=PADDING_HELP)]
 
 # %% ../nbs/17_cli.ipynb #4975efa0
 @cli.command("refine")
 def refine_command(
-        prompt: Becoming, images: Given, out: Out = None, mask: Mask = None, padding: Padding = None,
-        strength: Strength = None, negative: Negative = "", temperature: Temperature = 0.7, seed: Seed = None,
+        prompt: Becoming, images: Given, out: Out = None, mask: Mask = None, reference: References = None,
+        padding: Padding = None, strength: Strength = None, negative: Negative = "", temperature: Temperature = 0.7, seed: Seed = None,
         steps: Steps = None, guidance: Guidance = None, lora: Lora = None, model: ModelName = None,
         local: Local = LOCAL, cloud: Cloud = None, mode: Mode = "auto", offline: Offline = False,
         api_key: ApiKey = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
@@ -316,7 +319,7 @@ def refine_command(
         to.check()
         with client_for(local, cloud, mode, offline, api_key) as client, Bars(quiet or as_json) as bars:
             made = client.refine(
-                to.prompt, images, mask=mask, padding_mask_crop=padding, strength=strength,
+                to.prompt, images, mask=mask, references=reference or (), padding_mask_crop=padding, strength=strength,
                 negative_prompt=negative, temperature=temperature, seed=seed, steps=steps,
                 guidance_scale=guidance, lora=lora, model=model, on_event=bars)
         report_pictures(made, to, as_json)
@@ -393,10 +396,12 @@ INIT_HELP = "For a refinement: the picture it started from."
 Init = Annotated[Path | None, typer.Option(help=INIT_HELP, exists=True, dir_okay=False)]
 ITS_MASK_HELP = "For a refinement under a mask: that mask."
 ItsMask = Annotated[Path | None, typer.Option(help=ITS_MASK_HELP, exists=True, dir_okay=False)]
+LOOKED_HELP = "For a refinement that looked at other pictures: each of them, in the same order."
+LookedAt = Annotated[list[Path] | None, typer.Option("--reference", help=LOOKED_HELP, exists=True, dir_okay=False)]
 
 @cli.command("replay")
 def replay_command(
-        image: Own, out: Out = None, init: Init = None, mask: ItsMask = None, local: Local = LOCAL,
+        image: Own, out: Out = None, init: Init = None, mask: ItsMask = None, reference: LookedAt = None, local: Local = LOCAL,
         cloud: Cloud = None, mode: Mode = "auto", offline: Offline = False, api_key: ApiKey = None,
         as_json: AsJson = False, quiet: Quiet = False) -> None:
     "Make the picture of a file again, and say what may differ."
@@ -404,7 +409,7 @@ def replay_command(
         to = Destination(out, image.stem)
         to.check()
         with client_for(local, cloud, mode, offline, api_key) as client, Bars(quiet or as_json) as bars:
-            made = client.replay(image, init, mask, on_event=bars)
+            made = client.replay(image, init, mask, reference or (), on_event=bars)
         report_pictures(made, to, as_json)
 
 # %% ../nbs/17_cli.ipynb #607a1dae

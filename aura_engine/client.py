@@ -410,8 +410,9 @@ class AsyncAuraClient(Chooser):
         return await self.collect(ask, on_event)
 
     async def refine(
-            self, prompt: str, images: Any, *, mask: Any = None, padding_mask_crop: int | None = None,
-            strength: float | None = None, negative_prompt: str = "", seed: int | None = None,
+            self, prompt: str, images: Any, *, mask: Any = None, references: Any = (),
+            padding_mask_crop: int | None = None, strength: float | None = None, negative_prompt: str = "",
+            seed: int | None = None,
             steps: int | None = None, guidance_scale: float | None = None, temperature: float = 0.7,
             lora: str | None = None, model: str | None = None,
             deadline_seconds: float | None = None, on_event: OnEvent | None = None) -> Pictures:
@@ -419,25 +420,27 @@ class AsyncAuraClient(Chooser):
 
         - `images`: one picture or a list of up to four, each a PIL picture, file bytes, a path or base64.
         - `mask`: a picture like these, for all of them. White is redrawn, black or transparent is kept.
+        - `references`: up to three more pictures that each answer is drawn with in view, for models that look at
+          several, such as FLUX.2-klein.
         - `padding_mask_crop`: crop the picture to the mask and this many pixels around it, and draw the crop at
           the model's full size.
         - `strength`: 0.05 to 1, how far from the given picture the answer may go. None: 0.5, or 1 under a mask.
         - The others are those of `generate`.
         """
         ask = refinement(
-            prompt, images, mask, padding_mask_crop=padding_mask_crop, strength=strength,
+            prompt, images, mask, references, padding_mask_crop=padding_mask_crop, strength=strength,
             negative_prompt=negative_prompt, seed=seed, steps=steps, guidance_scale=guidance_scale,
             temperature=temperature, lora=lora, model=model, deadline_seconds=deadline_seconds)
         return await self.collect(ask, on_event)
 
-    async def replay(self, receipt: Any, init: Any = None, mask: Any = None, *,
+    async def replay(self, receipt: Any, init: Any = None, mask: Any = None, references: Any = (), *,
                      on_event: OnEvent | None = None) -> Pictures:
         """The picture of a receipt again. `warnings` say what may differ.
 
         - `receipt`: a `Receipt`, its JSON, or a PNG (bytes or path) that holds one.
-        - `init`: the picture a refinement started from. `mask`: its mask.
+        - `init`: the picture a refinement started from. `mask`: its mask. `references`: what it looked at besides.
         """
-        return await self.collect(repetition(receipt, init, mask), on_event)
+        return await self.collect(repetition(receipt, init, mask, references), on_event)
 
     async def health(self, origin: str | None = None) -> dict[str, EngineReport]:
         "A report of each engine by its name, and whether web pages of `origin` may call it."
@@ -556,8 +559,9 @@ class AuraClient(Background):
             model=model, deadline_seconds=deadline_seconds, on_event=on_event))
 
     def refine(
-            self, prompt: str, images: Any, *, mask: Any = None, padding_mask_crop: int | None = None,
-            strength: float | None = None, negative_prompt: str = "", seed: int | None = None,
+            self, prompt: str, images: Any, *, mask: Any = None, references: Any = (),
+            padding_mask_crop: int | None = None, strength: float | None = None, negative_prompt: str = "",
+            seed: int | None = None,
             steps: int | None = None, guidance_scale: float | None = None, temperature: float = 0.7,
             lora: str | None = None, model: str | None = None,
             deadline_seconds: float | None = None, on_event: OnEvent | None = None) -> Pictures:
@@ -565,24 +569,26 @@ class AuraClient(Background):
 
         - `images`: one picture or a list of up to four, each a PIL picture, file bytes, a path or base64.
         - `mask`: a picture like these, for all of them. White is redrawn, black or transparent is kept.
+        - `references`: up to three more pictures that each answer is drawn with in view, for models that look at
+          several, such as FLUX.2-klein.
         - `padding_mask_crop`: crop the picture to the mask and this many pixels around it, and draw the crop at
           the model's full size.
         - `strength`: 0.05 to 1, how far from the given picture the answer may go. None: 0.5, or 1 under a mask.
         - The others are those of `generate`.
         """
         return self.wait(self.aio.refine(
-            prompt, images, mask=mask, padding_mask_crop=padding_mask_crop, strength=strength,
+            prompt, images, mask=mask, references=references, padding_mask_crop=padding_mask_crop, strength=strength,
             negative_prompt=negative_prompt, seed=seed, steps=steps, guidance_scale=guidance_scale,
             temperature=temperature, lora=lora, model=model, deadline_seconds=deadline_seconds, on_event=on_event))
 
-    def replay(self, receipt: Any, init: Any = None, mask: Any = None, *,
+    def replay(self, receipt: Any, init: Any = None, mask: Any = None, references: Any = (), *,
                on_event: OnEvent | None = None) -> Pictures:
         """The picture of a receipt again. `warnings` say what may differ.
 
         - `receipt`: a `Receipt`, its JSON, or a PNG (bytes or path) that holds one.
-        - `init`: the picture a refinement started from. `mask`: its mask.
+        - `init`: the picture a refinement started from. `mask`: its mask. `references`: what it looked at besides.
         """
-        return self.wait(self.aio.replay(receipt, init, mask, on_event=on_event))
+        return self.wait(self.aio.replay(receipt, init, mask, references, on_event=on_event))
 
     def health(self, origin: str | None = None) -> dict[str, EngineReport]:
         "A report of each engine by its name, and whether web pages of `origin` may call it."

@@ -6,13 +6,13 @@
 from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
-import torch
+import numpy as np, torch
 from .loader import Components
 from .types import Picture
 from .unet_input import NetInput
 
 # %% auto #0
-__all__ = ['Text', 'Conditions', 'LatentSpace', 'Denoiser']
+__all__ = ['Text', 'Conditions', 'LatentSpace', 'first_pixels', 'touched', 'Denoiser']
 
 # %% ../nbs/05g_denoisers.ipynb #c51c98b4
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Conditions:
     "What a network gets at each step of a picture besides latents and time. A family adds fields."
     text: torch.Tensor                           # embeds of its rows [R, T, D]
     cut: str = ""                                # words of the prompt that did not fit
-    reference: torch.Tensor | None = None        # latents [1, C, h, w] of a reference picture
+    references: tuple[torch.Tensor, ...] = ()    # latents [1, C, h, w] of pictures to look at
 
     @property
     def rows(self) -> int:
@@ -43,10 +43,13 @@ class Conditions:
 
     @property
     def tokens(self) -> int:
-        "The tokens of one row besides the picture's own. All rows of a call have the same number."
-        if self.reference is None: return self.text.shape[1]
-        height, width = self.reference.shape[2:]
-        return self.text.shape[1] + height * width
+        "The tokens of the text of one row. All rows of a call have the same number."
+        return self.text.shape[1]
+
+    @property
+    def shapes(self) -> tuple[tuple[int, int], ...]:
+        "Height and width of each reference. All rows of a call have the same."
+        return tuple((latents.shape[2], latents.shape[3]) for latents in self.references)
 
 # %% ../nbs/05g_denoisers.ipynb #0298e2c4
 class LatentSpace:
@@ -79,6 +82,18 @@ class LatentSpace:
         "Latents in the form that previews are fitted on."
         return latents
 
+# %% ../nbs/05g_denoisers.ipynb #bc10a20d
+def first_pixels(white: np.ndarray, side: int) -> np.ndarray:
+    "A mask [H, W] at the latents' resolution [h, w], for latents of `side` pixels: 1 where they are drawn anew."
+    seen = white[::side, ::side]
+    return (seen if seen.any() else touched(white, side)).astype(np.float32)
+
+
+def touched(white: np.ndarray, side: int) -> np.ndarray:
+    "Which cells of `side` pixels a mask [H, W] touches at all, bool [h, w]."
+    height, width = white.shape
+    return white.reshape(height // side, side, width // side, side).any(axis=(1, 3))
+
 # %% ../nbs/05g_denoisers.ipynb #d9ffa6f8
 class Denoiser(LatentSpace):
     "What one family of models does in its own way."
@@ -86,9 +101,15 @@ class Denoiser(LatentSpace):
         "The size that this prompt has to be padded to."
         raise NotImplementedError
 
-    def tokens(self, size: int, p: Picture) -> int:
+    def tokens(self, size: int) -> int:
         "The `Conditions.tokens` of a picture whose texts have this size, before anything is encoded."
         raise NotImplementedError
+
+    def shapes(self, p: Picture) -> tuple[tuple[int, int], ...]:
+        "The `Conditions.shapes` of a picture, before anything is encoded."
+        if not self.looks_at_picture or p.strength is None: return ()
+        sizes = ((p.width, p.height), *(image.size for image in p.references))
+        return tuple((height // self.side, width // self.side) for width, height in sizes)
 
     def encode(self, texts: list[str], size: int) -> list[Text]:
         "Pad prompts to one size and encode them."
@@ -122,5 +143,9 @@ class Denoiser(LatentSpace):
 
     @property
     def looks_at_picture(self) -> bool:
-        "Whether a refinement gets its picture as a reference beside the latents, and begins with noise alone."
+        "Whether a refinement gets its picture as a reference beside the latents. Without a mask it begins with noise."
         return self.parts.row.refine == "reference"
+
+    def seen_mask(self, white: np.ndarray) -> np.ndarray:
+        "A mask [H, W], True where the picture is drawn anew, as latents see it: [h, w] from 0 to 1."
+        return first_pixels(white, self.side)

@@ -444,7 +444,7 @@ def with_model(known: Health, engine: EngineView) -> Health:
     predicted = p.need.peak() if p.need else None
     return replace(known, device=p.device.type, gpu=engine.gpu, gpu_name=name, revision=p.revision,
                    family=p.row.name, scheduler=SAMPLERS[p.row.sampler].cls, precision=p.precision, backend=p.backend,
-                   optimizations=optimizations_of(engine.runner), limits=limits_of(p.row, engine.gpu, mask=p.row.masks),
+                   optimizations=optimizations_of(engine.runner), limits=limits_of(p.row, engine.gpu),
                    queue=engine.queue.load(cost), step_cost=steps, facts=p.facts, precision_reason=p.precision_reason,
                    memory={**memory(), "predicted": predicted})
 

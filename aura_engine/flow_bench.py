@@ -203,7 +203,7 @@ def time_ends(bench: FlowBench, batches: tuple[int, ...] = (1, 4)) -> None:
     "Seconds of encoding a prompt, and of decoding pictures."
     family, prompt = denoiser_of(bench.parts), bench.picture().prompt
     size = family.measure(prompt)
-    bench.tell({"what": "text", "tokens": family.tokens(size, bench.picture()),
+    bench.tell({"what": "text", "tokens": family.tokens(size),
                 "seconds": bench.seconds(lambda: family.encode([prompt], size))})
     side = bench.side // family.side
     latents = torch.randn(1, family.channels, side, side, generator=torch.Generator().manual_seed(0))

@@ -139,14 +139,14 @@ class PlanLog(PixelLog):
     def start_bytes(self) -> int:
         "Bytes of the pictures that it starts from, those under a mask included."
         pictures = self.plan.pictures
-        given = {id(pixels): pixels for p in pictures for pixels in (p.init, p.inpainting)}
+        given = {id(pixels): pixels for p in pictures for pixels in (p.init, p.inpainting, *p.references)}
         return sum(map(bytes_in, given.values()))
 
     def free_inputs(self, index: int | None = None) -> None:
         "Give back the pictures to start from, or that of picture `index`."
         pictures = list(self.plan.pictures)
         for i, p in enumerate(pictures):
-            if index in (None, i): pictures[i] = replace(p, init=None, inpainting=None)
+            if index in (None, i): pictures[i] = replace(p, init=None, inpainting=None, references=())
         self.plan = replace(self.plan, pictures=tuple(pictures))
 
 # %% ../nbs/08a_jobs.ipynb #b5c1dd14

@@ -7,16 +7,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
-import torch
+import numpy as np, torch
 from torch import nn
-from .denoisers import Conditions, Text
+from .denoisers import Conditions, Text, touched
 from .flow_match import MOST_TOKENS, FlowMatch, prompt_ids, runs_on
 from .types import Picture
 from .unet_input import NetInput
 
 # %% auto #0
-__all__ = ['LAYERS', 'REFERENCE', 'encode_klein', 'empirical_mu', 'grid_ids', 'text_ids', 'as_tokens', 'KleinInput', 'to_patches',
-           'from_patches', 'KleinLatents', 'Klein']
+__all__ = ['LAYERS', 'REFERENCE', 'encode_klein', 'empirical_mu', 'grid_ids', 'text_ids', 'as_tokens', 'KleinInput',
+           'reference_tokens', 'to_patches', 'from_patches', 'KleinLatents', 'middle_pixels', 'Klein']
 
 # %% ../nbs/05j_klein.ipynb #f2756637
 LAYERS = (9, 18, 27)                              # of the encoder, as the published pipeline reads them
@@ -71,17 +71,16 @@ REFERENCE = 10                # in positions the drawn picture is 0; the publish
 
 @dataclass(frozen=True)
 class KleinInput(NetInput):
-    "A call. `reference`: latents [R, C, h', w'] of a second picture."
-    reference: torch.Tensor | None = None
+    "A call. `references`: tokens [R, M, C] of all pictures to look at. `places`: their positions [R, M, 4]."
+    references: torch.Tensor | None = None
+    places: torch.Tensor | None = None
 
     def picture_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
-        "Tokens of all pictures [R, N, C], and their positions [N, 4]."
+        "Tokens of all pictures [R, N, C], and their positions [N, 4], which are those of the first row."
         device, (height, width) = self.sample.device, self.sample.shape[2:]
         tokens, ids = as_tokens(self.sample), grid_ids(height, width, 0, device)
-        if self.reference is None: return tokens, ids
-        height, width = self.reference.shape[2:]
-        more = grid_ids(height, width, REFERENCE, device)
-        return torch.cat([tokens, as_tokens(self.reference)], 1), torch.cat([ids, more])
+        if self.references is None or self.places is None: return tokens, ids
+        return torch.cat([tokens, self.references], 1), torch.cat([ids, self.places[0]])
 
     def call(self, net: Any) -> torch.Tensor:
         "Run the transformer -> its predictions [R, C, h, w]."
@@ -91,8 +90,16 @@ class KleinInput(NetInput):
         # `guidance` is for models that read it as an input, and this one has no weights for it
         out = net(hidden_states=tokens, timestep=self.timestep, encoder_hidden_states=self.text, txt_ids=texts,
                   img_ids=ids, guidance=None, return_dict=False)[0]
-        # those for the reference come last, and nobody needs them
+        # those for the references come last, and nobody needs them
         return out[:, :height * width].transpose(1, 2).unflatten(2, (height, width))
+
+# %% ../nbs/05j_klein.ipynb #31467873
+def reference_tokens(latents: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    "Latents [1, C, h, w] of pictures to look at -> their tokens [1, M, C] and positions [1, M, 4]."
+    tokens = torch.cat([as_tokens(one) for one in latents], 1)
+    sizes = [(one.shape[2], one.shape[3]) for one in latents]
+    ids = [grid_ids(h, w, REFERENCE * (i + 1), tokens.device) for i, (h, w) in enumerate(sizes)]
+    return tokens, torch.cat(ids)[None]
 
 # %% ../nbs/05j_klein.ipynb #f5537a93
 def to_patches(z: torch.Tensor) -> torch.Tensor:
@@ -138,6 +145,17 @@ class KleinLatents(FlowMatch):
         "The VAE's latents, which have twice the resolution of the patches."
         return self.to_vae(latents)
 
+    def seen_mask(self, white: np.ndarray) -> np.ndarray:
+        "A mask as patches see it, in quarters."
+        return middle_pixels(white, self.side)
+
+# %% ../nbs/05j_klein.ipynb #b082c794
+def middle_pixels(white: np.ndarray, side: int) -> np.ndarray:
+    "A mask [H, W] at the patches' resolution: the mean of the four pixels in the middle of each."
+    cells = white.reshape(white.shape[0] // side, side, white.shape[1] // side, side)
+    middle = cells[:, side // 2 - 1:side // 2 + 1, :, side // 2 - 1:side // 2 + 1].mean(axis=(1, 3), dtype=np.float32)
+    return middle if middle.any() else touched(white, side).astype(np.float32)
+
 # %% ../nbs/05j_klein.ipynb #cd067383
 class Klein(KleinLatents):
     "FLUX.2-klein, distilled or not."
@@ -145,9 +163,9 @@ class Klein(KleinLatents):
         "1: all prompts have one size."
         return 1
 
-    def tokens(self, size: int, p: Picture) -> int:
-        "The number of tokens of the text and of the reference."
-        return MOST_TOKENS + (self.patches(p) if p.strength is not None else 0)
+    def tokens(self, size: int) -> int:
+        "The number of tokens of any text."
+        return MOST_TOKENS
 
     def patches(self, p: Picture) -> int:
         "The number of tokens of a picture."
@@ -170,6 +188,8 @@ class Klein(KleinLatents):
 
     def inputs(self, sample: torch.Tensor, time: torch.Tensor, given: Conditions) -> KleinInput:
         "The next call for one picture."
-        reference = given.reference
-        if reference is not None: reference = reference.to(sample.dtype).expand(len(sample), -1, -1, -1)
-        return KleinInput(sample, time, given.text, reference)
+        if not given.references: return KleinInput(sample, time, given.text)
+        tokens, places = reference_tokens(given.references)
+        rows = len(sample)
+        looked_at = tokens.to(sample.dtype).expand(rows, -1, -1)
+        return KleinInput(sample, time, given.text, looked_at, places.expand(rows, -1, -1))

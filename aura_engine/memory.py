@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 import psutil
-from .models import KLEIN, Z_IMAGE
+from .models import KLEIN, MOST_REFERENCES, Z_IMAGE
 
 # %% auto #0
 __all__ = ['LIMITS', 'KLEIN_TENSORS', 'Z_TENSORS', 'UNET_TENSORS', 'PLAIN_TENSORS', 'VAE_TENSORS', 'MOST_TEXT_TOKENS', 'Config',
@@ -44,12 +44,14 @@ MOST_TEXT_TOKENS = 512        # of a prompt for a language model
 
 Config = Mapping[str, Any]
 
-def net_row(pipeline: str, net: Config, side: int) -> int:
-    "Numbers alive at once while a denoiser works on one row, a square of `side` pixels."
+def net_row(pipeline: str, net: Config, side: int, looked_at: int = 1) -> int:
+    """Numbers alive at once while a denoiser works on one row, a square of `side` pixels.
+
+    `looked_at`: how many pictures of that size it looks at, if it can look at any."""
     patches = (side // 16) ** 2
     if pipeline == KLEIN:
-        # the picture, one to look at, and the text
-        width, tokens = net["num_attention_heads"] * net["attention_head_dim"], 2 * patches + MOST_TEXT_TOKENS
+        tokens = (1 + looked_at) * patches + MOST_TEXT_TOKENS
+        width = net["num_attention_heads"] * net["attention_head_dim"]
         return KLEIN_TENSORS * tokens * width
     if pipeline == Z_IMAGE: return Z_TENSORS * (patches + MOST_TEXT_TOKENS) * net["dim"]
     attends = net["down_block_types"][0].startswith("CrossAttn")
@@ -121,10 +123,12 @@ class Need:
     reserve: int = 0
     host: int = 0
     side: int = 0
+    widest: int = 0                              # work of a row that looks at as many pictures as it may
 
     def peak(self, pictures: int = 1) -> int:
         "Bytes at the worst moment while so many pictures share the calls."
-        work = max(self.text, self.rows * pictures * self.step, min(pictures, DECODES) * self.picture)
+        steps = self.rows * max(pictures * self.step, self.widest)
+        work = max(self.text, steps, min(pictures, DECODES) * self.picture)
         return sum(self.weights.values()) + work + self.reserve
 
     def most(self, free: int, wanted: int) -> int:
@@ -158,9 +162,10 @@ def need_of(sizes: Sizes, choice: Choice, cuda: bool = False) -> Need:
         host = away if choice.encoder == "cpu" else 0
     if choice.encoder != "cpu": text = encoded_text(encoder, layers) * choice.wide
     if choice.encoder == "release": text += sizes.counts["text_encoder"].largest * choice.wide
-    return Need(held, text, net_row(sizes.pipeline, sizes.configs["net"], sizes.side) * choice.wide,
-                decoded_picture(sizes.configs["vae"], sizes.side) * choice.wide, sizes.rows,
-                CUDA_RESERVE if cuda else 0, host, sizes.side)
+    step, widest = (net_row(sizes.pipeline, sizes.configs["net"], sizes.side, looked_at) * choice.wide
+                    for looked_at in (1, 1 + MOST_REFERENCES))
+    return Need(held, text, step, decoded_picture(sizes.configs["vae"], sizes.side) * choice.wide, sizes.rows,
+                CUDA_RESERVE if cuda else 0, host, sizes.side, widest)
 
 # %% ../nbs/03e_memory.ipynb #a28e96ba
 def choices(asked: Choice, places: Sequence[str], quantised: bool) -> list[Choice]:

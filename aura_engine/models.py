@@ -12,13 +12,13 @@ from typing import Any
 from .types import Invalid, Limits
 
 # %% auto #0
-__all__ = ['SAMPLERS', 'EPSILON', 'SD', 'XL', 'SD15_ID', 'SDXL_ID', 'SSD_ID', 'EMBEDDED_ROWS', 'SD_ROWS', 'XL_ROWS', 'KLEIN',
-           'Z_IMAGE', 'FLOW_ROWS', 'ROWS', 'VAES', 'EMBEDDED', 'INCLUDED', 'PICKLED', 'SOURCES', 'ALIASES', 'WITHDRAWN',
-           'WITHDRAWN_WORDS', 'BASES', 'NARROWEST', 'Sampler', 'executed_steps', 'last_steps', 'Row', 'lcm_lora',
-           'lcm_model', 'distilled', 'hyper', 'hyper_cfg', 'tcd', 'pcm', 'flash', 'lightning', 'lightning_lora',
-           'model_table', 'figures_table', 'vae_table', 'resolve_id', 'is_local', 'check_source', 'is_named',
-           'own_name', 'with_lora', 'is_whole', 'row_for', 'detect', 'detect_flow', 'fit_size', 'size_for', 'makes',
-           'limits_of']
+__all__ = ['SAMPLERS', 'EPSILON', 'SD', 'XL', 'SD15_ID', 'SDXL_ID', 'SSD_ID', 'EMBEDDED_ROWS', 'SD_ROWS', 'XL_ROWS',
+           'MOST_REFERENCES', 'KLEIN', 'Z_IMAGE', 'FLOW_ROWS', 'ROWS', 'VAES', 'EMBEDDED', 'INCLUDED', 'PICKLED',
+           'SOURCES', 'ALIASES', 'WITHDRAWN', 'WITHDRAWN_WORDS', 'BASES', 'NARROWEST', 'Sampler', 'executed_steps',
+           'last_steps', 'Row', 'lcm_lora', 'lcm_model', 'distilled', 'hyper', 'hyper_cfg', 'tcd', 'pcm', 'flash',
+           'lightning', 'lightning_lora', 'model_table', 'figures_table', 'vae_table', 'resolve_id', 'is_local',
+           'check_source', 'is_named', 'own_name', 'with_lora', 'is_whole', 'row_for', 'detect', 'detect_flow',
+           'fit_size', 'size_for', 'makes', 'limits_of']
 
 # %% ../nbs/02_models.ipynb #d50d7ab4
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ class Row:
     precisions: tuple[str, ...] = ("fp16", "bf16", "fp32")       # what it runs in, the first one by itself on a GPU
     text_layers: int | None = None               # how many layers of the text encoder are read (-1: all but one)
     refine: str = "noise"                        # a refinement adds noise to a picture, or looks at it as a "reference"
+    references: int = 0                          # how many other pictures it can look at besides
     figures: str = ""                            # where steps, guidance, sampler and size are published
 
     @property
@@ -104,11 +105,6 @@ class Row:
     def flow(self) -> bool:
         "Whether this is a flow-matching transformer: its steps are times of one timetable."
         return self.sampler == "flow"
-
-    @property
-    def masks(self) -> bool:
-        "Whether a part of a picture can be drawn anew."
-        return not self.flow
 
 # %% ../nbs/02_models.ipynb #1b420512
 SD = "StableDiffusionPipeline"
@@ -278,11 +274,13 @@ XL_ROWS = (
 )
 
 # %% ../nbs/02_models.ipynb #35f1047b
+MOST_REFERENCES = 3                              # with the refined picture four: what a request may hold
 KLEIN = "Flux2KleinPipeline"
 Z_IMAGE = "ZImagePipeline"
 _klein = Row("flux2-klein", KLEIN, "flow", (2, 4, 8), (0, 0, 0), 1024, multiple=16, token_limit=512,
              weights="literal", ids=("black-forest-labs/FLUX.2-klein-4B",), precisions=("bf16", "fp32"), text_layers=27,
-             refine="reference", note="Apache-2.0; 16 GB; a refinement looks at its picture",
+             refine="reference", references=MOST_REFERENCES,
+             note="Apache-2.0; 16 GB; a refinement looks at its picture, and at up to three others",
              figures="card: 1024 px, 4 steps, guidance 1, which this pipeline does not use (guidance 0 here)")
 FLOW_ROWS = (
     _klein,
@@ -567,7 +565,7 @@ def makes(row: Row, width: int, height: int) -> bool:
     return (width - half) * (height - half) <= row.native**2 and (width + half) * (height + half) >= least
 
 # %% ../nbs/02_models.ipynb #41733c74
-def limits_of(row: Row, gpu: bool, mask: bool = False) -> Limits:
+def limits_of(row: Row, gpu: bool) -> Limits:
     "What may be asked of `row` on this machine. Without a GPU the largest picture is the `standard` one."
     most = row.native if gpu else round(row.native * row.standard)
-    return Limits(row.steps, row.guidance, row.native, most, mask, row.loras)
+    return Limits(row.steps, row.guidance, row.native, most, mask=True, loras=row.loras, references=row.references)

@@ -405,8 +405,13 @@ class Edit:
     def their_names(self) -> dict[str, str]:
         "The client's names by ours."
         named = {f"images.{i}": name for i, name in enumerate(self.names)}
+        beside = {f"references.{i}": name for i, name in enumerate(self.names[1:])}
         every = self.names[0].partition("[0]")[0] if self.names else "image"
-        return {**THEIR_NAMES, "images": every, **named}
+        return {**THEIR_NAMES, "images": every, "references": every, **named, **beside}
+
+    def composed(self, row: Row) -> bool:
+        "Whether one picture is drawn with all of these in view."
+        return 1 < len(self.pictures) <= 1 + row.references
 
 # %% ../nbs/10a_openai.ipynb #7d4a12e9
 def picture_text(given: str | ImageAddress, field: str) -> str:
@@ -464,9 +469,9 @@ async def read_edit(request: Request) -> Edit:
 # %% ../nbs/10a_openai.ipynb #d5838e29
 NOT_COMPOSED = "Several pictures are not composed into one here: each was refined by itself."
 
-def edit_wish(edit: Edit, wish: Wish) -> Wish:
+def edit_wish(edit: Edit, wish: Wish, row: Row) -> Wish:
     "What an edit wants beyond our own request."
-    if len(edit.pictures) == 1: return wish
+    if len(edit.pictures) == 1 or edit.composed(row): return wish
     note = Note("image", len(edit.pictures), "each by itself", NOT_COMPOSED)
     return replace(wish, notes=(*wish.notes, note))
 
@@ -492,8 +497,10 @@ async def edit_answer(request: Request, edit: Edit, api: Api) -> Response:
         both = common(edit.ask, row, api.settings)
         config = translated(RefineConfig, **both.numbers, strength=edit.ask.strength)
         mask = await remade_mask(request, edit.mask, mask_of_hole)
-        own = translated(RefineRequest, refinePrompt=both.prompt, images=edit.pictures, mask=mask, config=config)
-        return await openai_answer(request, edit.ask, own, edit_wish(edit, both.wish), "image_edit")
+        first = 1 if edit.composed(row) else len(edit.pictures)
+        own = translated(RefineRequest, refinePrompt=both.prompt, images=edit.pictures[:first],
+                         references=edit.pictures[first:], mask=mask, config=config)
+        return await openai_answer(request, edit.ask, own, edit_wish(edit, both.wish, row), "image_edit")
     except Invalid as error: raise renamed(error, edit.their_names) from None
 
 # %% ../nbs/10a_openai.ipynb #6598e0e9

@@ -4,7 +4,7 @@
 
 # %% ../nbs/03d_planning.ipynb #319dc4f4
 from __future__ import annotations
-import re, secrets
+import hashlib, math, re, secrets
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,18 +17,19 @@ from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, 
 from pydantic import model_validator
 from .images import decode, decode_mask, from_base64, receipt_of
 from .masks import Region, Inpainting, box_around, fitted_mask, is_white, widened
-from .models import (EMBEDDED, NARROWEST, SAMPLERS, Row, executed_steps, fit_size,
+from .models import (EMBEDDED, MOST_REFERENCES, NARROWEST, SAMPLERS, Row, executed_steps, fit_size,
     last_steps, makes, size_for)
 from .prompt_weights import has_weights, plain_text
 from .types import (MAX_PROMPT, MAX_SEED, WHOLE, FieldError, GenerateRequest, Invalid, Note,
-    Padding, Picture, Plan, Prompt, Receipt, RefineConfig, RefineRequest, RequestModel, Seed, Steps,
+    Padding, Picture, PictureText, Plan, Prompt, Receipt, RefineConfig, RefineRequest, RequestModel, Seed, Steps,
     Words, field_errors, shown)
 
 # %% auto #0
-__all__ = ['CLOSELY', 'MOST_HELPED', 'STRENGTH', 'MOST_VERSIONS', 'Label', 'SamplerName', 'Side', 'COMPARED', 'MOST_DIFFERENCES',
-           'LONGEST_LABEL', 'known_words', 'is_slip', 'shorter_by_one', 'letter_pairs', 'Vocabulary', 'vocabulary',
-           'intended_word', 'similar_words', 'short_list', 'understood', 'clamp', 'allowed_lora', 'plan', 'prepare',
-           'sized', 'PictureRecipe', 'Replayed', 'ReplayRequest', 'replay_plan', 'differences']
+__all__ = ['CLOSELY', 'MOST_HELPED', 'STRENGTH', 'LEAST_SIDE', 'MOST_STRETCHED', 'MOST_VERSIONS', 'Label', 'SamplerName', 'Side',
+           'COMPARED', 'MOST_DIFFERENCES', 'LONGEST_LABEL', 'known_words', 'is_slip', 'shorter_by_one', 'letter_pairs',
+           'Vocabulary', 'vocabulary', 'intended_word', 'similar_words', 'short_list', 'understood', 'clamp',
+           'allowed_lora', 'reference_picture', 'plan', 'looked_at', 'prepare', 'sized', 'PictureRecipe', 'Replayed',
+           'ReplayRequest', 'replay_plan', 'differences']
 
 # %% ../nbs/03d_planning.ipynb #b19b3380
 @cache
@@ -243,15 +244,15 @@ def _generation(request: GenerateRequest, row: Row, gpu: bool) -> Plan:
     return Plan(pictures, tuple(notes), request.deadline_seconds)
 
 # %% ../nbs/03d_planning.ipynb #0150c153
-def _flow_steps(row: Row, steps: int, strength: float, notes: list[Note]) -> tuple[int, float]:
+def _flow_steps(row: Row, steps: int, strength: float, masked: bool, notes: list[Note]) -> tuple[int, float]:
     "The same for a flow-matching transformer: its timetable's end, or all of it to look at the picture."
-    if row.refine == "noise": return last_steps(steps, strength), strength
+    if row.refine == "noise" or masked: return last_steps(steps, strength), strength
     text = "This model looks at the picture and draws a new one: strength has no effect."
     if strength != 1: notes.append(Note("strength", strength, "ignored", text))
     return steps, 1.0
 
 # %% ../nbs/03d_planning.ipynb #fb5f483d
-def _refine_steps(row: Row, steps: int, strength: float, notes: list[Note]) -> tuple[int, float]:
+def _refine_steps(row: Row, steps: int, strength: float, masked: bool, notes: list[Note]) -> tuple[int, float]:
     "(steps to run, strength that this is) of a refinement."
     if row.fixed:
         table = row.steps[0]
@@ -261,7 +262,7 @@ def _refine_steps(row: Row, steps: int, strength: float, notes: list[Note]) -> t
         text = f"Strength {strength:g} became {real:.4g}: {why}."
         if real != strength: notes.append(Note("strength", strength, round(real, 4), text))
         return run, real
-    if row.flow: return _flow_steps(row, steps, strength, notes)
+    if row.flow: return _flow_steps(row, steps, strength, masked, notes)
     run, _ = executed_steps(steps, strength, SAMPLERS[row.sampler].max_steps)
     why = f"strength {strength:g} leaves room for no more on this sampler's timetable"
     text = f"Ran {run} of {steps} steps: {why}."
@@ -318,21 +319,44 @@ STRENGTH = 0.5                                   # of a refinement whose request
 
 
 def _strength(row: Row, mask: Image.Image | None) -> float:
-    "The strength of a refinement that names none. Invalid for a mask that the model cannot use."
-    if mask is None: return 1.0 if row.refine == "reference" else STRENGTH
-    if row.masks: return 1.0
-    raise Invalid.value("mask", given="a mask", allowed=f"none: {row.name} draws whole pictures")
+    "The strength of a refinement that names none."
+    return 1.0 if mask is not None or row.refine == "reference" else STRENGTH
 
 # %% ../nbs/03d_planning.ipynb #95ff5e2f
+LEAST_SIDE = 64                                  # pixels of a reference; the stock pipeline refuses smaller ones
+MOST_STRETCHED = 8                               # and those that are longer than this for their width
+
+
+def reference_picture(image: Image.Image, row: Row, loc: str) -> Image.Image:
+    "A picture as a model looks at it. Invalid names `loc` when it is too small or too narrow."
+    width, height = image.size
+    if min(width, height) < LEAST_SIDE or max(width, height) > MOST_STRETCHED * min(width, height):
+        allowed = f"at least {LEAST_SIDE} pixels a side, and at most {MOST_STRETCHED} times as long as wide"
+        raise Invalid.value(loc, given=Words(f"{width}x{height}"), allowed=allowed)
+    shrink = row.native / math.sqrt(width * height)
+    if shrink < 1:
+        width, height = int(width * shrink), int(height * shrink)
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    whole = width // row.multiple * row.multiple, height // row.multiple * row.multiple
+    left, top = (width - whole[0]) // 2, (height - whole[1]) // 2
+    return image.crop((left, top, left + whole[0], top + whole[1]))
+
+# %% ../nbs/03d_planning.ipynb #bd1a3e49
+def _looking(first: Picture, references: Sequence[Image.Image]) -> Picture:
+    "`first` with other pictures to look at."
+    digests = tuple(hashlib.sha256(image.tobytes()).hexdigest() for image in references)
+    return replace(first, references=tuple(references), reference_sha256=digests)
+
+# %% ../nbs/03d_planning.ipynb #a4e8460b
 def _refinement(request: RefineRequest, row: Row, images: Sequence[Image.Image],
-                mask: Image.Image | None) -> Plan:
+                mask: Image.Image | None, references: Sequence[Image.Image]) -> Plan:
     config, notes = request.config, []
-    first = _unsized_picture(row, request.refine_prompt, config, notes)
+    first = _looking(_unsized_picture(row, request.refine_prompt, config, notes), references)
     asked = config.strength or _strength(row, mask)
-    run, strength = _refine_steps(row, first.steps, asked, notes)
-    first = replace(first, steps=run, strength=strength, steps_asked=first.steps)
     padding = config.padding_mask_crop
     mask = _usable_mask(mask, padding, notes)
+    run, strength = _refine_steps(row, first.steps, asked, mask is not None, notes)
+    first = replace(first, steps=run, strength=strength, steps_asked=first.steps)
     pictures = []
     for i, image in enumerate(images):
         one = replace(first, seed=_seed(first, i))
@@ -341,16 +365,28 @@ def _refinement(request: RefineRequest, row: Row, images: Sequence[Image.Image],
 
 # %% ../nbs/03d_planning.ipynb #fa2f4627
 def plan(request: GenerateRequest | RefineRequest, row: Row, images: Sequence[Image.Image] = (),
-         gpu: bool = False, mask: Image.Image | None = None) -> Plan:
+         gpu: bool = False, mask: Image.Image | None = None, references: Sequence[Image.Image] = ()) -> Plan:
     """A checked request and the row of the loaded model -> what to do, with notes.
 
-    `images`: the decoded pictures of a refinement (PIL, RGB), `mask`: its decoded mask (PIL, L). Invalid names
-    a field as the request does.
+    `images`: the decoded pictures of a refinement (PIL, RGB), `mask`: its decoded mask (PIL, L), `references`: what
+    `reference_picture` made of the others. Invalid names a field as the request does.
     """
-    if isinstance(request, RefineRequest): return _refinement(request, row, images, mask)
+    if isinstance(request, RefineRequest): return _refinement(request, row, images, mask, references)
     return _generation(request, row, gpu)
 
 # %% ../nbs/03d_planning.ipynb #29a52b99
+def looked_at(texts: Sequence[str], row: Row) -> list[Image.Image]:
+    "The references of a request, decoded. Invalid names the field when the model looks at fewer, or the picture."
+    if len(texts) > row.references:
+        allowed = f"up to {row.references}" if row.references else f"none: {row.name} takes one picture at a time"
+        raise Invalid.value("references", given=Words(f"{len(texts)} pictures"), allowed=allowed)
+    pictures = []
+    for i, text in enumerate(texts):
+        loc = f"references.{i}"
+        pictures.append(reference_picture(decode(from_base64(text, loc), loc, side=row.native), row, loc))
+    return pictures
+
+# %% ../nbs/03d_planning.ipynb #dccb98d9
 def prepare(request: RefineRequest, row: Row, gpu: bool = False) -> Plan:
     "Decode a refinement's pictures and plan it. Invalid names the picture (`images.0`) or the field."
     mask = decode_mask(from_base64(request.mask, "mask")) if request.mask else None
@@ -360,7 +396,7 @@ def prepare(request: RefineRequest, row: Row, gpu: bool = False) -> Plan:
         loc = f"images.{i}"
         decoded[text] = decode(from_base64(text, loc), loc, side=row.native if mask is None else None)
     images = [decoded[text] for text in request.images]
-    return sized(plan(request, row, images, gpu, mask))
+    return sized(plan(request, row, images, gpu, mask, looked_at(request.references, row)))
 
 # %% ../nbs/03d_planning.ipynb #5d4dc90c
 def _at_size(p: Picture) -> Picture:
@@ -426,10 +462,11 @@ class Replayed(PictureRecipe):
     lora_source: Label | None = None
     init_sha256: Label | None = None
     mask_sha256: Label | None = None
+    reference_sha256: list[Label] = Field([], max_length=MOST_REFERENCES)
 
     def receipt(self) -> Receipt:
         "The receipt it is."
-        return Receipt(**self.model_dump())
+        return Receipt(**self.model_dump() | {"reference_sha256": tuple(self.reference_sha256)})
 
 # %% ../nbs/03d_planning.ipynb #6263bd79
 def _one_without(one: str, other: str) -> dict[str, Any]:
@@ -440,13 +477,14 @@ def _one_without(one: str, other: str) -> dict[str, Any]:
 class ReplayRequest(RequestModel):
     """Body of POST /replay: a `receipt`, or an `image` (base64 PNG of ours) that holds one.
 
-    `init`: the picture a refinement started from. `mask`: its mask."""
+    `init`: the picture a refinement started from. `mask`: its mask. `references`: what it looked at besides."""
     _one_of_two = {"oneOf": [_one_without("receipt", "image"), _one_without("image", "receipt")]}
     model_config = {**RequestModel.model_config, "json_schema_extra": _one_of_two}
     receipt: Replayed | None = None
     image: str | None = Field(None, json_schema_extra={"format": "picture"})
     init: str | None = Field(None, json_schema_extra={"format": "picture"})
     mask: str | None = Field(None, json_schema_extra={"format": "picture"})
+    references: list[PictureText] = Field([], max_length=MOST_REFERENCES)
     format: Literal["png", "jpeg", "webp"] = "png"
 
     @model_validator(mode="after")
@@ -493,11 +531,16 @@ def _check_pictures(ask: ReplayRequest, r: Replayed) -> None:
         if needed == bool(given): continue
         allowed = what if needed else f"none: this receipt is not of a refinement with {name}"
         raise Invalid.value(name, given=given and given[:20], allowed=allowed)
+    given, needed = len(ask.references), len(r.reference_sha256)
+    if given == needed: return
+    allowed = f"the {needed} it looked at, in their order" if needed else "none: this receipt is of one without them"
+    raise Invalid.value("references", given=Words(f"{given} pictures"), allowed=allowed)
 
 # %% ../nbs/03d_planning.ipynb #2502d149
 def _started(p: Picture, ask: ReplayRequest, r: Replayed, row: Row) -> Picture:
     "The picture of a receipt with what its refinement started from."
     if not ask.init: return p
+    p = _looking(p, looked_at(ask.references, row))
     init = decode(from_base64(ask.init, "init"), "init", side=None if ask.mask else row.native)
     if not ask.mask: return replace(p, init=init)
     mask = fitted_mask(decode_mask(from_base64(ask.mask, "mask")), init.size)
@@ -521,7 +564,7 @@ def replay_plan(ask: ReplayRequest, row: Row) -> tuple[Receipt, Plan]:
 
 # %% ../nbs/03d_planning.ipynb #f2cae18a
 COMPARED = ("model", "revision", "lora", "lora_source", "precision", "backend", "device", "init_sha256",
-            "mask_sha256")
+            "mask_sha256", "reference_sha256")
 MOST_DIFFERENCES = 20
 LONGEST_LABEL = 310                              # letters shown: those of a Label and its quotes
 

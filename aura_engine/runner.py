@@ -123,7 +123,7 @@ def key_of(texts: TextCache, p: Picture) -> tuple[Key, int]:
     "The shape key that a picture's trajectory will have, and its UNet rows a step."
     keys, family = texts.keys(p), texts.family
     h, w = p.height // family.side, p.width // family.side
-    return (family.channels, h, w, family.tokens(keys[0].size, p), p.lora), len(keys)
+    return (family.channels, h, w, family.tokens(keys[0].size), p.lora, *family.shapes(p)), len(keys)
 
 # %% ../nbs/08c_runner.ipynb #2b431a59
 def curve_name(parts: Components, settings: Settings, trial: Trial) -> str:
@@ -184,7 +184,7 @@ def receipt_of_task(task: Task, parts: Components, versions: dict[str, str],
         lora_source=parts.loras.sources.get(p.lora) if p.lora else None,
         precision=parts.precision, backend=parts.backend, device=parts.device.type, versions=versions,
         init_sha256=task.init_sha256, mask_sha256=task.mask_sha256,
-        padding_mask_crop=p.inpainting.padding if p.inpainting else None,
+        padding_mask_crop=p.inpainting.padding if p.inpainting else None, reference_sha256=p.reference_sha256,
         corrections=(*map(str, task.job.plan.notes), *repairs),
         timings={stage: round(seconds, 4) for stage, seconds in task.times.items()})
 
@@ -226,7 +226,7 @@ def begin_task(task: Task, parts: Components, texts: TextCache, text_seconds: fl
     trajectory, seconds = clocked(Trajectory, parts, p, texts)
     # in a receipt, "text" is all that comes before the first step: noise, and the VAE's encoding of a given picture
     spend(task, "text", text_seconds + seconds, text_seconds + seconds)
-    task.picture = trajectory.picture = replace(p, init=None)
+    task.picture = trajectory.picture = replace(p, init=None, references=())
     task.trajectory, task.begin = trajectory, 0.0
     if p.inpainting is None: task.job.free_inputs(task.index)
     if trajectory.cut: task.job.cuts.append(f"the prompt was cut before: {trajectory.cut[:200]}")

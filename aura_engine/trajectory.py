@@ -24,8 +24,8 @@ from .unet_input import NetInput
 __all__ = ['MOST_TEXT', 'Weights', 'FIRST_ORDER', 'FLAT', 'OVERFLOWED', 'EMPTY', 'Decoded', 'TextKey', 'KeptTexts', 'TextCache',
            'Coefficients', 'Mixture', 'Table', 'probe', 'scale_at', 'estimate_of', 'TimetableKey', 'weights_at',
            'mix_of', 'make_table', 'Noise', 'dtype_of', 'overflows', 'moved', 'pixels_of', 'encode_pixels',
-           'encode_picture', 'sampled', 'decode_as', 'decode_batch', 'decode_latents', 'KeptLatents', 'latent_mask',
-           'mask_tensor', 'hole_in', 'begins_pure', 'Beginning', 'encoded_init', 'beginning', 'TrajectoryState',
+           'encode_picture', 'sampled', 'decode_as', 'decode_batch', 'decode_latents', 'KeptLatents', 'mask_tensor',
+           'hole_in', 'begins_pure', 'Beginning', 'encoded_init', 'references_of', 'beginning', 'TrajectoryState',
            'Trajectory', 'advance', 'take_steps', 'fresh_noise']
 
 # %% ../nbs/06_trajectory.ipynb #90089ddf
@@ -307,22 +307,13 @@ class KeptLatents:
         return (1 - self.mask) * (picture * self.latents + noise * self.noise) + self.mask * x
 
 # %% ../nbs/06_trajectory.ipynb #47966c91
-def latent_mask(mask: Image.Image, scale: int) -> np.ndarray:
-    "A mask (L) as latents of `scale` pixels a side see it: bool [h, w], True where they are drawn anew."
-    white = np.asarray(mask) >= HALF
-    corners = white[::scale, ::scale]
-    if corners.any(): return corners
-    h, w = corners.shape
-    return np.asarray(white.reshape(h, scale, w, scale).any(axis=(1, 3)))
-
-# %% ../nbs/06_trajectory.ipynb #8be39ff5
 def mask_tensor(parts: Components, p: Picture) -> torch.Tensor:
     "The mask of a picture at latent resolution [1, 1, h, w]. 1 where it is drawn, which is everywhere without a mask."
-    scale = denoiser_of(parts).side
+    family = denoiser_of(parts)
     if p.inpainting is None:
-        return torch.ones(1, 1, p.height // scale, p.width // scale, device=parts.device)
-    seen = latent_mask(p.inpainting.part_mask((p.width, p.height)), scale)
-    return torch.from_numpy(seen.astype(np.float32))[None, None].to(parts.device)
+        return torch.ones(1, 1, p.height // family.side, p.width // family.side, device=parts.device)
+    white = np.asarray(p.inpainting.part_mask((p.width, p.height))) >= HALF
+    return torch.from_numpy(family.seen_mask(white))[None, None].to(parts.device)
 
 # %% ../nbs/06_trajectory.ipynb #d83f75cd
 def hole_in(parts: Components, p: Picture, noise: Noise) -> torch.Tensor:
@@ -336,7 +327,7 @@ def hole_in(parts: Components, p: Picture, noise: Noise) -> torch.Tensor:
 # %% ../nbs/06_trajectory.ipynb #85fe53d6
 def begins_pure(parts: Components, p: Picture) -> bool:
     "Whether a refinement begins with noise alone."
-    if denoiser_of(parts).looks_at_picture: return True
+    if p.inpainting is None and denoiser_of(parts).looks_at_picture: return True
     return p.strength == 1 and (p.inpainting is not None or parts.takes_mask)
 
 # %% ../nbs/06_trajectory.ipynb #5b870da6
@@ -346,7 +337,7 @@ class Beginning:
     latents: torch.Tensor
     kept: KeptLatents | None = None
     hole: torch.Tensor | None = None
-    reference: torch.Tensor | None = None
+    references: tuple[torch.Tensor, ...] = ()
 
 # %% ../nbs/06_trajectory.ipynb #58704e38
 def encoded_init(parts: Components, p: Picture, weight: float, noise: Noise) -> torch.Tensor | None:
@@ -355,6 +346,13 @@ def encoded_init(parts: Components, p: Picture, weight: float, noise: Noise) -> 
     return encode_picture(parts, p.init, p.width, p.height, noise)
 
 # %% ../nbs/06_trajectory.ipynb #6b5e31de
+def references_of(parts: Components, p: Picture, encoded: torch.Tensor | None,
+                  noise: Noise) -> tuple[torch.Tensor, ...]:
+    "Latents of all that a refinement looks at: its picture (`encoded`) and the others. Empty for most families."
+    if encoded is None or not denoiser_of(parts).looks_at_picture: return ()
+    return encoded, *(encode_picture(parts, image, *image.size, noise) for image in p.references)
+
+# %% ../nbs/06_trajectory.ipynb #fb00cb5d
 def beginning(parts: Components, p: Picture, mix: Mixture, noise: Noise) -> Beginning:
     "How a picture begins with the numbers of its scheduler."
     of_picture, of_noise = mix.start
@@ -362,14 +360,15 @@ def beginning(parts: Components, p: Picture, mix: Mixture, noise: Noise) -> Begi
     shape = (1, family.channels, p.height // family.side, p.width // family.side)
     encoded = encoded_init(parts, p, of_picture, noise)
     drawn = noise.draw(shape).to(parts.device)
-    if family.looks_at_picture: return Beginning(of_noise * drawn, reference=encoded)
     latents = of_noise * drawn if encoded is None else of_picture * encoded + of_noise * drawn
     if parts.takes_mask: return Beginning(latents, hole=hole_in(parts, p, noise))
-    if p.inpainting is None: return Beginning(latents)
+    looked_at = references_of(parts, p, encoded, noise)
+    if p.inpainting is None: return Beginning(latents, references=looked_at)
     assert encoded is not None
     # The pipelines encode the picture with its hole here too, and do not use it. The draw counts.
     if parts.draws_latents: noise.draw(shape)
-    return Beginning(latents, KeptLatents(encoded, drawn, mask_tensor(parts, p), mix.before))
+    kept = KeptLatents(encoded, drawn, mask_tensor(parts, p), mix.before)
+    return Beginning(latents, kept, references=looked_at)
 
 # %% ../nbs/06_trajectory.ipynb #991e7735
 class TrajectoryState:
@@ -386,7 +385,7 @@ class TrajectoryState:
         self.clock = self.timesteps.to(parts.device).float()
         begun = beginning(parts, picture, mix, self.noise)
         given = self.family.conditions(picture, [texts(key) for key in texts.keys(picture)])
-        self.conditions: Conditions = replace(given, reference=begun.reference)
+        self.conditions: Conditions = replace(given, references=begun.references)
         self.latents = begun.latents
         self.kept = begun.kept
         self.hole = begun.hole
@@ -424,8 +423,8 @@ class TrajectoryState:
 
     @property
     def key(self) -> tuple:
-        "Trajectories of one key can share a UNet call: (C, h, w, tokens, LoRA)."
-        return (*self.latents.shape[1:], self.conditions.tokens, self.picture.lora)
+        "Trajectories of one key can share a UNet call: (C, h, w, text tokens, LoRA, shapes of the references)."
+        return (*self.latents.shape[1:], self.conditions.tokens, self.picture.lora, *self.conditions.shapes)
 
 # %% ../nbs/06_trajectory.ipynb #1ec53464
 class Trajectory(TrajectoryState):

@@ -33,18 +33,20 @@ from .types import (
 
 # %% auto #0
 __all__ = ['Ask', 'ROUTES', 'GUIDE', 'SPACE_PAGE', 'AN_ADDRESS', 'CLOUD_VARIABLE', 'QUICK', 'PATIENT', 'BROKEN', 'Replay',
-           'checked', 'as_base64', 'GenerateOptions', 'generation', 'mask_as_base64', 'refinement', 'repetition',
-           'json_body', 'error_from', 'error_in', 'is_near', 'event_of', 'events_in', 'without_password', 'engine_url',
-           'cloud_url', 'Proxy', 'proxy_for', 'Door', 'connections', 'Wire', 'Probed', 'Remote', 'Broken', 'InProcess',
-           'until_ready', 'planned']
+           'checked', 'as_base64', 'GenerateOptions', 'generation', 'mask_as_base64', 'all_as_base64', 'refinement',
+           'repetition', 'json_body', 'error_from', 'error_in', 'is_near', 'event_of', 'events_in', 'without_password',
+           'engine_url', 'cloud_url', 'Proxy', 'proxy_for', 'Door', 'connections', 'Wire', 'Probed', 'Remote', 'Broken',
+           'InProcess', 'until_ready', 'planned']
 
 # %% ../nbs/12a_transport.ipynb #b90302ca
 @dataclass(frozen=True)
 class Replay:
-    "Ask for the picture of a receipt. `init`: the picture a refinement started from, `mask`: its mask, as base64."
+    """Ask for the picture of a receipt. In base64: `init`, the picture a refinement started from, `mask`, its mask, and
+    `references`, what it looked at besides."""
     receipt: Receipt
     init: str | None = None
     mask: str | None = None
+    references: tuple[str, ...] = ()
 
 Ask = GenerateRequest | RefineRequest | Replay
 ROUTES = {GenerateRequest: "/generate", RefineRequest: "/refine", Replay: "/replay"}
@@ -101,22 +103,27 @@ def mask_as_base64(mask: Pillow.Image | bytes | str | Path) -> str:
     return as_base64(mask)
 
 # %% ../nbs/12a_transport.ipynb #21115ef2
-def refinement(prompt: str, images: Any, mask: Any = None, **options: Any) -> RefineRequest:
+def all_as_base64(pictures: Any) -> list[str]:
+    "One picture or a list of them -> base64 of each."
+    return [as_base64(p) for p in (pictures if isinstance(pictures, (list, tuple)) else [pictures])]
+
+# %% ../nbs/12a_transport.ipynb #2480abd2
+def refinement(prompt: str, images: Any, mask: Any = None, references: Any = (), **options: Any) -> RefineRequest:
     "The body of `/refine`. `images`: one picture or a list. Options are those of `AuraClient.refine`."
-    if not isinstance(images, (list, tuple)): images = [images]
     config = checked(RefineConfig, **options)
-    pictures = [as_base64(p) for p in images]
     painted = None if mask is None else mask_as_base64(mask)
-    return checked(RefineRequest, refine_prompt=prompt, images=pictures, mask=painted, config=config)
+    return checked(RefineRequest, refine_prompt=prompt, images=all_as_base64(images), mask=painted,
+                   references=all_as_base64(references), config=config)
 
 # %% ../nbs/12a_transport.ipynb #9138ff36
 def repetition(receipt: Receipt | Mapping[str, Any] | bytes | str | Path, init: Any = None,
-               mask: Any = None) -> Replay:
+               mask: Any = None, references: Any = ()) -> Replay:
     "The body of `/replay` from a `Receipt`, its JSON, or a PNG (bytes or path) that holds one."
     if isinstance(receipt, Mapping): receipt = Receipt.from_json(dict(receipt))
     if not isinstance(receipt, Receipt): receipt = receipt_of(from_base64(as_base64(receipt)))
     picture = None if init is None else as_base64(init)
-    return Replay(receipt, picture, None if mask is None else mask_as_base64(mask))
+    painted = None if mask is None else mask_as_base64(mask)
+    return Replay(receipt, picture, painted, tuple(all_as_base64(references)))
 
 # %% ../nbs/12a_transport.ipynb #ccaf52bd
 GUIDE = ("prompt", "aspectRatio", "temperature", "resolution")      # what the guide's clients always send
@@ -124,8 +131,8 @@ GUIDE = ("prompt", "aspectRatio", "temperature", "resolution")      # what the g
 def json_body(ask: Ask) -> dict[str, Any]:
     "A question as JSON."
     if isinstance(ask, Replay):
-        given = {"init": ask.init, "mask": ask.mask}
-        return {"receipt": ask.receipt.to_json()} | {name: text for name, text in given.items() if text}
+        given = {"init": ask.init, "mask": ask.mask, "references": list(ask.references)}
+        return {"receipt": ask.receipt.to_json()} | {name: value for name, value in given.items() if value}
     full = ask.model_dump(by_alias=True)
     given = ask.model_dump(by_alias=True, exclude_defaults=True)
     return {k: full[k] for k in GUIDE if k in full} | given

@@ -265,9 +265,12 @@ PictureText = Annotated[str, Field(json_schema_extra={"format": "picture"})]
 class RefineRequest(RequestModel):
     """Body of POST /refine. `images`: 1-4 PNG, JPEG or WebP in base64, also with a data: prefix.
 
-    `mask`: another such picture, for all of them. White is drawn anew, black or transparent is kept."""
+    `mask`: another such picture, for all of them. White is drawn anew, black or transparent is kept.
+    `references`: up to 3 more, for models that look at several pictures: each of `images` is drawn with all of them
+    in view. `limits.references` of /health says how many the loaded model takes."""
     refine_prompt: Prompt = Field(json_schema_extra=VISIBLE)
     images: list[PictureText] = Field(min_length=1, max_length=MAX_N)
+    references: list[PictureText] = Field([], max_length=MAX_N - 1)
     mask: PictureText | None = None
     config: RefineConfig = RefineConfig.model_validate({})
     _prompt = field_validator("refine_prompt")(_not_blank)
@@ -336,7 +339,8 @@ class Picture:
     """One picture to make. Sizes are in pixels, and `steps` are UNet steps really run.
 
     `init` is the RGB picture to start from (img2img) or None. `inpainting` is a `masks.Inpainting` when a mask
-    keeps a part of it. `steps_asked` are the steps of a refinement before its strength shortened them."""
+    keeps a part of it. `steps_asked` are the steps of a refinement before its strength shortened them.
+    `references` are more RGB pictures to look at, `reference_sha256` the digests of their pixels."""
     prompt: str
     width: int
     height: int
@@ -351,6 +355,8 @@ class Picture:
     lora: str | None = None                      # alias from SD_LORAS
     steps_asked: int | None = None
     inpainting: Any = field(default=None, repr=False, compare=False)
+    references: tuple[Any, ...] = field(default=(), repr=False, compare=False)
+    reference_sha256: tuple[str, ...] = ()
 
 # %% ../nbs/01_types.ipynb #294a9bc1
 @dataclass(frozen=True)
@@ -418,7 +424,8 @@ class Receipt:
     `lora`: what is fused into the model. `lora_alias`, `lora_source`: the one the request named.
     `init_sha256` names the picture a refinement started from, `steps_asked` its steps before strength
     shortened them. `mask_sha256` and `padding_mask_crop` tell of its mask. `width` and `height` are the size
-    that was worked at. A masked picture itself has the size of the one it started from."""
+    that was worked at. A masked picture itself has the size of the one it started from. `reference_sha256` names
+    the other pictures that were looked at, in their order."""
     prompt: str
     negative_prompt: str
     width: int
@@ -444,11 +451,12 @@ class Receipt:
     steps_asked: int | None = None
     mask_sha256: str | None = None
     padding_mask_crop: int | None = None
+    reference_sha256: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         "The receipt as JSON-able camelCase."
         out = {to_camel(k): v for k, v in asdict(self).items()}
-        return out | {"corrections": list(self.corrections)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in out.items()}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Receipt:
@@ -469,7 +477,7 @@ def _receipt_fields(data: Mapping[str, Any]) -> dict[str, Any]:
         why = "missing or unknown"
         raise Invalid.value(field, given=data.get(wrong), allowed="the fields of a receipt", why=why)
     values = {names[k]: v for k, v in data.items()}
-    values["corrections"] = tuple(values.get("corrections", ()))
+    for name in ("corrections", "reference_sha256"): values[name] = tuple(values.get(name, ()))
     return values
 
 # %% ../nbs/01_types.ipynb #b5e28a08
@@ -534,13 +542,14 @@ class Limits:
     """What may be asked of the loaded model. `steps` and `guidance` are (least, default, most).
 
     `native` and `most` are sides in pixels: of the square the model was made for, and of the largest that
-    it makes here."""
+    it makes here. `references`: how many other pictures it can look at while it draws one anew."""
     steps: tuple[int, int, int]
     guidance: tuple[float, float, float]
     native: int
     most: int
     mask: bool = False
     loras: tuple[str, ...] = ()
+    references: int = 0
 
 # %% ../nbs/01_types.ipynb #782f56a1
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ class UNets(Denoiser):
         pieces = pieces_of(text, self.parts.row.weights)
         return max(len(chunk_tokens(tokenizer, pieces)[0]) for tokenizer in self.parts.tokenizers)
 
-    def tokens(self, size: int, p: Picture) -> int:
+    def tokens(self, size: int) -> int:
         "The number of tokens in `size` chunks."
         return size * self.parts.tokenizers[0].model_max_length
 

@@ -152,7 +152,7 @@ class ZImage(ZLatents):
         "Steps of 32 tokens."
         return rounded_up(len(prompt_ids(self.parts.tokenizers[0], text, thinking=True)[0])) // BUCKET
 
-    def tokens(self, size: int, p: Picture) -> int:
+    def tokens(self, size: int) -> int:
         "Tokens of a text of this size."
         return size * BUCKET
 

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from aura_engine.klein import KleinInput
+from aura_engine.klein import KleinInput, reference_tokens
 from aura_engine.unet_input import UNetInput
 from aura_engine.z_image import z_answer
 
@@ -66,7 +66,7 @@ XL_UNET = dict(block_out_channels=(320, 640, 1280), cross_attention_dim=2048, at
 def klein_call(net, side, dtype):
     h = side // 16
     picture = torch.zeros(1, 128, h, h, dtype=dtype)
-    given = KleinInput(picture, torch.ones(1, dtype=dtype), torch.zeros(1, 512, 7680, dtype=dtype), picture)
+    given = KleinInput(picture, torch.ones(1, dtype=dtype), torch.zeros(1, 512, 7680, dtype=dtype), *reference_tokens((picture,)))
     return lambda: given.call(net)
 
 

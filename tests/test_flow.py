@@ -4,20 +4,27 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import diffusers
+import httpx
 import nb
 import numpy as np
+import openai
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 import tiny_flow
 from conftest import ROOT
+from aura_engine.batching import StepCost
+from aura_engine.cli import cli
+from aura_engine.client import AuraClient
 from aura_engine.config import load_settings
 from aura_engine.engine import Engine
 from aura_engine.families import FAMILIES, denoiser_of
 from aura_engine.klein import empirical_mu
 from aura_engine.loader import load
+from aura_engine.masks import Inpainting, Region
 from aura_engine.models import FLOW_ROWS, ROWS, last_steps
 from aura_engine.planning import ReplayRequest, plan, prepare, replay_plan
 from aura_engine.runner import key_of
@@ -53,9 +60,10 @@ def pipeline(cls, folder):
 def z_image(tmp_path_factory): return load(load_settings(SD_MODEL_ID=str(tiny_flow.save(tmp_path_factory.mktemp("z") / "model", "z-image-turbo")), SD_DEVICE="cpu"))
 
 
-def drawn(parts, size=(128, 128), steps=4, init=None, strength=None, prompt="a red apple", seed=3, **more):
+def drawn(parts, size=(128, 128), steps=4, init=None, strength=None, prompt="a red apple", seed=3, mask=None, **more):
     """A picture as planning would make it: a refinement runs the end of its timetable, or looks and runs all."""
-    run = steps if strength is None or parts.row.refine == "reference" else last_steps(steps, strength)
+    run = steps if strength is None or parts.row.refine == "reference" and mask is None else last_steps(steps, strength)
+    if mask is not None: more["inpainting"] = Inpainting(init, mask, Region(0, 0, *init.size))
     return Picture(prompt, *size, steps=run, steps_asked=steps, guidance_scale=parts.row.guidance[1], seed=seed, temperature=1.0, init=init, strength=strength, **more)
 
 
@@ -67,12 +75,17 @@ def run(parts, p, bucket=0):
 
 def stock(folder, parts, p):
     """(latents as the VAE takes them, picture) of the same through diffusers' own pipeline."""
+    looks, masked = parts.row.refine == "reference", p.inpainting is not None
     cls = STOCK[parts.row.name]
-    if p.init is not None and parts.row.refine == "noise": cls = "ZImageImg2ImgPipeline"
+    if masked: cls = "Flux2KleinInpaintPipeline" if looks else "ZImageInpaintPipeline"
+    elif p.init is not None and not looks: cls = "ZImageImg2ImgPipeline"
     pipe = pipeline(cls, folder)
     kw = dict(prompt=p.prompt, height=p.height, width=p.width, num_inference_steps=p.steps_asked, guidance_scale=p.guidance_scale)
     if p.init is not None: kw["image"] = p.init
-    if cls == "ZImageImg2ImgPipeline": kw["strength"] = p.strength
+    if masked: kw |= dict(mask_image=p.inpainting.mask, strength=p.strength)
+    elif cls == "ZImageImg2ImgPipeline": kw["strength"] = p.strength
+    if p.references and masked: kw["image_reference"] = p.references[0]
+    elif p.references: kw["image"] = [p.init, *p.references]
     latents, picture = (pipe(**kw, output_type=kind, generator=torch.Generator().manual_seed(p.seed)).images for kind in ("latent", "pil"))
     return latents, picture[0]
 
@@ -97,6 +110,93 @@ def test_a_lone_trajectory_equals_the_pipeline(family, how):
     gap = np.abs(np.asarray(decode_latents(parts, t.latents)[0], int) - np.asarray(picture, int))
     assert gap.max() <= 1
     assert bool(t.cut) == (how.get("prompt") == LONG)
+
+
+def ellipse(size, box):
+    mask = Image.new("L", size)
+    ImageDraw.Draw(mask).ellipse(box, fill=255)
+    return mask
+
+
+BRUSH = ellipse((96, 128), (17, 23, 77, 101))
+OTHERS = tuple(Image.fromarray(np.random.default_rng(k).integers(0, 255, (h, w, 3), dtype=np.uint8)) for k, (w, h) in enumerate(((64, 96), (128, 64), (80, 80))))
+
+
+@pytest.mark.parametrize("strength", [0.4, 0.75, 1.0])
+def test_a_mask_is_the_inpaint_pipeline(family, strength):
+    """Both families have one: Z-Image's blends with a mask of latents, klein's with a mask in quarters, and looks at the picture too."""
+    folder, parts = family
+    p = drawn(parts, size=(96, 128), steps=8, init=PHOTO, strength=strength, mask=BRUSH)
+    latents, picture = stock(folder, parts, p)
+    t = run(parts, p)
+    if parts.row.refine == "reference":
+        gap = np.abs(np.asarray(decode_latents(parts, t.latents)[0], int) - np.asarray(picture, int))
+        assert (t.family.to_vae(t.latents) - latents).abs().max() <= 1e-5 and gap.max() <= 1
+    else: assert (t.latents - latents).abs().max() <= 1e-5
+    kept = (t.kept.mask == 0).expand_as(t.latents)
+    assert 0 < kept.sum() < kept.numel() and torch.equal(t.latents[kept], t.kept.latents[kept])
+
+
+def looking(family):
+    folder, parts = family
+    if not parts.row.references: pytest.skip("this model takes one picture")
+    return folder, parts
+
+
+@pytest.mark.parametrize("others", [1, 2, 3])
+def test_several_references_are_the_pipelines_list(family, others):
+    folder, parts = looking(family)
+    p = drawn(parts, size=(96, 128), init=PHOTO, strength=1.0, references=OTHERS[:others])
+    latents, picture = stock(folder, parts, p)
+    t = run(parts, p)
+    assert (t.family.to_vae(t.latents) - latents).abs().max() <= 1e-5
+    assert np.abs(np.asarray(decode_latents(parts, t.latents)[0], int) - np.asarray(picture, int)).max() <= 1
+    fewer = run(parts, drawn(parts, size=(96, 128), init=PHOTO, strength=1.0, references=OTHERS[:others - 1]))
+    assert (t.latents - fewer.latents).abs().max() > 1e-3                      # each is seen
+
+
+def test_a_mask_and_another_picture_are_the_inpaint_pipeline(family):
+    folder, parts = looking(family)
+    p = drawn(parts, size=(96, 128), steps=8, init=PHOTO, strength=0.75, mask=BRUSH, references=OTHERS[:1])
+    latents, _ = stock(folder, parts, p)
+    t = run(parts, p)
+    assert (t.family.to_vae(t.latents) - latents).abs().max() <= 1e-5
+
+
+def test_references_in_company(family):
+    """Rows that look at pictures of the same sizes share calls, and each is what it is alone, to the bit in calls of one size."""
+    _, parts = looking(family)
+    flipped = tuple(image.transpose(Image.Transpose.ROTATE_180) for image in OTHERS)
+    many = [drawn(parts, size=(96, 128), steps=2 + seed, seed=seed, init=PHOTO, strength=1.0, references=(OTHERS if seed % 2 else flipped)[:2]) for seed in range(4)]
+    crowd = [Trajectory(parts, p, TextCache(parts)) for p in many]
+    assert len({t.key for t in crowd} | {key_of(TextCache(parts), p)[0] for p in many}) == 1
+    waiting, late = crowd[:2], crowd[2:]
+    while waiting:
+        advance(waiting, parts.unet, 8)
+        waiting, late = [t for t in waiting + late[:1] if not t.done], late[1:]
+    for p, t in zip(many, crowd): assert torch.equal(t.latents, run(parts, p, 8).latents)
+
+
+def test_a_key_knows_the_shapes_that_are_looked_at(family):
+    """64x96 and 96x64 have as many tokens; the order of two pictures counts."""
+    _, parts = looking(family)
+    turned = OTHERS[0].transpose(Image.Transpose.ROTATE_90)
+    lists = ((), OTHERS[:1], (turned,), OTHERS[:2], OTHERS[1::-1], OTHERS)
+    keys = {key_of(TextCache(parts), drawn(parts, size=(96, 128), init=PHOTO, strength=1.0, references=many))[0] for many in lists}
+    assert len(keys) == len(lists)
+
+
+def test_calls_that_look_at_more_have_fewer_rows_and_cost_more(family):
+    _, parts = looking(family)
+    native = key_of(TextCache(parts), drawn(parts))[0]
+    cost = StepCost(native, {1: 1.0, 2: 1.8, 4: 3.2, 8: 6.0}, {1: 1.0})
+    whole = Image.new("RGB", (128, 128))
+    rows = {}
+    for n in range(4):
+        key = key_of(TextCache(parts), drawn(parts, init=whole, strength=1.0, references=(whole,) * n))[0]
+        assert cost.step(key)[1] == 2 + n and cost.decode(key)[1] == 1
+        rows[n] = max(cost.step(key))
+    assert rows == {0: 8, 1: 4, 2: 4, 3: 2}
 
 
 def test_company_changes_nothing(family):
@@ -174,7 +274,22 @@ def test_plans(family):
     else: assert (p.steps, p.steps_asked, p.strength) == (asked, asked, 1.0)
     told = [str(n) for n in prepare(refining(strength=0.6), row).notes]
     assert any("strength has no effect" in t for t in told) == (row.refine == "reference")
-    with pytest.raises(Invalid, match="draws whole pictures"): prepare(RefineRequest(refine_prompt="a", images=[png(PHOTO)], mask=png(Image.new("L", (96, 128), 200))), row)
+    p = prepare(RefineRequest(refine_prompt="a", images=[png(PHOTO)], mask=png(BRUSH), config={"strength": 0.5, "steps": row.steps[1]}), row).pictures[0]
+    assert p.inpainting and p.strength == 0.5 and p.steps == last_steps(row.steps[1], 0.5)
+    white = prepare(RefineRequest(refine_prompt="a", images=[png(PHOTO)], mask=png(Image.new("L", (96, 128), 255)), config={"strength": 0.5}), row).pictures[0]
+    assert white.inpainting is None and white.strength == (1.0 if row.refine == "reference" else 0.5)
+    several = RefineRequest(refine_prompt="a", images=[png(PHOTO)], references=[png(im) for im in OTHERS])
+    if row.references: assert [im.size for im in prepare(several, row).pictures[0].references] == [im.size for im in OTHERS]
+    else:
+        with pytest.raises(Invalid, match=f"references: given 3 pictures, allowed: none: {row.name} takes one picture at a time"): prepare(several, row)
+
+
+def test_a_reference_that_is_too_small_or_narrow_is_named():
+    row = ROWS["flux2-klein"]
+    for size in ((63, 200), (64, 600)):
+        with pytest.raises(Invalid) as told: prepare(RefineRequest(refine_prompt="a", images=[png(PHOTO)], references=[png(PHOTO), png(Image.new("RGB", size))]), row)
+        assert told.value.errors[0].loc == "references.1" and f"{size[0]}x{size[1]}" in told.value.detail
+    with pytest.raises(ValueError): RefineRequest(refine_prompt="a", images=[png(PHOTO)], references=["x"] * 4)
 
 
 def test_the_engine_serves_and_mixes(family):
@@ -183,21 +298,70 @@ def test_the_engine_serves_and_mixes(family):
     engine = Engine(load_settings(SD_MODEL_ID=str(folder), SD_DEVICE="cpu")).start()
     assert engine.wait_ready(120), engine.reason
     try:
-        assert not engine.health().limits.mask and any("made for UNets" in o for o in engine.health().optimizations)
+        limits = engine.health().limits
+        assert limits.mask and limits.references == parts.row.references and any("made for UNets" in o for o in engine.health().optimizations)
         steps = parts.row.steps[0]
         made = plan(GenerateRequest(prompt="a fox " * 300, seed=1, n=2, steps=steps), engine.row)
-        one, two = engine.submit(made), engine.submit(prepare(refining(steps=steps, seed=5), engine.row))
-        pictures = [*one.result(120), *two.result(120)]
-        assert len(pictures) == 3 and any("cut" in w for w in one.warnings)
+        others = [png(im) for im in OTHERS[:parts.row.references]]
+        several = RefineRequest(refine_prompt="a fox", images=[png(PHOTO)], references=others, config={"steps": steps, "seed": 6})
+        masked = RefineRequest(refine_prompt="a fox", images=[png(PHOTO)], mask=png(BRUSH), config={"steps": steps, "seed": 7})
+        jobs = [engine.submit(plan_) for plan_ in (made, *(prepare(r, engine.row) for r in (refining(steps=steps, seed=5), several, masked)))]
+        pictures = [picture for job in jobs for picture in job.result(120)]
+        assert len(pictures) == 5 and any("cut" in w for w in jobs[0].warnings)
         for picture in pictures:
             told = picture.receipt.to_json()
             assert told["scheduler"] == "flow" and told["stepsAsked"] in (None, steps)
             start = png(PHOTO) if told.get("strength") else None
-            _, again = replay_plan(ReplayRequest(receipt=told, init=start), engine.row)
+            seen = others[:len(told["referenceSha256"])]
+            _, again = replay_plan(ReplayRequest(receipt=told, init=start, mask=png(BRUSH) if told["maskSha256"] else None, references=seen), engine.row)
             gap = np.abs(np.asarray(engine.submit(again).result(120)[0].image, int) - np.asarray(picture.image, int))
             assert gap.max() <= 1                                     # alone, in a call of another size
+            if seen:
+                with pytest.raises(Invalid, match="references: given 1 pictures, allowed: the 3 it looked at"): replay_plan(ReplayRequest(receipt=told, init=start, references=seen[:1]), engine.row)
+        assert {len(p.receipt.reference_sha256) for p in pictures} == {0, len(others)}
         with pytest.raises(Invalid, match="scheduler"): replay_plan(ReplayRequest(receipt=told | {"scheduler": "euler"}, init=start), engine.row)
     finally: engine.close()
+
+
+@pytest.fixture(scope="module")
+def klein_server(make_server, tmp_path_factory):
+    folder = tiny_flow.save(tmp_path_factory.mktemp("served") / "model", "flux2-klein")
+    return make_server(SD_MODEL_ID=str(folder), SD_DEVICE="cpu")
+
+
+def test_references_at_every_door(klein_server, tmp_path):
+    """/refine, the client with a replay, OpenAI's own client, and the command line: the same picture from the same four."""
+    files = {name: tmp_path / f"{name}.png" for name in ("photo", "a", "b", "c")}
+    for path, image in zip(files.values(), (PHOTO, *OTHERS)): image.save(path)
+    photo, *others = files.values()
+    with AuraClient(klein_server.url, mode="local") as client:
+        made = client.refine("a fox", photo, references=others, seed=4, steps=2)
+        assert client.health()["local"].health.limits.references == 3 and not made.warnings
+        again = client.replay(made.receipts[0], photo, references=others)
+        assert again.images[0].tobytes() == made.images[0].tobytes() and again.receipts[0].reference_sha256 == made.receipts[0].reference_sha256
+        with pytest.raises(Invalid, match="references: given 2 pictures, allowed: the 3"): client.replay(made.receipts[0], photo, references=others[:2])
+        without = client.refine("a fox", photo, seed=4, steps=2)
+    assert without.images[0].tobytes() != made.images[0].tobytes()
+    with openai.OpenAI(base_url=klein_server.url + "/v1", api_key="unused", max_retries=0) as ai:
+        edit = lambda pictures, **more: ai.images.edit(image=pictures, prompt="a fox", extra_body={"seed": 4, "num_inference_steps": 2}, **more)
+        several = edit([path.open("rb") for path in files.values()])
+        assert len(several.data) == 1 and not several.warnings and several.receipts[0]["referenceSha256"] == list(made.receipts[0].reference_sha256)
+        assert Image.open(io.BytesIO(base64.b64decode(several.data[0].b64_json))).tobytes() == made.images[0].tobytes()
+        assert len(edit([path.open("rb") for path in files.values()], n=2).data) == 2
+        with pytest.raises(openai.BadRequestError) as told: edit([photo.open("rb"), ("b.png", b"no picture")])
+        assert told.value.param == "image[1]"
+        with pytest.raises(openai.BadRequestError) as told: edit([photo.open("rb"), ("b.png", base64.b64decode(png(Image.new("RGB", (20, 200)))))])
+        assert told.value.param == "image[1]" and "20x200" in told.value.message
+    ran = CliRunner().invoke(cli, ["refine", "a fox", str(photo), *(f"--reference={path}" for path in others), "--seed=4", "--steps=2", "--local", klein_server.url, "-o", str(tmp_path / "out.png")])
+    assert ran.exit_code == 0, ran.output
+    assert Image.open(tmp_path / "out.png").tobytes() == made.images[0].tobytes()
+    ran = CliRunner().invoke(cli, ["replay", str(tmp_path / "out.png"), "--init", str(photo), *(f"--reference={path}" for path in others), "--local", klein_server.url, "-o", str(tmp_path / "again.png")])
+    assert ran.exit_code == 0 and Image.open(tmp_path / "again.png").tobytes() == made.images[0].tobytes(), ran.output
+
+
+def test_a_model_that_takes_one_picture_names_the_field(server):
+    r = httpx.post(server.url + "/refine", json={"refinePrompt": "a fox", "images": [png(PHOTO)], "references": [png(PHOTO)]}, timeout=60)
+    assert r.status_code == 422 and r.json()["errors"][0]["loc"] == "references" and "takes one picture at a time" in r.json()["detail"]
 
 
 REFUSED = {"SD_SAMPLER": "lcm", "SD_LCM_LORA_ID": "latent-consistency/lcm-lora-sdv1-5", "SD_VAE_ID": "madebyollin/taesd"}

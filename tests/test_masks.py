@@ -12,12 +12,13 @@ from PIL import Image, ImageDraw, ImageFilter
 import tiny
 from aura_engine.config import load_settings
 from aura_engine.engine import Engine
+from aura_engine.denoisers import first_pixels
 from aura_engine.images import decode_mask
 from aura_engine.loader import load
 from aura_engine.masks import Region, Inpainting, box_around, widened
 from aura_engine.models import ROWS, SAMPLERS, executed_steps
 from aura_engine.planning import plan, prepare
-from aura_engine.trajectory import TextCache, Trajectory, advance, decode_latents, latent_mask
+from aura_engine.trajectory import TextCache, Trajectory, advance, decode_latents
 from aura_engine.types import GenerateRequest, Invalid, Picture, RefineRequest
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8))
@@ -129,7 +130,8 @@ def test_an_inpainting_unet_draws_without_a_mask_as_under_a_white_one(tmp_path):
 def test_a_line_between_the_corners_is_drawn():
     line = Image.new("L", (128, 128))
     line.paste(255, (3, 3, 60, 5))
-    assert latent_mask(line, 8).sum() == 8 and latent_mask(line, 8)[0, :8].all()
+    seen = first_pixels(np.asarray(line) > 0, 8)
+    assert seen.sum() == 8 and seen[0, :8].all()
 
 
 # planning

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from test_flow import PHOTO, drawn, run
 from aura_engine.config import load_settings
 from aura_engine.engine import Engine
-from aura_engine.klein import KleinInput
+from aura_engine.klein import KleinInput, reference_tokens
 from aura_engine.loader import load, model_sizes
 from aura_engine.memory import GIB, Choice, need_of, net_row
 from aura_engine.models import EMBEDDED, KLEIN, ROWS
@@ -49,7 +49,7 @@ def test_the_work_is_what_a_real_call_holds():
     """Real tensors this time, in a size that takes a moment: what lives at once is what the formula says."""
     net = Flux2Transformer2DModel(**{**peak.KLEIN_4B, "num_layers": 1, "num_single_layers": 1, "num_attention_heads": 8, "joint_attention_dim": 512}).bfloat16().eval()
     picture = torch.zeros(1, 128, 16, 16, dtype=torch.bfloat16)
-    given = KleinInput(picture, torch.ones(1, dtype=torch.bfloat16), torch.zeros(1, 512, 512, dtype=torch.bfloat16), picture)
+    given = KleinInput(picture, torch.ones(1, dtype=torch.bfloat16), torch.zeros(1, 512, 512, dtype=torch.bfloat16), *reference_tokens((picture,)))
     counted, predicted = peak.peak_of(lambda: given.call(net)), 2 * net_row(KLEIN, net.config, 256)
     assert counted <= 1.05 * predicted < 1.5 * counted
 
