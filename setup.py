@@ -22,7 +22,7 @@ setup(
     package_data={cfg["lib_name"]: ["assets/**", "py.typed"]},
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split()
-                    for name in ("dev", "openvino", "otel", "peers", "quant", "redis", "site")},
+                    for name in ("dev", "openvino", "otel", "peers", "quant", "ray", "redis", "site")},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]},
     zip_safe=False,
 )

@@ -1,22 +1,25 @@
 """What happens to requests on Ray Serve, told as JSON on the last line. test_ray.py runs it in a network of its own.
 
 Ray listens on the address of the machine. In a namespace that has only a loopback nobody else can reach it."""
-import json, os, shutil, signal, socket, subprocess, sys, tempfile, threading, time
+import json, os, shutil, signal, subprocess, sys, tempfile, threading, time
 from collections import Counter
 from pathlib import Path
 
-os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "RAY_raylet_start_wait_time_s": "180", "RAY_agent_register_timeout_ms": "180000"}
 
 import httpx
 import ray
 from ray import serve
 
 from aura_engine.scale import app
+from crowd import listens, under_load, until
 
-PORT, SHIELD, REDIS = 18000, 18001, 16379
+PORT, SHIELD, REDIS, GCS = 18000, 18001, 6389, 6399
+URL, BEHIND = f"http://127.0.0.1:{PORT}", f"http://127.0.0.1:{SHIELD}"
+FOX = {"prompt": "a fox", "steps": 8}
 ROOT = Path(__file__).parent.parent
-ENV = {"SD_MODEL_ID": "embedded", "SD_BACKEND": "torch", "SD_PRECISION": "fp32", "AURA_REDIS_URL": f"redis://127.0.0.1:{REDIS}/0", "AURA_GRACE_SECONDS": "20"}
-door = httpx.Client(base_url=f"http://127.0.0.1:{PORT}", timeout=120, trust_env=False, limits=httpx.Limits(max_connections=20))
+ENV = {"SD_MODEL_ID": "embedded", "SD_BACKEND": "torch", "SD_PRECISION": "fp32", "AURA_REDIS_URL": f"redis://127.0.0.1:{REDIS}/0", "AURA_GRACE_SECONDS": "20", "AURA_MAX_QUEUE_SECONDS": "3600"}
+door = httpx.Client(base_url=URL, timeout=120, trust_env=False, limits=httpx.Limits(max_connections=20))
 began = time.monotonic()
 
 
@@ -64,48 +67,137 @@ def jobs():
     return {"owners": len({id.split("-")[0] for id in ids}), "states": dict(Counter(states))}
 
 
-def under_load(clients, body, during, port=PORT):
-    """Clients that ask again and again while `during()` runs -> how often each kind of answer came."""
-    answers, over = Counter(), threading.Event()
-    def one(seed):
-        while not over.is_set():
-            try:
-                got = door.post(f"http://127.0.0.1:{port}/generate", json=body | {"seed": seed})
-                answers[f"{got.status_code} {got.headers.get('content-type')}"] += 1
-            except httpx.HTTPError as error: answers[type(error).__name__] += 1
-    threads = [threading.Thread(target=one, args=(seed,)) for seed in range(clients)]
-    for thread in threads: thread.start()
-    time.sleep(2)
-    try: during()
-    finally:
-        over.set()
-        for thread in threads: thread.join(120)
-    return dict(answers)
+def replicas(deployment="engine"): return serve.status().applications["aura"].deployments[deployment].replica_states
 
 
-def replicas(): return serve.status().applications["aura"].deployments["engine"].replica_states
+def hung_up():
+    """A client leaves in the middle of a long picture -> seconds until the engine has nothing to do."""
+    with httpx.Client(base_url=URL, trust_env=False) as web:
+        try: web.post("/generate", json={"prompt": "an owl", "steps": 50, "n": 4}, timeout=httpx.Timeout(30, read=1.5))
+        except httpx.ReadTimeout: left = time.monotonic()
+    until(lambda: all(door.get("/health").json()["queue"]["length"] == 0 for _ in range(6)), 60)
+    return {"seconds": round(time.monotonic() - left, 1)}
 
 
-def until(so, seconds=120):
-    end = time.monotonic() + seconds
-    while not so():
-        if time.monotonic() > end: raise TimeoutError
-        time.sleep(.5)
-
-
-def killed(port=PORT):
-    """kill -9 of one replica under eight clients, and of its job."""
+def ended_by(signal_number, url=URL):
+    """A replica's process ends under eight clients, and has a job."""
     owner = {}
-    def kill():
-        id = post_job(steps=50, n=4)
-        name = id.split("-")[0]
-        os.kill(pids()[name], signal.SIGKILL)
-        owner.update(id=id)
+    def end():
+        owner["id"] = post_job(steps=50, n=2)
+        name = owner["id"].split("-")[0][4:]
+        until(lambda: door.get(f"/jobs/{owner['id']}").json()["status"] == "running")
+        os.kill(pids()[name], signal_number)
         until(lambda: name not in pids())
+        until(lambda: replicas() == {"RUNNING": 2}, 400)
+    answers = under_load(url, 8, {"prompt": "a fox", "steps": 4}, end)
+    job = ended(owner["id"], 60)
+    return {"answers": answers, "job": job.status_code, "ask": "ask" in job.json()}
+
+
+def killed(): return ended_by(signal.SIGKILL)
+
+
+def told_to_stop(): return ended_by(signal.SIGTERM)
+
+
+def full():
+    """Two engines that promise two seconds at most, and eight clients who ask for more."""
+    serve.run(app({"engines": "2", **ENV, "AURA_MAX_QUEUE_SECONDS": "2"}), name="aura")
+    answers = under_load(URL, 8, {"prompt": "a fox", "steps": 50, "n": 4}, lambda: time.sleep(15))
+    after = door.get("/health").json()["status"]
+    serve.run(app({"engines": "2", **ENV}), name="aura")
+    return {"answers": answers, "after": after}
+
+
+def redis_away():
+    """Redis goes away under three clients and comes back: pictures do not need it, and its engine knows a job without it."""
+    global store
+    said = {}
+    def away():
+        global store
+        store.kill()
+        store.wait()
+        id = post_job()
+        said["job while away"] = ended(id).json()["status"]
+        store = start_redis()
+        until(lambda: listens(REDIS))
+        said["job after"] = ended(id).status_code
+        said["new job"] = ended(post_job()).json()["status"]
+    answers = under_load(URL, 3, FOX, away)
+    return {"answers": answers, **said}
+
+
+def models():
+    """Two models as two deployments behind one door: by address, by `model`, in OpenAI's words, and their jobs."""
+    serve.run(app({"models": {"ink": {"SD_MODEL_ID": "embedded"}, "oil": {"SD_MODEL_ID": "embedded", "SD_STEPS": "3"}}, **ENV}), name="aura")
+    def steps(path, **body): return door.post(path, json={"prompt": "an owl", "seed": 3} | body).json()["receipts"][0]["steps"]
+    oil_job = door.post("/models/oil/jobs", json={"route": "generate", "request": {"prompt": "an owl"}}).json()
+    wrong = door.post("/generate", json={"prompt": "an owl", "model": "water"})
+    said = {"default": steps("/generate"), "by model": steps("/generate", model="oil"), "by address": steps("/models/oil/generate"),
+            "deployments": sorted(serve.status().applications["aura"].deployments), "listed": [row["id"] for row in door.get("/v1/models").json()["data"]],
+            "openai": door.post("/v1/images/generations", json={"prompt": "an owl", "model": "oil"}).status_code,
+            "theirs": door.post("/v1/images/generations", json={"prompt": "an owl", "model": "gpt-image-1"}).status_code,
+            "huggingface": door.post("/models/oil", json={"inputs": "an owl"}).headers["content-type"],
+            "job": ended(oil_job["id"]).json()["result"]["receipts"][0]["steps"], "wrong": [wrong.status_code, wrong.json()["detail"]]}
+    serve.run(app({"engines": "2", **ENV}), name="aura")
+    return said
+
+
+SHAPES = ("1:1", "2:3", "3:2", "4:3")
+
+
+def warm():
+    """Two engines and eight clients who ask for four shapes in turn: with the preference for an engine that has drawn a shape, and without it."""
+    told = {}
+    for name, cold in (("without", 0.), ("with", 5.)):
+        made = app({"engines": "2", **ENV})
+        engines = made._bound_deployment.init_args[0][""]._bound_deployment
+        how = engines._deployment_config.request_router_config
+        how.request_router_kwargs = {"cold": cold}
+        serve.run(made, name="aura")
         until(lambda: replicas() == {"RUNNING": 2})
-    answers = under_load(8, {"prompt": "a fox", "steps": 8}, kill, port)
-    lost = ended(owner["id"], 30)
-    return {"answers": answers, "job": lost.status_code, "ask": "ask" in lost.json()}
+        told[name] = jobs_by_shape(16 * len(SHAPES))
+    return told
+
+
+def jobs_by_shape(count):
+    """`count` jobs, as many of each shape -> pictures a second, and how many came to an engine that had drawn their shape among its last two jobs' shapes."""
+    drawn, hits, began = {}, 0, time.monotonic()
+    waiting = [(shape, n) for n in range(count // len(SHAPES)) for shape in SHAPES]
+    order = [waiting[i::8] for i in range(8)]
+    lock = threading.Lock()
+    def one(mine):
+        nonlocal hits
+        with httpx.Client(base_url=URL, timeout=120, trust_env=False) as web:
+            for shape, n in mine:
+                id = web.post("/jobs", json={"route": "generate", "request": {"prompt": "a fox", "steps": 4, "aspectRatio": shape, "seed": n}}).json()["id"]
+                with lock:
+                    last = drawn.setdefault(id.split("-")[0], [])
+                    hits += shape in last
+                    if shape in last: last.remove(shape)
+                    last.append(shape)
+                    del last[:-2]
+                while web.get(f"/jobs/{id}").json()["status"] not in ("succeeded", "failed"): time.sleep(.03)
+    threads = [threading.Thread(target=one, args=(mine,)) for mine in order]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+    return {"hits": hits, "of": count, "rate": round(count / (time.monotonic() - began), 2), "engines": len(drawn)}
+
+
+def deployed():
+    """deploy/ray/serve.yaml, given to `serve deploy`: one engine without a GPU, for this machine has none."""
+    text = (ROOT / "deploy/ray/serve.yaml").read_text()
+    for given, here in (("gpus: 1 ", "gpus: 0 "), ("0.0.0.0, port: 8000", f"127.0.0.1, port: {PORT}"), ("EveryNode", "HeadOnly")):
+        assert given in text
+        text = text.replace(given, here)
+    command = str(Path(sys.executable).with_name("serve"))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "serve.yaml"
+        file.write_text(text)
+        subprocess.run([command, "deploy", "-a", "http://127.0.0.1:8265", str(file)], check=True, stdout=sys.stderr)
+    until(lambda: serve.status().applications["aura"].status == "RUNNING" and replicas() == {"RUNNING": 1}, 240)
+    status = subprocess.run([command, "status", "-a", "http://127.0.0.1:8265"], check=True, capture_output=True, text=True).stdout
+    return {"status": status.count("HEALTHY"), "picture": door.post("/generate", json={"prompt": "an owl", "seed": 3}).status_code}
 
 
 def shielded():
@@ -119,50 +211,67 @@ def shielded():
         nginx = subprocess.Popen(["nginx", "-p", folder, "-c", str(conf / "nginx.conf"), "-g", "daemon off; user root;"])
         try:
             until(lambda: listens(SHIELD))
-            return killed(SHIELD)
+            return ended_by(signal.SIGKILL, BEHIND)
         finally: nginx.terminate()
-
-
-def listens(port):
-    with socket.socket() as s: return s.connect_ex(("127.0.0.1", port)) == 0
 
 
 def updated():
     """Every replica is replaced because a setting changed, under three clients."""
     before = set(pids())
-    answers = under_load(3, {"prompt": "a fox", "steps": 2}, lambda: serve.run(app({"engines": "2", "SD_STEPS": "3", **ENV}), name="aura"))
+    answers = under_load(URL, 3, {"prompt": "a fox", "steps": 2}, lambda: serve.run(app({"engines": "2", "SD_STEPS": "3", **ENV}), name="aura"))
     return {"answers": answers, "kept": len(before & set(pids())), "steps": door.post("/generate", json={"prompt": "an owl"}).json()["receipts"][0]["steps"]}
 
 
 def scaled():
     """From one engine to two and back, as work waits."""
     made = app({"engines": "1-2", **ENV})
+    engines = made._bound_deployment.init_args[0][""]
     quick = {"min_replicas": 1, "max_replicas": 2, "upscale_delay_s": 1, "downscale_delay_s": 3, "look_back_period_s": 3, "metrics_interval_s": 1, "policy": {"policy_function": "aura_engine.scale:engines_wanted"}}
-    made._bound_deployment = made._bound_deployment.options(autoscaling_config=quick)
+    engines._bound_deployment = engines._bound_deployment.options(autoscaling_config=quick)
     serve.run(made, name="aura")
     until(lambda: replicas() == {"RUNNING": 1})
-    answers = under_load(12, {"prompt": "a fox", "steps": 50, "n": 4}, lambda: until(lambda: replicas().get("RUNNING") == 2))
+    answers = under_load(URL, 12, {"prompt": "a fox", "steps": 50, "n": 4}, lambda: until(lambda: replicas().get("RUNNING") == 2))
     until(lambda: replicas() == {"RUNNING": 1})
     return {"answers": answers, "after": door.post("/generate", json={"prompt": "an owl"}).status_code}
 
 
+def start_redis():
+    return subprocess.Popen(["redis-server", "--port", str(REDIS), "--bind", "127.0.0.1", "--save", ""], stdout=subprocess.DEVNULL)
+
+
+def start_head():
+    """A Ray head, as `ray start` makes it. Its agents have ports from the start: it gives up when they are slow to choose their own."""
+    ports = {"port": GCS, "dashboard-port": 8265, "dashboard-agent-listen-port": 52365, "dashboard-agent-grpc-port": 52366, "metrics-export-port": 52367, "runtime-env-agent-port": 52368}
+    given = [f"--{name}={port}" for name, port in ports.items()]
+    ray_command = str(Path(sys.executable).with_name("ray"))
+    head = subprocess.Popen([ray_command, "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--num-cpus=6", "--object-store-memory=157286400", *given], stdout=sys.stderr)
+    until(lambda: listens(GCS) and listens(8265) and listens(52365), 180)
+    return head
+
+
+PARTS = ["doors", "jobs", "hung_up", "killed", "told_to_stop", "updated", "full", "redis_away", "models", "warm", "scaled", "deployed"]
+
+
 def main(names):
-    store = subprocess.Popen(["redis-server", "--port", str(REDIS), "--bind", "127.0.0.1", "--save", ""], stdout=subprocess.DEVNULL)
-    told = {}
+    global store
+    store, told, head = start_redis(), {}, start_head()
     try:
-        ray.init(include_dashboard=False, num_cpus=6, log_to_driver=False, object_store_memory=150 * 2**20)
+        ray.init(address=f"127.0.0.1:{GCS}", log_to_driver=False)
         serve.start(http_options={"host": "127.0.0.1", "port": PORT}, proxy_location="HeadOnly")
         say("Ray is there")
         serve.run(app({"engines": "2", **ENV}), name="aura")
         for name in names:
             say(name)
-            told[name] = globals()[name]()
+            try: told[name] = globals()[name]()
+            except Exception as error: told[name] = {"error": repr(error)}
             say(told[name])
         serve.delete("aura")
     finally:
         ray.shutdown()
+        head.terminate()
+        head.wait(30)
         store.kill()
     print(json.dumps(told))
 
 
-if __name__ == "__main__": main(sys.argv[1:] or ["doors", "jobs", "killed", "shielded", "updated", "scaled"])
+if __name__ == "__main__": main(sys.argv[1:] or PARTS)
