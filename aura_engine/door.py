@@ -247,7 +247,7 @@ class Reading:
     "Reads the bodies of requests within the limits of an engine."
     def __init__(self, settings: Settings):
         key = settings.api_key
-        self.key, self.arrivals = key and key.get_secret_value(), Arrivals()
+        self.key, self.arrivals = key.get_secret_value() if key else None, Arrivals()
 
     async def __call__(self, request: Request, row: Route | None) -> tuple[bytes, Wish]:
         "The body of a request, and what it asks for. Unauthorized, TooLarge and others as an engine raises them."
