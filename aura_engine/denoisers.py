@@ -92,7 +92,7 @@ def first_pixels(white: np.ndarray, side: int) -> np.ndarray:
 def touched(white: np.ndarray, side: int) -> np.ndarray:
     "Which cells of `side` pixels a mask [H, W] touches at all, bool [h, w]."
     height, width = white.shape
-    return white.reshape(height // side, side, width // side, side).any(axis=(1, 3))
+    return np.asarray(white.reshape(height // side, side, width // side, side).any(axis=(1, 3)))
 
 # %% ../nbs/05g_denoisers.ipynb #d9ffa6f8
 class Denoiser(LatentSpace):

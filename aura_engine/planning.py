@@ -466,7 +466,8 @@ class Replayed(PictureRecipe):
 
     def receipt(self) -> Receipt:
         "The receipt it is."
-        return Receipt(**self.model_dump() | {"reference_sha256": tuple(self.reference_sha256)})
+        given = self.model_dump(exclude={"reference_sha256"})
+        return Receipt(**given, reference_sha256=tuple(self.reference_sha256))
 
 # %% ../nbs/03d_planning.ipynb #6263bd79
 def _one_without(one: str, other: str) -> dict[str, Any]:

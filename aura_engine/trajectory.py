@@ -350,7 +350,8 @@ def references_of(parts: Components, p: Picture, encoded: torch.Tensor | None,
                   noise: Noise) -> tuple[torch.Tensor, ...]:
     "Latents of all that a refinement looks at: its picture (`encoded`) and the others. Empty for most families."
     if encoded is None or not denoiser_of(parts).looks_at_picture: return ()
-    return encoded, *(encode_picture(parts, image, *image.size, noise) for image in p.references)
+    others = [encode_picture(parts, image, image.width, image.height, noise) for image in p.references]
+    return encoded, *others
 
 # %% ../nbs/06_trajectory.ipynb #fb00cb5d
 def beginning(parts: Components, p: Picture, mix: Mixture, noise: Noise) -> Beginning:
