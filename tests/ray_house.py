@@ -185,7 +185,7 @@ def jobs_by_shape(count):
 
 
 def deployed():
-    """deploy/ray/serve.yaml, given to `serve deploy`: one engine without a GPU, for this machine has none."""
+    """deploy/ray/serve.yaml, given to `serve deploy`, with engines that need no GPU: they take the place of those that run."""
     text = (ROOT / "deploy/ray/serve.yaml").read_text()
     for given, here in (("gpus: 1 ", "gpus: 0 "), ("0.0.0.0, port: 8000", f"127.0.0.1, port: {PORT}"), ("EveryNode", "HeadOnly")):
         assert given in text
@@ -195,7 +195,7 @@ def deployed():
         file = Path(folder) / "serve.yaml"
         file.write_text(text)
         subprocess.run([command, "deploy", "-a", "http://127.0.0.1:8265", str(file)], check=True, stdout=sys.stderr)
-    until(lambda: serve.status().applications["aura"].status == "RUNNING" and replicas() == {"RUNNING": 1}, 240)
+    until(lambda: serve.status().applications["aura"].status == "RUNNING" and set(replicas()) == {"RUNNING"}, 400)
     status = subprocess.run([command, "status", "-a", "http://127.0.0.1:8265"], check=True, capture_output=True, text=True).stdout
     return {"status": status.count("HEALTHY"), "picture": door.post("/generate", json={"prompt": "an owl", "seed": 3}).status_code}
 
@@ -269,7 +269,8 @@ def main(names):
     finally:
         ray.shutdown()
         head.terminate()
-        head.wait(30)
+        try: head.wait(120)
+        except subprocess.TimeoutExpired: head.kill()
         store.kill()
     print(json.dumps(told))
 
