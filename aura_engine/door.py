@@ -18,8 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 # %% auto #0
 __all__ = ['KIND', 'MODEL', 'INNER', 'IN_FORM', 'JOB_PATH', 'GUESS', 'COLD', 'PLAIN', 'Engines', 'TABLE', 'MARKS', 'TRIES',
            'Wish', 'fields_in', 'wish_of', 'wish_in', 'aimed', 'owner_of', 'model_mark', 'Told', 'best_first', 'Passed',
-           'EngineLost', 'Passage', 'answer_of', 'row_at', 'refusal', 'walled', 'passed_scope', 'unmarked', 'relay',
-           'while_heard', 'Directory', 'Reading', 'Door', 'read_json']
+           'EngineLost', 'Passage', 'messages_of', 'row_at', 'refusal_in_words', 'walled', 'passed_scope', 'unmarked',
+           'relay', 'while_heard', 'Directory', 'Reading', 'Door', 'json_of']
 
 # %% ../nbs/19c_door.ipynb #ee74bc48
 from .app import INLINE, Route, routes
@@ -150,7 +150,7 @@ class Passage:
         return {"type": "http.disconnect"}
 
 # %% ../nbs/19c_door.ipynb #5c76fa3a
-async def answer_of(app: ASGIApp, passed: Passed) -> AsyncIterator[Message]:
+async def messages_of(app: ASGIApp, passed: Passed) -> AsyncIterator[Message]:
     "The messages of an app's answer to a request."
     passage, sent = Passage(passed.body), asyncio.Queue[Message | None]()
     task = asyncio.create_task(app(dict(passed.scope), passage.receive, sent.put))      # type: ignore[arg-type]
@@ -170,7 +170,7 @@ def row_at(method: str, path: str) -> Route | None:
     return next((row for pattern, row in TABLE if row.method == method and pattern.match(path)), None)
 
 # %% ../nbs/19c_door.ipynb #e4116e90
-def refusal(request: Request, exc: Exception) -> Response:
+def refusal_in_words(request: Request, exc: Exception) -> Response:
     "An error as the answer, in the words of the API that was asked."
     path = request.scope["path"]
     shape = next((shape for prefix, shape in compat_shapes.items() if path.startswith(prefix)), None)
@@ -180,7 +180,7 @@ def refusal(request: Request, exc: Exception) -> Response:
 def walled(app: ASGIApp, settings: Settings) -> ASGIApp:
     "An app behind the walls of an engine (09b_walls)."
     origins = Origins(tuple(settings.allow_origins))
-    return Stamp(Cors(Guard(app, origins, refusal), origins), count=lambda route, status: None)
+    return Stamp(Cors(Guard(app, origins, refusal_in_words), origins), count=lambda route, status: None)
 
 # %% ../nbs/19c_door.ipynb #e9dbcc18
 MARKS = {b"x-request-id", b"x-aura-engine", b"x-content-type-options"}
@@ -279,11 +279,11 @@ class Door:
     async def list_models(self, request: Request, send: Send) -> None:
         "OpenAI's list of models: those of all engines."
         passed = Passed(passed_scope(request, "/v1/models"))
-        lists = [await read_json(self.engines[name](passed)) for name in self.models.all]
+        lists = [await json_of(self.engines[name](passed)) for name in self.models.all]
         rows = [row for said in lists for row in said["data"]]
         await JSONResponse(lists[0] | {"data": rows})(request.scope, request.receive, send)
 
 # %% ../nbs/19c_door.ipynb #a9c47cd7
-async def read_json(answer: AsyncIterator[Message]) -> Any:
+async def json_of(answer: AsyncIterator[Message]) -> Any:
     "The JSON in an answer."
     return json.loads(b"".join([message.get("body", b"") async for message in answer]))
