@@ -14,10 +14,10 @@ from .downloads import read_small
 
 # %% auto #0
 __all__ = ['BUCKETS', 'Key', 'MOST_KEYS', 'GROWTH', 'LONGEST', 'AGEING', 'E', 'OWES_MORE', 'GUEST_SLOWS', 'Curve', 'corrected',
-           'area', 'looked_at', 'forget_oldest', 'Curves', 'Beginnings', 'StepCost', 'median_of_calls', 'smoothed',
-           'measure_curve', 'curve_from', 'write_whole', 'read_curves', 'CurveFile', 'Entry', 'seconds_left',
-           'note_seconds_left', 'urgency', 'mates_of', 'rows_in', 'is_guest', 'best_for', 'room_for', 'choose', 'work',
-           'eta']
+           'area', 'reference_positions', 'forget_oldest', 'Curves', 'Beginnings', 'StepCost', 'median_of_calls',
+           'smoothed', 'measure_curve', 'curve_from', 'write_whole', 'read_curves', 'CurveFile', 'Entry',
+           'seconds_left', 'note_seconds_left', 'urgency', 'mates_of', 'rows_in', 'is_guest', 'best_for', 'room_for',
+           'choose', 'work', 'eta']
 
 # %% ../nbs/07_batching.ipynb #f5d2786e
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)
@@ -61,7 +61,7 @@ def area(key: Key) -> int:
     "Latent positions of a shape."
     return key[1] * key[2]
 
-def looked_at(key: Key) -> int:
+def reference_positions(key: Key) -> int:
     "Latent positions of the pictures that a shape looks at."
     return sum(height * width for height, width in key[5:])
 
@@ -88,7 +88,7 @@ class Curves:
         return curve
 
     def _scaled(self, key: Key) -> Curve:
-        native, looked = self.known[self.native], looked_at(key) if self.looks else 0
+        native, looked = self.known[self.native], reference_positions(key) if self.looks else 0
         factor = (area(key) + looked) / area(self.native)
         room = 2 * max(native) / factor if looked else max(native)        # rows
         return Curve({b: s * factor for b, s in native.items() if b == 1 or b <= room})

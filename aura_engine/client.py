@@ -412,9 +412,8 @@ class AsyncAuraClient(Chooser):
     async def refine(
             self, prompt: str, images: Any, *, mask: Any = None, references: Any = (),
             padding_mask_crop: int | None = None, strength: float | None = None, negative_prompt: str = "",
-            seed: int | None = None,
-            steps: int | None = None, guidance_scale: float | None = None, temperature: float = 0.7,
-            lora: str | None = None, model: str | None = None,
+            seed: int | None = None, steps: int | None = None, guidance_scale: float | None = None,
+            temperature: float = 0.7, lora: str | None = None, model: str | None = None,
             deadline_seconds: float | None = None, on_event: OnEvent | None = None) -> Pictures:
         """A picture from each given one.
 
@@ -561,9 +560,8 @@ class AuraClient(Background):
     def refine(
             self, prompt: str, images: Any, *, mask: Any = None, references: Any = (),
             padding_mask_crop: int | None = None, strength: float | None = None, negative_prompt: str = "",
-            seed: int | None = None,
-            steps: int | None = None, guidance_scale: float | None = None, temperature: float = 0.7,
-            lora: str | None = None, model: str | None = None,
+            seed: int | None = None, steps: int | None = None, guidance_scale: float | None = None,
+            temperature: float = 0.7, lora: str | None = None, model: str | None = None,
             deadline_seconds: float | None = None, on_event: OnEvent | None = None) -> Pictures:
         """A picture from each given one.
 

@@ -255,7 +255,7 @@ class Reading:
         if row.keyed: check_key(self.key, request.headers.get("authorization", ""))
         media = request.headers.get("content-type", "")
         with self.arrivals.body(client_behind(request)) as arriving:
-            data = await read_body(request, row.most, self.arrivals, arriving)
+            data = bytes(await read_body(request, row.most, self.arrivals, arriving))
             if len(data) <= INLINE: return data, wish_in(data, media)
             return data, await asyncio.to_thread(wish_in, data, media)
 
