@@ -311,8 +311,9 @@ def refine_command(
         prompt: Becoming, images: Given, out: Out = None, mask: Mask = None, reference: References = None,
         padding: Padding = None, strength: Strength = None, negative: Negative = "",
         temperature: Temperature = 0.7, seed: Seed = None, steps: Steps = None, guidance: Guidance = None,
-        lora: Lora = None, model: ModelName = None, local: Local = LOCAL, cloud: Cloud = None, mode: Mode = "auto", offline: Offline = False,
-        api_key: ApiKey = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
+        lora: Lora = None, model: ModelName = None, local: Local = LOCAL, cloud: Cloud = None,
+        mode: Mode = "auto", offline: Offline = False, api_key: ApiKey = None,
+        as_json: AsJson = False, quiet: Quiet = False) -> None:
     "Make new pictures from given ones."
     with errors_told(as_json, offline, images):
         to = Destination(out, words_of(prompt), len(images))
@@ -402,8 +403,8 @@ LookedAt = Annotated[list[Path] | None, typer.Option("--reference", help=LOOKED_
 @cli.command("replay")
 def replay_command(
         image: Own, out: Out = None, init: Init = None, mask: ItsMask = None, reference: LookedAt = None,
-        local: Local = LOCAL, cloud: Cloud = None, mode: Mode = "auto", offline: Offline = False, api_key: ApiKey = None,
-        as_json: AsJson = False, quiet: Quiet = False) -> None:
+        local: Local = LOCAL, cloud: Cloud = None, mode: Mode = "auto", offline: Offline = False,
+        api_key: ApiKey = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
     "Make the picture of a file again, and say what may differ."
     with errors_told(as_json, offline):
         to = Destination(out, image.stem)

@@ -17,9 +17,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # %% auto #0
 __all__ = ['KIND', 'MODEL', 'INNER', 'IN_FORM', 'JOB_PATH', 'GUESS', 'COLD', 'PLAIN', 'Engines', 'TABLE', 'MARKS', 'TRIES',
-           'Wish', 'fields_in', 'wish_of', 'wish_in', 'aimed', 'owner_of', 'model_mark', 'Told', 'best_first', 'Passed',
-           'EngineLost', 'Passage', 'messages_of', 'row_at', 'refusal_in_words', 'walled', 'passed_scope', 'unmarked',
-           'relay', 'while_heard', 'Directory', 'Reading', 'Door', 'json_of']
+           'Preference', 'fields_in', 'wish_of', 'wish_in', 'aimed', 'owner_of', 'model_mark', 'Told', 'best_first',
+           'Passed', 'EngineLost', 'Passage', 'messages_of', 'row_at', 'refusal_in_words', 'walled', 'passed_scope',
+           'unmarked', 'relay', 'while_heard', 'Directory', 'Reading', 'Door', 'json_of']
 
 # %% ../nbs/19c_door.ipynb #ee74bc48
 from .app import INLINE, Route, routes
@@ -37,7 +37,7 @@ MODEL = ("model", "sd_model_checkpoint")
 INNER = ("request", "parameters", "config", "override_settings")    # of a job, Hugging Face, a refinement, the web UI
 
 @dataclass(frozen=True)
-class Wish:
+class Preference:
     "What the body of a request asks for: a model by its name, and pictures of a kind. Empty: not said."
     model: str = ""
     kind: str = ""
@@ -53,23 +53,23 @@ def fields_in(body: Any) -> dict[str, Any]:
     return fields
 
 # %% ../nbs/19c_door.ipynb #42faff31
-def wish_of(body: Any) -> Wish:
+def wish_of(body: Any) -> Preference:
     "What a JSON body asks for."
     fields = fields_in(body)
     said = {name: str(fields[name])[:60] for name in (*KIND, *MODEL) if isinstance(fields.get(name), (str, int))}
     kind = " ".join(f"{name}={said[name]}" for name in KIND if name in said)
-    return Wish(next((said[name] for name in MODEL if said.get(name)), ""), kind)
+    return Preference(next((said[name] for name in MODEL if said.get(name)), ""), kind)
 
 # %% ../nbs/19c_door.ipynb #4820048c
 IN_FORM = re.compile(rb'name="model"\r\n\r\n([^\r\n]{1,60})\r\n')
 
-def wish_in(data: bytes, media: str) -> Wish:
+def wish_in(data: bytes, media: str) -> Preference:
     "What the bytes of a body ask for. `media`: its Content-Type."
     if media.startswith("multipart/"):
         found = IN_FORM.search(data)
-        return Wish(found[1].decode("utf-8", "replace")) if found else Wish()
+        return Preference(found[1].decode("utf-8", "replace")) if found else Preference()
     try: return wish_of(parse_json(data))
-    except AuraError: return Wish()
+    except AuraError: return Preference()
 
 # %% ../nbs/19c_door.ipynb #36b5babd
 def aimed(path: str, names: Iterable[str]) -> tuple[str, str]:
@@ -235,7 +235,7 @@ class Directory:
         self.names = {**{id: name for name, id in ids.items()}, **{name: name for name in ids}}
         self.marks = {model_mark(name): name for name in ids}
 
-    def asked_for(self, wish: Wish, path: str) -> str:
+    def asked_for(self, wish: Preference, path: str) -> str:
         "The model that a body asks for. Invalid names those there are."
         if wish.model in self.names: return self.names[wish.model]
         others = path.startswith(tuple(compat_shapes))
@@ -249,9 +249,9 @@ class Reading:
         key = settings.api_key
         self.key, self.arrivals = key.get_secret_value() if key else None, Arrivals()
 
-    async def __call__(self, request: Request, row: Route | None) -> tuple[bytes, Wish]:
+    async def __call__(self, request: Request, row: Route | None) -> tuple[bytes, Preference]:
         "The body of a request, and what it asks for. Unauthorized, TooLarge and others as an engine raises them."
-        if row is None or row.method != "POST": return b"", Wish()
+        if row is None or row.method != "POST": return b"", Preference()
         if row.keyed: check_key(self.key, request.headers.get("authorization", ""))
         media = request.headers.get("content-type", "")
         with self.arrivals.body(client_behind(request)) as arriving:
