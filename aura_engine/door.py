@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 __all__ = ['KIND', 'MODEL', 'INNER', 'IN_FORM', 'JOB_PATH', 'GUESS', 'COLD', 'PLAIN', 'Engines', 'TABLE', 'MARKS', 'TRIES',
            'Preference', 'fields_in', 'wish_of', 'wish_in', 'aimed', 'owner_of', 'model_mark', 'Told', 'best_first',
            'Passed', 'EngineLost', 'Passage', 'messages_of', 'row_at', 'refusal_in_words', 'walled', 'passed_scope',
-           'unmarked', 'relay', 'while_heard', 'Directory', 'Reading', 'Door', 'json_of']
+           'unmarked', 'relay', 'while_heard', 'Directory', 'BodyReader', 'Door', 'json_of']
 
 # %% ../nbs/19c_door.ipynb #ee74bc48
 from .app import INLINE, Route, routes
@@ -243,7 +243,7 @@ class Directory:
         raise unknown_model(wish.model, self.all)
 
 # %% ../nbs/19c_door.ipynb #6a67ce19
-class Reading:
+class BodyReader:
     "Reads the bodies of requests within the limits of an engine."
     def __init__(self, settings: Settings):
         key = settings.api_key
@@ -263,7 +263,7 @@ class Reading:
 class Door:
     "The ASGI app that passes each request on to an engine of the right model."
     def __init__(self, engines: Mapping[str, Engines], ids: Mapping[str, str], settings: Settings):
-        self.engines, self.models, self.read = engines, Directory(ids), Reading(settings)
+        self.engines, self.models, self.read = engines, Directory(ids), BodyReader(settings)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http": return await Router().lifespan(scope, receive, send)
