@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 __all__ = ['KIND', 'MODEL', 'INNER', 'IN_FORM', 'JOB_PATH', 'GUESS', 'COLD', 'PLAIN', 'Engines', 'TABLE', 'MARKS', 'TRIES',
            'Preference', 'fields_in', 'wish_of', 'wish_in', 'aimed', 'owner_of', 'model_mark', 'Told', 'best_first',
            'Passed', 'EngineLost', 'Passage', 'messages_of', 'row_at', 'refusal_in_words', 'walled', 'passed_scope',
-           'unmarked', 'relay', 'while_heard', 'Directory', 'BodyReader', 'Door', 'json_of']
+           'unmarked', 'relay', 'while_heard', 'Directory', 'BodyReader', 'FrontDoor', 'json_of']
 
 # %% ../nbs/19c_door.ipynb #ee74bc48
 from .app import INLINE, Route, routes
@@ -260,7 +260,7 @@ class BodyReader:
             return data, await asyncio.to_thread(wish_in, data, media)
 
 # %% ../nbs/19c_door.ipynb #5b726e61
-class Door:
+class FrontDoor:
     "The ASGI app that passes each request on to an engine of the right model."
     def __init__(self, engines: Mapping[str, Engines], ids: Mapping[str, str], settings: Settings):
         self.engines, self.models, self.read = engines, Directory(ids), BodyReader(settings)

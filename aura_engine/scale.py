@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 from starlette.types import Message
 from .config import Settings, SettingsError, load_settings, parse_loras
-from .door import COLD, Door, EngineLost, Passed, Told, messages_of, best_first, model_mark, walled
+from .door import COLD, FrontDoor, EngineLost, Passed, Told, messages_of, best_first, model_mark, walled
 from .server import Forwarded, create_server, log_to, proxies_of
 from .types import EngineState, NotReady
 
@@ -122,7 +122,7 @@ class DoorReplica:
         self.settings = load_settings(**env)
         log_to(sys.stderr, self.settings.log_level)
         engines = {name: EnginesOnRay(handle) for name, handle in handles.items()}
-        self.door = Door(engines, ids, self.settings)
+        self.door = FrontDoor(engines, ids, self.settings)
 
     def __serve_build_asgi_app__(self) -> Any:
         "The app behind Ray's proxy."
