@@ -1,6 +1,6 @@
-"""What a screen reader is told: Chromium's own accessibility tree below an element, through shadow roots; and what axe finds.
+"""What a screen reader is told: Chromium's own accessibility tree below an element, through shadow roots, and what axe finds.
 
-`AURA_AXE=1` lets axe look at every width, light and dark, in every state; without it, each test names what it looks at."""
+`AURA_AXE=1` lets axe look at every width, light and dark, in every state. Without it, each test names what it looks at."""
 import os
 
 import pytest
@@ -35,7 +35,7 @@ def violations(page, selector=None):
 
 
 def wear(page, scheme, host="#studio"):
-    """Light or dark, by the system's setting or by Lab's theme; back when the Studio looks so."""
+    """Light or dark, by the system's setting or by Lab's theme. It returns when the Studio looks so."""
     if host == "#studio": page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
     else: page.evaluate("theme => window.jupyterapp.commands.execute('apputils:change-theme', {theme})", f"JupyterLab {scheme.title()}")
     page.wait_for_function("([host, dark]) => document.querySelector(host).hasAttribute('data-dark') === dark", arg=[host, scheme == "dark"])

@@ -24,7 +24,7 @@ def pytest_configure(config):
 
 
 def repo_files(root=ROOT):
-    """Files under version control or about to be; where there is no git, all that are not made by make."""
+    """Files under version control or about to be. Where there is no git, all that are not made by make."""
     ls = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=root, capture_output=True, text=True)
     files = [root / f for f in ls.stdout.split("\0") if f] if ls.returncode == 0 else root.rglob("*")
     made = {".git", ".venv", "build", "dist", "__pycache__"}
@@ -53,19 +53,19 @@ class Server:
     log: Path
 
     def status(self, path):
-        """HTTP status of GET `path`; None while nothing listens."""
+        """HTTP status of GET `path`. None while nothing listens."""
         try:
             with urllib.request.urlopen(self.url + path, timeout=5) as r: return r.status
         except urllib.error.HTTPError as e: return e.code
         except OSError: return None
 
     def post(self, path, body, timeout=120):
-        """POST `body` as JSON, return the decoded answer; an error status raises."""
+        """POST `body` as JSON, return the decoded answer. An error status raises."""
         req = urllib.request.Request(self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
         with urllib.request.urlopen(req, timeout=timeout) as r: return json.load(r)
 
     def wait_ready(self, seconds=180):
-        """Return when GET /ready says 200; a process that dies, or takes too long, fails the test with its own words."""
+        """Return when GET /ready says 200. A process that dies, or takes too long, fails the test with its own words."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if self.process.poll() is not None: pytest.fail(f"the server ended with {self.process.returncode}:\n{self.tail()}")
@@ -76,7 +76,7 @@ class Server:
     def tail(self): return self.log.read_text(encoding="utf-8", errors="replace")[-4000:]
 
     def stop(self, seconds=30):
-        """SIGTERM, then SIGKILL for what ignores it; the exit status."""
+        """SIGTERM, then SIGKILL for what ignores it -> the exit status."""
         self.process.terminate()
         try: return self.process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -85,7 +85,7 @@ class Server:
 
 
 def start(argv, log, cwd=ROOT, port=None, **env):
-    """Start a server process on `port`, or on a free one; the caller waits for it and stops it."""
+    """Start a server process on `port`, or on a free one. The caller waits for it and stops it."""
     port = port or free_port()
     with open(log, "wb") as out:
         process = subprocess.Popen(argv, cwd=cwd, env=clean_env(PORT=port, **env), stdout=out, stderr=subprocess.STDOUT)
@@ -94,7 +94,7 @@ def start(argv, log, cwd=ROOT, port=None, **env):
 
 @pytest.fixture(scope="session")
 def make_server(tmp_path_factory):
-    """`make_server(AURA_MAX_BATCH=1)`: a ready `python app.py` with that environment; all are stopped at the end."""
+    """`make_server(AURA_MAX_BATCH=1)`: a ready `python app.py` with that environment. All are stopped at the end."""
     running = []
 
     def make(wait=True, **env):
@@ -107,7 +107,7 @@ def make_server(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def server(make_server):
-    """The one default server that tests share; a test that configures or stops a server makes its own."""
+    """The one default server that tests share. A test that configures or stops a server makes its own."""
     return make_server()
 
 

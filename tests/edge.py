@@ -13,7 +13,7 @@ def problem(status, code, detail, **headers):
 
 
 def answer(status, body, kind="application/json", **headers):
-    """A raw HTTP answer; header names are written with underscores."""
+    """A raw HTTP answer. Header names are written with underscores."""
     body = body.encode()
     lines = [f"HTTP/1.1 {status} X", f"content-type: {kind}", f"content-length: {len(body)}", "connection: close", *(f"{k.replace('_', '-')}: {v}" for k, v in headers.items())]
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
@@ -27,7 +27,7 @@ def hang_up(s):
 
 
 class Edge:
-    """`script`: raw answers, one a connection; then connections go to `target`. `cut`: a relayed answer ends after so many bytes, or only the first (`once`).
+    """`script`: raw answers, one a connection. Then connections go to `target`. `cut`: a relayed answer ends after so many bytes, or only the first (`once`).
     `host`: what Host is rewritten to. `requests`: [(first line, headers, body)]."""
 
     def __init__(self, *script, target=None, cut=None, once=False, host=None, port=0):

@@ -3,7 +3,7 @@
 The real huggingface_hub client speaks to it (HF_ENDPOINT=hub.url). A Space's life is told by the clock: the old version
 runs on while the new one is queued, built and started, and the reported commit lags. What goes wrong is decided by the
 commit (a file that contains FAIL_BUILD, FAIL_RUN, FAIL_SMOKE or FAIL_ORIGIN), by `answers` put in front of an endpoint, or by the
-fields of `Hub`. A `builder` may really build and serve a commit; without one a stub with the engine's manners answers.
+fields of `Hub`. A `builder` may really build and serve a commit. Without one a stub with the engine's manners answers.
 """
 import asyncio, base64, hashlib, io, json, os, re, secrets, threading, time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -99,7 +99,7 @@ class Space:
 
 
 class Hub:
-    """`with Hub() as hub:` serves `hub.url`; `hub.requests` and `hub.writes` tell what was asked of it."""
+    """`with Hub() as hub:` serves `hub.url`. `hub.requests` and `hub.writes` tell what was asked of it."""
 
     def __init__(self, builder=None, lag=0.1, build_seconds=0.2, start_seconds=0.1, stuck=False, log_delay=0.0):
         self.builder, self.lag, self.build_seconds, self.start_seconds = builder, lag, build_seconds, start_seconds
@@ -156,7 +156,7 @@ class Hub:
     # what a Space is doing now
 
     def space(self, id, files=None, **state):
-        """A Space that is there already; with files, it has been running them for a while."""
+        """A Space that is there already. With files, it has been running them for a while."""
         s = self.spaces[id] = Space(id, **state)
         s.host = self._serve(Starlette(routes=[Route("/{path:path}", self._edge(s), methods="GET HEAD POST OPTIONS DELETE".split())]))
         initial = {".gitattributes": Blob(b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"), "README.md": Blob(b"---\nsdk: docker\n---\n")}
@@ -254,7 +254,7 @@ class Hub:
         ]
 
     async def _exchange(self, request):
-        """A Trusted Publisher's proof for a token; its proof here is any text that names the resource."""
+        """A Trusted Publisher's proof for a token. Its proof here is any text that names the resource."""
         ask = await request.json()
         if not ask["subject_token"].endswith(ask["resource"]): return error(400, "invalid_grant")
         return {"access_token": self.token, "token_type": "bearer", "expires_in": 3600}

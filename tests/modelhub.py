@@ -13,7 +13,7 @@ COMMIT = "c0ffee" + "0" * 34
 
 
 class ModelHub:
-    """`with ModelHub({"owner/name": {path: bytes}}) as hub`: `hub.url`; `hub.seen` is [(method, path, range)]; `hub.bad` holds [regex, how many times, what]."""
+    """`with ModelHub({"owner/name": {path: bytes}}) as hub`: `hub.url`. `hub.seen` is [(method, path, range)]. `hub.bad` holds [regex, how many times, what]."""
 
     def __init__(self, repos=()):
         self.repos, self.seen, self.bad, self.token = dict(repos), [], [], None
@@ -74,7 +74,7 @@ class ModelHub:
 
 
 def send(h, status, data, headers, what=None):
-    """Answer; "cut" closes the line halfway, "stall" falls silent there, "slow" takes its time."""
+    """Answer. "cut" closes the line halfway, "stall" falls silent there, "slow" takes its time."""
     try:
         h.send_response(status)
         for k, v in {**headers, "Content-Length": str(len(data))}.items(): h.send_header(k, v)
@@ -126,7 +126,7 @@ class Worker:
 
 @functools.cache
 def shared():
-    """(hub, worker) that all tests of this process share; the hub is empty and calm until a test fills it."""
+    """(hub, worker) that all tests of this process share. The hub is empty and calm until a test fills it."""
     hub = ModelHub()
     hub.__enter__()
     return hub, Worker(hub, Path(tempfile.mkdtemp(prefix="modelhub-")))

@@ -110,7 +110,7 @@ def test_the_receipt_says_how_it_was_made(page):
 
 
 def test_one_selection(page):
-    """The newest is the choice; an old one chosen stays the choice until the next is made; Save takes the choice."""
+    """The newest is the choice. An old one chosen stays the choice until the next is made. Save takes the choice."""
     ask(page, "a red apple", steps=1, seed=1)
     finished(page)
     ask(page, "an owl", steps=1, seed=2)
@@ -260,7 +260,7 @@ def painted(page):
 
 
 def test_the_brush(page):
-    """Paint, erase, undo, invert, clear, by mouse and by keys; what is outside comes back as it was; a reload keeps it."""
+    """Paint, erase, undo, invert, clear, by mouse and by keys. What is outside comes back as it was. A reload keeps it."""
     ask(page, "a red apple", steps=1, seed=8)
     finished(page)
     before = Image.open(io.BytesIO(saved(page))).convert("RGB")
@@ -327,7 +327,7 @@ def test_painting_by_touch(browser, server):
 
 @pytest.mark.parametrize("how", ["drop", "paste", "file"])
 def test_pictures_in(page, how, tmp_path):
-    """A large photo, as a file of 20 MB, becomes the start picture, small enough to travel; what is no picture is said."""
+    """A large photo, as a file of 20 MB, becomes the start picture, small enough to travel. What is no picture is said."""
     photo = tmp_path / "photo.jpg"
     photo.write_bytes(noise(3300, 2200) if how == "file" else noise(1800, 1200, "JPEG"))
     if how == "file": page.locator("input[type=file]").set_input_files(photo)
@@ -534,7 +534,7 @@ def test_a_reload_loses_nothing(page):
 
 
 def test_what_is_typed_around_a_reload_stays(page, context, server):
-    """The form is there when it is first seen, so nothing typed then is overwritten; what was typed just before is kept."""
+    """The form is there when it is first seen, so nothing typed then is overwritten. What was typed just before is kept."""
     held = []
     page.route("**/health", lambda r: held.append(r))                       # an engine that takes its time
     with page.expect_navigation():
@@ -713,7 +713,7 @@ def clicks(page):
 
 
 def test_a_newcomers_tasks(page, browser, server):
-    """The tasks of 00_start's table, done by mouse and counted in clicks. Typing is not counted; the fifth is in test_lab."""
+    """The tasks of 00_start's table, done by mouse and counted in clicks. Typing is not counted. The fifth is in test_lab."""
     page.evaluate(CLICKS)
     counted = {}
     prompt(page).press_sequentially("a fox on a green background")
@@ -833,7 +833,7 @@ def keep(page, name, tmp_path):
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_widths_and_themes(gallery, width, scheme, tmp_path):
-    """No line of it runs out of the window; axe finds nothing; the picture of it is kept."""
+    """No line of it runs out of the window, and axe finds nothing. The picture of it is kept."""
     gallery.set_viewport_size({"width": width, "height": 940})
     accessible.wear(gallery, scheme)
     assert gallery.evaluate("document.documentElement.scrollWidth") <= width

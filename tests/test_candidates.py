@@ -37,7 +37,7 @@ def file(tmp_path): return TrialsFile(tmp_path / "precision.json")
 
 
 def test_only_a_free_choice_is_measured(parts, monkeypatch):
-    """fp32 asked for is fp32; a large model, LoRAs by the request and a forced compilation keep what they had."""
+    """fp32 asked for is fp32. A large model, LoRAs by the request and a forced compilation keep what they had."""
     monkeypatch.setattr(candidates, "has_bf16", lambda: True)
     assert candidates.candidates_for(parts, settings()) == [REFERENCE, Candidate("torch", "bf16")]
     for how in ({"SD_PRECISION": "fp32"}, {"SD_LORAS": "a=b"}, {"TORCH_COMPILE": "force"}): assert candidates.candidates_for(parts, settings(**how)) == []
@@ -62,7 +62,7 @@ def test_the_fastest_within_the_bound_wins(file, least, wins, monkeypatch):
 
 
 def test_what_is_measured_is_kept_and_followed(loaded, file, monkeypatch):
-    """The second start measures nothing; the figures decide, not the order."""
+    """The second start measures nothing. The figures decide, not the order."""
     monkeypatch.setattr(candidates, "has_bf16", lambda: True)
     first = candidates.choose_precision(candidates.copy_of(loaded), settings(), file)
     kept = file.read(candidates.trials_name(loaded, [REFERENCE, Candidate("torch", "bf16")]))

@@ -94,7 +94,7 @@ def test_turbo_is_drawn_as_its_configuration_says(tmp_path):
 
 
 def test_sde_steps_draw_their_noise_from_the_seed(tmp_path):
-    """Row 10: a merge that wants DPM++ SDE says so; noise comes from the picture's seed, as in the stock pipeline."""
+    """Row 10: a merge that wants DPM++ SDE says so. Noise comes from the picture's seed, as in the stock pipeline."""
     folder = saved(tmp_path / "model", "sdxl", OFFICIAL["sdxl"])
     parts = loaded(folder, SD_SAMPLER="dpm-sde", SD_STEPS="6", SD_GUIDANCE="2")
     assert (parts.row.sampler, parts.row.steps, parts.row.guidance) == ("dpm-sde", (1, 6, 100), (1, 2.0, 15))
@@ -115,7 +115,7 @@ def test_own_defaults_have_guard_rails(tmp_path, how, words):
 
 @pytest.mark.parametrize("how", ["edm", "statistics"])
 def test_another_arithmetic_is_refused_by_name(tmp_path, how):
-    """Row 4: playground-v2.5 is an SDXL class; its pictures were garbage without a word."""
+    """Row 4: playground-v2.5 is an SDXL class. Its pictures were garbage without a word."""
     folder = saved(tmp_path / "model", "sdxl", OFFICIAL["playground" if how == "edm" else "sdxl"])
     if how == "statistics":
         config = json.loads((folder / "vae" / "config.json").read_text())
@@ -125,7 +125,7 @@ def test_another_arithmetic_is_refused_by_name(tmp_path, how):
 
 @pytest.mark.parametrize("more", [{"use_exponential_sigmas": True}, {"use_beta_sigmas": True}, {"use_flow_sigmas": True}, {"variance_type": "learned_range"}])
 def test_ways_of_spacing_that_our_sampler_decides_are_told(tmp_path, more):
-    """Row 12: some of these need scipy, some raise in diffusers; the picture does not depend on them."""
+    """Row 12: some of these need scipy, some raise in diffusers. The picture does not depend on them."""
     (name, value), = more.items()
     schedule = {**OFFICIAL["sdxl"], "_class_name": "DPMSolverMultistepScheduler", **more}
     parts, plain = loaded(saved(tmp_path / "model", "sdxl", schedule)), loaded(saved(tmp_path / "plain", "sdxl", OFFICIAL["sdxl"]))
@@ -280,7 +280,7 @@ def test_a_unet_alone_takes_the_base_that_is_named(tmp_path):
 
 
 def test_a_local_lcm_unet_takes_the_base_that_is_named(tmp_path):
-    """Row 11: a copy of latent-consistency/lcm-sdxl, offline; it was 'none of these'."""
+    """Row 11: a copy of latent-consistency/lcm-sdxl, offline. It was 'none of these'."""
     base, folder = saved(tmp_path / "base", "sdxl", OFFICIAL["sdxl"]), tmp_path / "latent-consistency" / "lcm-sdxl"
     tiny.unet(xl=True, time_cond_proj_dim=32).save_pretrained(folder)
     assert loaded(folder, SD_BASE_ID=str(base)).row.name == "sdxl-lcm"
@@ -298,7 +298,7 @@ def test_a_folder_called_lcm_makes_no_method(tmp_path):
 
 
 def test_names_that_mislead_have_their_own_sentence(single, tmp_path):
-    """Row 13: capital letters; a LoHa is no LoRA."""
+    """Row 13: capital letters. A LoHa is no LoRA."""
     shutil.copy(single, loud := tmp_path / "MODEL.SAFETENSORS")
     with pytest.raises(Invalid, match="rename it to .safetensors"): loaded(loud)
     save_file({"lora_unet_a.hada_w1_a": torch.ones(1)}, file := tmp_path / "loha.safetensors")
@@ -393,7 +393,7 @@ def test_single_files_lack_nothing_either(single):
 
 
 def test_a_lone_unet_in_the_original_names_is_the_same_unet(single, tmp_path):
-    """As other programs extract it; with a base it was 'not the names the configuration asks for'."""
+    """As other programs extract it. With a base it was 'not the names the configuration asks for'."""
     folder = single.with_suffix("")
     base = tiny.save(tmp_path / "base", "sdxl-deep")
     file = copied(single, "alone.safetensors", lambda s: {k: v for k, v in s.items() if k.startswith("model.diffusion_model.")})

@@ -1,4 +1,4 @@
-"""`aura` as a terminal sees it: files, JSON, exit statuses, Ctrl-C; and `aura serve` as a process."""
+"""`aura` as a terminal sees it: files, JSON, exit statuses, Ctrl-C, and `aura serve` as a process."""
 import json, re, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -164,7 +164,7 @@ def test_help_is_quick_and_complete(aura):
 
 
 def test_the_module_is_the_command(tmp_path):
-    """Where the script is not installed; another module's help names the command that gave it."""
+    """Where the script is not installed. Another module's help names the command that gave it."""
     done = subprocess.run([sys.executable, "-m", "aura_engine.cli", "deploy", "--help"], cwd=tmp_path, env=clean_env(PYTHONPATH=ROOT), capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("usage: aura deploy") and "--sleep-time" in done.stdout
 

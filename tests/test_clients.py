@@ -2,7 +2,7 @@
 
 Versions are pinned in tests/clients: a client that changes its ways is a matter for the day on which its number is raised there. Each client's
 run writes the row of what it saw, with its own version. The rows are held against nbs/bench/clients.json, which 10d shows as
-a table; `AURA_CLIENTS=1` writes that file from this run alone, so that nothing is in it that was not seen.
+a table. `AURA_CLIENTS=1` writes that file from this run alone, so that nothing is in it that was not seen.
 """
 import base64, contextlib, functools, http.server, json, os, re, shutil, subprocess, sys, threading, time
 
@@ -19,7 +19,7 @@ PINNED_IN = {"Python)": dict(re.findall(r"^([\w.-]+)==(\S+)", PYTHON.read_text()
 
 
 def run(*argv, cwd=None, **env):
-    """The last line that a program prints; what it said when it failed."""
+    """The last line that a program prints, or what it said when it failed."""
     done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, timeout=400, env={**os.environ, **env})
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return done.stdout.strip().rpartition("\n")[2]
@@ -132,7 +132,7 @@ def test_openai_and_hugging_face_in_a_browser(allowed, page, node):
 
 
 def test_event_source_in_a_browser_goes_on_after_a_cut(allowed, page):
-    """The connection ends in the middle; the browser asks again with Last-Event-ID, and no event is lost or comes twice."""
+    """The connection ends in the middle. The browser asks again with Last-Event-ID, and no event is lost or comes twice."""
     with Edge(target=allowed[0].url, cut=1500, once=True) as edge:
         ids, opened = tried(page, "events", allowed[0].url, edge.url)
         last = [headers.get("last-event-id") for _, headers, _ in edge.requests]
@@ -143,7 +143,7 @@ def test_event_source_in_a_browser_goes_on_after_a_cut(allowed, page):
 
 
 def test_origins_in_a_browser(allowed, page):
-    """Any header from an allowed page; other pages are refused, and the log says what would allow them."""
+    """Any header from an allowed page. Other pages are refused, and the log says what would allow them."""
     engine, origin = allowed
     names = ("traceparent", "sentry-trace", "baggage", "x-requested-with", "cache-control", "x-stainless-os", "x-anything-at-all")
     assert tried(page, "post", engine.url, dict.fromkeys(names, "1")) == "200"
@@ -228,7 +228,7 @@ def prometheus(tmp_path_factory):
 
 
 def test_prometheus(server, prometheus, tmp_path):
-    """promtool finds nothing to say about the metrics; a real Prometheus scrapes them and answers questions about them."""
+    """promtool finds nothing to say about the metrics. A real Prometheus scrapes them and answers questions about them."""
     server.post("/generate", {"prompt": "a fox", "steps": 1})
     text = httpx.get(server.url + "/metrics").text
     checked = subprocess.run([f"{prometheus}/promtool", "check", "metrics"], input=text, capture_output=True, text=True)

@@ -79,7 +79,7 @@ def test_the_guides_refine(web, apple):
 
 
 def test_a_mask_keeps_what_is_black(web, apple):
-    """The same body with `mask`: pixels outside are the input's; wrong masks name their field; /replay makes it again; /health says that masks are taken."""
+    """The same body with `mask`: pixels outside are the input's. Wrong masks name their field. /replay makes it again. /health says that masks are taken."""
     mask = Image.new("L", (128, 128))
     mask.paste(255, (32, 32, 96, 96))
     (out := io.BytesIO(), mask.save(out, "PNG"))
@@ -194,7 +194,7 @@ def test_openapi_json_is_true():
 
 
 def test_openapi_is_typed():
-    """Everything that answers or is read has a schema; problems are everywhere; no field with a default is required."""
+    """Everything that answers or is read has a schema. Problems are everywhere. No field with a default is required."""
     document = json.loads((ROOT / "openapi.json").read_text(encoding="utf-8"))
     schemas = document["components"]["schemas"]
     assert {"Health", "Receipt", "StreamEvent", "Problem", "OpenAIImages", "A1111Progress"} <= set(schemas) and "HTTPValidationError" not in schemas

@@ -1,6 +1,6 @@
 """The deployer with the real huggingface_hub client against a Hub on the loopback interface.
 
-What a person would do is run as a process; variations call the same `main` in this one, which saves the imports.
+What a person would do is run as a process. Variations call the same `main` in this one, which saves the imports.
 """
 import contextlib, hashlib, io, json, multiprocessing, os, re, shutil, signal, stat, subprocess, sys, threading, time, zipfile
 from dataclasses import replace
@@ -43,7 +43,7 @@ def tree(tmp_path):
 
 @pytest.fixture
 def hub():
-    """A quick Hub; whatever a test does, no Space was paused, and none deleted but by the test that is about that."""
+    """A quick Hub. Whatever a test does, no Space was paused, and none deleted but by the test that is about that."""
     with Hub(lag=0.05, build_seconds=0.1, start_seconds=0.05) as it:
         yield it
         assert not [w for w in it.writes if w.endswith("/pause") or w.endswith("repos/delete") and not getattr(it, "may_delete", False)]
@@ -78,7 +78,7 @@ def start(hub, tree, *args, **env):
 
 
 def run(hub, tree, *args, code=0, limit=60, **env):
-    """The command's output, as a process; another exit status than `code` fails the test."""
+    """The command's output, as a process. Another exit status than `code` fails the test."""
     process = start(hub, tree, *args, **env)
     try: out = process.communicate(timeout=limit)[0]
     finally: process.kill()
@@ -267,7 +267,7 @@ def visits(hub): return [path for _, path in hub.requests if path.startswith("ho
 
 
 def test_a_space_that_costs_sleeps_on_when_nothing_is_to_change(hub, tree):
-    """It is said, with what a test would cost; --prove asks for it. A folder that has tested this commit knows its address, another one does not."""
+    """It is said, with what a test would cost. --prove asks for it. A folder that has tested this commit knows its address, another one does not."""
     again = (*GUIDE, "--preset", "t4", "--sleep-time", "600")
     call(hub, tree, *again, "--yes")
     space, written, seen = hub.spaces[SPACE], len(hub.writes), len(visits(hub))
@@ -375,7 +375,7 @@ def dry_step(folder, begin, programs=("pip",), **env):
 
 
 def test_extra_packages_with_a_lock_go_by_hash(tmp_path):
-    """openvino by its lock, which fits what settings.ini asks for and brings what it needs; others by name, in one call."""
+    """openvino by its lock, which fits what settings.ini asks for and brings what it needs. Others by name, in one call."""
     assert dry_step(tmp_path, "set -e; rest=", EXTRA_PACKAGES="") == []
     assert dry_step(tmp_path, "set -e; rest=", EXTRA_PACKAGES="einops openvino rich>=1") == [
         "pip install --no-cache-dir --no-deps --require-hashes -r locks/openvino.lock", "pip install --no-cache-dir einops rich>=1"]
@@ -478,7 +478,7 @@ def test_the_locks_of_two_indexes_are_installed_by_a_real_pip(indexes, tmp_path,
 
 
 def test_each_lock_of_torch_is_whole():
-    """torch of the Dockerfile's version and what only it needs, each with its hashes; the CUDA ones with NVIDIA's libraries. Every name has one."""
+    """torch of the Dockerfile's version and what only it needs, each with its hashes. The CUDA ones with NVIDIA's libraries. Every name has one."""
     pin = lock.torch_pin((ROOT / "Dockerfile").read_text())
     assert {path.stem for path in (ROOT / "locks").glob("torch-*")} == {f"torch-{name}" for name in deploy_plan.WHEELS} and lock.WHEELS == deploy_plan.WHEELS
     for name in deploy_plan.WHEELS:
@@ -580,7 +580,7 @@ def test_the_proxys_kindness_is_not_the_engines_refusal(hub, tree):
 
 @pytest.mark.parametrize("word, code, says", [("FAIL_BUILD", 5, "No matching distribution"), ("FAIL_RUN", 7, "RuntimeError: FAIL_RUN"), ("FAIL_SMOKE", 8, "of one colour")])
 def test_a_version_that_fails(hub, tree, word, code, says):
-    """A first one stays to be looked at; one that follows a good one makes way for it again."""
+    """A first one stays to be looked at. One that follows a good one makes way for it again."""
     edit(tree, word)
     quick = ("--timeout", "1.5")
     assert says in call(hub, tree, *GUIDE, *quick, code=code) and not (tree / ".env.local").exists() and len(commits(hub)) == 1
@@ -631,7 +631,7 @@ def test_a_busy_hub_is_waited_for_and_a_silent_one_is_not(hub, tree):
 
 @pytest.mark.parametrize("word, code", [("FAIL_BUILD", 25), ("FAIL_RUN", 27), ("FAIL_SMOKE", 28)])
 def test_cut_off_before_it_went_back(hub, tree, word, code):
-    """Killed after the commit of a version that fails: the next run finds the way back, though it has nothing to change; so does the one after a timeout."""
+    """Killed after the commit of a version that fails: the next run finds the way back, though it has nothing to change. So does the one after a timeout."""
     space = running(hub, tree)
     good = dict(space.tree)
     edit(tree, word)
@@ -672,7 +672,7 @@ def interesting(method, path): return method in ("POST", "DELETE") and not READS
 
 @pytest.mark.parametrize("new", [True, False], ids=["new", "existing"])
 def test_killed_anywhere_then_run_again(tree, new):
-    """The process is killed at each request that matters, once before the Hub acts on it and once after; the next run arrives."""
+    """The process is killed at each request that matters, once before the Hub acts on it and once after. The next run arrives."""
     (tree / ".env.local").write_text("MINE=1\n")
     edit(tree, "old")
     old = {**bundle.stamp(bundle.upload_set(tree)), "README.md": deploy_plan.space_readme(SPACE, {})}
@@ -789,7 +789,7 @@ def all_writes(tree):
 @pytest.mark.parametrize("phase", ["before", "after"])
 def test_a_write_that_is_always_refused(tree, phase):
     """Each of these writes is refused for good, its repetition and its undoing too. The Space ends as it was. When a secret's old value is gone by then,
-    it cannot; it is left on the way, and that is said. The same command arrives once the refusal has ended."""
+    it cannot. It is left on the way, and that is said. The same command arrives once the refusal has ended."""
     before, after, writes = all_writes(tree)
     final = writes.index(("POST", f"/api/spaces/{SPACE}/secrets", "AURA_API_KEY"))
     for at, write in enumerate(writes):
@@ -879,7 +879,7 @@ def mounts(space): return {v["mountPath"]: (v["type"], v["source"], v["readOnly"
 
 
 def test_models_are_mounted_and_follow_the_preset(hub, tree):
-    """Read-only, where the image's AURA_MODELS looks; what else is mounted stays, and another preset takes them away."""
+    """Read-only, where the image's AURA_MODELS looks. What else is mounted stays, and another preset takes them away."""
     mine = {"type": "dataset", "source": "ada/pictures", "mountPath": "/pictures", "readOnly": True}
     space = running(hub, tree, volumes=[mine])
     call(hub, tree, *GPU)
@@ -1083,7 +1083,7 @@ def test_what_the_image_is_built_with_is_built(hub, tree):
 
 
 def test_a_rollback_brings_the_image_back_too(hub, tree):
-    """Wheels alone were changed, so there is no commit to go back to; the image is built with the old ones again."""
+    """Wheels alone were changed, so there is no commit to go back to. The image is built with the old ones again."""
     space = running(hub, tree)
     before = state_of(space)
     out = call(hub, tree, "--hardware", "a10g-small", "--var", "TORCH_INDEX_URL=https://my.wheels/too-new", "--yes", code=28)
@@ -1179,7 +1179,7 @@ def test_a_space_that_was_renamed(hub, tree):
 
 
 def test_what_no_commit_has_is_named(hub, tree):
-    """In a repository, and in a folder of one; a folder without git says nothing."""
+    """In a repository, and in a folder of one. A folder without git says nothing."""
     assert "no commit" not in call(hub, tree, *GUIDE, "--dry-run")
     project = tree / "inner"
     shutil.copytree(tree, project, ignore=shutil.ignore_patterns("inner", ".hf"))
@@ -1317,7 +1317,7 @@ def test_every_origin_only_when_it_is_meant(hub, tree):
 
 @pytest.mark.parametrize("verb", [("--restart",), ("--rollback-to", "0" * 40)], ids=lambda v: v[0])
 def test_what_changes_a_space_asks_whose_it_is(hub, tree, verb):
-    """Another app is not restarted, nor is one that is paused on hardware with a price; a dry run does nothing."""
+    """Another app is not restarted, nor is one that is paused on hardware with a price. A dry run does nothing."""
     space = hub.space(SPACE, {"README.md": b"---\ntitle: My shop\nsdk: docker\n---\nMine.\n", "Dockerfile": b"FROM x\n", "shop.py": b""})
     assert "holds another app" in call(hub, tree, *verb, code=3)
     assert "there is no Space ada/none" in call(hub, tree, *verb, "--space-id", "ada/none", code=3)
@@ -1333,7 +1333,7 @@ def test_never_to_sleep_is_agreed_to(hub, tree):
 
 
 def test_only_the_plan_that_was_agreed_to(hub, tree):
-    """The number of a dry run carries out that plan; when the Space or the folder is another one by then, nothing."""
+    """The number of a dry run carries out that plan. When the Space or the folder is another one by then, nothing."""
     space = running(hub, tree)
     args = ("--origins", "https://a.site")
     number = re.search(r"--plan (\w+)", call(hub, tree, *args, "--dry-run"))[1]
@@ -1416,7 +1416,7 @@ def test_the_address_of_a_space_that_became_private_is_taken_out(hub, tree):
 
 
 def test_front_matter_of_your_own_stays(hub, tree):
-    """Models, a start-up time, comments and keys that were written on the Hub; ours are added, and go again with the preset."""
+    """Models, a start-up time, comments and keys that were written on the Hub. Ours are added, and go again with the preset."""
     space = running(hub, tree)
     mine = b"---\ntitle: Mine  # by Ada\nmodels:\n- ada/mine\nstartup_duration_timeout: 2h\nsdk: gradio\ncustom: {a: 1}\ntags: [aura_engine]\napp_port: 7860\n---\n\nText.\n"
     space.tree["README.md"] = replace(space.tree["README.md"], data=mine)
@@ -1496,7 +1496,7 @@ def test_the_tests_that_the_guide_names_exist():
 # secrets
 
 def test_no_secret_in_any_output(hub, tree):
-    """Planted in the token, a secret, the app's log, the Hub's error messages and the engine's answers; said by none of our outputs."""
+    """Planted in the token, a secret, the app's log, the Hub's error messages and the engine's answers. None of our outputs says them."""
     planted = "pl4nted/ secret+value"
     hub.user["auth"]["accessToken"]["role"] = "write"
     outputs = [run(hub, tree, *GUIDE, "--secret", "PLANTED", "--json", HF_TOKEN=TOKEN + "\n", PLANTED=planted + "\n")]
@@ -1596,7 +1596,7 @@ runpy.run_path(f"{root}/scripts/hf_space_deploy.py", run_name="__main__")
 
 
 def test_it_runs_where_only_its_own_packages_are():
-    """The script names what it needs, and does with that; where torch is not installed, the check of requirements.txt gives way."""
+    """The script names what it needs, and does with that. Where torch is not installed, the check of requirements.txt gives way."""
     needs = re.search(r'NEEDS = "(.*)"', (ROOT / "scripts/hf_space_deploy.py").read_text())[1].replace(" ", "\n")
     have, known = bundle.installed_by(needs)
     allowed = [m for m, d in metadata.packages_distributions().items() if have & {bundle.plain_name(x) for x in d}]

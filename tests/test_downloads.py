@@ -74,7 +74,7 @@ def test_what_does_not_pass_ends_at_once_with_its_cause(hub, load, words):
 @pytest.mark.parametrize("where", ["HEAD .*model_index.json", "GET /api/models", f"HEAD .*{WEIGHTS}", f"GET .*{WEIGHTS}"])
 @pytest.mark.parametrize("answer", [(503, {}), (429, {"Retry-After": "2"})], ids=["503", "429"])
 def test_what_passes_is_waited_for(hub, load, where, answer):
-    """503: again after a second; 429: not before the two seconds that the Hub asked for. Wherever it happens, loading goes on."""
+    """503: again after a second. 429: not before the two seconds that the Hub asked for. Wherever it happens, loading goes on."""
     hub.goes_wrong(where, 2 if where.startswith("HEAD") else 1, answer)
     told = load()
     assert told.get("row") == "sd15", told
@@ -213,7 +213,7 @@ def test_a_path_that_the_locale_cannot_spell_is_refused_with_the_variable(tmp_pa
 
 
 def test_a_warm_cache_needs_no_hub(hub, load):
-    """With the Hub well, one HEAD tells that nothing is new; with the Hub down in any way, the cache is used as it is."""
+    """With the Hub well, one HEAD tells that nothing is new. With the Hub down in any way, the cache is used as it is."""
     cold = load()
     hub.calm()
     assert load()["unet"] == cold["unet"] and [m for m, p, _ in hub.seen if REPO in p] == ["HEAD"]

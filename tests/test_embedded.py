@@ -32,7 +32,7 @@ def draw(engine, prompts, **how):
 
 
 def background(picture):
-    """The colour of the upper edge; what is behind the thing shades the middle or the lower part."""
+    """The colour of the upper edge. What is behind the thing shades the middle or the lower part."""
     return np.median(np.concatenate([picture[:4].reshape(-1, 3), picture[: len(picture) // 2, :4].reshape(-1, 3)]), axis=0)
 
 

@@ -107,7 +107,7 @@ def test_pictures_of_one_request_are_reproducible_alone(engine):
 
 
 def test_pictures_that_finish_together_are_decoded_together(engine, monkeypatch):
-    """Where the decode's curve pays: one VAE call for several, the same pictures; one that went wrong fails alone."""
+    """Where the decode's curve pays: one VAE call for several, the same pictures. One that went wrong fails alone."""
     asked = [replace(APPLE, seed=70 + i) for i in range(4)]
     alone, sizes = [picture(engine, p) for p in asked], []
     native = engine.cost.native
@@ -128,7 +128,7 @@ def test_temperature_zero_is_the_prompt_alone(engine):
 
 
 def test_cancel_wastes_at_most_one_call(engine):
-    """After cancel() returns, at most the UNet call that is running is lost; a queued job never starts."""
+    """After cancel() returns, at most the UNet call that is running is lost. A queued job never starts."""
     running = engine.submit(Plan((replace(APPLE, steps=50),)))
     next(e for e in running.events(60) if isinstance(e, Step) and e.step == 2)
     queued = engine.submit(Plan((replace(APPLE, prompt="never begun", steps=50),)))
@@ -150,7 +150,7 @@ def test_deadline():
 
 @pytest.fixture
 def gate(engine):
-    """UNet calls wait for it -> (calls begun, event); afterwards the engine forgets what the waiting taught it of costs."""
+    """UNet calls wait for it -> (calls begun, event). Afterwards the engine forgets what the waiting taught it of costs."""
     calls, opened, steps, late = [], threading.Event(), dict(engine.cost.step.known), engine.queue.admission.lateness
     engine.queue.admission.lateness = Lateness()
     hook = engine.parts.unet.register_forward_pre_hook(lambda m, args: (calls.append(1), opened.wait(60))[1] and None)
@@ -174,7 +174,7 @@ def wait_for(condition, seconds=60):
 
 
 def test_a_requests_own_deadline_stops_it_at_the_next_step(engine, gate):
-    """The running one loses no more than the call it is in; the queued one never begins."""
+    """The running one loses no more than the call it is in. The queued one never begins."""
     calls, opened = gate
     long = replace(APPLE, steps=20)
     running = engine.submit(Plan((long,), deadline=1.2 * alone(engine, long)))
@@ -245,7 +245,7 @@ def test_out_of_memory_makes_the_batch_smaller(engine, fault):
 
 
 def test_out_of_memory_in_the_decode_is_survived(engine, photo):
-    """First try without memory: the picture comes, its receipt says how; the next one is made as ever."""
+    """First try without memory: the picture comes, its receipt says how. The next one is made as ever."""
     failing = [1]
 
     def full(module, args):
@@ -314,7 +314,7 @@ def test_a_black_picture_is_an_error(engine):
 
 
 def test_damaged_weights_of_the_right_size_never_become_ready(tmp_path):
-    """They load without an error; the self-test picture is what catches them."""
+    """They load without an error. The self-test picture is what catches them."""
     import shutil
     from safetensors.torch import load_file, save_file
     from aura_engine.models import EMBEDDED
@@ -360,7 +360,7 @@ print(any(int(a, 16) <= at[0] < int(b, 16) for a, b in re.findall(r"^(\\w+)-(\\w
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc")
 def test_the_engines_thread_uses_the_main_heap():
-    """Its own would be the one that loading the model left full of holes; calls there were measurably slower."""
+    """Its own would be the one that loading the model left full of holes. Calls there were measurably slower."""
     done = subprocess.run([sys.executable, "-c", HEAP], capture_output=True, text=True, timeout=300)
     assert done.stdout == "True\n", done.stderr
 

@@ -166,7 +166,7 @@ def settings_of(row):
 
 
 def of_each_kind():
-    """The rows; of those that differ in their number of steps alone, the last. (test_recipes draws every row.)"""
+    """The rows. Of those that differ in their number of steps alone, the last. (test_recipes draws every row.)"""
     kinds = {}
     for row in ROWS.values(): kinds.setdefault((row.pipeline, row.sampler, row.guidance, row.fixed, bool(row.lora), row.ids, row.name.rstrip("-0123456789cfg")), []).append(row.name)
     return [names[-1] for names in kinds.values()]
@@ -174,7 +174,7 @@ def of_each_kind():
 
 @pytest.mark.parametrize("name", of_each_kind())
 def test_every_row_generates_and_refines(published, name):
-    """Only the environment differs; the answer says which numbers were used, and what was put right."""
+    """Only the environment differs. The answer says which numbers were used, and what was put right."""
     hub, serve = published
     row, ask = ROWS[name], {"prompt": "a red apple", "negativePrompt": "blue", "seed": 1}
     out = serve(**settings_of(row), requests=[("/generate", {"prompt": "a red apple", "seed": 1}), ("/generate", {**ask, "steps": 13, "guidanceScale": 25, "aspectRatio": "4:3"}),

@@ -3,9 +3,9 @@
 Each test is named after the rows it holds. `ELSEWHERE` names the tests of other files that hold a row. Rows that the
 table gives to an in-process client are asked of a real server over a socket: more is real, and nothing is lost.
 Where this engine does otherwise than the table's "expected" column, and why:
- 1  a body that is no JSON is 400, like those of row 2; 422 is kept for JSON with a wrong value.
+ 1  a body that is no JSON is 400, like those of row 2. 422 is kept for JSON with a wrong value.
 14  base64 without its padding is refused too: what is cut off somewhere looks just like it.
-18  the cap is 16 megapixels, not 4: a phone's photo is 12; the nine thousand squared of this row are 88.
+18  the cap is 16 megapixels, not 4: a phone's photo is 12. The nine thousand squared of this row are 88.
 21  shapes go from 1:3 to 3:1, as in requests, not 1:4 to 4:1.
 31  a seed of -1 is refused: `null`, or no seed, is the way to say "any", and -1 in a receipt could not be replayed.
 33  415, of the two statuses it allows.
@@ -210,7 +210,7 @@ def test_rows_26_27_29__odd_sizes_counts_and_strengths(web):
 # the wire
 
 def raw(server, data, seconds=10):
-    """Bytes over a socket; what came back until it closed or was silent."""
+    """Send bytes over a socket -> what came back until it closed or was silent."""
     url = httpx.URL(server.url)
     with socket.create_connection((url.host, url.port), timeout=seconds) as s:
         try:
@@ -241,7 +241,7 @@ def test_row_33__compressed_bodies_are_not_read(web):
 
 
 def test_headers_without_an_end(server):
-    """More than is read: 431 in the house's shape; what is no HTTP: 400; and the server goes on."""
+    """More than is read: 431 in the house's shape. What is no HTTP: 400, and the server goes on."""
     for data, status in ((b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"".join(b"x-%d: %s\r\n" % (i, b"y" * 1000) for i in range(400)), 431), (b"\x16\x03\x01\x02\x00\x01\xff", 400), (b"GET / HTTP/1.1\r\nno colon\r\n\r\n", 400)):
         head, _, body = raw(server, data).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 %d" % status) and b"application/problem+json" in head and b"connection: close" in head.lower() and json.loads(body)["status"] == status
@@ -272,7 +272,7 @@ def test_row_34__slow_senders(make_server):
 
 @pytest.mark.slow
 def test_row_35__a_thousand_at_once(make_server):
-    """All are answered, with 200 or 429 and nothing else; the memory is bounded; afterwards all is as before."""
+    """All are answered, with 200 or 429 and nothing else. The memory is bounded. Afterwards all is as before."""
     server = make_server(AURA_MAX_QUEUE_SECONDS=5)
     before = rss(server.process)
 
@@ -364,7 +364,7 @@ def test_rows_39_48__stopped_while_loading(tmp_path, hub, alone):
 
 
 def test_row_53__kill_9_and_restart(make_server, tmp_path):
-    """Clients see a reset at once, not silence; the next process on the port is ready by itself."""
+    """Clients see a reset at once, not silence. The next process on the port is ready by itself."""
     server = make_server()
     t, box = ask_in_thread(server, steps=50, n=4)
     begin = time.monotonic()
@@ -446,7 +446,7 @@ def test_rows_36_37__who_hangs_up_costs_no_further_step(engine, live, accept):
 
 
 def test_a_requests_own_deadline(engine, live):
-    """504 for one that was not done in time, one queued and one running; 429 with Retry-After at the door; 422 for what this engine could never do."""
+    """504 for one that was not done in time, one queued and one running. 429 with Retry-After at the door. 422 for what this engine could never do."""
     (url, calls, gate), engine.queue.admission.lateness = live, Lateness()
     ask = lambda seconds, **more: httpx.post(url + "/generate", json={"prompt": "an owl", "steps": 20, "deadlineSeconds": seconds, **more}, timeout=120)
     too_short = is_problem(ask(1e-4), 422)["errors"][0]
@@ -635,7 +635,7 @@ def test_rows_44_45__the_hub_says_no(hub, tmp_path, mode, words):
 
 @pytest.mark.parametrize("mode, words", [("429", "asks us to slow down"), ("503", "answered 503")])
 def test_row_45__what_passes_is_waited_for(hub, tmp_path, mode, words):
-    """The Hub is busy: /health stays at loading and says why and when it goes on; when the Hub is well again, so is the engine. More in test_downloads.py."""
+    """The Hub is busy: /health stays at loading and says why and when it goes on. When the Hub is well again, so is the engine. More in test_downloads.py."""
     hub.mode = mode
     server = start(APP, tmp_path / "log.txt", **hub.env(tmp_path))
     try:
@@ -664,7 +664,7 @@ def test_row_45__after_a_cut_download_the_next_start_is_whole(hub, tmp_path):
 
 
 def test_rows_45_46__a_warm_cache_is_enough(hub, tmp_path):
-    """Fetched once; then the Hub is down, with every kind of silence, and the model starts all the same."""
+    """Fetched once. Then the Hub is down, with every kind of silence, and the model starts all the same."""
     assert from_hub(hub, tmp_path, "ok")[0]["status"] == "ready"
     for mode in ("503", "404"): assert from_hub(hub, tmp_path, mode)[0]["status"] == "ready", mode
 

@@ -261,7 +261,7 @@ def refining(**config): return RefineRequest(refine_prompt="a fox", images=[png(
 
 
 def test_plans(family):
-    """Steps, guidance, sizes and strength by the row; a negative prompt and a strength without effect are told."""
+    """Steps, guidance, sizes and strength by the row. A negative prompt and a strength without effect are told."""
     _, parts = family
     row = parts.row
     made = plan(GenerateRequest(prompt="a fox", negative_prompt="blue", steps=100, guidance_scale=20, aspect_ratio="16:9"), row)
@@ -431,7 +431,7 @@ def trained(folder, parts, at, prefix):
 
 @pytest.mark.parametrize("prefix", ["transformer.", "diffusion_model."])
 def test_a_lora_is_what_the_stock_loader_makes_of_it(family, tmp_path, prefix):
-    """Equal to diffusers' load_lora_weights; off again, the model is as it was to the bit; one call has one LoRA."""
+    """Equal to diffusers' load_lora_weights. Off again, the model is as it was to the bit. One call has one LoRA."""
     folder, parts = family
     if prefix == "diffusion_model." and parts.row.refine == "reference": pytest.skip("there such names are those of the original program")
     file = trained(folder, parts, tmp_path / "ink.safetensors", prefix)

@@ -1,4 +1,4 @@
-"""Fused norms compute what torch's do; recorded decoders and text encoders answer as the plain ones and notice when weights have moved."""
+"""Fused norms compute what torch's do. Recorded decoders and text encoders answer as the plain ones and notice when weights have moved."""
 import os, subprocess, sys
 from importlib.util import find_spec
 

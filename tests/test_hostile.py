@@ -311,7 +311,7 @@ def test_soak(make_server, record_property):
     """Nobody honest is refused beside the corpus, nothing fails or hangs, and memory comes back.
 
     The ratio of the honest clients' 95th percentiles is printed. `AURA_SOAK_MINUTES=20` writes it to nbs/bench/soak.json,
-    which 09f_app shows; no test fails for the time that something took.
+    which 09f_app shows. No test fails for the time that something took.
     """
     w = watched(make_server())
     besieger = Besieger(w.server.url)

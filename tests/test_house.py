@@ -1,6 +1,6 @@
 """The rules of the house: every derived file equals its source, rooms import only downward, notebooks read well.
 
-Each rule is a function that returns what is wrong, in words; `python tools/nb.py check` runs this file.
+Each rule is a function that returns what is wrong, in words. `python tools/nb.py check` runs this file.
 """
 import ast, filecmp, json, re, shutil, subprocess, sys, tempfile
 from fnmatch import fnmatch
@@ -242,7 +242,7 @@ def test_every_text_file(): holds(text_problems())
 
 
 def tool(name):
-    """A command of this environment; the tests skip, with the reason, where it has none."""
+    """A command of this environment. The tests skip, with the reason, where it has none."""
     path = shutil.which(name, path=str(Path(sys.executable).parent)) or shutil.which(name)
     return path or pytest.skip(f"{name} is not installed")
 

@@ -80,7 +80,7 @@ def test_an_edit_in_json(server):
 
 
 def test_addresses(ai, server):
-    """The old models answer with an address by default; anybody who has it may fetch the picture, nobody can guess it."""
+    """The old models answer with an address by default. Anybody who has it may fetch the picture, nobody can guess it."""
     items = ai.images.generate(model="dall-e-3", prompt="a fox", n=2, size="96x64", extra_body={"num_inference_steps": 1}).data
     assert len({i.url for i in items}) == 2 and all(i.b64_json is None and i.url.startswith(server.url + "/pictures/") for i in items)
     r = httpx.get(items[0].url)

@@ -32,7 +32,7 @@ def counted(web, line): return float(next((ln.split()[-1] for ln in web.get("/me
 
 
 def idle(web, seconds=20):
-    """Wait until nothing is in the engine; how many steps were run on the way."""
+    """Wait until nothing is in the engine -> how many steps were run on the way."""
     end, before = time.monotonic() + seconds, counted(web, "aura_step_seconds_count")
     while web.get("/health").json()["queue"]["length"]:
         assert time.monotonic() < end, "the engine still works for nobody"
@@ -122,7 +122,7 @@ def test_a_job_is_cancelled(web):
 
 
 def job_events(web, url, last=None, most=None):
-    """[(number, name, data), …] of a job's stream; at most `most`, then the connection is closed."""
+    """[(number, name, data), …] of a job's stream. At most `most`, then the connection is closed."""
     seen, headers = [], {"Last-Event-ID": str(last)} if last is not None else {}
     with web.stream("GET", url + "/events", headers=headers) as r:
         if r.status_code != 200: return r.status_code
@@ -192,7 +192,7 @@ def test_wrong_jobs(web):
 
 @pytest.mark.parametrize("format", ["png", "jpeg"])
 def test_a_receipt_has_the_time_of_every_stage(web, format):
-    """From the queue to the file, which is encoded off the engine's thread; the PNG holds the receipt that stands beside it, whichever way it was asked for."""
+    """From the queue to the file, which is encoded off the engine's thread. The PNG holds the receipt that stands beside it, whichever way it was asked for."""
     body, stages = {"prompt": "a rocket", "steps": 2, "seed": 5, "format": format}, {"queue", "text", "steps", "decode", "encode"}
     made = web.post("/generate", json=body).json()
     job = web.post("/jobs", json={"route": "generate", "request": body}).json()

@@ -37,7 +37,7 @@ patient = settings(max_examples=300, deadline=None, suppress_health_check=list(H
 @given(route=routes, body=bodies)
 @example(route="/replay", body={" ": None})                                      # its error began with a space, in a header too
 def test_raw_json(web, route, body):
-    """Nothing that is JSON to Python is an error of the server; refusals are in the house's shape."""
+    """Nothing that is JSON to Python is an error of the server. Refusals are in the house's shape."""
     text = json.dumps({**body, "steps": 1} if body.get("prompt") and route == "/generate" else body).encode()
     r = web.post(route, content=text, headers=HEADERS)
     assert r.status_code in (200, 202, 400, 422, 429), (r.status_code, r.text)

@@ -22,7 +22,7 @@ def guarded(make_server): return make_server(AURA_API_KEY="sesame-7", ALLOW_ORIG
 
 
 def said(server, head, *, end=False, seconds=20):
-    """What the server answers to raw bytes, until it closes or `seconds` are over; `end`: close our half after sending."""
+    """What the server answers to raw bytes, until it closes or `seconds` are over. `end`: close our half after sending."""
     url = httpx.URL(server.url)
     with socket.create_connection((url.host, url.port), timeout=seconds) as s:
         s.sendall(head)
@@ -51,7 +51,7 @@ def test_too_much_is_refused_by_its_announcement(guarded):
 
 
 def test_a_refusal_arrives_at_whoever_sends_first_and_reads_afterwards(server, guarded):
-    """urllib sends all of its eight megabytes before it reads the answer; a closed connection would be all it sees."""
+    """urllib sends all of its eight megabytes before it reads the answer. A closed connection would be all it sees."""
     body = json.dumps({"prompt": "x" * 8_000_000}).encode()
     for where, headers, status in ((server, {}, 413), (guarded, {}, 401)):
         ask = urllib.request.Request(where.url + "/generate", body, {"Content-Type": "application/json", **headers})
@@ -73,7 +73,7 @@ def picture(size=(96, 96), fmt="PNG"):
 
 
 def test_long_strings_are_read_however_they_are_written(web):
-    """Two pictures of some 300 KB in one body; slashes escaped as PHP does, a prompt with quotes in it."""
+    """Two pictures of some 300 KB in one body. Slashes escaped as PHP does, a prompt with quotes in it."""
     text = json.dumps({"refinePrompt": 'a "red" fox \\', "images": [picture((400, 300))] * 2, "config": {"steps": 1}})
     for body in (text, text.replace("/", "\\/")):
         r = web.post("/refine", content=body.encode(), headers={"content-type": "application/json"})
@@ -229,7 +229,7 @@ def flood(server, count, body):
 
 
 def test_large_pictures_wait_in_line_and_leave_no_room_for_a_flood(make_server):
-    """Eight requests of two 9-megapixel photos at once: done or refused with a title that says why; the memory holds one of them at a time."""
+    """Eight requests of two 9-megapixel photos at once: done or refused with a title that says why. The memory holds one of them at a time."""
     server = make_server()
     photo = picture((3000, 3000), "JPEG")
     small = {"refinePrompt": "x", "images": [picture()], "config": {"steps": 1}}

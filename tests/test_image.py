@@ -1,6 +1,6 @@
-"""The image, really built and really run, without a Docker engine; and one command from source to a picture at the "Space".
+"""The image, really built and really run, without a Docker engine, and one command from source to a picture at the "Space".
 
-buildah, podman, runc and mmdebstrap are installed with apt-get where they are missing and that is possible; otherwise the
+buildah, podman, runc and mmdebstrap are installed with apt-get where they are missing and that is possible. Otherwise the
 tests skip and say why. The base image (a Debian with Python under the name that the Dockerfile asks for) and the layers are
 kept in AURA_TEST_CACHE, by default ~/.cache/aura_engine_test, so that only the first run takes minutes.
 """
@@ -29,7 +29,7 @@ print(urllib.request.urlopen(urllib.request.Request(sys.argv[1] + "/generate", b
 
 
 def sh(*argv, timeout=900, **more):
-    """The output of a command; one that fails fails the test with its last words."""
+    """The output of a command. One that fails fails the test with its last words."""
     done = subprocess.run([str(a) for a in argv], capture_output=True, text=True, timeout=timeout, **more)
     if done.returncode: pytest.fail(f"{' '.join(map(str, argv[:8]))}: {done.returncode}\n{(done.stdout + done.stderr)[-4000:]}", pytrace=False)
     return done.stdout
@@ -91,7 +91,7 @@ def torch_index():
 
 
 def build(folder, tag, mounts, say=lambda line: None, **args):
-    """`docker build`, as buildah does it; RuntimeError when it fails."""
+    """`docker build`, as buildah does it. RuntimeError when it fails."""
     args.setdefault("TORCH_INDEX_URL", torch_index())
     args.setdefault("BASE_IMAGE", BASE)         # no registry is asked for the digest
     given = [x for k, v in args.items() for x in ("--build-arg", f"{k}={v}")]
@@ -124,7 +124,7 @@ def image(base, tmp_path_factory):
 
 
 def container(image, name, *options, command=(), alone=True, memory="4g"):
-    """`podman run` in the foreground; `alone` gives it a network of its own, in which it may listen where it likes."""
+    """`podman run` in the foreground. `alone` gives it a network of its own, in which it may listen where it likes."""
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     inside = ["unshare", "-n", "-m", "sh", "-c", 'ip link set lo up; exec "$0" "$@"'] if alone else []
     argv = [*inside, *PODMAN, "run", "--rm", "--name", name, "--network", "host", "--no-healthcheck", "--ulimit", f"nofile={most}:{most}", "--ulimit", "nproc=4096:4096",
@@ -192,7 +192,7 @@ def test_size_and_layers(image):
 
 
 def test_the_guides_docker_run_gives_a_picture(image, tmp_path):
-    """The very line, its port published; and, as the guide says of it, as uid 1000 and on a read-only disk."""
+    """The very line, its port published, and, as the guide says of it, as uid 1000 and on a read-only disk."""
     line = guides_line().replace("docker run", "docker run --name aura-picture --read-only --tmpfs /tmp")
     assert "-p 7860:7860" in line
     subprocess.run([*PODMAN, "rm", "-f", "aura-picture"], capture_output=True)
@@ -231,7 +231,7 @@ except ModelError as e: print(e)
 
 
 def index_of(wheels):
-    """The address that the Dockerfile makes of a name of wheels; None for pip's usual one."""
+    """The address that the Dockerfile makes of a name of wheels. None for pip's usual one."""
     return None if wheels == "pypi" else re.search(r'index="(https.*?)\$TORCH_INDEX_URL"', (ROOT / "Dockerfile").read_text())[1] + wheels
 
 
@@ -296,7 +296,7 @@ def as_image(tmp, image):
 
 @pytest.mark.parametrize("kind", [as_process, as_image], ids=["process", "image"])
 def test_one_command_from_source_to_a_picture(kind, request, tmp_path):
-    """The guide's line in a fresh copy of the repository; then a change of code, deployed again."""
+    """The guide's line in a fresh copy of the repository. Then a change of code, deployed again."""
     made = request.getfixturevalue("image") if kind is as_image else None
     tree = unpack({f.relative_to(ROOT).as_posix(): f.read_bytes() for f in repo_files()}, tmp_path / "tree")
     with Hub(builder=kind(tmp_path, made), lag=0.5) as hub:

@@ -44,7 +44,7 @@ def test_wheel_holds_the_package_and_its_data(wheel):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """Python of a fresh environment with the wheel; the dependencies are borrowed from this one, its editable installs are not."""
+    """Python of a fresh environment with the wheel. The dependencies are borrowed from this one, its editable installs are not."""
     home = tmp_path_factory.mktemp("installed")
     venv.create(home / "venv", with_pip=False, symlinks=True)
     python = home / "venv/bin/python"

@@ -18,7 +18,7 @@ HEADERS = [(b"content-type", b"multipart/form-data; boundary=xyz")]
 
 
 class Form:
-    """A client that sends `parts` of a form; a `stuck` one stalls before the end."""
+    """A client that sends `parts` of a form. A `stuck` one stalls before the end."""
     def __init__(self, *parts, stuck=False):
         self.scope, self.headers = {"type": "http", "headers": HEADERS}, {"content-type": HEADERS[0][1].decode()}
         self.parts, self.stuck = list(parts), stuck

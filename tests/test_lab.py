@@ -144,7 +144,7 @@ def finished(studio, n):
 
 
 def test_a_prompt_becomes_a_picture(studio):
-    """What cells made is in the history; what is asked here joins it, with a preview before it."""
+    """What cells made is in the history. What is asked here joins it, with a preview before it."""
     before = tiles(studio).count()
     assert before >= 3
     studio.locator("[name=prompt]").fill("a rocket on a black background")
@@ -155,7 +155,7 @@ def test_a_prompt_becomes_a_picture(studio):
 
 
 def test_one_selection(studio):
-    """The newest is the choice; an old one that is chosen gives way to the next one made; a large picture is chosen by a click."""
+    """The newest is the choice. An old one that is chosen gives way to the next one made. A large picture is chosen by a click."""
     tiles(studio).last.click()
     assert fact(studio, "seed") == "7" and b'"a fox on a green background"' in saved(studio)
     before = tiles(studio).count()
@@ -174,7 +174,7 @@ def test_one_selection(studio):
 
 
 def test_the_receipt_is_used(page, studio):
-    """What it says, Use these settings, Again, the seed; Python that was copied makes the same picture in a cell."""
+    """What it says, Use these settings, Again, the seed. Python that was copied makes the same picture in a cell."""
     assert (fact(studio, "steps"), fact(studio, "guidance"), fact(studio, "size")) == ("1", "1", "128 × 128") and "s" in fact(studio, "time")
     assert json.loads(copied(studio, "JSON"))["seed"] == 12
     in_kernel(page, copied(studio, "Python").replace(".save(", ".save(made := ") + "\nfrom PIL import Image\nprint("
@@ -194,7 +194,7 @@ def test_the_receipt_is_used(page, studio):
 
 @pytest.mark.parametrize("how", ["drop", "paste"])
 def test_a_picture_given_by_hand(page, studio, how):
-    """A PNG of ours becomes the start picture and brings its settings back; what is no picture is said; no cell changes."""
+    """A PNG of ours becomes the start picture and brings its settings back. What is no picture is said. No cell changes."""
     cells = page.locator(".jp-Cell").count()
     tiles(studio).last.click()
     png = saved(studio)
@@ -305,7 +305,7 @@ def test_widths_and_themes(page, studio, theme, tmp_path):
 
 
 def in_kernel(page, code, name="cell"):
-    """Run code in the notebook's kernel; `page.evaluate(name)` then gives its status and what it printed."""
+    """Run code in the notebook's kernel. `page.evaluate(name)` then gives its status and what it printed."""
     page.evaluate(f"""code => {{ const future = {KERNEL}.requestExecute({{code}}); let said = '';
         future.onIOPub = ({{content}}) => {{ said += content.text ?? content.ename ?? ''; }};
         window.{name} = future.done.then(({{content}}) => content.status + ' ' + said); }}""", code)
@@ -357,7 +357,7 @@ def test_a_picture_made_by_hand_is_the_next_cells_input(page, studio):
 
 
 def test_interrupt(page, studio):
-    """A cell is running: the Studio works meanwhile or says that it is next; an interrupt ends the cell, not the picture."""
+    """A cell is running: the Studio works meanwhile or says that it is next. An interrupt ends the cell, not the picture."""
     before = tiles(studio).count()
     in_kernel(page, "import time; time.sleep(600)")
     studio.get_by_role("button", name="Generate", exact=True).click()
@@ -368,7 +368,7 @@ def test_interrupt(page, studio):
 
 
 def test_two_notebooks_side_by_side(lab, browser):
-    """Each has its own kernel, pictures and state; half a window is enough for each."""
+    """Each has its own kernel, pictures and state. Half a window is enough for each."""
     page = browser.new_page(viewport={"width": 1500, "height": 1000})
     page.set_default_timeout(90_000)
     page.goto(lab("one", "lab"))
@@ -500,7 +500,7 @@ def test_a_link(states, browser):
 
 
 def test_restart(page, studio):
-    """The kernel is gone: the Studio says so and what to do; its pictures can still be saved; the cells run again."""
+    """The kernel is gone: the Studio says so and what to do. Its pictures can still be saved. The cells run again."""
     count = tiles(studio).count()
     page.evaluate(f"{KERNEL}.restart()")
     studio.locator(".state", has_text="kernel ended").wait_for()

@@ -95,7 +95,7 @@ def test_by_alias_a_model_answers_as_with_those_weights(base, plain, name):
 
 
 def test_what_does_not_fit_is_counted(base):
-    """Row 8: 'k of n layers fit'; below half of them the file is refused."""
+    """Row 8: 'k of n layers fit'. Below half of them the file is refused."""
     file = CASES / "sd15-unknown_modules.safetensors"
     assert any("16 of 19 layers fit" in n for n in fused(base, file).notes)
     assert any("SD_LORAS=ink=" in n and "16 of 19 layers fit" in n for n in loaded(base, SD_LORAS=f"ink={file}").notes)

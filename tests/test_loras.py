@@ -143,7 +143,7 @@ def test_beside_a_fused_method(family, tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_optimised_with_aliases(family, precision):
-    """What would freeze the weights is declined, with the reason; packed weights stay packed while aliases come and go."""
+    """What would freeze the weights is declined, with the reason. Packed weights stay packed while aliases come and go."""
     base, loras = family
     s = settings(base, loras, SD_PRECISION=precision, SD_BACKEND="auto", TORCH_COMPILE="force")
     parts, plain = opt.optimize(load(s), s), load(s)
@@ -179,7 +179,7 @@ WRONG = {"another base": "does not fit this model", "no lora": "and no LoRA", "p
 
 @pytest.mark.parametrize("how", WRONG)
 def test_what_does_not_fit_fails_at_the_start(tmp_path, how):
-    """/health says which alias, which source and why; the server stays up."""
+    """/health says which alias, which source and why. The server stays up."""
     good, file = tiny.lora(tmp_path / "good.safetensors"), tmp_path / "bad.safetensors"
     if how == "another base": tiny.lora(file, xl=True)
     if how == "no lora": save_file({"x": torch.zeros(1)}, file)
@@ -196,7 +196,7 @@ def test_what_does_not_fit_fails_at_the_start(tmp_path, how):
 # from the Hub
 
 def test_from_the_hub(tmp_path):
-    """Ids and files by the usual path: fetched once, their progress told; what the Hub does not have is named."""
+    """Ids and files by the usual path: fetched once, their progress told. What the Hub does not have is named."""
     hub, worker = modelhub.shared()
     hub.calm()
     hub.repos["artist/ink"] = {"pytorch_lora_weights.safetensors": tiny.lora(tmp_path / "a.safetensors").read_bytes()}
@@ -257,7 +257,7 @@ def test_a_tag_in_the_prompt(served):
 
 
 def test_replay(served):
-    """The same picture from the receipt and from the PNG; another file under the alias is told; an alias that is gone is an error with those there are."""
+    """The same picture from the receipt and from the PNG. Another file under the alias is told. An alias that is gone is an error with those there are."""
     server, loras, start = served
     made = server.post("/generate", {"prompt": "a fox", "seed": 5, "steps": 3, "lora": "clay"})
     for ask in ({"receipt": made["receipts"][0]}, {"image": made["images"][0]}):

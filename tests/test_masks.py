@@ -97,7 +97,7 @@ def test_a_tiny_vae_draws_no_latents(plain, sampler):
 
 
 def test_a_padded_crop_is_the_stock_pipelines(family):
-    """The same box, the same part at the model's size, the same latents; and what comes back differs by a rounding of the blend."""
+    """The same box, the same part at the model's size, the same latents, and what comes back differs by a rounding of the blend."""
     photo = Image.fromarray(np.random.default_rng(1).integers(0, 255, (512, 512, 3), dtype=np.uint8))
     mask = Image.new("L", photo.size)
     ImageDraw.Draw(mask).rectangle((200, 220, 263, 283), fill=255)
@@ -180,7 +180,7 @@ def test_strength_is_full_under_a_mask_unless_it_is_given():
 
 
 def test_a_large_picture_keeps_its_pixels():
-    """Without a mask it is read at reduced size; under one it comes back as large as it was, and the part is worked on at full size."""
+    """Without a mask it is read at reduced size. Under one it comes back as large as it was, and the part is worked on at full size."""
     large = Image.new("RGB", (3000, 2000), "teal")
     spot = Image.new("L", large.size)
     spot.paste(255, (2900, 1900, 3000, 2000))
@@ -208,7 +208,7 @@ BLACK = np.asarray(SPOT) == 0
 
 
 def test_pixels_outside_are_those_of_the_input(client, apple):
-    """Byte for byte where the mask is black, other ones where it is white, n of them, each with its seed; and the receipt makes it again."""
+    """Byte for byte where the mask is black, other ones where it is white, n of them, each with its seed, and the receipt makes it again."""
     made = client.refine("a banana", [apple, apple], mask=SPOT, seed=4)
     for image in made.images: assert (np.asarray(image)[BLACK] == np.asarray(apple)[BLACK]).all()
     change = np.abs(np.asarray(made.images[0], int) - np.asarray(apple, int))
@@ -224,7 +224,7 @@ def test_pixels_outside_are_those_of_the_input(client, apple):
 
 
 def test_a_large_picture_comes_back_in_its_size(client, apple):
-    """Odd sizes too, whole and cropped; the part has the model's size, the answer that of the file."""
+    """Odd sizes too, whole and cropped. The part has the model's size, the answer that of the file."""
     large = apple.resize((601, 433))
     spot = Image.new("L", large.size)
     spot.paste(255, (300, 200, 350, 260))

@@ -107,7 +107,7 @@ def picture_of(parts, **how):
 
 
 def test_an_encoder_in_its_files_draws_the_same_picture(folder):
-    """To the byte; its weights are never in memory between prompts, and a prompt that is known reads nothing."""
+    """To the byte. Its weights are never in memory between prompts, and a prompt that is known reads nothing."""
     usual, away = read(folder), read(folder, SD_TEXT_ENCODER="release")
     assert bytes_in(*away.text_encoders) == 0 < bytes_in(*usual.text_encoders)
     for how in (dict(), dict(init=PHOTO, size=(96, 128), steps=8, strength=1.0)):

@@ -90,7 +90,7 @@ def test_packed_calls_of_other_sizes_agree():
 
 
 def test_a_doubling_and_its_convolution_are_one_layer(family):
-    """Both kinds of decoder, at a latent size that no halving divides; a layer that only looks like it is left alone."""
+    """Both kinds of decoder, at a latent size that no halving divides. A layer that only looks like it is left alone."""
     plain, fast = parts_of(family[1], plain=True), parts_of(family[1])
     assert any(o.startswith("doubling") for o in fast.optimizations)
     layers = [m for m in fast.vae.decoder.modules() if isinstance(m, torch.nn.ConvTranspose2d)]
@@ -202,7 +202,7 @@ def test_threads_follow_the_container(tmp_path):
 
 @pytest.mark.parametrize("given, spins", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)])
 def test_threads_that_wait_leave_the_core_to_others(given, spins):
-    """Set before torch is imported, which reads it once; what the user says counts."""
+    """Set before torch is imported, which reads it once. What the user says counts."""
     env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | given
     code = "import aura_engine, os, sys; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=60).stdout
@@ -394,7 +394,7 @@ def test_openvino_calls_of_other_sizes_agree(openvino):
 
 
 def test_a_technique_that_fails_is_left_out(openvino, monkeypatch):
-    """A conversion that breaks: torch goes on under auto and says so; who asked for OpenVINO is told in a sentence."""
+    """A conversion that breaks: torch goes on under auto and says so. Who asked for OpenVINO is told in a sentence."""
     def broken(*a, **k): raise RuntimeError("from the library")
     monkeypatch.setattr(opt, "convert", broken)
     parts = parts_of("embedded", SD_BACKEND="auto")
@@ -412,7 +412,7 @@ def test_openvino_is_not_taken_where_it_does_not_fit(openvino, monkeypatch):
 
 
 def test_what_cannot_be_recorded_as_a_cuda_graph_runs_without(small, caplog):
-    """Here without a GPU; the third call is made as the first."""
+    """Here without a GPU. The third call is made as the first."""
     parts = parts_of(small, plain=True)
     plain = picture(parts)
     parts.unet = compiling.GraphedUNet(parts.unet)
@@ -423,7 +423,7 @@ def test_what_cannot_be_recorded_as_a_cuda_graph_runs_without(small, caplog):
 
 
 def test_a_half_precision_overflow_is_decoded_again_and_told(tmp_path):
-    """A real VAE whose first decoder weights are large: finite in fp32, infinite in fp16. The picture is that of fp32; the answer, its receipt and /health say what happened."""
+    """A real VAE whose first decoder weights are large: finite in fp32, infinite in fp16. The picture is that of fp32. The answer, its receipt and /health say what happened."""
     folder = tiny.save(tmp_path / "model")
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
@@ -447,7 +447,7 @@ def test_a_half_precision_overflow_is_decoded_again_and_told(tmp_path):
 
 
 def test_a_start_with_openvino_leaves_the_weights_in_their_file(openvino, small, monkeypatch):
-    """bf16 by measurement: text encoder and VAE are rounded, the UNet is not even copied, its graph rounds it; the picture is bf16's."""
+    """bf16 by measurement: text encoder and VAE are rounded, the UNet is not even copied, its graph rounds it. The picture is bf16's."""
     monkeypatch.setattr(opt, "SMALL", 1000)
     monkeypatch.setattr(opt, "bf16_gain", lambda: 2.0)
     settings = load_settings(SD_MODEL_ID=small, SD_DEVICE="cpu", SD_BACKEND="openvino", SD_PRECISION="auto")

@@ -55,7 +55,7 @@ def test_any_prompt_is_planned_for_little(name, fresh):
 
 
 def test_words_are_compared_with_few_others(monkeypatch, fresh):
-    """330 unknown words against 4,844 known ones are 1.6 million comparisons; an index needs next to none."""
+    """330 unknown words against 4,844 known ones are 1.6 million comparisons. An index needs next to none."""
     compared = {"slips": 0, "close": 0}
 
     def counting_slip(a, b):

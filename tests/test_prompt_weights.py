@@ -1,4 +1,4 @@
-"""Prompt weights are read as the web UI that made them popular reads them; the reference below is its rule, written out."""
+"""Prompt weights are read as the web UI that made them popular reads them. The reference below is its rule, written out."""
 import random, re, time
 
 import diffusers

@@ -24,7 +24,7 @@ def can_run():
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
-    """What happened, by part; each takes a minute, so they share the engines."""
+    """What happened, by part. Each takes a minute, so they share the engines."""
     cache = {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
     done = subprocess.run(in_own_network([sys.executable, str(HOUSE), *PARTS]), capture_output=True, text=True, timeout=1500, cwd=ROOT, env=clean_env(PYTHONPATH=ROOT, **cache))
     assert done.returncode == 0, done.stderr[-3000:]

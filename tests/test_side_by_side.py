@@ -36,7 +36,7 @@ def settings(folder, memory="0.03", **more):
 
 @pytest.fixture(scope="module")
 def web(cache, folder):
-    """A server with the embedded model, a tiny one and one that cannot be loaded; only one fits into memory."""
+    """A server with the embedded model, a tiny one and one that cannot be loaded. Only one fits into memory."""
     app, models = create_server(settings(folder, "0.02"))
     models.start()
     assert models.wait_ready(120)

@@ -100,7 +100,7 @@ def another_unet(unet):
 
 
 def old_words(unet, merges=None):
-    """The tokenizer as two files, as libraries kept it for years; with another merges.txt."""
+    """The tokenizer as two files, as libraries kept it for years, with another merges.txt."""
     at = unet.parent / "tokenizer"
     model = json.loads((at / "tokenizer.json").read_text())["model"]
     (at / "tokenizer.json").unlink()
@@ -317,7 +317,7 @@ def test_a_unet_in_the_original_names_without_a_prefix(at):
 
 
 def test_tensors_that_nobody_reads_are_told(at):
-    """A running average, leftovers of a merge, tensors in a UNet that it has no place for; not the numbers of a schedule."""
+    """A running average, leftovers of a merge, tensors in a UNet that it has no place for. Not the numbers of a schedule."""
     more = {**{f"model_ema.diffusion_modelx{i}": torch.zeros(250, 250) for i in range(4)}, "lora_unet_a.alpha": torch.zeros(1), "model.diffusion_model.label_emb.9.weight": torch.zeros(3)}
     file = single(at, "more", lambda s: s | more | {"alphas_cumprod": torch.zeros(1000), "model_ema_decay": torch.zeros(1), "denoiser.sigmas": torch.zeros(1000)})
     parts = loaded(file)

@@ -17,7 +17,7 @@ def command(*argv, **env):
 
 @pytest.mark.slow
 def test_the_command_measures_and_stores(tmp_path):
-    """Each contender in a process of its own, through Engine.submit and openvino-genai's pipeline; then a cold start from the graph that was saved."""
+    """Each contender in a process of its own, through Engine.submit and openvino-genai's pipeline. Then a cold start from the graph that was saved."""
     for package in ("openvino", "openvino_genai"): pytest.importorskip(package)
     done = command("--size", "small", "--rounds", 2, "--only", PLAIN, "--only", OPENVINO, "--only", GENAI, "--work", tmp_path / "work", "--out", tmp_path / "out" / "waterfall.json")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -40,7 +40,7 @@ def test_a_package_that_is_absent_is_named_with_its_extra(tmp_path, monkeypatch)
 
 
 def test_bars_are_read_off_the_rows():
-    """Ratios of processor time; a run without a row has no bar for it, and a missed bar is said to be missed."""
+    """Ratios of processor time. A run without a row has no bar for it, and a missed bar is said to be missed."""
     embedded = list(waterfall.TINY)
     seconds = {PLAIN: 50, OPENVINO: 20, GENAI: 19, TINY: 10, embedded[0]: 3, embedded[3]: 1}
     rows = [{"name": k, "cpu": v} for k, v in seconds.items()]

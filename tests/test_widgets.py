@@ -73,7 +73,7 @@ def test_a_form_becomes_pictures(studio, tmp_path):
 
 
 def test_the_browser_asks(studio):
-    """An ask is accepted, its events and pictures come back under its id; sent twice, it is worked on once."""
+    """An ask is accepted, its events and pictures come back under its id. Sent twice, it is worked on once."""
     browser = Browser(studio)
     ask = dict(type="ask", id="q", route="generate", images=[], body={"prompt": "a fox", "seed": 3, "n": 2, "steps": 3})
     browser.say(**ask)
@@ -110,7 +110,7 @@ def test_a_reloaded_page_hears_everything(studio):
 
 
 def test_the_album(studio):
-    """Keep, delete, undo; what is made aside is part of it when somebody picks it."""
+    """Keep, delete, undo. What is made aside is part of it when somebody picks it."""
     browser = Browser(studio)
     browser.say(type="ask", id="a", route="generate", images=[], aside=True, body={"prompt": "a fox", "steps": 1})
     until(lambda: browser.of("done", "a"), 120)
@@ -183,7 +183,7 @@ def test_cells_run_again_cost_nothing(monkeypatch, engine):
 
 def test_the_three_obvious_cells_at_once(tmp_path):
     """In a fresh process, started together while nothing is loaded yet: the same seed gives the same picture. Two levels of
-    255 are rounding, because one of them shared its steps with others; wrong weights were 108 levels apart."""
+    255 are rounding, because one of them shared its steps with others. Wrong weights were 108 levels apart."""
     code = """
 from aura_engine.widgets import Compare, EngineStatus, Studio
 studio, status, grid = Studio("offline", prompt="a fox", seed=1), EngineStatus("offline"), Compare("offline", "a fox", x=("steps", [4]), seed=1)

@@ -134,7 +134,7 @@ def open_clip(state):
 
 
 def single(folder, file):
-    """A saved tiny model as one checkpoint file, as a web page would offer it; its configuration goes into a folder of the same name. -> the file."""
+    """A saved tiny model as one checkpoint file, as a web page would offer it. Its configuration goes into a folder of the same name. -> the file."""
     folder, file = Path(folder), Path(file)
     read = lambda part: load_file(next((folder / part).glob("*.safetensors")))
     xl = (folder / "text_encoder_2").exists()
