@@ -27,13 +27,13 @@ from .types import Invalid, ModelError
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'DTYPES', 'OURS_TO_SAY', 'LAST_WORDS', 'devices', 'torch_wheel', 'nvidia_driver', 'wheel_and_driver',
-           'gpu_fault', 'best_device', 'pick_device', 'pick_precision', 'has_bf16', 'scheduler_of', 'Components',
-           'empty_part', 'weights_counted', 'model_sizes', 'side_of', 'room_on', 'with_gguf', 'usual_choice',
-           'left_open', 'no_room', 'Placement', 'Fit', 'said_of_held', 'with_base', 'check_whole', 'check_inputs',
-           'check_unet', 'check_merges', 'check_words', 'read_pipeline', 'trial_picture', 'through', 'said_of_latents',
-           'other_vae', 'encoders_of', 'net_of', 'recognised', 'default_within', 'check_sampler', 'row_by_settings',
-           'commit_of', 'components_of', 'check_flow', 'check_unet_settings', 'bf16_on', 'check_together', 'load',
-           'placed']
+           'gpu_fault', 'best_device', 'pick_device', 'pick_precision', 'has_bf16', 'scheduler_of', 'LoadedParts',
+           'Components', 'empty_part', 'weights_counted', 'model_sizes', 'side_of', 'room_on', 'with_gguf',
+           'usual_choice', 'left_open', 'no_room', 'Placement', 'Fit', 'said_of_held', 'with_base', 'check_whole',
+           'check_inputs', 'check_unet', 'check_merges', 'check_words', 'read_pipeline', 'trial_picture', 'through',
+           'said_of_latents', 'other_vae', 'encoders_of', 'net_of', 'recognised', 'default_within', 'check_sampler',
+           'row_by_settings', 'commit_of', 'components_of', 'check_flow', 'check_unet_settings', 'bf16_on',
+           'check_together', 'load', 'placed']
 
 # %% ../nbs/04e_loader.ipynb #0d7e3511
 PRECISIONS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -132,8 +132,8 @@ def scheduler_of(schedule: dict[str, Any], sampler: Sampler) -> Any:
 
 # %% ../nbs/04e_loader.ipynb #787298cb
 @dataclass
-class Components:
-    "A loaded model, in parts, on `device`. `notes`: what a person should know (shown in /health)."
+class LoadedParts:
+    "What loading a model leaves, on `device`. `notes`: what a person should know (shown in /health)."
     row: Row
     model: str
     unet: Any                                    # the denoiser: a UNet or a transformer, or what stands in for it
@@ -156,6 +156,9 @@ class Components:
     need: Need | None = None                     # bytes that it was predicted to take
     most_rows: int | None = None                 # rows of a call that are predicted to fit; None: as many as one likes
 
+# %% ../nbs/04e_loader.ipynb #e8360bb0
+class Components(LoadedParts):
+    "A loaded model, and what follows from its parts."
     @property
     def dtype(self) -> torch.dtype:
         "The type of the UNet's inputs."

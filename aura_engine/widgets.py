@@ -23,9 +23,9 @@ _HERE = Path(__file__).parent if "__file__" in globals() else Path("../aura_engi
 STUDIO_FOLDER = _HERE / "assets/studio"
 
 # %% auto #0
-__all__ = ['STUDIO_FOLDER', 'FORM', 'VARIED', 'Axis', 'form_of', 'ask_of', 'asked_by', 'shown_of', 'Still', 'module_text', 'Pane',
-           'account_of', 'examples_from', 'TalkingPane', 'Conversation', 'Exhibit', 'Studio', 'EngineStatus',
-           'checked_axis', 'Axes', 'Compare']
+__all__ = ['STUDIO_FOLDER', 'FORM', 'VARIED', 'Axis', 'form_of', 'ask_of', 'asked_by', 'shown_of', 'Still', 'module_text',
+           'StudioTraits', 'Pane', 'account_of', 'examples_from', 'TalkingPane', 'Conversation', 'Exhibit', 'Studio',
+           'EngineStatus', 'checked_axis', 'Axes', 'Compare']
 
 # %% ../nbs/13b_widgets.ipynb #a1cd870a
 FORM: dict[str, Any] = {
@@ -89,8 +89,8 @@ def module_text() -> str:
     return f"{studio}\nObject.assign(TEXTS, {texts});\n{rest}"
 
 # %% ../nbs/13b_widgets.ipynb #5c3f1b77
-class Pane(Still):
-    "A view of the Studio's module over a desk. `engines`: each one's account. `health`: that of the one asked first."
+class StudioTraits(Still):
+    "The traits of a view. `engines`: each one's account. `health`: that of the one asked first."
     _esm = module_text()
     styles = T.Unicode((STUDIO_FOLDER / "studio.css").read_text(encoding="utf-8")).tag(sync=True)
     view = T.Unicode("studio").tag(sync=True)
@@ -102,6 +102,10 @@ class Pane(Still):
     value = T.Dict(FORM).tag(sync=True)
     choice = T.Unicode("").tag(sync=True)
     jobs = T.List().tag(sync=True)
+
+# %% ../nbs/13b_widgets.ipynb #d92db08d
+class Pane(StudioTraits):
+    "A view of the Studio's module over a desk, whose engines it watches."
     looking: Future[Any] | None = None              # None until `__init__` is done: `close` may come first
 
     def __init__(self, source: Any = None, every: float = 3, origin: str | None = None, **traits: Any):
