@@ -1,6 +1,7 @@
 """The widgets without a browser or a kernel: the same on an engine of this process and over HTTP."""
 import json, re, subprocess, sys, threading, time
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -285,7 +286,9 @@ def test_compare_from_the_chosen_picture(studio):
     studio.value = {**studio.value, "prompt": "a fox", "seed": 3, "steps": 2}
     shot = studio.generate().wait(60)[0]
     table = studio.compare(x=("steps", [1, 2])).wait(60)
-    assert table.results[2, None].image.tobytes() == shot.image.tobytes() and studio.pictures == [shot]
+    # Its two pictures may share steps, which rounds otherwise than a picture alone: two levels of 255.
+    again, alone = (np.asarray(one.image).astype(int) for one in (table.results[2, None], shot))
+    assert np.abs(again - alone).max() <= 2 and studio.pictures == [shot]
 
 
 def test_a_mask_from_a_cell(studio):
