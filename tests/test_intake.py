@@ -1,16 +1,20 @@
 """What comes in at the same time: forms that give way, posts that race for a place, and what a job holds meanwhile."""
-import asyncio
+import asyncio, io, threading, time
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image as Pillow
 
-from aura_engine.answers import Metrics, Order, OrderedJob
-from aura_engine.intake import LARGE, Arrivals, BodiesFull, read_form
+from aura_engine.answers import Api, Metrics, Order, OrderedJob, let_go
+from aura_engine.config import load_settings
+from aura_engine.dialects import remade_mask
+from aura_engine.images import to_base64
+from aura_engine.intake import LARGE, Arrivals, BodiesFull, DecodeCost, PicturesFull, read_form
 from aura_engine.job_routes import JobsFull, JobStore, held_by
 from aura_engine.jobs import Job
 from aura_engine.shared_jobs import StoreUnreachable
-from aura_engine.types import EngineFailed, Picture, Plan
+from aura_engine.types import Cancelled, DeadlineExceeded, EngineFailed, Picture, Plan, RefineRequest
 
 APPLE = Picture("a red apple", 512, 512, steps=4, guidance_scale=1.0, seed=7)
 HEAD = b'--xyz\r\ncontent-disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
@@ -109,3 +113,62 @@ def test_a_redis_that_is_away_is_not_counted_as_a_bug():
     metrics.failed(EngineFailed("a bug"))
     said = metrics.text().decode()
     assert 'reason="store"} 1.0' in said and 'reason="internal"} 1.0' in said
+
+
+class Asked:
+    """A request of a client that stays, as far as planning looks at it."""
+    def __init__(self, api, seconds_ago=0.0):
+        self.client, self.headers = None, {}
+        self.app = SimpleNamespace(state=SimpleNamespace(api=api))
+        self.state = SimpleNamespace(arrived=time.monotonic() - seconds_ago)
+
+    async def receive(self): await asyncio.sleep(60)
+
+
+def mask():
+    out = io.BytesIO()
+    Pillow.new("RGBA", (64, 64)).save(out, "PNG")
+    return to_base64(out.getvalue())
+
+
+def test_a_mask_of_another_door_is_read_within_the_deadline():
+    """Its line is not waited for when the request is over, nor when the client has left."""
+    async def go():
+        api = Api(SimpleNamespace(settings=load_settings(SD_MODEL_ID="embedded", AURA_DEADLINE_SECONDS="30")))
+        keep = lambda picture: picture.getchannel("A")
+        assert await remade_mask(Asked(api), mask(), keep)
+        with pytest.raises(DeadlineExceeded): await remade_mask(Asked(api, seconds_ago=31), mask(), keep)
+        free = threading.Event()
+        busy = asyncio.create_task(api.line.decode("another", DecodeCost(1.0, 1), free.wait))
+        await asyncio.sleep(.05)
+        late = asyncio.create_task(remade_mask(Asked(api, seconds_ago=29.4), mask(), keep))
+        with pytest.raises((PicturesFull, DeadlineExceeded)): await late
+        gone = Asked(api)
+        gone.receive = lambda: asyncio.sleep(.1, {"type": "http.disconnect"})
+        with pytest.raises(Cancelled): await remade_mask(gone, mask(), keep)
+        await asyncio.sleep(.05)
+        assert not api.line.waiting
+        free.set()
+        await busy
+    asyncio.run(go())
+
+
+def test_a_planned_request_holds_its_pictures_no_longer():
+    async def go():
+        api = Api(SimpleNamespace(settings=load_settings(SD_MODEL_ID="embedded")))
+        request, ask = Asked(api), RefineRequest(refine_prompt="a fox", images=[mask()])
+        with api.arrivals.body("me") as request.state.body:
+            api.arrivals.add(request.state.body, 1000)
+            let_go(request, ask)
+            assert not api.arrivals.bodies and not ask.images
+    asyncio.run(go())
+
+
+def test_one_client_holds_a_quarter_of_all_bodies():
+    async def go():
+        room = Arrivals()
+        with room.body("greedy") as first, room.body("greedy") as second, room.body("greedy") as third, room.body("modest") as other:
+            for body in (first, second): room.add(body, LARGE)
+            room.add(other, LARGE)
+            with pytest.raises(BodiesFull): room.add(third, 1)
+    asyncio.run(go())
