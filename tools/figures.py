@@ -60,7 +60,6 @@ EXCUSED: dict[str, Excuse] = {
     "widgets.Compare": Excuse(520, "one widget: its parts and what happens when each is touched"),
     "widgets.Conversation": Excuse(340, "one widget: its parts and what happens when each is touched"),
     "widgets.Pane": Excuse(410, "one widget: its parts and what happens when each is touched"),
-    "side_by_side.Claims": Excuse(300, "who needs a model, who gets it and what its loading is owed, under one lock"),
     "widgets.Studio": Excuse(400, "one widget: its parts and what happens when each is touched"),
 }
 
