@@ -21,11 +21,10 @@ from .types import (
 log = logging.getLogger("aura_engine.side_by_side")
 
 # %% auto #0
-__all__ = ['log', 'ITS_OWN', 'LOOK', 'TRY_AGAIN', 'LATELY', 'REPAID', 'plain_settings', 'named_settings', 'unknown_model',
-           'Turnstile', 'Known', 'KnownFile', 'Seat', 'status_of', 'seconds_until_loaded', 'load_of', 'state_of',
-           'Claim', 'Seats', 'Room', 'Leaving', 'Loading', 'mark_failed', 'delay_by_others', 'collect_memory',
-           'budget_of', 'known_file', 'LoadsFull', 'Loads', 'Claims', 'stopped', 'broken', 'check_wait',
-           'status_of_all', 'health_of_all', 'ModelsView', 'Models']
+__all__ = ['log', 'ITS_OWN', 'LOOK', 'TRY_AGAIN', 'plain_settings', 'named_settings', 'unknown_model', 'Turnstile', 'Known',
+           'KnownFile', 'Seat', 'status_of', 'seconds_until_loaded', 'load_of', 'state_of', 'Claim', 'Seats', 'Room',
+           'Leaving', 'Loading', 'mark_failed', 'delay_by_others', 'collect_memory', 'budget_of', 'known_file',
+           'Claims', 'stopped', 'broken', 'check_wait', 'status_of_all', 'health_of_all', 'ModelsView', 'Models']
 
 # %% ../nbs/08e_side_by_side.ipynb #8a939201
 ITS_OWN = ("revision", "lcm_lora_id", "vae_id", "base_id", "sampler", "steps", "guidance", "prediction",
@@ -175,9 +174,9 @@ def state_of(seat: Seat) -> ModelState:
 
 # %% ../nbs/08e_side_by_side.ipynb #c7887e5b
 class Claim:
-    "The need of a request of `client` for the model of `seat`, while the `with` block runs."
-    def __init__(self, seat: Seat, owner: Claims, client: str = ""):
-        self.seat, self._owner, self.client = seat, owner, client
+    "A request's need of the model of `seat`, while the `with` block runs."
+    def __init__(self, seat: Seat, owner: Claims):
+        self.seat, self._owner = seat, owner
         self.granted = False
         self.began = time.monotonic()
 
@@ -372,44 +371,6 @@ def known_file() -> KnownFile:
     from aura_engine.optimize import cache_folder
     return KnownFile(cache_folder() / "models.json")
 
-# %% ../nbs/08e_side_by_side.ipynb #7ea26d93
-LATELY = 120.0                                      # seconds for which a model counts as used
-REPAID = 0.1                                        # of the time, in seconds of loading
-
-class LoadsFull(QueueFull): "You had a model loaded a moment ago"
-
-class Loads:
-    "What clients owe for loads that they caused, and which models they use."
-    def __init__(self):
-        self.clock = time.monotonic
-        self._clear: dict[str, float] = {}          # by client: when it owes nothing any more
-        self._used: dict[tuple[str, str], float] = {}         # by model and client: when it asked last
-
-    def seconds_owing(self, client: str) -> float:
-        "Seconds until a client owes nothing."
-        return max(0.0, self._clear.get(client, 0.0) - self.clock())
-
-    def users(self, model: str) -> set[str]:
-        "Clients that used a model lately."
-        return {client for name, client in self._used if name == model}
-
-    def note(self, model: str, client: str, load: float) -> None:
-        "A client asks for a model, which has to be loaded in `load` seconds (0: it is there, or comes already)."
-        now, owing = self.clock(), self.seconds_owing(client)
-        back = owing == 0 and client in self.users(model)     # others pushed it out
-        if load and not back: self._clear[client] = now + owing + load / REPAID
-        self._used[model, client] = now
-        self._used = {key: at for key, at in self._used.items() if at > now - LATELY}
-        self._clear = {name: at for name, at in self._clear.items() if at > now}
-
-    def check(self, leaving: Seat, client: str) -> None:
-        "Raise LoadsFull when a client may not push out a model."
-        owing = self.seconds_owing(client)
-        others = {*self.users(leaving.name), *(claim.client for claim in leaving.claims)} - {client}
-        if not any(self.seconds_owing(other) < owing for other in others): return
-        said = f"The model would take the place of {leaving.name}, which others use"
-        raise LoadsFull(f"{said}; you may have another one loaded in {owing:.0f} seconds.", retry_after=max(1.0, owing))
-
 # %% ../nbs/08e_side_by_side.ipynb #fe5b09d6
 class Claims(Loading):
     "Who needs which model, and who gets it."
@@ -417,25 +378,20 @@ class Claims(Loading):
                  file: KnownFile | None = None):
         if budget is None: budget = budget_of(settings)
         super().__init__(Room(named_settings(settings), budget, file or known_file()), make)
-        self.loads = Loads()
         self.settings = self.seats.default.settings
         self.started = time.monotonic()
         self.seats.default.asked = True
         # also says at once what is wrong with the default's name
         self.seats.default.about = make(self.settings).health()
 
-    def claim(self, name: str | None = None, loc: str = "model", client: str = "") -> Claim:
-        "The claim of a client to the model of a name. Invalid names those there are."
-        return Claim(self.seats.find(name, loc), self, client)
+    def claim(self, name: str | None = None, loc: str = "model") -> Claim:
+        "A claim to the model of a name. Invalid names those there are."
+        return Claim(self.seats.find(name, loc), self)
 
     def enter(self, claim: Claim) -> None:
-        "A request needs a model from now on. Raises LoadsFull."
+        "A request needs a model from now on."
         seat = claim.seat
         with self.changed:
-            loads = seat.engine is None and not seat.wanted
-            leaving = self.seats.victim(seat) if loads else None
-            if leaving: self.loads.check(leaving, claim.client)
-            self.loads.note(seat.name, claim.client, seat.known.seconds if loads and seat.known else 0.0)
             if seat.problem and time.monotonic() - seat.since > TRY_AGAIN: seat.problem = None
             seat.used = time.monotonic()
             seat.claims.append(claim)

@@ -10,7 +10,7 @@ import tiny
 from aura_engine.config import load_settings
 from aura_engine.engine import Engine
 from aura_engine.server import create_server
-from aura_engine.side_by_side import Known, KnownFile, Loads, Models, check_wait
+from aura_engine.side_by_side import Known, KnownFile, Models, check_wait
 from aura_engine.types import Health, Invalid, NotReady, Picture, Plan, QueueFull, ShuttingDown
 
 APPLE = Plan((Picture("a red apple", 128, 128, steps=2, guidance_scale=1.0, seed=7),))
@@ -93,28 +93,6 @@ def test_every_door_takes_the_name(web, folder, monkeypatch):
     assert web.post("/sdapi/v1/options", json={"sd_model_checkpoint": "embedded"}).status_code == 200
     png = web.post("/models/noise", json={"inputs": "an owl", "parameters": {"num_inference_steps": 1}})
     assert png.headers["content-type"] == "image/png" and told(web)["noise"]["status"] == "ready"
-
-
-def test_a_stranger_who_asks_for_models_in_turn_waits_and_nobody_else(web):
-    """Only one model fits. A stranger pushes the neighbour's model out once, and then has to wait."""
-    models, stranger = web.app.state.api.models, TestClient(web.app, client=("198.51.100.7", 5000))
-    for name in ("noise", "embedded"): assert ask(web, model=name).status_code == 200      # how long they take is known
-    models.loads = Loads()
-    models.loads.clock = lambda: 0.0                                                       # nothing is paid back meanwhile
-    assert drawn_by(ask(web)) == "embedded"
-    made, make = [], models.make
-    models.make = lambda settings: made.append(settings.model_id) or make(settings)
-    try:
-        for turn in range(4):
-            first = ask(stranger, model="noise")
-            assert ask(stranger).status_code == 200                                        # of the model that is there
-            assert drawn_by(ask(web)) == "embedded"
-            if turn: assert first.status_code == 429 and int(first.headers["retry-after"]) >= 1 and "embedded" in first.json()["detail"]
-    finally: models.make = make
-    assert len(made) <= 2, made
-    models.loads.clock = lambda: 1000.0
-    assert drawn_by(ask(stranger, model="noise")) == "noise"                               # all is paid back
-    models.loads = Loads()
 
 
 @pytest.mark.parametrize("path, body, status, loc", [
