@@ -125,7 +125,11 @@ def can_openvino(parts: Components, settings: Settings) -> Answer:
         refuse(f"runs on the CPU, the model is on {parts.device.type}: set SD_DEVICE=cpu, or SD_BACKEND=torch.")
     if asked and settings.loras:
         refuse("cannot change LoRAs between requests: leave SD_LORAS out, or use SD_BACKEND=torch.")
+    # OpenVINO 2026.4 ends the process there with a segmentation fault
+    if asked and settings.precision == "bf16" and not has_bf16():
+        refuse("cannot run in bf16 on this CPU: set SD_PRECISION=fp32, or SD_BACKEND=torch.")
     if settings.backend == "torch" or not there or parts.device.type != "cpu": return False
+    if settings.precision == "bf16" and not has_bf16(): return "this CPU has no bf16 instructions"
     if settings.loras: return "SD_LORAS needs torch"
     if asked or size_of(parts.unet) <= SMALL or was_saved(parts): return True
     return "converting this model takes minutes and memory, once: SD_BACKEND=openvino does it"
