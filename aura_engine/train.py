@@ -54,7 +54,7 @@ def matrix_of(weight: torch.nn.Parameter) -> torch.nn.Parameter:
 
 # %% ../nbs/90d_stages.ipynb #48fa98a2
 def orthogonal(updates: torch.Tensor) -> torch.Tensor:
-    "The nearest matrices of equal singular values, roughly, of [N, m, n]: five Newton-Schulz steps, as torch's Muon."
+    "[N, m, n] matrices with their singular values made about equal: five Newton-Schulz steps, as torch's Muon."
     wide = updates.bfloat16()
     if tall := wide.shape[1] > wide.shape[2]: wide = wide.mT
     wide = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -148,7 +148,7 @@ class RecordedStep:
         self.recorded[inputs[0].shape] = graph, places, loss
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        "One step."
+        "One step. On a GPU the first call with a shape takes four, on the same inputs."
         if not inputs[0].is_cuda: return self.once(inputs)
         if inputs[0].shape not in self.recorded: self.record(inputs)
         graph, places, loss = self.recorded[inputs[0].shape]
@@ -211,7 +211,7 @@ class Learner:
 
 # %% ../nbs/90d_stages.ipynb #67104067
 class Smooth:
-    "A mean that follows: each call moves it a fiftieth of the way to `value`, the first one all of it."
+    "A smoothed value: each call moves it a fiftieth of the way to `value`, the first one all of it."
     def __init__(self) -> None:
         self.mean: torch.Tensor | None = None
 
@@ -636,7 +636,7 @@ def fit_head(model: Sketcher, batches: list[Batch], latents: torch.Tensor) -> No
 class Diffusion:
     "Noising and v-prediction by the model's schedule, for latents [B, C, h, w] and timesteps [B]."
     def __init__(self, device: torch.device):
-        self.kept = make_schedule().alphas_cumprod.to(device)        # share of the variance, by timestep
+        self.kept = make_schedule().alphas_cumprod.to(device)        # the picture's share of the variance, by timestep
 
     def amounts(self, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         "Signal and spread: how much of the picture and of the noise there is at t, [B, 1, 1, 1] each."
@@ -915,7 +915,7 @@ def pack_model(out: Path, names: list[list[str]], vae: AutoencoderTiny, text: CL
 STAGE_NAMES = ("vae", "text", "unet", "lora", "decoder")
 
 def plot_losses(out: Path) -> Figure:
-    """Over minutes, of every stage that has a checkpoint in `out`, the running average of its loss
+    """Over minutes, of every stage that has a checkpoint in `out`, its smoothed loss
     (autoencoder and decoder: the squared error)."""
     import matplotlib.pyplot as plt
     stages = [name for name in STAGE_NAMES if (out / f"{name}.pt").exists()]
