@@ -24,6 +24,7 @@ def steady_seconds(curve: StepCurve, rate: float, steps: int) -> float:
     for _ in range(1000):
         seconds = steps * step_between(curve, batch) + batch * curve.decode
         batch, before = max(1.0, rate * seconds), batch
+        # more than fit into a step: they take turns, so each takes so much longer
         if batch > curve.most: return seconds * batch / curve.most
         if abs(batch - before) < 1e-6: break
     return seconds
@@ -66,7 +67,7 @@ class Fleet:
 def fleet_for(machine: Machine, day: float, steps: int, p95: float) -> Fleet:
     """The machines for `day` pictures a day, with 95 of 100 within `p95` seconds.
 
-    ValueError: no number of them does that."""
+    ValueError: no number up to 5,000 does that."""
     rate = day / 86_400
     machines = engines_for(machine.curve, rate, steps, p95, most=5000)
     return Fleet(machines, cost_of_thousand(machines * machine.price, rate))
