@@ -178,7 +178,7 @@ def refusal_in_words(request: Request, exc: Exception) -> Response:
 
 # %% ../nbs/19c_door.ipynb #2521f9a0
 def walled(app: ASGIApp, settings: Settings) -> ASGIApp:
-    "An app behind the walls of an engine (09b_walls)."
+    "An app behind the walls of an engine (09b_walls), but without its flood gate."
     origins = Origins(tuple(settings.allow_origins))
     return Stamp(Cors(Guard(app, origins, refusal_in_words), origins), count=lambda route, status: None)
 
