@@ -1964,6 +1964,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'aura_engine.loader.LoadedParts': ('loader.html#loadedparts', 'aura_engine/loader.py'),
                                     'aura_engine.loader.Placement': ('loader.html#placement', 'aura_engine/loader.py'),
                                     'aura_engine.loader.Placement.follow': ('loader.html#placement.follow', 'aura_engine/loader.py'),
+                                    'aura_engine.loader.Placement.uncounted': ('loader.html#placement.uncounted', 'aura_engine/loader.py'),
                                     'aura_engine.loader.best_device': ('loader.html#best_device', 'aura_engine/loader.py'),
                                     'aura_engine.loader.bf16_on': ('loader.html#bf16_on', 'aura_engine/loader.py'),
                                     'aura_engine.loader.check_flow': ('loader.html#check_flow', 'aura_engine/loader.py'),

@@ -290,6 +290,14 @@ class Placement:
     need: Need | None = None
     rows: int | None = None                      # of a call, that fit; None: as many as one likes
 
+    def uncounted(self, error: Exception) -> None:
+        "Do what the settings say for a model whose memory cannot be predicted, and warn of that."
+        # whatever is wrong with a configuration, reading the model finds it too, and has the words for it
+        self.reader.notes.append(f"memory was not predicted, so nothing is refused for want of it: {true_cause(error)}")
+        if self.settings.text_encoder == "auto": return
+        self.reader.encoder = self.settings.text_encoder
+        self.choice = replace(self.choice, encoder=self.settings.text_encoder)
+
     def follow(self, usual: Need, first: Choice, free: int) -> None:
         "Have the reader hold the model so, and say what is not as usual."
         assert self.need is not None
@@ -313,8 +321,7 @@ class Fit(Placement):
         if self.need is not None: return
         device, cuda = self.reader.device, self.reader.device.type == "cuda"
         try: sizes = model_sizes(folder, self.row, device.type != "cpu")
-        # whatever is wrong with a configuration, reading the model finds it too, and has the words for it
-        except Exception: return
+        except Exception as error: return self.uncounted(error)
         wide = suited(self.reader.dtype, sizes.pipeline).itemsize
         sizes = with_gguf(sizes, self.settings.net_id, wide)
         large, free = layers_read(sizes.pipeline) is not None, room_on(self.settings, device)

@@ -148,6 +148,15 @@ def dequantised(folder, file):
     return cls.from_single_file(str(file), config=str(folder), subfolder="transformer", dtype=torch.float32, quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32))
 
 
+def test_memory_that_cannot_be_predicted_is_told(folder, monkeypatch):
+    """The model is loaded all the same, as the settings say, and a warning has the reason."""
+    def fails(*_): raise KeyError("hidden_size")
+    monkeypatch.setattr("aura_engine.loader.model_sizes", fails)
+    parts = read(folder, SD_TEXT_ENCODER="release")
+    assert any("memory was not predicted" in note and "hidden_size" in note for note in parts.notes)
+    assert bytes_in(*parts.text_encoders) == 0 and "in its files" in " ".join(parts.optimizations)
+
+
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
 def test_a_gguf_file_draws_what_diffusers_draws_with_it(folder, tmp_path, kind):
     file = written(folder, tmp_path / "net.gguf", gguf.GGMLQuantizationType[kind])
@@ -172,6 +181,19 @@ def test_eight_bits_draw_what_diffusers_draws_with_them(folder):
     cls = type(exact.unet)
     exact.unet = cls.from_pretrained(folder / "transformer", dtype=torch.float32, quantization_config=TorchAoConfig(Int8WeightOnlyConfig()))
     assert torch.equal(picture_of(parts)[0], picture_of(exact)[0]) and not torch.equal(picture_of(parts)[0], picture_of(read(folder))[0])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao: pip install 'aura-engine[quant]'")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_eight_bits_in_company(folder, precision):
+    """Mixed calls are each alone: to the bit in calls of one size, closely in calls of other sizes."""
+    parts = read(folder, SD_QUANT="int8", SD_PRECISION=precision)
+    many = [drawn(parts, steps=steps, seed=steps) for steps in (4, 6, 8)]
+    for rows in (8, 0):
+        crowd = [Trajectory(parts, p, TextCache(parts)) for p in many]
+        while waiting := [t for t in crowd if not t.done]: advance(waiting, parts.unet, rows)
+        gap = max((t.latents - run(parts, p, rows).latents).abs().max() for t, p in zip(crowd, many))
+        assert gap == 0 if rows or precision == "bf16" else gap <= 1e-5
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is not None, reason="torchao is here")
