@@ -3563,6 +3563,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'aura_engine.unets.weigh_tokens': ('unets.html#weigh_tokens', 'aura_engine/unets.py')},
             'aura_engine.walls': { 'aura_engine.walls.Allowances': ('walls.html#allowances', 'aura_engine/walls.py'),
                                    'aura_engine.walls.Allowances.__init__': ('walls.html#allowances.__init__', 'aura_engine/walls.py'),
+                                   'aura_engine.walls.Allowances.is_alone': ('walls.html#allowances.is_alone', 'aura_engine/walls.py'),
                                    'aura_engine.walls.Allowances.take': ('walls.html#allowances.take', 'aura_engine/walls.py'),
                                    'aura_engine.walls.Cors': ('walls.html#cors', 'aura_engine/walls.py'),
                                    'aura_engine.walls.Cors.__init__': ('walls.html#cors.__init__', 'aura_engine/walls.py'),
