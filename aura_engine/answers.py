@@ -335,7 +335,7 @@ async def using(request: Request, name: str | None, loc: str = "model",
         if name not in (None, only): raise unknown_model(name, [only], loc)
         yield api
         return
-    with api.models.claim(name, loc) as claim:
+    with api.models.claim(name, loc, client_behind(request)) as claim:
         if api.models.starting: api.row()                     # raises NotReady
         left = arrival(request) + (asked or api.settings.deadline_seconds) - time.monotonic()
         check_wait(api.models.seats, claim.seat, left, asked)

@@ -1,6 +1,7 @@
 """Several models in one process: what a request names, what is loaded and unloaded, and what happens meanwhile."""
 import asyncio, gc, io, json, weakref
 from base64 import b64decode
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image as Pillow
@@ -10,8 +11,8 @@ import tiny
 from aura_engine.config import load_settings
 from aura_engine.engine import Engine
 from aura_engine.server import create_server
-from aura_engine.side_by_side import Known, KnownFile, Models, check_wait
-from aura_engine.types import Health, Invalid, NotReady, Picture, Plan, QueueFull, ShuttingDown
+from aura_engine.side_by_side import Debts, Known, KnownFile, LoadsFull, Models, check_wait
+from aura_engine.types import EngineState, Health, Invalid, NotReady, Picture, Plan, QueueFull, ShuttingDown
 
 APPLE = Plan((Picture("a red apple", 128, 128, steps=2, guidance_scale=1.0, seed=7),))
 LONG = Plan(tuple(Picture("a red apple", 128, 128, steps=40, guidance_scale=1.0, seed=seed) for seed in range(6)))
@@ -93,6 +94,168 @@ def test_every_door_takes_the_name(web, folder, monkeypatch):
     assert web.post("/sdapi/v1/options", json={"sd_model_checkpoint": "embedded"}).status_code == 200
     png = web.post("/models/noise", json={"inputs": "an owl", "parameters": {"num_inference_steps": 1}})
     assert png.headers["content-type"] == "image/png" and told(web)["noise"]["status"] == "ready"
+
+
+def test_a_stranger_who_asks_for_models_in_turn_waits_and_nobody_else(web):
+    """Only one model fits. A stranger pushes the neighbour's model out once, and then has to wait."""
+    models, stranger = web.app.state.api.models, TestClient(web.app, client=("198.51.100.7", 5000))
+    models.debts = Debts()
+    models.unload_idle(models.seats.default)                                               # a test before had room for two
+    for name in ("noise", "embedded"): assert ask(web, model=name).status_code == 200      # how long they take is known
+    models.debts = Debts()
+    models.debts.clock = lambda: 0.0                                                       # nothing is paid back meanwhile
+    assert drawn_by(ask(web)) == "embedded"
+    made, make = [], models.make
+    models.make = lambda settings: made.append(settings.model_id) or make(settings)
+    try:
+        for turn in range(4):
+            first = ask(stranger, model="noise")
+            assert ask(stranger).status_code == 200                                        # of the model that is there
+            assert drawn_by(ask(web)) == "embedded"
+            if turn: assert first.status_code == 429 and int(first.headers["retry-after"]) >= 1 and "embedded" in first.json()["detail"]
+    finally: models.make = make
+    assert len(made) <= 2, made
+    models.debts.clock = lambda: 1000.0
+    assert drawn_by(ask(stranger, model="noise")) == "noise"                               # all is paid back
+    models.debts = Debts()
+
+
+class Clock:
+    """Time that passes when it is told to."""
+    def __init__(self): self.now = 0.0
+    def monotonic(self): return self.now
+    def sleep(self, seconds): self.now += seconds
+
+
+class Desk:
+    """The claims of three models that load in `seconds` of a clock. `day` is loaded, and room is for one."""
+    def __init__(self, clock, file, seconds=3.0, budget=100):
+        self.clock, self.seconds = clock, seconds
+        self.models = Models(load_settings(SD_MODELS="day=owner/day, night=owner/night, noon=owner/noon"), self.make, budget, KnownFile(file))
+        for seat in self.models.seats.by_name.values(): seat.known = Known(100, seconds)
+        self.load()
+
+    def make(self, settings):
+        engine = SimpleNamespace(status=EngineState.ready, ready=True, queue=SimpleNamespace(tasks=[]), turns=None, row=None, gpu=False, reason="", weights=100)
+        engine.health, engine.close, engine.wait_ready = lambda: None, lambda: None, lambda: True
+        engine.start = lambda: self.clock.sleep(self.seconds) or engine
+        return engine
+
+    def load(self):
+        """What the loading thread does until nobody waits."""
+        while wished := self.models.seats.wished:
+            if self.models.make_room(wished[0]): self.models._load(wished[0])
+
+    def ask(self, name, client):
+        with self.models.claim(name, client=client) as claim:
+            self.load()
+            assert self.models.grant(claim)
+
+    def refused(self, name, client):
+        with pytest.raises(LoadsFull) as full: self.models.claim(name, client=client).__enter__()
+        return full.value
+
+    def debt(self, client): return self.models.debts.seconds_in_debt(client)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr("aura_engine.side_by_side.time", made)
+    return made
+
+
+@pytest.fixture
+def desk(clock, tmp_path): return Desk(clock, tmp_path / "models.json")
+
+
+def test_a_model_counts_as_used_for_two_minutes_and_the_refusal_says_so(clock, tmp_path):
+    desk = Desk(clock, tmp_path / "models.json", seconds=30.0)
+    desk.ask("day", "neighbour")
+    desk.ask("night", "stranger")
+    desk.ask("day", "neighbour")                                      # asked at 60, there at 90
+    clock.now = 100.0
+    full = desk.refused("night", "stranger")
+    assert desk.debt("stranger") == 230 and full.retry_after == 80    # two minutes after the neighbour asked
+    assert "place of day" in full.detail and "in 80 seconds" in full.detail and "Loaded now: day." in full.detail
+    clock.now = 179.9
+    desk.refused("night", "stranger")
+    clock.now = 180.1                                                 # nobody has asked for anything meanwhile
+    desk.ask("night", "stranger")
+
+
+def test_a_refusal_says_when_the_debt_is_over(desk, clock):
+    desk.ask("day", "neighbour")
+    desk.ask("night", "stranger")
+    desk.ask("day", "neighbour")
+    wait = desk.refused("night", "stranger").retry_after
+    assert 20 < wait < 30
+    clock.sleep(wait - .1)
+    desk.refused("night", "stranger")
+    clock.sleep(.2)
+    desk.ask("night", "stranger")
+
+
+def test_only_what_another_client_pushed_out_comes_back_free(desk, clock):
+    desk.ask("day", "one")
+    desk.ask("night", "one")
+    clock.sleep(40)
+    assert desk.debt("one") == 0
+    desk.ask("day", "one")                                            # it pushed that out itself
+    assert desk.debt("one") == pytest.approx(27)                      # 30, of which the loading took 3
+    clock.sleep(40)
+    desk.ask("night", "two")
+    desk.ask("day", "one")
+    assert desk.debt("one") == 0
+    clock.sleep(40)
+    desk.ask("night", "two")                                          # nobody was charged for pushing that out
+    assert desk.debt("two") == pytest.approx(27)
+
+
+def test_a_first_loading_is_charged_when_its_time_is_known(desk):
+    desk.models.seats.by_name["night"].known = None
+    desk.ask("night", "stranger")
+    assert desk.debt("stranger") == 30
+    desk.seconds = 5.0                                                # day takes longer than the last time
+    desk.ask("day", "stranger")
+    assert desk.debt("stranger") == pytest.approx(30 + 50 - 5)
+
+
+def test_who_is_alone_is_never_refused(desk):
+    for turn in range(12): desk.ask(("night", "noon", "day")[turn % 3], "one")
+    assert desk.debt("one") > 300
+
+
+def test_what_was_withdrawn_or_has_failed_is_not_charged(desk, clock):
+    models, night = desk.models, desk.models.seats.by_name["night"]
+    with models.claim("night", client="one"): assert desk.debt("one") == 30
+    assert desk.debt("one") == 0
+    with models.claim("night", client="one"): models.tell_to_leave(models.seats.default, night)
+    assert desk.debt("one") == 30                                     # a model was told to leave for it
+    models.tell_to_leave(None, night)
+    night.problem = NotReady("It is gone.")
+    with models.claim("night", client="two"): assert desk.debt("two") == 0
+
+
+def test_a_client_in_debt_is_measured_by_all_that_would_leave(clock, tmp_path):
+    desk = Desk(clock, tmp_path / "models.json", budget=200)
+    desk.ask("noon", "stranger")
+    clock.sleep(1)
+    desk.ask("day", "neighbour")                                      # used later, so noon would leave first
+    desk.models.seats.by_name["night"].known = Known(200, 3.0)
+    assert [seat.name for seat in desk.models.seats.victims(desk.models.seats.by_name["night"])] == ["noon", "day"]
+    assert "place of day" in desk.refused("night", "stranger").detail
+
+
+def test_a_model_that_is_leaving_does_not_come_back_free(desk):
+    models, (day, night, _) = desk.models, desk.models.seats.by_name.values()
+    desk.ask("day", "neighbour")
+    desk.ask("night", "stranger")
+    with models.claim("day", client="neighbour"):
+        models.tell_to_leave(night, day)
+        assert "place of day" in desk.refused("night", "stranger").detail
+        desk.load()
+    assert day.usable and desk.debt("neighbour") == 0
 
 
 @pytest.mark.parametrize("path, body, status, loc", [
@@ -191,6 +354,7 @@ async def draw(models, name, plan=APPLE):
 def models(web):
     """The models of the same server, with the embedded one loaded and room for one."""
     made = web.app.state.api.models
+    made.debts = Debts()                                              # of the tests before, which came from another address
     if not made.seats.default.usable: asyncio.run(draw(made, "embedded"))
     return made
 
