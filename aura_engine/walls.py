@@ -313,7 +313,7 @@ class Overflow:
     "Requests that wait, by client. Together they get about `share` of the event loop."
     def __init__(self, allowances: Allowances, share: float = 0.25):
         self.allowances = allowances
-        self.rest = 1 / share - 1                             # seconds for each second of work
+        self.rest = 1 / share - 1                             # seconds for each second of work: 3 for a quarter
         self.lines: dict[str, deque[asyncio.Future[None]]] = {}
         self._serving: asyncio.Task[None] | None = None
 
