@@ -104,6 +104,10 @@ def quick(body):
         if k == "deadlineSeconds" and type(v) in (int, float) and 0 < v <= 86400: body[k] = 600      # which of them an engine can keep, no schema knows
         if k in ("config", "request", "parameters"): quick(v)
 
+def alone(body):
+    '''How many other pictures a model looks at is in its limits. The embedded one looks at none.'''
+    if isinstance(body, dict): body.pop("references", None)
+
 def masked(body):
     '''A mask has white in it, and what comes with one is left out without one.'''
     if not isinstance(body, dict): return
@@ -140,7 +144,10 @@ def before_call(ctx, case, kwargs):
     # Two numbers that are multiplied, a mask that is turned round: each is right alone.
     if positive and case.operation.path.startswith("/sdapi/") and isinstance(body, dict):
         for k in ("n_iter", "batch_size", "inpainting_mask_invert"): body.pop(k, None)
-    if positive and isinstance(body, dict): masked(body.get("request", body) if case.operation.path == "/jobs" else body)
+    if positive and isinstance(body, dict):
+        own = body.get("request", body) if case.operation.path == "/jobs" else body
+        masked(own)
+        alone(own)
     # An edit has a picture under either name, and a JSON body may name files that only their servers keep.
     if positive and case.operation.path == "/v1/images/edits" and isinstance(body, dict):
         body.pop("mask", None)
