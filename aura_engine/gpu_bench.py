@@ -19,7 +19,7 @@ from .bench import (bars_table, closed_loop, decode_curve, machine, markdown_tab
 from .engine import Engine
 from .flow_bench import measure_flow
 from .group_norms import check_kernels, fuse_norms
-from .loader import Components, quiet
+from .loader import DTYPES, Components, has_bf16, quiet
 from .compiling import CompiledUNet, GraphedUNet
 from .optimize import TECHNIQUES
 from .packing import double_once
@@ -80,7 +80,7 @@ class BenchSize:
 
     @property
     def dtype(self) -> torch.dtype:
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        return DTYPES[self.precision]
 
     @property
     def cuda(self) -> bool: return self.device.startswith("cuda")
@@ -92,7 +92,8 @@ TINY_SDXL = SIZES["small"].unet | dict(addition_embed_type="text_time", addition
 REAL_SIZE = BenchSize()
 TINY_SIZE = BenchSize("small", TINY_SDXL, device="cpu", batches=(1, 8), repeats=1, matrix=64,
                       megabytes=1,
-                      clients=4, pictures=8, compiler="eager", patience=5)
+                      clients=4, pictures=8, compiler="eager", patience=5,
+                      precision="bf16" if has_bf16() else "fp32")
 
 # %% ../nbs/18_gpu.ipynb #f5f81e83
 def settled(size: BenchSize) -> None:

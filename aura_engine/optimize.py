@@ -129,8 +129,8 @@ def can_openvino(parts: Components, settings: Settings) -> Answer:
     if asked and settings.precision == "bf16" and not has_bf16():
         refuse("cannot run in bf16 on this CPU: set SD_PRECISION=fp32, or SD_BACKEND=torch.")
     if settings.backend == "torch" or not there or parts.device.type != "cpu": return False
-    if settings.precision == "bf16" and not has_bf16(): return "this CPU has no bf16 instructions"
     if settings.loras: return "SD_LORAS needs torch"
+    if settings.precision == "bf16" and not has_bf16(): return "this CPU has no bf16 instructions"
     if asked or size_of(parts.unet) <= SMALL or was_saved(parts): return True
     return "converting this model takes minutes and memory, once: SD_BACKEND=openvino does it"
 
@@ -274,9 +274,9 @@ TECHNIQUES = [
     Technique("fused QKV", can_fuse_qkv, fuse_qkv, "CUDA", "no LoRA per request", unet=True),
     Technique("torch.compile", can_compile, compile_unet, "CUDA, TORCH_COMPILE=1",
               "tens of seconds a shape, at start", unet=True),
-    Technique("CUDA graphs", can_graph, graph_unet, "CUDA, memory of four models",
+    Technique("CUDA graphs", can_graph, graph_unet, "CUDA, four times the model's memory",
               "memory; a fraction of a second for each new shape", unet=True),
-    Technique("recorded decode", can_graph, graph_decode, "CUDA, memory of four models", "memory"),
+    Technique("recorded decode", can_graph, graph_decode, "CUDA, four times the model's memory", "memory"),
     Technique("packed weights", can_pack_weights, pack_weights, "CPU, torch", SAME_SUMS, unet=True)]
 
 # %% ../nbs/05f_optimize.ipynb #90e24e09

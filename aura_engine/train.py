@@ -18,6 +18,7 @@ from aura_engine.art import (BACKDROPS, COLOURS, LAYOUTS, LIGHTS, POSES, SQUARE,
     Scene)
 from .art import compose, crowds, every_pose, every_single, make_art, random_scenes
 from .captions import Said, caption, learned_words, make_fillers, says
+from .loader import has_bf16
 from .nets import CELLS, TOKENS, WIDTH, cells, uncells
 from .nets import make_schedule, make_text, make_tokenizer, make_unet, make_vae
 if TYPE_CHECKING:
@@ -294,8 +295,9 @@ class Stage:
 
 # %% ../nbs/90d_stages.ipynb #67ed282d
 def autocast(device: str | torch.device) -> torch.autocast:
-    "Compute in bf16 on `device`."
-    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
+    "Compute in bf16 on `device`, unless it is a CPU that has no instructions for it: there it is slower than fp32."
+    kind = torch.device(device).type
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=kind != "cpu" or has_bf16())
 
 # %% ../nbs/90d_stages.ipynb #2d15f7eb
 def seeded(seed: int) -> random.Random:
