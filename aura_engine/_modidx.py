@@ -1412,6 +1412,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'aura_engine.gpu_bench': { 'aura_engine.gpu_bench.BenchSize': ('gpu.html#benchsize', 'aura_engine/gpu_bench.py'),
                                        'aura_engine.gpu_bench.BenchSize.cuda': ('gpu.html#benchsize.cuda', 'aura_engine/gpu_bench.py'),
                                        'aura_engine.gpu_bench.BenchSize.dtype': ('gpu.html#benchsize.dtype', 'aura_engine/gpu_bench.py'),
+                                       'aura_engine.gpu_bench.BenchSize.half': ('gpu.html#benchsize.half', 'aura_engine/gpu_bench.py'),
                                        'aura_engine.gpu_bench.BenchSize.sd15': ('gpu.html#benchsize.sd15', 'aura_engine/gpu_bench.py'),
                                        'aura_engine.gpu_bench.Compiling': ('gpu.html#compiling', 'aura_engine/gpu_bench.py'),
                                        'aura_engine.gpu_bench.Compiling.called': ('gpu.html#compiling.called', 'aura_engine/gpu_bench.py'),

@@ -85,6 +85,11 @@ class BenchSize:
     @property
     def cuda(self) -> bool: return self.device.startswith("cuda")
 
+    @property
+    def half(self) -> torch.dtype:
+        "fp16. A CPU only emulates it, so there it is fp32."
+        return torch.float16 if self.cuda else torch.float32
+
 # %% ../nbs/18_gpu.ipynb #bd4ae49d
 TINY_SDXL = SIZES["small"].unet | dict(addition_embed_type="text_time", addition_time_embed_dim=8,
                                        cross_attention_dim=64,       # two text encoders of 32
@@ -171,13 +176,13 @@ def unet_variants(config: dict[str, Any], size: BenchSize) -> Iterator[UNetVaria
     yield UNetVariant("+ fused QKV", unet, size.dtype)
     if not size.cuda: return
     yield UNetVariant("+ CUDA graph", GraphedUNet(unet), size.dtype)
-    unet = new_unet_of(config, size).to(torch.float16, memory_format=torch.channels_last)
+    unet = new_unet_of(config, size).to(size.half, memory_format=torch.channels_last)
     unet.fuse_qkv_projections()
     graphed = GraphedUNet(unet)
-    yield UNetVariant("the same in fp16", graphed, torch.float16)
+    yield UNetVariant("the same in fp16", graphed, size.half)
     torch.backends.cudnn.benchmark = True
     graphed.forget()
-    yield UNetVariant(SEARCH, graphed, torch.float16)
+    yield UNetVariant(SEARCH, graphed, size.half)
 
 # %% ../nbs/18_gpu.ipynb #f12a79b6
 def variant_answer(v: UNetVariant, config: dict[str, Any], size: BenchSize) -> torch.Tensor:
@@ -483,7 +488,7 @@ def engine_stage(size: BenchSize, tell: Tell) -> None:
 def embedded_stage(size: BenchSize, tell: Tell) -> None:
     "The engine with the embedded model."
     with measured_engine(tell, "ready", SD_DEVICE=size.device, SD_PRECISION="auto") as ours:
-        side, dtype = ours.engine.parts.row.native, torch.float16 if size.cuda else torch.float32
+        side, dtype = ours.engine.parts.row.native, size.half
         compare_crowd(ours.engine, tell, side)
         lock = Baseline(device=size.device, dtype=dtype)
         entered = [Entered("engine", ours, 2 * size.pictures),
@@ -702,7 +707,7 @@ def kernels_of(call: Callable[[], Any], size: BenchSize, most: int = 14) -> list
 def profile_stage(size: BenchSize, tell: Tell) -> None:
     "The kernels of a UNet step of eight rows and of a decode, with fused norms."
     unet = quick_unet(size)
-    step = unet_call(size.sd15.unet, 8, size, torch.float16 if size.cuda else torch.float32)
+    step = unet_call(size.sd15.unet, 8, size, size.half)
     vae = new_vae(False, size, step.sample.dtype)
     fuse_norms(vae)
     calls: dict[str, Callable[[], Any]] = {
@@ -714,7 +719,7 @@ def profile_stage(size: BenchSize, tell: Tell) -> None:
 # %% ../nbs/18_gpu.ipynb #0fd08362
 def quick_unet(size: BenchSize, norms: bool = True) -> Any:
     "SD 1.5's UNet as the engine has it before it is recorded."
-    dtype = torch.float16 if size.cuda else torch.float32
+    dtype = size.half
     unet = new_unet_of(size.sd15.unet, size).to(dtype, memory_format=torch.channels_last)
     if size.cuda: unet.fuse_qkv_projections()
     if norms: fuse_norms(unet)
@@ -731,7 +736,7 @@ def cudnn_attention() -> Iterator[None]:
 def norms_stage(size: BenchSize, tell: Tell) -> None:
     "SD 1.5's UNet recorded: as before, with fused norms, with cuDNN's attention."
     # wrong kernels are not worth a row
-    check_kernels(torch.device("cuda" if size.cuda else "cpu"), torch.float16 if size.cuda else torch.float32)
+    check_kernels(torch.device("cuda" if size.cuda else "cpu"), size.half)
     for name, norms, attention in (("recorded", False, nullcontext), ("recorded, fused norms", True, nullcontext),
                                    ("recorded, fused norms, cuDNN attention", True, cudnn_attention)):
         with attention():
