@@ -4,8 +4,8 @@
 
 # %% ../nbs/16b_roofline.ipynb #9c716e4f
 from __future__ import annotations
-import time
-from collections.abc import Callable, Sequence
+import itertools, time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,13 +19,16 @@ from .types import Picture, Plan
 
 # %% auto #0
 __all__ = ['core_limit', 'flops_of', 'StageInput', 'text_input', 'step_input', 'decode_input', 'stage_inputs', 'stock_parts',
-           'processor_seconds', 'StageRate', 'core_limits', 'stage_precision', 'stage_rates', 'picture_seconds',
-           'picture_rate', 'roofline_table']
+           'processor_seconds', 'medians', 'StageRate', 'core_limits', 'stage_precision', 'stage_rate',
+           'picture_seconds', 'picture_rate', 'all_rates', 'roofline_table']
 
 # %% ../nbs/16b_roofline.ipynb #cedbbd55
 def core_limit(dtype: torch.dtype, n: int = 1024, rounds: int = 8) -> float:
     "GFLOP/s of one thread in a large matrix product, the best of `rounds`."
-    return 2 * n ** 3 / seconds_of_product(dtype, n, rounds) / 1e9
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try: return 2 * n ** 3 / seconds_of_product(dtype, n, rounds) / 1e9
+    finally: torch.set_num_threads(threads)
 
 # %% ../nbs/16b_roofline.ipynb #ba93073c
 def flops_of(call: Callable[[], Any]) -> int:
@@ -53,7 +56,7 @@ def step_input(parts: Components, side: int, rows: int) -> StageInput:
     noisy = torch.randn(rows, parts.latent_channels, side, side)
     words = parts.text_encoders[0].config.max_position_embeddings
     text = torch.randn(rows, words, parts.unet.config["cross_attention_dim"])
-    clock = torch.full((rows,), 500.)
+    clock = torch.full((rows,), 500.)           # a timestep; all of them take equally long
     def call(p: Components) -> Any:
         return p.unet(noisy.to(p.dtype), clock, text.to(p.dtype), return_dict=False)
     return StageInput("step", rows, call)
@@ -76,15 +79,18 @@ def stock_parts(**settings: str) -> Components:
     with quiet(): return load(load_settings(SD_BACKEND="torch", SD_PRECISION="fp32", SD_DEVICE="cpu", **settings))
 
 # %% ../nbs/16b_roofline.ipynb #5e887b7d
-def processor_seconds(call: Callable[[], Any], rounds: int = 7) -> float:
-    "Processor seconds of a call, all threads together: the median of `rounds` after two that warm up."
-    times = []
+def processor_seconds(call: Callable[[], Any], calls: int = 3) -> float:
+    "Processor seconds of a call, all threads together: the mean of `calls` after one that warms up."
     with torch.inference_mode():
-        for _ in range(rounds + 2):
-            start = time.process_time()
-            call()
-            times.append(time.process_time() - start)
-    return sorted(times[2:])[rounds // 2]
+        call()
+        start = time.process_time()
+        for _ in range(calls): call()
+        return (time.process_time() - start) / calls
+
+def medians(measures: Sequence[Callable[[], float]], rounds: int = 5) -> list[float]:
+    "The median of each measurement. They are made in turn, so that a slow minute meets all of them, and once before."
+    times = [[measure() for measure in measures] for _ in range(rounds + 1)]
+    return [sorted(column)[rounds // 2] for column in zip(*times[1:])]
 
 # %% ../nbs/16b_roofline.ipynb #a1ef77bd
 @dataclass(frozen=True)
@@ -118,40 +124,45 @@ def stage_precision(name: str, parts: Components) -> str:
     if name != "text": return parts.precision
     return "bf16" if parts.text_encoders[0].dtype == torch.bfloat16 else "fp32"
 
-def stage_rates(parts: Components, stock: Components, side: int, rows: Sequence[int] = (1, 8)) -> list[StageRate]:
-    "Time every stage on `parts`, with the operations that `stock` counts."
-    most, measured = core_limits(), []
-    for stage in stage_inputs(stock, side, rows):
-        seconds = processor_seconds(partial(stage.call, parts))
-        work = flops_of(partial(stage.call, stock)) / 1e9
-        precision = stage_precision(stage.name, parts)
-        measured.append(StageRate(stage.name, stage.rows, work, seconds, precision, most[precision]))
-    return measured
+def stage_rate(stage: StageInput, seconds: float, parts: Components, stock: Components,
+               limits: dict[str, float]) -> StageRate:
+    "The row of a stage that took `seconds` on `parts`, with the operations that `stock` counts."
+    work = flops_of(partial(stage.call, stock)) / 1e9
+    precision = stage_precision(stage.name, parts)
+    return StageRate(stage.name, stage.rows, work, seconds, precision, limits[precision])
 
 # %% ../nbs/16b_roofline.ipynb #a852a616
-def picture_seconds(engine: Engine, clients: int, steps: int = 4, rounds: int = 3) -> float:
-    "Processor seconds of the whole process for a picture, `clients` of them at a time: the median of `rounds`."
+def picture_seconds(engine: Engine, clients: int, numbers: Iterator[int], steps: int = 4) -> float:
+    "Processor seconds of the whole process for a picture, when `clients` at a time ask. `numbers`: for their prompts."
     row = engine.parts.row
     blank = Picture("", row.native, row.native, steps=steps, guidance_scale=1.0, seed=0, temperature=1.0,
                     scheduler=row.sampler)
-    def draw(start: int) -> None:
-        asked = [Plan((replace(blank, prompt=f"an apple, number {start + k}", seed=k),)) for k in range(clients)]
+    rounds = max(2, 32 // clients)                             # 32 pictures, 64 with 32 clients
+    start = time.process_time()
+    for _ in range(rounds):
+        named = [(seed, f"an apple, number {next(numbers)}") for seed in range(clients)]
+        asked = [Plan((replace(blank, prompt=prompt, seed=seed),)) for seed, prompt in named]
         for job in [engine.submit(plan) for plan in asked]: job.result()
-    draw(0)
-    repeats, times = max(1, 16 // clients), []                 # one client alone draws as many as sixteen
-    for r in range(rounds):
-        start = time.process_time()
-        for k in range(repeats): draw(1000 * (r + 1) + clients * k)
-        times.append((time.process_time() - start) / (repeats * clients))
-    return sorted(times)[rounds // 2]
+    return (time.process_time() - start) / (rounds * clients)
 
 # %% ../nbs/16b_roofline.ipynb #1c41d178
-def picture_rate(engine: Engine, measured: Sequence[StageRate], clients: int, steps: int = 4) -> StageRate:
+def picture_rate(measured: Sequence[StageRate], clients: int, seconds: float, steps: int = 4) -> StageRate:
     "A whole picture as a row beside its stages: one text, `steps` steps, one decode."
     alone = {r.name: r for r in measured if r.rows == 1}
     work = alone["text"].gigaflops + steps * alone["step"].gigaflops + alone["decode"].gigaflops
-    seconds, step = picture_seconds(engine, clients, steps), alone["step"]
+    step = alone["step"]
     return StageRate("picture", clients, work, seconds, step.precision, step.limit)
+
+def all_rates(engine: Engine, stock: Components, side: int, rows: Sequence[int] = (1, 8),
+              clients: Sequence[int] = (1, 8, 32)) -> list[StageRate]:
+    "All stages and whole pictures of an engine, measured in turn."
+    stages, limits = stage_inputs(stock, side, rows), core_limits()
+    numbers = itertools.count()                 # of prompts, so that each is new
+    measures = [partial(processor_seconds, partial(stage.call, engine.parts)) for stage in stages]
+    measures += [partial(picture_seconds, engine, n, numbers) for n in clients]
+    seconds = medians(measures)
+    rates = [stage_rate(stage, s, engine.parts, stock, limits) for stage, s in zip(stages, seconds)]
+    return rates + [picture_rate(rates, n, s) for n, s in zip(clients, seconds[len(stages):])]
 
 # %% ../nbs/16b_roofline.ipynb #2f159266
 def roofline_table(measured: Sequence[StageRate]) -> str:
