@@ -15,12 +15,12 @@ from .types import Invalid, Words
 __all__ = ['HALF', 'Size', 'fitted_mask', 'is_white', 'Region', 'box_around', 'stretched', 'widened', 'Inpainting']
 
 # %% ../nbs/03b_masks.ipynb #43234600
-HALF = 128                                       # from this brightness on, a pixel is drawn anew and not only blended
+HALF = 128                                       # from this brightness on, latents are drawn anew (06_trajectory)
 Size = tuple[int, int]                           # width, height
 
 
 def fitted_mask(mask: Image.Image, size: Size, loc: str = "mask") -> Image.Image:
-    "A mask (L) in the size of its picture. Invalid names `loc` when nothing in it is white."
+    "A mask (L) in the size of its picture. Invalid names `loc` when nothing in it is half white."
     if not any(mask.histogram()[HALF:]):
         allowed = "a mask with white where the picture is to be drawn anew"
         raise Invalid.value(loc, given=Words("a mask without white"), allowed=allowed)
@@ -111,5 +111,5 @@ class Inpainting:
 
     @property
     def nbytes(self) -> int:
-        "Bytes of the pixels it holds."
+        "Bytes of the pixels it holds: three of the picture and one of the mask."
         return 4 * self.picture.width * self.picture.height
