@@ -19,7 +19,7 @@ def seconds_of_product(dtype: torch.dtype, n: int, rounds: int) -> float:
     x, w = torch.ones(n, n, dtype=dtype), torch.ones(n, n, dtype=dtype)
     times = []
     for _ in range(rounds):
-        start = time.thread_time()                            # not the time of others
+        start = time.thread_time()       # of this thread alone: a core's figure only if torch has one thread
         nn.functional.linear(x, w)
         times.append(time.thread_time() - start)
     return min(times)
