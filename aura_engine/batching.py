@@ -249,7 +249,7 @@ class Entry:
     begin: float = 0.0                  # seconds until it can step
     client: str = ""                    # whose it is
     used: float = 0.0                   # seconds of the device it has had
-    owing: float = 0.0                  # seconds its client has had and was not forgiven, or has in line before it
+    owing: float = 0.0                  # its client's debt, plus the work of that client's pictures before it (08b)
     seconds_left: float = 0.0           # of its work, alone, as `note_seconds_left` found it last
     alone: bool = False                 # it failed once, and must not share a call
     tries: int = 0
