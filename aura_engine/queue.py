@@ -45,7 +45,7 @@ class Shares:
         self._earned = 0.0                          # seconds forgiven to each debt so far
         self._debt_ends_at: dict[str, float] = {}   # by client: the `_earned` at which its debt is gone
         self._debt_ended: dict[str, float] = {}     # by client: when its last debt was gone
-        self._seen = math.nan
+        self._seen = math.nan                       # no time is later than that: the first call only sets the clock
 
     def pass_time(self, now: float, clients: int) -> None:
         "Time went on until `now`, with so many clients in the engine."
@@ -105,7 +105,9 @@ class ClientLine(list[E]):
         self.work_before = owing                    # seconds of debt, and of work before the next task
 
     def next_weight(self, now: float) -> float:
-        "The weight of the next task, which sets what it is `owing` and counts its work. Call it once a task."
+        """The weight of the first task. Call it once for each task.
+
+        It notes on the task what it is `owing`, and adds the task's work to `work_before`."""
         first = self[0]
         first.owing = self.work_before
         self.work_before += first.seconds_left
@@ -253,7 +255,7 @@ class TaskLine:
         return QueueLoad(len(tasks), round(work(tasks, cost), 2) if cost else 0.0)
 
 # %% ../nbs/08b_queue.ipynb #be560dd7
-MOST_TASKS = 1024           # pictures in the engine, whoever they belong to
+MOST_TASKS = 1024           # pictures in the engine, whoever they belong to: they are put in order before every call
 
 @dataclass(frozen=True)
 class Promise:
