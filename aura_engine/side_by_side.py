@@ -118,7 +118,7 @@ class Seat:
     name: str
     settings: Settings
     known: Known | None = None
-    # the engine, while it is loaded or being loaded
+    # the engine, from the beginning of its loading until it is unloaded
     engine: Any = None
     being_loaded: bool = False
     leaving: Seat | None = None                     # the model for which it makes room, and so takes no more work
@@ -222,7 +222,7 @@ class Seats:
         self.file = file
 
     def find(self, name: str | None, loc: str = "model") -> Seat:
-        "The seat of a model by its name or its id. None: the default. Invalid names those there are."
+        "The seat of a model by its name or its id. None: the default. Raises Invalid, which lists those there are."
         if name is None: return self.default
         if name in self.by_name: return self.by_name[name]
         for seat in self.by_name.values():
@@ -280,7 +280,7 @@ def seat_bytes(seat: Seat) -> int:
 LATELY = 120.0                                      # seconds for which a model counts as used
 DEBT = 10.0                                         # seconds of debt for each second of loading
 
-class LoadsFull(QueueFull): "You had a model loaded a moment ago"
+class LoadsFull(QueueFull): "You had a model loaded a moment ago"      # its title (01_types)
 
 class Uses:
     "Which clients asked for which models in the last two minutes."
@@ -511,11 +511,11 @@ class Claims(Loading):
         self.settings = self.seats.default.settings
         self.started = time.monotonic()
         self.seats.default.asked = True
-        # an engine that is never started says at once what is wrong with the default's name
+        # this engine is made only for its health(), which already tells whether the default's name is wrong
         self.seats.default.about = make(self.settings).health()
 
     def claim(self, name: str | None = None, loc: str = "model", client: str = "") -> Claim:
-        "The claim of a client to the model of a name. Invalid names those there are."
+        "The claim of a client to the model of a name. Raises Invalid, which lists those there are."
         return Claim(self.seats.find(name, loc), self, client)
 
     def enter(self, claim: Claim) -> None:
