@@ -186,9 +186,9 @@ class Exchange:
         await self._send({"type": "http.response.body", "body": b""})
 
 # %% ../nbs/09b_walls.ipynb #907556a5
-REST_BYTES = 64 * 2**20                                       # of a refused body that are still read
-REST_SECONDS = 20.0                                           # for all of them: 32 MiB on a line of 13 Mbit/s
-REST_PAUSE = 2.0                                              # for the next of them
+REST_BYTES = 64 * 2**20                                       # of a refused body: twice the largest allowed
+REST_SECONDS = 20.0                                           # for all of it: 13 Mbit/s for the largest allowed
+REST_PAUSE = 2.0                                              # without a further byte, then it is given up
 
 async def discard_rest(exchange: Exchange) -> None:
     "Read the rest of a body and throw it away."
@@ -305,9 +305,9 @@ class Allowances:
 
 # %% ../nbs/09b_walls.ipynb #eb6802c5
 LONGEST_LINE = 1024
-TURN = 0.002                                                  # seconds in which a cheap request is answered
+TURN = 0.002                                                  # seconds until the door looks at what it cost
 
-class TooManyRequests(QueueFull): "You have too many requests waiting"
+class TooManyRequests(QueueFull): "You have too many requests waiting"      # its title (01_types)
 
 class Overflow:
     "Requests that wait, by client. Together they get about `share` of the event loop."
