@@ -159,6 +159,7 @@ class Carved:
 def carve(data: bytes | bytearray) -> Carved:
     "Cut the long strings out of a JSON text. Invalid when too much remains."
     carved, at = Carved(), 0
+    # a quotation mark further away ends nothing: what lies before it is too much to be kept, as `keep` says
     while (start := data.find(b'"', at, at + SMALL + 1)) >= 0:
         end = _closing(data, start) + 1
         carved.keep(data[at:start])
@@ -267,7 +268,7 @@ def in_utf8(scope: Scope) -> Scope:
     return {**scope, "headers": [(b"content-type", kind + boundary), *others]}
 
 # %% ../nbs/09c_intake.ipynb #b165cf12
-class PicturesFull(QueueFull): "Too many pictures are waiting to be read"
+class PicturesFull(QueueFull): "Too many pictures are waiting to be read"      # its title (01_types)
 
 # %% ../nbs/09c_intake.ipynb #cfd2fa1a
 @dataclass(frozen=True)
@@ -279,10 +280,10 @@ class DecodeCost:
 # %% ../nbs/09c_intake.ipynb #8eefeb79
 @dataclass(eq=False)
 class DecodeTurn:
-    "A request in the line. `turn` is done when its pictures may be decoded."
+    "A request in the line. `begin` is done when its pictures may be decoded."
     client: str
     cost: DecodeCost
-    turn: asyncio.Future[None]
+    begin: asyncio.Future[None]
 
 # %% ../nbs/09c_intake.ipynb #3be98c38
 def cost_together(turns: Iterable[DecodeTurn]) -> DecodeCost:
@@ -319,7 +320,7 @@ class FairPool:
         loop = asyncio.get_running_loop()
         self.waiting.append(me)
         self._start_next()
-        try: await me.turn
+        try: await me.begin
         except asyncio.CancelledError:
             self._leave(me)
             raise
@@ -339,7 +340,7 @@ class FairPool:
             self.waiting.remove(chosen)
             self.running.append(chosen)
             self.spent[chosen.client] = self.spent.get(chosen.client, 0.0) + chosen.cost.seconds
-            if not chosen.turn.done(): chosen.turn.set_result(None)
+            if not chosen.begin.done(): chosen.begin.set_result(None)
 
     def _finished(self, me: DecodeTurn, start: float, done: asyncio.Future[Any]) -> None:
         "The thread is free again."
