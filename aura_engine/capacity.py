@@ -51,8 +51,8 @@ class Machine:
 
 def slower(curve: StepCurve, times: float) -> StepCurve:
     "The curve of a machine that computes `times` slower, estimated from a measured one."
-    full = curve.seconds(curve.most) / curve.most * times
-    steps = {rows: max(seconds, rows * full) for rows, seconds in curve.step.items()}
+    row = curve.seconds(curve.most) / curve.most * times        # of a full step
+    steps = {rows: max(seconds, rows * row) for rows, seconds in curve.step.items()}
     return StepCurve(steps, curve.decode * times)
 
 # %% ../nbs/19b_capacity.ipynb #83f35006
