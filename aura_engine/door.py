@@ -17,9 +17,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # %% auto #0
 __all__ = ['KIND', 'MODEL', 'INNER', 'IN_FORM', 'JOB_PATH', 'GUESS', 'COLD', 'PLAIN', 'Engines', 'TABLE', 'MARKS', 'TRIES',
-           'Preference', 'fields_in', 'wish_of', 'wish_in', 'aimed', 'owner_of', 'model_mark', 'Told', 'best_first',
-           'Passed', 'EngineLost', 'Passage', 'messages_of', 'row_at', 'refusal_in_words', 'walled', 'passed_scope',
-           'unmarked', 'relay', 'while_heard', 'Directory', 'BodyReader', 'FrontDoor', 'json_of']
+           'Preference', 'fields_in', 'preference_of', 'preference_in', 'aimed', 'owner_of', 'model_mark', 'Told',
+           'best_first', 'Passed', 'EngineLost', 'Passage', 'messages_of', 'row_at', 'refusal_in_words', 'walled',
+           'passed_scope', 'unmarked', 'relay', 'while_heard', 'Directory', 'BodyReader', 'FrontDoor', 'json_of']
 
 # %% ../nbs/19c_door.ipynb #ee74bc48
 from .app import INLINE, Route, routes
@@ -53,7 +53,7 @@ def fields_in(body: Any) -> dict[str, Any]:
     return fields
 
 # %% ../nbs/19c_door.ipynb #42faff31
-def wish_of(body: Any) -> Preference:
+def preference_of(body: Any) -> Preference:
     "What a JSON body asks for."
     fields = fields_in(body)
     said = {name: str(fields[name])[:60] for name in (*KIND, *MODEL) if isinstance(fields.get(name), (str, int))}
@@ -63,12 +63,12 @@ def wish_of(body: Any) -> Preference:
 # %% ../nbs/19c_door.ipynb #4820048c
 IN_FORM = re.compile(rb'name="model"\r\n\r\n([^\r\n]{1,60})\r\n')
 
-def wish_in(data: bytes, media: str) -> Preference:
+def preference_in(data: bytes, media: str) -> Preference:
     "What the bytes of a body ask for. `media`: its Content-Type."
     if media.startswith("multipart/"):
         found = IN_FORM.search(data)
         return Preference(found[1].decode("utf-8", "replace")) if found else Preference()
-    try: return wish_of(parse_json(data))
+    try: return preference_of(parse_json(data))
     except AuraError: return Preference()
 
 # %% ../nbs/19c_door.ipynb #36b5babd
@@ -94,7 +94,7 @@ def model_mark(model: str) -> str:
 
 # %% ../nbs/19c_door.ipynb #013343d3
 GUESS = 1.0                                         # seconds of work in a request that nobody has predicted
-COLD = 5.0                                          # seconds that an engine may have more to do, and still be chosen
+COLD = 5.0                                          # seconds more that an engine which is ready may have to do
 
 @dataclass
 class Told:
@@ -115,7 +115,7 @@ class Told:
 def best_first(engines: Mapping[str, Told], kind: str = "", owner: str = "", cold: float = COLD) -> list[str]:
     "Names of engines, the best one first: the owner of a job, then by what they cost."
     names = list(engines)
-    random.shuffle(names)                           # sorting keeps it among equals
+    random.shuffle(names)                           # sorted() is stable, so equals stay shuffled
     return sorted(names, key=lambda name: (name != owner, engines[name].costs(kind, cold)))
 
 # %% ../nbs/19c_door.ipynb #fc33f4d2
@@ -132,6 +132,8 @@ class Passed:
 
 class EngineLost(Exception): "The engine that had a request is gone"
 
+# the engines of one model: chooses one of them for a request, and streams its answer
+# the engines of one model: chooses one of them for a request, and streams its answer
 Engines: TypeAlias = Callable[[Passed], AsyncIterator[Message]]
 
 # %% ../nbs/19c_door.ipynb #e76409da
@@ -235,12 +237,12 @@ class Directory:
         self.names = {**{id: name for name, id in ids.items()}, **{name: name for name in ids}}
         self.marks = {model_mark(name): name for name in ids}
 
-    def asked_for(self, wish: Preference, path: str) -> str:
-        "The model that a body asks for. Invalid names those there are."
-        if wish.model in self.names: return self.names[wish.model]
+    def asked_for(self, preference: Preference, path: str) -> str:
+        "The model that a body asks for. Raises Invalid, which lists those there are."
+        if preference.model in self.names: return self.names[preference.model]
         others = path.startswith(tuple(compat_shapes))
-        if not wish.model or others or len(self.all) == 1: return self.all[0]
-        raise unknown_model(wish.model, self.all)
+        if not preference.model or others or len(self.all) == 1: return self.all[0]
+        raise unknown_model(preference.model, self.all)
 
 # %% ../nbs/19c_door.ipynb #6a67ce19
 class BodyReader:
@@ -256,8 +258,8 @@ class BodyReader:
         media = request.headers.get("content-type", "")
         with self.arrivals.body(client_behind(request)) as arriving:
             data = bytes(await read_body(request, row.most, self.arrivals, arriving))
-            if len(data) <= INLINE: return data, wish_in(data, media)
-            return data, await asyncio.to_thread(wish_in, data, media)
+            if len(data) <= INLINE: return data, preference_in(data, media)
+            return data, await asyncio.to_thread(preference_in, data, media)
 
 # %% ../nbs/19c_door.ipynb #5b726e61
 class FrontDoor:
@@ -270,10 +272,10 @@ class FrontDoor:
         request, models = Request(scope, receive), self.models
         named, path = aimed(scope["path"], models.names)
         if path == "/v1/models" and not named: return await self.list_models(request, send)
-        data, wish = await self.read(request, row_at(request.method, path))
+        data, preference = await self.read(request, row_at(request.method, path))
         owner = owner_of(path)
-        model = models.names.get(named) or models.marks.get(owner[:4]) or models.asked_for(wish, path)
-        passed = Passed(passed_scope(request, path), data, wish.kind, owner)
+        model = models.names.get(named) or models.marks.get(owner[:4]) or models.asked_for(preference, path)
+        passed = Passed(passed_scope(request, path), data, preference.kind, owner)
         await while_heard(request, relay(self.engines[model], passed, send))
 
     async def list_models(self, request: Request, send: Send) -> None:
