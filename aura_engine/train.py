@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
-from aura_engine.art import (BACKDROPS, COLOURS, LAYOUTS, LIGHTS, POSES, SQUARE, STYLES, Art, Column,
-    Scene)
+from aura_engine.art import (ARRANGEMENTS, BACKDROPS, COLOURS, LAYOUTS, LIGHTS, POSES, SQUARE, STYLES, Art,
+    Column, Scene)
 from .art import compose, crowds, every_pose, every_single, make_art, random_scenes
 from .captions import Said, caption, learned_words, make_fillers, says
 from .loader import has_bf16
@@ -180,7 +180,7 @@ class TrainProgress:
 
 # %% ../nbs/90d_stages.ipynb #65490f9a
 class Learner:
-    "A model that learns, with the running `average` of its weights (the decay is given)."
+    "A model that learns, with a running average of its weights. `average`: the decay of that."
     def __init__(self, model: torch.nn.Module, params: Iterable[torch.nn.Parameter], lr: float,
                  average: float,
                  **optimiser):
@@ -400,6 +400,7 @@ def encode_in_parts(art: Art, vae: AutoencoderTiny, scenes: torch.Tensor, part: 
 def encode_pool(art: Art, vae: AutoencoderTiny, crowd: int, part: Path | None) -> list[Pooled]:
     "Encode all single scenes, all poses, `crowd` others, then some of each canvas. `part`: as above."
     rng, single = seeded(2), every_single(len(art))
+    # a CPU, which keeps `part`, takes long: it gets one background for each pose, a GPU two
     alone = torch.cat([single, every_pose(len(art), rng, looks=1 if part else 2)])
     scenes = torch.cat([alone, crowds(len(art), crowd, rng)])
     square = encode_in_parts(art, vae, scenes, part) if part else encode_scenes(art, vae, scenes)
@@ -437,7 +438,7 @@ class Relatives:
 def stand_in_for(relatives: Relatives, rng: random.Random, row: int, said: Said) -> int:
     "A row to be shown in place of `row`, or `row` itself where there is none."
     scene = relatives.scenes[row]
-    kind = rng.randrange(5) if rng.random() < .2 else scene.arrangement
+    kind = rng.randrange(len(ARRANGEMENTS)) if rng.random() < .2 else scene.arrangement
     style = rng.randrange(len(STYLES)) if said.style and rng.random() < .5 else scene.style
     colour = rng.randrange(len(COLOURS)) if said.colour and rng.random() < .5 else scene.colour
     look = kind, style, colour, scene.backdrop, 0 if kind else scene.pose
@@ -810,7 +811,7 @@ def train_unet(tokenizer: CLIPTokenizer, art: Art, sketcher: Sketcher, pool: lis
 LORA_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
                "conv1", "conv2", "conv_shortcut", "time_emb_proj"]
 LEAPS = [(999, 999), (879, 759), (759, 499), (759, 499), (759, 259), (639, 379), (499, 259), (499, 259),
-         (499, 139), (379, 139)]               # answered at, then asked at
+         (499, 139), (379, 139)]               # timestep of the first answer, and of the second, which counts
 
 # %% ../nbs/90d_stages.ipynb #72e0e3ee
 class Pupil:
@@ -933,7 +934,7 @@ def plot_losses(out: Path) -> Figure:
 # %% ../nbs/90d_stages.ipynb #44b439f9
 class Minutes(NamedTuple):
     "How long each stage trains."
-    vae: float = 37.5
+    vae: float = 37.5                          # all five are as for the third version of the weights
     text: float = 120
     unet: float = 80
     lora: float = 12
