@@ -4,7 +4,7 @@
 
 # %% ../nbs/16_waterfall.ipynb #85fa3ee9
 from __future__ import annotations
-import argparse, json, os, resource, shutil, tempfile, time
+import argparse, json, os, resource, tempfile, time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -21,18 +21,18 @@ from .engine import Engine
 from .loader import Components, load, quiet
 from .models import EMBEDDED
 from .optimize import optimize
-from .static_graphs import hushed
+from .plain_server import export_genai
 from .trajectory import TextCache, Trajectory, advance, decode_latents
 from .types import Picture, Plan
 
 # %% auto #0
-__all__ = ['SD15', 'SMALL_SD', 'SIZES', 'FOUR_LEVELS', 'PROMPT', 'STEPS', 'Draw', 'Entrant', 'COPIED', 'REAL', 'TINY', 'PAIR',
-           'PACKAGES', 'EVERY_ROW', 'WATERFALL_HEAD', 'WATERFALL_RESULTS', 'Architecture', 'filled', 'end_marks',
-           'random_text', 'random_model', 'diffusers_fp32', 'engine_with', 'AsFunction', 'GraphPart', 'graph_parts',
-           'copy_configs', 'export_genai', 'genai', 'missing', 'Timed', 'time_pictures', 'WaterfallRow',
-           'alone_on_one_thread', 'run_contender', 'ColdStart', 'compile_for', 'cold_start', 'serve_draws', 'in_turn',
-           'apart', 'compared', 'Course', 'measure_rows', 'after_rows', 'measure_waterfall', 'waterfall_cells',
-           'waterfall_line', 'waterfall_table', 'waterfall_bars', 'waterfall_arguments', 'pair_again', 'main']
+__all__ = ['SD15', 'SMALL_SD', 'SIZES', 'FOUR_LEVELS', 'PROMPT', 'STEPS', 'Draw', 'Entrant', 'REAL', 'TINY', 'PAIR', 'PACKAGES',
+           'EVERY_ROW', 'WATERFALL_HEAD', 'WATERFALL_RESULTS', 'Architecture', 'filled', 'end_marks', 'random_text',
+           'random_model', 'diffusers_fp32', 'engine_with', 'genai', 'missing', 'Timed', 'time_pictures',
+           'WaterfallRow', 'alone_on_one_thread', 'run_contender', 'ColdStart', 'compile_for', 'cold_start',
+           'serve_draws', 'in_turn', 'apart', 'compared', 'Course', 'measure_rows', 'after_rows', 'measure_waterfall',
+           'waterfall_cells', 'waterfall_line', 'waterfall_table', 'waterfall_bars', 'waterfall_arguments',
+           'pair_again', 'main']
 
 # %% ../nbs/16_waterfall.ipynb #f57550d5
 @dataclass(frozen=True)
@@ -155,77 +155,12 @@ def engine_with(tiny: bool = False, **settings: str) -> Entrant:
     return contender
 
 # %% ../nbs/16_waterfall.ipynb #a3798923
-class AsFunction(torch.nn.Module):
-    "A module as a function from tensors to a tensor, for the tracer."
-    def __init__(self, model: torch.nn.Module, call: Callable[..., torch.Tensor]):
-        super().__init__()
-        self.model, self.call = model, call
-
-    def forward(self, *values: torch.Tensor) -> torch.Tensor: return self.call(self.model, *values)
-
-# %% ../nbs/16_waterfall.ipynb #1b1087b1
-@dataclass(frozen=True)
-class GraphPart:
-    "A part of a pipeline to export: its folder, the module, how it is called, example inputs by name."
-    name: str
-    module: torch.nn.Module
-    call: Callable[..., torch.Tensor]
-    given: dict[str, torch.Tensor]
-
-# %% ../nbs/16_waterfall.ipynb #b901af14
-def graph_parts(pipe: Any) -> list[GraphPart]:
-    "The three graphs of a Stable Diffusion pipeline, with the names that openvino-genai looks for."
-    wide = pipe.unet.config.cross_attention_dim
-    latents, tokens = torch.ones(2, 4, 9, 9), torch.ones(1, 77, dtype=torch.int64)
-    asked = {"sample": latents, "timestep": torch.ones(2, dtype=torch.int64),
-             "encoder_hidden_states": torch.ones(2, 77, wide)}
-    return [
-        GraphPart("unet", pipe.unet, lambda m, x, t, text: m(x, t, text, return_dict=False)[0], asked),
-        GraphPart("vae_decoder", pipe.vae, lambda m, z: m.decode(z, return_dict=False)[0],
-                  {"latent_sample": latents[:1]}),
-        GraphPart("text_encoder", pipe.text_encoder, lambda m, ids: m(ids).last_hidden_state,
-                  {"input_ids": tokens}),
-    ]
-
-# %% ../nbs/16_waterfall.ipynb #c1b83d20
-COPIED = ("model_index.json", "tokenizer", "unet/config.json", "vae/config.json",
-          "text_encoder/config.json")
-
-def copy_configs(folder: Path, out: Path) -> None:
-    "Copy what openvino-genai reads besides graphs."
-    for part in COPIED:
-        to = out / part.replace("vae/", "vae_decoder/")
-        to.parent.mkdir(parents=True, exist_ok=True)
-        if (folder / part).is_dir(): shutil.copytree(folder / part, to)
-        else: shutil.copy(folder / part, to)
-
-# %% ../nbs/16_waterfall.ipynb #329d9e0b
-def export_genai(folder: Path, out: Path) -> Path:
-    "A diffusers folder -> the folder that `openvino_genai.Text2ImagePipeline` reads."
-    import diffusers, openvino as ov
-    from openvino_tokenizers import convert_tokenizer
-    with quiet():
-        pipe: Any = diffusers.StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
-        sampler: Any = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
-    sampler.save_pretrained(out / "scheduler")
-    copy_configs(folder, out)
-    spelling: Any = convert_tokenizer(pipe.tokenizer, with_detokenizer=False)
-    ov.save_model(spelling, out / "tokenizer" / "openvino_tokenizer.xml")
-    for part in graph_parts(pipe):
-        with hushed(), torch.inference_mode():
-            traced = AsFunction(part.module, part.call)
-            graph = ov.convert_model(traced, example_input=tuple(part.given.values()))
-        for port, key in zip(graph.inputs, part.given): port.get_tensor().set_names({key})
-        ov.save_model(graph, out / part.name / "openvino_model.xml", compress_to_fp16=False)
-    return out
-
-# %% ../nbs/16_waterfall.ipynb #79ca5a58
 @contextmanager
 def genai(folder: Path, px: int) -> Iterator[Draw]:
     "`openvino_genai.Text2ImagePipeline` in bf16, static shapes, LCM."
     import openvino_genai as g
     out = folder.parent / f"{folder.name}-genai"
-    if not out.exists(): export_genai(folder, out)
+    if not out.exists(): export_genai(folder, out, "LCMScheduler")
     pipe: Any = g.Text2ImagePipeline(out)
     config = out / "scheduler" / "scheduler_config.json"
     pipe.set_scheduler(g.Scheduler.from_config(config, g.Scheduler.Type.LCM))
