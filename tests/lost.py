@@ -118,9 +118,10 @@ def on_ray():
 def main():
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     kept["date"] = time.strftime("%Y-%m-%d")
-    kept["nginx"] = behind_nginx()
-    if can_run(): kept["ray"] = on_ray()
-    KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+    columns = {"nginx": behind_nginx} | ({"ray": on_ray} if can_run() else {})
+    for name, measure in columns.items():
+        kept[name] = measure()
+        KEPT.write_text(json.dumps(kept, indent=1) + "\n")       # kept even if the other one fails
 
 
 if __name__ == "__main__": main()
