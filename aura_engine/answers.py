@@ -18,11 +18,12 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 # %% auto #0
 __all__ = ['log', 'T', 'REASONS', 'LONG_WAITS', 'MOST_KINDS', 'STEPS', 'Finish', 'Ask', 'MASKED', 'Revise', 'KINDS', 'UNBUFFERED',
-           'Metrics', 'Stopwatch', 'Api', 'unready', 'add_gauges', 'gpu_memory', 'Output', 'Order', 'order_of',
+           'HEAVY', 'Metrics', 'Stopwatch', 'Api', 'unready', 'add_gauges', 'gpu_memory', 'Output', 'Order', 'order_of',
            'OrderedJob', 'pictures_in', 'cost_of', 'place_order', 'attended', 'in_time', 'deadline_of', 'begin',
            'let_go', 'model_asked', 'model_name', 'using', 'api_of', 'follow', 'file_of', 'Files', 'files_of',
            'answer_kind', 'ClientEvent', 'sse_frame', 'preview_jpeg', 'client_event', 'client_events', 'heartbeat',
-           'event_stream', 'sse_events', 'one_picture', 'respond', 'late_stream', 'late_events', 'respond_with']
+           'event_stream', 'sse_events', 'one_picture', 'respond', 'late_stream', 'late_events', 'json_answer',
+           'respond_with']
 
 # %% ../nbs/09d_answers.ipynb #824b34f6
 from PIL import Image as Pillow
@@ -31,10 +32,10 @@ from prometheus_client import (CollectorRegistry, Counter, Gauge, Histogram, Pro
 from starlette.background import BackgroundTask
 from .config import Settings
 from .errors import Shape, as_error, in_config, request_id
-from .images import MIME, as_file, decode_cost, facts_of, from_base64, receipt_of, to_base64
+from .images import MIME, as_file, decode_cost, facts_of, from_base64, to_base64
 from .intake import Arrivals, DecodeCost, FairPool, PictureLine, hung_up
 from .models import Row
-from .planning import ReplayRequest, differences, plan, prepare, replay_plan
+from .planning import ReplayRequest, differences, plan, prepare, receipt_inside, replay_plan
 from .side_by_side import Models, Seat, check_wait, unknown_model
 from .traces import spanned, trace_job
 from .types import (
@@ -313,7 +314,7 @@ def model_asked(ask: Ask) -> str | None:
     if isinstance(ask, RefineRequest): return ask.config.model
     if isinstance(ask, GenerateRequest): return ask.model
     if ask.receipt is not None: return ask.receipt.model
-    try: return receipt_of(from_base64(ask.image or "", "image")).model
+    try: return receipt_inside(from_base64(ask.image or "", "image")).model
     except Invalid: return None                               # planning says what is wrong
 
 async def model_name(api: Api, ask: Ask, client: str) -> str | None:
@@ -562,6 +563,14 @@ async def late_events(request: Request, ask: Ask, seat: Seat, loc: str) -> Async
         yield sse_frame("failed", {"problem": error.problem(request_id(request))})
         yield sse_frame("done", {"warnings": []})
 
+# %% ../nbs/09d_answers.ipynb #05163bae
+HEAVY = 2**20                                                 # bytes: from here on a thread writes the answer
+
+async def json_answer(api: Api, client: str, size: int, make: Callable[[], Any], status: int = 200) -> Response:
+    "What `make()` returns, about `size` bytes, as a JSON answer that nobody keeps."
+    def answer() -> Response: return JSONResponse(make(), status, {"cache-control": "no-store"})
+    return answer() if size < HEAVY else await api.read(client, answer)
+
 # %% ../nbs/09d_answers.ipynb #caae33ab
 async def respond_with(api: Api, request: Request, ask: Ask) -> Response:
     "The same, once the model of the request is loaded."
@@ -572,5 +581,5 @@ async def respond_with(api: Api, request: Request, ask: Ask) -> Response:
     if kind == "events": return event_stream(api, sse_events(api, work, request_id(request)), work.job)
     if kind in MIME: work = replace(work, order=replace(work.order, output=Output(kind)))
     made = await files_of(api, work, request)
-    if kind == "json": return JSONResponse(made.json())
+    if kind == "json": return await json_answer(api, work.job.client, sum(map(len, made.files)), made.json)
     return Response(made.files[0], media_type=MIME[made.format], headers={"cache-control": "no-store"})

@@ -16,8 +16,9 @@ from .app import FILE, MAKING, Route, parsed_body
 from .dialects import (
     LONG_PROMPT, Dialect, Pixels, Size, Wish, own_shape, renamed, shortened, translated,
     unknown_fields, unused, warning_header)
-from .images import JPEG_SIGNATURE, MIME, PNG_SIGNATURE, receipt_of, to_base64
+from .images import JPEG_SIGNATURE, MIME, PNG_SIGNATURE, to_base64
 from .intake import LARGE, check_type, read_body
+from .planning import receipt_inside
 from .side_by_side import unknown_model
 from .types import (
     VISIBLE, GenerateRequest, Invalid, Lora, NotFound, Note, RefineConfig, RefineRequest, Seed, Steps, Words)
@@ -88,7 +89,7 @@ def ask_in_bytes(data: bytes, prompt: str | None) -> HfAsk:
     "What a bare picture asks, with the prompt of the address."
     given = HfParameters.model_validate({})
     if prompt is None:
-        try: prompt = receipt_of(data).prompt
+        try: prompt = receipt_inside(data).prompt
         except Invalid: pass
     if prompt is None:
         allowed = "what the picture is to become: parameters.prompt in JSON, or /?prompt="

@@ -19,10 +19,10 @@ from .types import Invalid, Malformed, QueueFull, TooLarge, Words, shown
 T = TypeVar("T")
 
 # %% auto #0
-__all__ = ['T', 'SMALL', 'LARGE', 'LONG', 'VALUES', 'LONGEST_PLACE', 'JSON_TYPE', 'REST', 'size_named', 'too_large', 'BodiesFull',
-           'Arriving', 'slowest', 'Arrivals', 'may_give_way', 'announced', 'read_body', 'hung_up', 'Carved', 'carve',
-           'parse_json', 'check_type', 'read_form', 'in_utf8', 'PicturesFull', 'DecodeCost', 'DecodeTurn',
-           'cost_together', 'admit', 'FairPool', 'PictureLine', 'give_back_memory']
+__all__ = ['T', 'SMALL', 'LARGE', 'LONG', 'VALUES', 'ESCAPES', 'LONGEST_PLACE', 'JSON_TYPE', 'REST', 'size_named', 'too_large',
+           'BodiesFull', 'Arriving', 'slowest', 'Arrivals', 'may_give_way', 'announced', 'read_body', 'hung_up',
+           'Carved', 'carve', 'parse_json', 'check_type', 'read_form', 'in_utf8', 'PicturesFull', 'DecodeCost',
+           'DecodeTurn', 'cost_together', 'admit', 'FairPool', 'PictureLine', 'give_back_memory']
 
 # %% ../nbs/09c_intake.ipynb #0da1155d
 SMALL, LARGE = 64 * 2**10, 32 * 2**20
@@ -170,15 +170,19 @@ def carve(data: bytes | bytearray) -> Carved:
     return carved
 
 # %% ../nbs/09c_intake.ipynb #9fba83d1
+ESCAPES = 10_000            # quotation marks in one text, and backslashes in a row: no prompt and no picture has more
+
 def _closing(data: bytes | bytearray, start: int) -> int:
     "Where the string that opens at `start` closes. A quotation mark after an odd number of backslashes is part of it."
     end = start
-    while True:
+    for _ in range(ESCAPES):
         end = data.find(b'"', end + 1)
         if end < 0: raise Malformed("The body is not readable JSON: a text in it never ends.")
-        first = end
-        while data[first - 1] == 0x5C: first -= 1             # a backslash
-        if (end - first) % 2 == 0: return end
+        before = data[max(start, end - ESCAPES):end]
+        slashes = len(before) - len(before.rstrip(b"\\"))
+        if slashes == ESCAPES: break
+        if slashes % 2 == 0: return end
+    raise Malformed("The body is not readable JSON: a text in it has too many quotation marks or backslashes.")
 
 # %% ../nbs/09c_intake.ipynb #b53959c0
 def parse_json(data: bytes | bytearray) -> Any:

@@ -29,7 +29,7 @@ __all__ = ['CLOSELY', 'MOST_HELPED', 'STRENGTH', 'LEAST_SIDE', 'MOST_STRETCHED',
            'COMPARED', 'MOST_DIFFERENCES', 'LONGEST_LABEL', 'known_words', 'is_slip', 'shorter_by_one', 'letter_pairs',
            'Vocabulary', 'vocabulary', 'intended_word', 'similar_words', 'short_list', 'understood', 'clamp',
            'allowed_lora', 'reference_picture', 'plan', 'looked_at', 'prepare', 'sized', 'PictureRecipe', 'Replayed',
-           'ReplayRequest', 'replay_plan', 'differences']
+           'ReplayRequest', 'receipt_inside', 'replay_plan', 'differences']
 
 # %% ../nbs/03d_planning.ipynb #b19b3380
 @cache
@@ -516,7 +516,7 @@ def _sizes_of(row: Row) -> str:
     return f"for {row.name} multiples of {row.multiple}, an area of {area}, {shape}"
 
 # %% ../nbs/03d_planning.ipynb #626bd7b8
-def _receipt_inside(data: bytes) -> Replayed:
+def receipt_inside(data: bytes) -> Replayed:
     "The receipt inside a PNG of ours, checked."
     try: return Replayed.model_validate(receipt_of(data).to_json())
     except ValidationError as e:
@@ -552,7 +552,7 @@ def _started(p: Picture, ask: ReplayRequest, r: Replayed, row: Row) -> Picture:
 # %% ../nbs/03d_planning.ipynb #7ded5d01
 def replay_plan(ask: ReplayRequest, row: Row) -> tuple[Receipt, Plan]:
     "(the receipt that was sent, the plan of its picture). Raises Invalid."
-    r = ask.receipt or _receipt_inside(from_base64(ask.image or "", "image"))
+    r = ask.receipt or receipt_inside(from_base64(ask.image or "", "image"))
     if wrong := _misfits(r, row): raise Invalid.of(wrong)
     if (r.scheduler == "flow") != row.flow:
         raise Invalid.value("receipt.scheduler", given=r.scheduler, allowed=f"for {row.name} {row.sampler}")

@@ -277,6 +277,9 @@ class Admission:
         "QueueFull when the engine, or the client's own line, is full."
         if len(there) >= MOST_TASKS:
             raise QueueFull(f"{len(there)} pictures are waiting.", retry_after=5)
+        own = sum(task.client == mine[0].client for task in there)
+        if mine[0].client and own >= MOST_TASKS // 4:       # who names no client is inside this process
+            raise OwnLineFull(f"{own} pictures of yours are waiting.", retry_after=5)
         if full := line_full(there, mine, cost, self.limit, pace): raise full
 
     def standing_of(self, mine: Sequence[Task], there: Sequence[Task], cost: StepCost,

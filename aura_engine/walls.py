@@ -76,7 +76,7 @@ QUIET = ("/health", "/ready", "/metrics")                     # a balancer asks 
 
 def note_request(scope: Scope, route: str, status: int, seconds: float) -> None:
     "Write the line of one request into the log."
-    about = {"requestId": scope["state"]["request_id"], "method": scope["method"], "path": scope["path"][:200],
+    about = {"requestId": scope["state"]["request_id"], "method": scope["method"][:20], "path": scope["path"][:200],
              "status": status, "seconds": round(seconds, 3), "client": (scope.get("client") or ("",))[0]}
     quiet = status < 400 and route in QUIET
     log.log(logging.DEBUG if quiet else logging.INFO, "request", extra=about)

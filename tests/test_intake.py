@@ -10,11 +10,11 @@ from aura_engine.answers import Api, Metrics, Order, OrderedJob, let_go
 from aura_engine.config import load_settings
 from aura_engine.dialects import remade_mask
 from aura_engine.images import to_base64
-from aura_engine.intake import LARGE, Arrivals, BodiesFull, DecodeCost, PicturesFull, read_form
+from aura_engine.intake import ESCAPES, LARGE, SMALL, Arrivals, BodiesFull, DecodeCost, PicturesFull, parse_json, read_form
 from aura_engine.job_routes import JobsFull, JobStore, held_by
 from aura_engine.jobs import Job
 from aura_engine.shared_jobs import StoreUnreachable
-from aura_engine.types import Cancelled, DeadlineExceeded, EngineFailed, Picture, Plan, RefineRequest
+from aura_engine.types import Cancelled, DeadlineExceeded, EngineFailed, Malformed, Picture, Plan, RefineRequest
 
 APPLE = Picture("a red apple", 512, 512, steps=4, guidance_scale=1.0, seed=7)
 HEAD = b'--xyz\r\ncontent-disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
@@ -37,6 +37,13 @@ async def sent(room, client, form, work=0.0):
         async with read_form(form, LARGE, room, body, 4) as fields:
             await asyncio.sleep(work)                         # its pictures are handled
             return len(await fields["image"].read())
+
+
+@pytest.mark.parametrize("text", ['\\"', "\\\\"])
+def test_a_text_of_escapes_is_not_walked_to_its_end(text):
+    few, many = ('{"a":"%s%s"}' % ("x" * SMALL, text * n) for n in (ESCAPES // 2 - 1, ESCAPES))
+    assert len(parse_json(few.encode())["a"]) == SMALL + ESCAPES // 2 - 1
+    with pytest.raises(Malformed, match="too many quotation marks or backslashes"): parse_json(many.encode())
 
 
 def test_a_form_that_gives_way_is_told_so():

@@ -17,7 +17,7 @@ from aura_engine.candidates import Measured, TrialsFile
 from aura_engine.config import load_settings
 from aura_engine.engine import Engine
 from aura_engine.jobs import PREVIEW_BYTES, Job
-from aura_engine.queue import MOST_TASKS, Queue, Shares, Task, fair_order
+from aura_engine.queue import MOST_TASKS, OwnLineFull, Queue, Shares, Task, fair_order
 from aura_engine.types import (
     Done, Failed, Image, Invalid, JobStatus, Picture, Plan, Preview, Queued, QueueFull, ShuttingDown, Step)
 
@@ -140,6 +140,15 @@ def test_the_line_is_bounded_whoever_fills_it():
     with pytest.raises(QueueFull):
         for n in range(2 * MOST_TASKS): submit(queue, f"client {n}", 1)
     assert len(queue.tasks) == MOST_TASKS
+
+
+def test_a_quarter_of_the_line_is_the_most_that_one_client_has():
+    """A thousand pictures of one step are a few seconds of work, and would leave no place for others."""
+    queue = Queue(limit=86400, longest=86400)
+    with pytest.raises(OwnLineFull, match="256 pictures of yours"):
+        for _ in range(MOST_TASKS): submit(queue, "many", 1)
+    submit(queue, "victim", 4)
+    assert len(queue.tasks) == MOST_TASKS // 4 + 1
 
 
 def test_after_the_end_nobody_waits_for_ever():

@@ -1,5 +1,5 @@
 """JSON, forms and words: bodies that are long, deep, wide, or mean more work than they look like."""
-import json, random, string
+import json, random, string, struct, zlib
 
 from .attack import MiB, http, question, row
 
@@ -15,6 +15,13 @@ def receipt(**changed):
     """A receipt as this engine writes it; the model is the embedded one."""
     return {"prompt": "an owl", "negativePrompt": "", "width": 128, "height": 128, "steps": 1, "guidanceScale": 1.0, "strength": None, "seed": 1, "temperature": 0.7,
             "scheduler": "lcm", "model": "embedded", "revision": None, "lora": None, "precision": "fp32", "backend": "torch", "device": "cpu", "versions": {}} | changed
+
+
+def png_of(receipt):
+    """A PNG that is nothing but its receipt."""
+    text = b"aura\0" + bytes(4) + json.dumps(receipt).encode()
+    chunk = struct.pack(">I", len(text)) + b"iTXt" + text
+    return b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", zlib.crc32(chunk[4:]))
 
 
 def generate(**fields): return lambda host: [question(host, steps=1, **fields)]
@@ -71,7 +78,12 @@ BODIES = (
     row("a gzip bomb", "a compressed body", body("/generate", lambda: b"\x1f\x8b" + b"\0" * 1000, content_encoding="gzip"), {415}),
     row("text for JSON", "the kind of a body", lambda host: [http(host, "/generate", b"prompt=a", kind="text/plain"), http(host, "/generate", b"prompt=a", kind="application/x-www-form-urlencoded"), http(host, "/generate", b'{"prompt":"a"}', kind="")], (200, 400, 415, 422), cpu=6),
 
+    row("a million quotation marks in a text", "a long text of JSON", body("/refine", lambda: b'{"refinePrompt":"x","images":["' + b'\\"' * (8 * MiB) + b'"]}'), {400}),
+    row("a million backslashes in a text", "a long text of JSON", body("/refine", lambda: b'{"refinePrompt":"x","images":["' + b'\\\\' * (8 * MiB) + b'"]}'), {400}),
+    row("a method of 20,000 letters", "a line of the log", lambda host: [b"X" * 20_000 + b" / HTTP/1.1\r\nhost: " + host.encode() + b"\r\nconnection: close\r\n\r\n"], {400, 405}),
+
     # receipts
+    row("a receipt whose prompt is a number", "a picture's receipt", body("/", lambda: png_of(receipt(prompt=123)), **{"content-type": "image/png"}), {422}),
     row("1 million versions", "a receipt", body("/replay", lambda: json.dumps({"receipt": receipt(versions={f"k{i}": "1" for i in range(1_000_000)})}).encode()), REFUSED, cpu=6),
     row("1,000 versions", "an answer about a receipt", body("/replay", lambda: json.dumps({"receipt": receipt(versions={f"k{i}" * 20: "1" for i in range(1000)})}).encode()), REFUSED),
     row("long names in a receipt", "an answer about a receipt", body("/replay", lambda: json.dumps({"receipt": receipt(model="m" * 50_000, scheduler="s" * 50_000, versions={"v" * 50_000: "w" * 50_000})}).encode()), REFUSED),
