@@ -195,8 +195,10 @@ class Order:
     replays: Receipt | None = None
 
     def without_starts(self) -> Order:
-        "The same without the pictures to start from: the job has them too, and frees them once they are encoded."
-        pictures = tuple(replace(p, init=None) for p in self.plan.pictures)
+        """The same without the pictures to start from and to look at: the job has them, and frees them once encoded.
+
+        What is under a mask stays, because other front doors read the size of the answer from it (10_dialects)."""
+        pictures = tuple(replace(p, init=None, references=()) for p in self.plan.pictures)
         return replace(self, plan=replace(self.plan, pictures=pictures))
 
     def differs(self, made: Receipt) -> list[str]:
@@ -256,11 +258,11 @@ async def place_order(api: Api, ask: Ask, client: str, left: float = math.inf) -
 # %% ../nbs/09d_answers.ipynb #63f41e4c
 async def attended(request: Request, work: Coroutine[Any, Any, T]) -> T:
     "The result of `work`, which is cancelled when the client hangs up first. Raises Cancelled then."
-    if getattr(request.state, "answered", False): return await work      # a job that waited for its model
+    if getattr(request.state, "answered", False): return await work      # a job whose model had to be loaded (09e)
     task, gone = asyncio.create_task(work), asyncio.create_task(hung_up(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done(): raise Cancelled("The client left before its pictures were read.")
+        if not task.done(): raise Cancelled("The client left before its request was begun.")
         return task.result()
     finally:
         task.cancel()
@@ -304,7 +306,8 @@ async def begin(request: Request, ask: Ask, previews: bool = False, revise: Revi
 def let_go(request: Request, ask: Ask) -> None:
     "Free the texts of the pictures of a request that has been planned."
     fields: dict[str, Any] = vars(ask)                        # requests are frozen for everybody else
-    for name in {"images", "mask", "image", "init"} & fields.keys(): fields[name] = None
+    for name in {"images", "references", "mask", "image", "init"} & fields.keys():
+        fields[name] = [] if isinstance(fields[name], list) else None
     api: Api = request.app.state.api
     api.arrivals.bodies.discard(getattr(request.state, "body", None))
 
@@ -338,6 +341,7 @@ async def using(request: Request, name: str | None, loc: str = "model",
         return
     with api.models.claim(name, loc, client_behind(request)) as claim:
         if api.models.starting: api.row()                     # raises NotReady
+        # 08e: refused at once if loading would take longer than the request has
         left = arrival(request) + (asked or api.settings.deadline_seconds) - time.monotonic()
         check_wait(api.models.seats, claim.seat, left, asked)
         try:
@@ -530,6 +534,7 @@ async def respond(request: Request, ask: Ask) -> Response:
     api: Api = request.app.state.api
     name = await model_name(api, ask, client_behind(request))
     streams = answer_kind(request.headers.get("accept", "")) == "events"
+    # a stream begins at once, also before its model is loaded (below)
     if api.models and streams:
         seat = api.models.seats.find(name, loc)
         if not seat.usable and not api.models.starting: return late_stream(request, ask, seat, loc)
@@ -547,7 +552,7 @@ def late_stream(request: Request, ask: Ask, seat: Seat, loc: str) -> Response:
     return EventSourceResponse(beats, headers=UNBUFFERED)
 
 async def late_events(request: Request, ask: Ask, seat: Seat, loc: str) -> AsyncGenerator[bytes]:
-    "The same as frames."
+    "The frames of `late_stream`: `queued` at once, and the rest when the model is loaded."
     api: Api = request.app.state.api
     assert api.models is not None
     wait = round(api.models.wait_for(seat), 3)
@@ -573,7 +578,7 @@ async def json_answer(api: Api, client: str, size: int, make: Callable[[], Any],
 
 # %% ../nbs/09d_answers.ipynb #caae33ab
 async def respond_with(api: Api, request: Request, ask: Ask) -> Response:
-    "The same, once the model of the request is loaded."
+    "What `respond` does once the model of the request is loaded."
     kind = answer_kind(request.headers.get("accept", ""))
     if kind not in ("json", "events"): one_picture(ask)
     work = await begin(request, ask, previews=kind == "events")

@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image as Pillow
 
-from aura_engine.answers import Api, Metrics, Order, OrderedJob, let_go
+from aura_engine.answers import Api, Metrics, Order, OrderedJob, let_go, pictures_in
 from aura_engine.config import load_settings
 from aura_engine.dialects import remade_mask
 from aura_engine.images import to_base64
 from aura_engine.intake import ESCAPES, LARGE, SMALL, Arrivals, BodiesFull, DecodeCost, PicturesFull, parse_json, read_form
 from aura_engine.job_routes import JobsFull, JobStore, held_by
 from aura_engine.jobs import Job
+from aura_engine.planning import ReplayRequest
 from aura_engine.shared_jobs import StoreUnreachable
 from aura_engine.types import Cancelled, DeadlineExceeded, EngineFailed, Malformed, Picture, Plan, RefineRequest
 
@@ -106,10 +107,12 @@ def test_running_jobs_that_hold_too_much_leave_no_place():
 
 
 def test_what_a_job_starts_from_is_freed_while_it_runs():
-    job = Job(Plan((replace(APPLE, init=Pillow.new("RGB", (512, 512))),)))
+    start, beside = Pillow.new("RGB", (512, 512)), Pillow.new("RGB", (512, 512))
+    job = Job(Plan((replace(APPLE, init=start, references=(beside,)),)))
     store = JobStore(replica="e1")
     kept = store.add(OrderedJob(job, Order(job.plan).without_starts()), "me")
-    assert kept.work.order.plan.pictures[0].init is None and held_by(kept) > 3 * 512 * 512
+    ordered = kept.work.order.plan.pictures[0]
+    assert ordered.init is None and not ordered.references and held_by(kept) > 6 * 512 * 512
     job.free_inputs()                                         # it is encoded
     assert held_by(kept) < 10_000
 
@@ -163,11 +166,13 @@ def test_a_mask_of_another_door_is_read_within_the_deadline():
 def test_a_planned_request_holds_its_pictures_no_longer():
     async def go():
         api = Api(SimpleNamespace(settings=load_settings(SD_MODEL_ID="embedded")))
-        request, ask = Asked(api), RefineRequest(refine_prompt="a fox", images=[mask()])
-        with api.arrivals.body("me") as request.state.body:
-            api.arrivals.add(request.state.body, 1000)
-            let_go(request, ask)
-            assert not api.arrivals.bodies and not ask.images
+        request, given = Asked(api), {"mask": mask(), "references": [mask(), mask()]}
+        for ask in (RefineRequest(refine_prompt="a fox", images=[mask()], **given),
+                    ReplayRequest(image=mask(), init=mask(), **given)):
+            with api.arrivals.body("me") as request.state.body:
+                api.arrivals.add(request.state.body, 1000)
+                let_go(request, ask)
+                assert not api.arrivals.bodies and pictures_in(ask) == {} and not getattr(ask, "image", None)
     asyncio.run(go())
 
 
