@@ -4,7 +4,7 @@
 
 # %% ../nbs/08b_queue.ipynb #db409cb8
 from __future__ import annotations
-import heapq, math, threading, time
+import heapq, math, threading, time, weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -14,9 +14,9 @@ from .trajectory import Decoded, Trajectory
 from .types import AuraError, Done, Event, Failed, Invalid, Picture, Queued, QueueFull, QueueLoad
 
 # %% auto #0
-__all__ = ['LEAST_SHARERS', 'MOST_TASKS', 'Task', 'Shares', 'Paces', 'ClientLine', 'lines_of', 'fair_order', 'Lateness',
-           'OwnLineFull', 'line_full', 'Standing', 'too_late', 'check_deadline', 'TaskLine', 'Promise', 'Admission',
-           'last_events', 'Queue']
+__all__ = ['LEAST_SHARERS', 'MOST_PIXELS', 'MOST_TASKS', 'Task', 'Shares', 'Paces', 'ClientLine', 'lines_of', 'fair_order',
+           'Lateness', 'OwnLineFull', 'line_full', 'Standing', 'too_late', 'check_deadline', 'TaskLine', 'PixelsFull',
+           'HeldPixels', 'Promise', 'Admission', 'last_events', 'Queue']
 
 # %% ../nbs/08b_queue.ipynb #51706455
 @dataclass(eq=False, kw_only=True)
@@ -254,6 +254,27 @@ class TaskLine:
         tasks = self.tasks
         return QueueLoad(len(tasks), round(work(tasks, cost), 2) if cost else 0.0)
 
+# %% ../nbs/08b_queue.ipynb #9627f0e3
+class PixelsFull(QueueFull): "Too many large pictures are being drawn"
+
+MOST_PIXELS = 2**30                                 # bytes of pictures in jobs, half of them one client's
+
+class HeldPixels:
+    "The jobs that came with pictures, until they are answered."
+    def __init__(self): self.jobs: weakref.WeakSet[Job] = weakref.WeakSet()
+
+    def check(self, job: Job) -> None:
+        "PixelsFull when with this job its client, or all together, would hold too many bytes."
+        own = [other for other in self.jobs if other.client == job.client]
+        for whose, jobs, most in (("Your", own, MOST_PIXELS // 2), ("The", [*self.jobs], MOST_PIXELS)):
+            held = sum(other.nbytes for other in jobs)
+            if not held or held + job.start_bytes <= most: continue
+            raise PixelsFull(f"{whose} pictures that are being drawn take {held >> 20} MiB.", retry_after=5)
+
+    def add(self, job: Job) -> None:
+        "A job is taken in."
+        if job.start_bytes: self.jobs.add(job)
+
 # %% ../nbs/08b_queue.ipynb #be560dd7
 MOST_TASKS = 1024           # pictures in the engine, whoever they belong to: they are put in order before every call
 
@@ -271,6 +292,7 @@ class Admission:
         self.limit, self.longest = limit, longest
         self.lateness = Lateness()
         self.promises: dict[str, Promise] = {}      # by job
+        self.pixels = HeldPixels()
 
     def check_line(self, mine: Sequence[Task], there: Sequence[Task], cost: StepCost,
                    pace: float) -> None:
@@ -328,10 +350,12 @@ class Queue(TaskLine):
             there = [t for t in self.tasks if not t.job.cancelled]
             pace = self.paces.of(job.client, now, len({t.client for t in there}))
             self.admission.check_line(tasks, there, cost, pace)
+            if job.client and job.start_bytes: self.admission.pixels.check(job)
             standing = self.admission.standing_of(tasks, there, cost, now, self.shares)
             standing = standing.later(self.beside)
             job.emit(self.admission.promise(job, standing, now, self.shares.debt(job.client) > 0))
             self.paces.begin(job.client, now)
+            self.admission.pixels.add(job)
             self.tasks = self.tasks + tasks
             self.changed.notify_all()
 

@@ -17,7 +17,7 @@ from aura_engine.candidates import Measured, TrialsFile
 from aura_engine.config import load_settings
 from aura_engine.engine import Engine
 from aura_engine.jobs import PREVIEW_BYTES, Job
-from aura_engine.queue import MOST_TASKS, OwnLineFull, Queue, Shares, Task, fair_order
+from aura_engine.queue import MOST_TASKS, OwnLineFull, PixelsFull, Queue, Shares, Task, fair_order
 from aura_engine.types import (
     Done, Failed, Image, Invalid, JobStatus, Picture, Plan, Preview, Queued, QueueFull, ShuttingDown, Step)
 
@@ -149,6 +149,22 @@ def test_a_quarter_of_the_line_is_the_most_that_one_client_has():
         for _ in range(MOST_TASKS): submit(queue, "many", 1)
     submit(queue, "victim", 4)
     assert len(queue.tasks) == MOST_TASKS // 4 + 1
+
+
+def test_large_pictures_wait_at_the_door_until_others_are_answered():
+    """Eleven pictures of 16 megapixels are what one client may hold. Others may hold as many, and nobody's memory is forgotten while it is held."""
+    queue, large = Queue(limit=86400, longest=86400), np.zeros((4000, 4000, 3), np.uint8)
+    def come(client):
+        job = Job(Plan((replace(APPLE, init=large[:]),)), client=client)
+        queue.submit(job, [Task(key=SHAPE, steps_left=1, arrived=queue.clock(), client=client, job=job, index=0, picture=APPLE)], GPU)
+        return job
+    mine = [come("mine") for _ in range(11)]
+    with pytest.raises(PixelsFull, match="Your pictures that are being drawn take 503 MiB"): come("mine")
+    theirs = [come("theirs") for _ in range(11)]
+    with pytest.raises(PixelsFull, match="The pictures that are being drawn"): come("a third")
+    assert len(theirs) == 11 and submit(queue, "mine", 1)            # what needs no pictures is taken
+    for job in mine: queue.end(job)
+    come("mine")
 
 
 def test_after_the_end_nobody_waits_for_ever():
