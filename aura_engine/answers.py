@@ -4,26 +4,27 @@
 
 # %% ../nbs/09d_answers.ipynb #48221a30
 from __future__ import annotations
-import asyncio, io, logging, math, os, re, time
+import asyncio, io, logging, math, os, re, secrets, time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from typing import Any, TypeVar
 import numpy as np
 from fastapi import Request
-from fastapi.responses import EventSourceResponse, JSONResponse, Response
+from fastapi.responses import EventSourceResponse, JSONResponse, Response, StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 # %% auto #0
 __all__ = ['log', 'T', 'REASONS', 'LONG_WAITS', 'MOST_KINDS', 'STEPS', 'Finish', 'Ask', 'MASKED', 'Revise', 'KINDS', 'UNBUFFERED',
-           'HEAVY', 'Metrics', 'Stopwatch', 'Api', 'unready', 'add_gauges', 'gpu_memory', 'Output', 'Order', 'order_of',
+           'PIECE', 'Metrics', 'Stopwatch', 'Api', 'unready', 'add_gauges', 'gpu_memory', 'Output', 'Order', 'order_of',
            'OrderedJob', 'pictures_in', 'cost_of', 'place_order', 'attended', 'in_time', 'deadline_of', 'begin',
            'let_go', 'model_asked', 'model_name', 'using', 'api_of', 'follow', 'file_of', 'Files', 'files_of',
            'answer_kind', 'ClientEvent', 'sse_frame', 'preview_jpeg', 'client_event', 'client_events', 'heartbeat',
-           'event_stream', 'sse_events', 'one_picture', 'respond', 'late_stream', 'late_events', 'json_answer',
-           'respond_with']
+           'event_stream', 'sse_events', 'one_picture', 'respond', 'late_stream', 'late_events', 'is_base64',
+           'json_pieces', 'json_answer', 'respond_with']
 
 # %% ../nbs/09d_answers.ipynb #824b34f6
 from PIL import Image as Pillow
@@ -568,13 +569,44 @@ async def late_events(request: Request, ask: Ask, seat: Seat, loc: str) -> Async
         yield sse_frame("failed", {"problem": error.problem(request_id(request))})
         yield sse_frame("done", {"warnings": []})
 
-# %% ../nbs/09d_answers.ipynb #05163bae
-HEAVY = 2**20                                                 # bytes: from here on a thread writes the answer
+# %% ../nbs/09d_answers.ipynb #a00143d1
+PIECE = 2**18                                                 # characters of a long text that are sent at once
 
-async def json_answer(api: Api, client: str, size: int, make: Callable[[], Any], status: int = 200) -> Response:
-    "What `make()` returns, about `size` bytes, as a JSON answer that nobody keeps."
-    def answer() -> Response: return JSONResponse(make(), status, {"cache-control": "no-store"})
-    return answer() if size < HEAVY else await api.read(client, answer)
+def is_base64(text: Any) -> bool:
+    "Whether this is a picture as base64. Of what answers hold, only pictures are that long."
+    return isinstance(text, str) and len(text) > PIECE and re.fullmatch(r"[A-Za-z0-9+/]+", text[:64]) is not None
+
+def json_pieces(content: Any) -> list[str]:
+    "A JSON text, cut so that each long base64 text in it is a piece of its own."
+    mark, long = secrets.token_hex(8), list[str]()
+
+    def marked(value: Any) -> Any:
+        if isinstance(value, dict): return {name: marked(v) for name, v in value.items()}
+        if isinstance(value, list): return [marked(v) for v in value]
+        if not is_base64(value): return value
+        long.append(value)
+        return mark
+
+    text = bytes(JSONResponse(marked(content)).body).decode()
+    around = text.split(mark)
+    return [piece for pair in zip_longest(around, long, fillvalue="") for piece in pair]
+
+# %% ../nbs/09d_answers.ipynb #0d88e963
+def json_answer(content: Any, status: int = 200) -> Response:
+    "A JSON answer that nobody keeps. Other requests have their turns while a large one is sent."
+    kept = {"cache-control": "no-store"}
+    pieces = [piece.encode() if i % 2 == 0 else piece for i, piece in enumerate(json_pieces(content))]
+    if len(pieces) <= 2: return Response(pieces[0], status, kept, "application/json")
+
+    async def sent() -> AsyncGenerator[bytes]:
+        for piece in pieces:
+            for at in range(0, len(piece), PIECE):
+                part = piece[at:at + PIECE]
+                yield part if isinstance(part, bytes) else part.encode()
+                await asyncio.sleep(0)
+
+    length = str(sum(map(len, pieces)))
+    return StreamingResponse(sent(), status, kept | {"content-length": length}, "application/json")
 
 # %% ../nbs/09d_answers.ipynb #caae33ab
 async def respond_with(api: Api, request: Request, ask: Ask) -> Response:
@@ -586,5 +618,5 @@ async def respond_with(api: Api, request: Request, ask: Ask) -> Response:
     if kind == "events": return event_stream(api, sse_events(api, work, request_id(request)), work.job)
     if kind in MIME: work = replace(work, order=replace(work.order, output=Output(kind)))
     made = await files_of(api, work, request)
-    if kind == "json": return await json_answer(api, work.job.client, sum(map(len, made.files)), made.json)
+    if kind == "json": return json_answer(made.json())
     return Response(made.files[0], media_type=MIME[made.format], headers={"cache-control": "no-store"})

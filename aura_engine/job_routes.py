@@ -25,11 +25,11 @@ from .walls import arrival, client_behind
 
 # %% auto #0
 __all__ = ['EVENT', 'GROWING', 'AROUND', 'AnyJob', 'SMALL_ASK', 'MOST_READERS', 'MOST_STREAMS', 'event_bytes', 'KeptEvents',
-           'frame_of', 'SentLog', 'client_status_after', 'KeptJob', 'held_by', 'job_address', 'job_progress',
-           'job_result', 'job_state', 'JobsFull', 'ReadersFull', 'StreamsFull', 'first_of_greediest', 'refuse_full',
-           'unknown_job', 'job_id', 'JobStore', 'GenerateJob', 'RefineJob', 'ReplayJob', 'watch_job', 'kept_ask',
-           'seat_to_wait_for', 'late_job', 'in_request', 'keep_late', 'begin_job', 'post_job', 'get_job', 'counted',
-           'get_job_events', 'delete_job']
+           'SentLog', 'client_status_after', 'KeptJob', 'held_by', 'job_address', 'job_progress', 'job_result',
+           'job_state', 'JobsFull', 'ReadersFull', 'StreamsFull', 'first_of_greediest', 'refuse_full', 'unknown_job',
+           'job_id', 'JobStore', 'GenerateJob', 'RefineJob', 'ReplayJob', 'watch_job', 'kept_ask', 'seat_to_wait_for',
+           'late_job', 'in_request', 'keep_late', 'begin_job', 'post_job', 'get_job', 'counted', 'get_job_events',
+           'delete_job']
 
 # %% ../nbs/09e_job_routes.ipynb #4c32c21b
 EVENT = 512                                                   # bytes of an event that holds nothing long, about
@@ -68,14 +68,6 @@ class KeptEvents:
         self.bytes -= event_bytes(self.events[place])
         self.events[place] = None
 
-# %% ../nbs/09e_job_routes.ipynb #69f7b457
-GROWING = ("preview", "image")                                # the events that hold a picture
-
-async def frame_of(event: ClientEvent, number: int) -> bytes:
-    "An event as a frame. A picture may have megabytes, so a thread writes it."
-    if event.name not in GROWING: return sse_frame(event.name, event.data, number)
-    return await asyncio.to_thread(sse_frame, event.name, event.data, number)
-
 # %% ../nbs/09e_job_routes.ipynb #c89a8992
 class SentLog(KeptEvents):
     "The events of a job, numbered from 1. Only the event loop touches it."
@@ -104,7 +96,7 @@ class SentLog(KeptEvents):
             news = self._news                                 # taken before looking, so nothing is missed between
             while after < len(self.events):
                 event, after = self.events[after], after + 1
-                if event: yield await frame_of(event, after)
+                if event: yield sse_frame(event.name, event.data, after)
             if self.closed: return
             await news.wait()
 
@@ -118,6 +110,8 @@ def client_status_after(event: ClientEvent, status: JobStatus) -> JobStatus:
     return JobStatus.succeeded if event.name == "done" and not status.over else status
 
 # %% ../nbs/09e_job_routes.ipynb #dbd8d136
+GROWING = ("preview", "image")                                # the events that hold a picture
+
 class KeptJob:
     "A job in the store: its events, how far it is, how it ended. `client` is whose it is."
     def __init__(self, id: str, work: OrderedJob | None = None, client: str = "", ask: dict[str, Any] | None = None):
@@ -416,9 +410,7 @@ async def post_job(request: Request, body: AnyJob) -> Response:
 async def get_job(request: Request, id: str) -> Response:
     "How far a job is, with its `result` when it succeeded, its `problem` when not. 410: it was deleted or lost."
     kept = await request.app.state.jobs.find(id)
-    said = job_state(kept, request_id(request))               # here, because only the event loop touches a job
-    status = 410 if kept.gone else 200
-    return await json_answer(request.app.state.api, client_behind(request), held_by(kept), lambda: said, status)
+    return json_answer(job_state(kept, request_id(request)), 410 if kept.gone else 200)
 
 # %% ../nbs/09e_job_routes.ipynb #6871dfb4
 MOST_READERS = 32                                             # of one job at a time
