@@ -32,7 +32,7 @@ __all__ = ['log', 'NUMBER', 'MEANINGFUL', 'FREE', 'A1111_NAMES', 'CHECKPOINT', '
 
 # %% ../nbs/10c_a1111.ipynb #ca30c335
 from . import __version__
-from .answers import Api, Files, begin, files_of, preview_jpeg, using
+from .answers import Api, Files, begin, files_of, json_answer, preview_jpeg, using
 from .app import MAKING, Route
 from .config import Settings
 from .dialects import (
@@ -309,7 +309,7 @@ async def drawn(request: Request, ask: Txt2Img, own: GenerateRequest | RefineReq
     size = wish.size or size_made(work.order.plan.pictures[0])
     images = [to_base64(file) for file in made.files] if ask.send_images else []
     answer = A1111Pictures(images=images, parameters=echoed(ask), info=json.dumps(info_of(made, size)))
-    return JSONResponse(answer.model_dump())
+    return json_answer(answer.model_dump())
 
 # %% ../nbs/10c_a1111.ipynb #5503ec8b
 CHECKPOINT = "override_settings.sd_model_checkpoint"

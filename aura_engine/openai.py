@@ -27,8 +27,8 @@ __all__ = ['QUALITY', 'MEANINGLESS', 'THEIR_NAMES', 'NO_USAGE', 'OPENAI_MODELS',
            'post_variations', 'model_entry', 'get_models', 'get_model', 'in_form', 'edit_form']
 
 # %% ../nbs/10a_openai.ipynb #da5ba244
-from aura_engine.answers import (Api, Files, OrderedJob, begin, event_stream, file_of, files_of, follow,
-    sse_frame, using)
+from .answers import (Api, Files, OrderedJob, begin, event_stream, file_of, files_of, follow,
+    json_answer, sse_frame, using)
 from .app import FILE, MAKING, Route, parsed_body
 from .bodies import ReceiptBody
 from .config import Settings
@@ -361,7 +361,7 @@ async def openai_answer(request: Request, ask: ImagesRequest, own: GenerateReque
     work = await begin(request, own, previews=ask.stream and ask.partial_images > 0, revise=wish.revise)
     if ask.stream: return event_stream(api, openai_stream(api, work, ask, kind), work.job)
     made = await files_of(api, work, request)
-    return JSONResponse(openai_json(request, ask, made, size_made(work.order.plan.pictures[0])))
+    return json_answer(openai_json(request, ask, made, size_made(work.order.plan.pictures[0])))
 
 # %% ../nbs/10a_openai.ipynb #630c0a11
 OPENAI_MODELS = ("dall-e", "gpt-image", "chatgpt-image")
