@@ -165,7 +165,7 @@ MOST_UNKNOWN = 16                                # fields too many, beyond which
 
 
 class RequestModel(BaseModel):
-    "What all bodies share: camelCase names, no unknown fields, no NaN, nothing converted in silence."
+    "What all bodies share: camelCase names, no unknown fields, no NaN, no values of another type (but 2.0 for 2)."
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="forbid",
                               allow_inf_nan=False, frozen=True, strict=True)
 
@@ -179,7 +179,7 @@ class RequestModel(BaseModel):
 
 # %% ../nbs/01_types.ipynb #044bbe7c
 def clean_text(text: str) -> str:
-    "Drop C0 controls other than white space, and white space at the ends."
+    "Drop C0 controls other than tab and line feed, and white space at the ends."
     return "".join(ch if ch >= " " or ch in "\n\t" else "" for ch in text).strip()
 
 # %% ../nbs/01_types.ipynb #b41a0bde
