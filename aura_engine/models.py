@@ -59,7 +59,7 @@ def executed_steps(steps: int, strength: float, most: int) -> tuple[int, int]:
 
 # %% ../nbs/02_models.ipynb #9a0b93e4
 def last_steps(steps: int, strength: float) -> int:
-    "How many steps of a timetable of `steps` a refinement runs."
+    "How many steps of a timetable of `steps` a refinement runs: `get_timesteps` of diffusers, rounding included."
     return steps - int(max(steps - min(steps * strength, steps), 0))
 
 # %% ../nbs/02_models.ipynb #ad548f78
@@ -117,14 +117,14 @@ _sd15 = Row("sd15", SD, "dpm", (1, 20, 100), (1, 7.5, 20), 512, tiny_vae="madeby
             figures="unet/config.json: 512 px; StableDiffusionPipeline's default: guidance 7.5; diffusers' guide: "
                     "DPM-Solver++ needs 20 or 25 steps")
 _sdxl = Row("sdxl", XL, "dpm", (1, 25, 100), (1, 5.0, 15), 1024, tiny_vae="madebyollin/taesdxl", ids=(SDXL_ID,),
-            note="the VAE overflows in fp16; decoded in fp32",
+            note="the VAE overflows in fp16; decoded in bf16 or fp32",
             figures="unet/config.json: 1024 px; StableDiffusionXLPipeline's default: guidance 5; diffusers' guide: "
                     "DPM-Solver++ needs 20 or 25 steps")
 _ssd = replace(_sdxl, name="ssd-1b", ids=(SSD_ID,), note="SDXL with half the UNet",
                figures="card: SDXL's pipeline at 1024 px, so 25 steps and guidance 5 as there")
 _small = Row("embedded-base", SD, "ddim", (1, 25, 50), (1, 1.0, 4), 128, multiple=16, standard=1.0, token_limit=48,
              weights="ignored", ids=("embedded-base",), note="the embedded model as a base, for many steps",
-             figures="notebook 90_train: 128 px, DDIM with 25 steps, guidance 1")
+             figures="notebook 90d_stages: 128 px, DDIM with 25 steps, guidance 1")
 
 # %% ../nbs/02_models.ipynb #9d251b88
 def lcm_lora(base: Row, lora: str) -> Row:
@@ -219,10 +219,10 @@ _WITH_PACKAGE = "1,172 things in two styles on simple backgrounds; ships with th
 
 EMBEDDED_ROWS = (
     replace(_small, name="embedded", sampler="lcm", steps=(1, 4, 50), ids=("embedded",), note=_WITH_PACKAGE,
-            figures="notebook 90_train: 128 px, LCMScheduler with 4 steps, guidance 1"),
+            figures="notebook 90d_stages: 128 px, LCMScheduler with 4 steps, guidance 1"),
     _small,
     replace(lcm_lora(_small, "embedded/lcm-lora"), note="to try a LoRA offline",
-            figures="notebook 90_train: LCMScheduler with 4 steps, guidance 1"),
+            figures="notebook 90d_stages: LCMScheduler with 4 steps, guidance 1"),
 )
 SD_ROWS = (
     _sd15,
@@ -480,7 +480,7 @@ def own_name(source: str) -> str:
 
 # %% ../nbs/02_models.ipynb #e49face3
 def with_lora(row: Row, lora: str, explicit: bool = False) -> Row:
-    "A base's row with the LoRA that is its method. Invalid for another family's, or an unknown one unless `explicit`."
+    "A base's row with a LoRA as its method. Invalid: one of another pipeline, or an unknown one unless `explicit`."
     if row.name not in BASES: return row
     known = [r for r in ROWS.values() if r.lora and is_named(lora, r.lora)]
     fitting = _nearest(r for r in known if r.pipeline == row.pipeline)
@@ -492,7 +492,7 @@ def with_lora(row: Row, lora: str, explicit: bool = False) -> Row:
 
 # %% ../nbs/02_models.ipynb #c2d04231
 def _other_family(row: Row, lora: str) -> Invalid:
-    "The refusal of a LoRA that fits another base, with those that fit this one."
+    "The refusal of a LoRA for another pipeline. It lists those of the rows that are named after this base."
     fitting = dict.fromkeys(r.lora for r in ROWS.values() if r.lora and r.name.startswith(row.name))
     why = f"it is made for another family than {row.name}"
     return Invalid.value("SD_LCM_LORA_ID", given=lora, allowed=", ".join(fitting), why=why)
