@@ -71,7 +71,7 @@ class StepBody(BaseModel):
 class JobState(BaseModel):
     """A job: status queued, running, succeeded, failed or cancelled. `result` or `problem` when it has ended.
 
-    `ask`: what was posted, to be sent again because the engine that had it is gone."""
+    `ask`: the request that was posted, when the engine that had the job is gone. Send it again."""
     id: str
     status: JobStatus
     statusUrl: str
