@@ -53,11 +53,12 @@ def box_around(mask: Image.Image, padding: int) -> Region:
 
 # %% ../nbs/03b_masks.ipynb #e51eaad8
 def stretched(start: int, end: int, length: int, most: int) -> tuple[int, int]:
-    "The stretch from `start` to `end` made `length` long around its middle, and moved to lie within 0 and `most`."
+    "The stretch from `start` to `end` made at least `length` long around its middle, and moved or cut to 0 … `most`."
     more = max(length - (end - start), 0)
     start, end = start - more // 2, end + more - more // 2
     over = max(end - most, 0)
     start, end = start - over, end - over
+    # what sticks out on the left is added on the right, as far as there is room
     return max(start, 0), min(end - min(start, 0), most)
 
 # %% ../nbs/03b_masks.ipynb #f9e8206c
