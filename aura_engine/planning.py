@@ -40,7 +40,7 @@ def known_words(folder: Path) -> frozenset[str]:
 
 # %% ../nbs/03d_planning.ipynb #6c9501ee
 def is_slip(a: str, b: str) -> bool:
-    "Whether two words differ by one letter lost, added or replaced, or by two that changed places."
+    "Whether two words are equal, or differ by one letter lost, added or replaced, or by two that changed places."
     while a and b and a[0] == b[0]: a, b = a[1:], b[1:]
     while a and b and a[-1] == b[-1]: a, b = a[:-1], b[:-1]
     swapped = len(a) == 2 and a == b[::-1]
