@@ -235,7 +235,8 @@ def check_kind(file: Path, table: Mapping[str, Tensor]) -> Kind:
 
 # %% ../nbs/04b_facts.ipynb #906ee21e
 NO_SIGNAL = 100.0                                 # a last sigma beyond this is pure noise, as far as a sampler can tell
-SIGMAS = ("use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas", "use_karras_sigmas")   # our samplers decide
+# settings of a scheduler that are not used: our samplers have their own
+SIGMAS = ("use_exponential_sigmas", "use_beta_sigmas", "use_flow_sigmas", "use_karras_sigmas")
 
 @dataclass(frozen=True)
 class Facts:
@@ -243,8 +244,8 @@ class Facts:
     what: str = "a diffusers folder"
     scheduler: str = ""                           # the class that its makers drew with
     prediction: str = "epsilon"
-    last_sigma: float = 14.6
-    spacing: str = ""
+    last_sigma: float = 14.6                      # noise over picture at the last training step: Stable Diffusion 1's
+    spacing: str = ""                             # of the timesteps, in the scheduler's word
     sigmas: tuple[str, ...] = ()                  # ways of spacing that our samplers decide themselves
     channels: int = 4                             # that its UNet takes
     guidance_input: bool = False                  # an LCM's UNet
