@@ -569,7 +569,7 @@ def suited(dtype: torch.dtype, pipeline: str) -> torch.dtype:
 
 # %% ../nbs/04c_reader.ipynb #b2cdd733
 def check_files(folder: Path, names: list[str]) -> None:
-    "Unusable, with the file's name, when one of these configurations or weights is not whole."
+    "Unusable, with the file's name, when one of these files is not whole, or is of numbers of few bits."
     for name in names:
         if name.endswith(".json"): check_numbers(read_json(folder / name), name.split("/")[0])
         if not name.endswith(".safetensors"): continue
