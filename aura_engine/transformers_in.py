@@ -37,7 +37,7 @@ def encoder_config(folder: Path, layers: int | None) -> Any:
 
 # %% ../nbs/04d_transformers.ipynb #a3d47123
 def weights_in(files: Iterable[Path], names: Iterable[str], dtype: torch.dtype) -> Any:
-    "A mapping from a model's own names to tensors that are read from safetensors files when they are asked for."
+    "For `release`: a mapping from a model's own names to tensors, read from safetensors files when they are asked for."
     from accelerate.utils import OffloadedWeightsLoader
     there = {bare(name): (file, name) for file in files for name in header(file)}
     as_type = str(dtype).removeprefix("torch.")
