@@ -167,10 +167,11 @@ def doubles(layer: nn.Module) -> bool:
 
 # %% ../nbs/05b_packing.ipynb #aa245f66
 def double_once(decoder: nn.Module) -> int:
-    "Replace all doublings of a VAE's decoder -> how many."
+    "Replace all plain doublings of a VAE's decoder -> how many."
     found = 0
     for parent in list(decoder.modules()):
         layers = list(parent.named_children())
+        # each layer with the one after it: torch's doubling and the convolution behind it become one, in its place
         for (name, layer), (after, conv) in zip(layers, layers[1:] + [("", nn.Identity())]):
             inner = doubled_conv(layer)
             if inner is not None: setattr(parent, name, doubling(inner))
