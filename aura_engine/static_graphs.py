@@ -109,10 +109,10 @@ def temporary_folder() -> Path:
     except OSError: return folder                              # a disk that is full: nothing will be kept
 
 # %% ../nbs/05c_static_graphs.ipynb #24292da9
-SAMPLES = 64                                     # values of each tensor that a fingerprint looks at
+SAMPLES = 64                                     # values of a tensor in a fingerprint, up to twice as many in some
 
 def fingerprint(module: Any, *more: Any) -> str:
-    "20 hex digits that change with the weights (64 values of each tensor), configuration, versions and `more`."
+    "20 hex digits that change with the weights (some values of each tensor), configuration, versions and `more`."
     config = sorted((k, str(v)) for k, v in module.config.items() if k[0] != "_")
     versions = [version(package) for package in ("torch", "diffusers", "openvino") if find_spec(package)]
     digest = hashlib.sha256(repr((config, "projected", *versions, platform.machine(), *more)).encode())
@@ -124,7 +124,7 @@ def fingerprint(module: Any, *more: Any) -> str:
 
 # %% ../nbs/05c_static_graphs.ipynb #793f6134
 def saved_graph(module: Any, names: tuple[str, ...], folder: Path | None = None) -> Path:
-    "The folder where the saved graph of a model is, or would be."
+    "The folder where the saved graph of a model with the inputs `names` is, or would be."
     return (folder or cache_folder() / "openvino") / fingerprint(module, names)
 
 # %% ../nbs/05c_static_graphs.ipynb #77fc9766
@@ -282,12 +282,12 @@ def alone(path: Path, patience: float = PATIENCE) -> Iterator[None]:
 # %% ../nbs/05c_static_graphs.ipynb #7dbf92d7
 @torch.inference_mode()
 def converted(module: Any, names: tuple[str, ...]) -> Any:
-    "A UNet or VAE (fp32, CPU) as an OpenVINO model with inputs `names`."
+    "A UNet or VAE on the CPU, made fp32 in place, as an OpenVINO model with inputs `names`."
     import openvino as ov
     start = time.monotonic()
     example = example_inputs(module, names)
     whole = module if module.dtype == torch.float32 else module.float()
-    with hushed(), projected(module):
+    with hushed(), projected(module):            # its timesteps come as sines and cosines
         model = ov.convert_model(Traced(whole, names), example_input=example)
     for port, name in zip(model.inputs, names): port.get_tensor().set_names({name})
     log.info("converted for OpenVINO", extra={"seconds": round(time.monotonic() - start, 1)})
