@@ -90,7 +90,8 @@ class Curves:
     def _scaled(self, key: Key) -> Curve:
         native, looked = self.known[self.native], reference_positions(key) if self.looks else 0
         factor = (area(key) + looked) / area(self.native)
-        room = 2 * max(native) / factor if looked else max(native)        # rows
+        # in rows: a native row may hold its own area twice (above)
+        room = 2 * max(native) / factor if looked else max(native)
         return Curve({b: s * factor for b, s in native.items() if b == 1 or b <= room})
 
     def observe(self, key: Key, rows: int, seconds: float) -> None:
