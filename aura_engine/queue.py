@@ -37,14 +37,14 @@ class Task(Entry):
         return self.pasting is None or self.pasting.done()
 
 # %% ../nbs/08b_queue.ipynb #d350c70f
-LEAST_SHARERS = 32
+LEAST_SHARERS = 32                                  # found by the simulation below
 
 class Shares:
     "Seconds of the device that each client has had, less those that were forgiven since."
     def __init__(self):
         self._earned = 0.0                          # seconds forgiven to each debt so far
         self._debt_ends_at: dict[str, float] = {}   # by client: the `_earned` at which its debt is gone
-        self._debt_ended: dict[str, float] = {}     # by client: when its last debt was gone
+        self._clear_since: dict[str, float] = {}    # by client: when its last debt was gone
         self._seen = math.nan                       # no time is later than that: the first call only sets the clock
 
     def pass_time(self, now: float, clients: int) -> None:
@@ -54,9 +54,9 @@ class Shares:
         self._seen = now
         for client in [c for c, end in self._debt_ends_at.items() if end <= self._earned]:
             del self._debt_ends_at[client]
-            self._debt_ended.pop(client, None)      # so that the newest stand last
-            self._debt_ended[client] = now
-            if len(self._debt_ended) > 1000: self._debt_ended.pop(next(iter(self._debt_ended)))
+            self._clear_since.pop(client, None)      # so that the newest stand last
+            self._clear_since[client] = now
+            if len(self._clear_since) > 1000: self._clear_since.pop(next(iter(self._clear_since)))
 
     def charge(self, client: str, seconds: float) -> None:
         "A client has had so much of the device."
@@ -67,8 +67,8 @@ class Shares:
         return max(0.0, self._debt_ends_at.get(client, 0.0) - self._earned)
 
     def clear_since(self, client: str) -> float:
-        "When this client's last debt was gone (minus infinity: it never had one)."
-        return self._debt_ended.get(client, -math.inf)
+        "When this client's last debt was gone: its waiting counts from there (minus infinity: it never had one)."
+        return self._clear_since.get(client, -math.inf)
 
 # %% ../nbs/08b_queue.ipynb #e950bf6d
 class Paces:
