@@ -42,6 +42,7 @@ def named_settings(settings: Settings) -> dict[str, Settings]:
     "The settings of each model by the name that requests use. The default is the first."
     named = dict(settings.named_models)
     if "model_id" not in settings.model_fields_set: settings = plain_settings(settings, next(iter(named.values())))
+    # the default goes by its name in SD_MODELS if it has one there, otherwise by its id
     default = next((name for name, model in named.items() if model == settings.model_id), settings.model_id)
     others = {name: plain_settings(settings, model) for name, model in named.items() if name != default}
     return {default: settings, **others}
