@@ -41,7 +41,7 @@ class BodiesFull(QueueFull): "Too many large bodies are arriving"          # one
 
 # %% ../nbs/09c_intake.ipynb #94be2854
 class Arriving:
-    "A large body in memory: whose it is, its bytes, and the task that still reads it (None: it has all come)."
+    "A body in memory: whose it is, the bytes that count, and the task that still reads it (None: it has all come)."
     def __init__(self, client: str, task: asyncio.Task | None):
         self.client, self.task = client, task
         self.began, self.size = time.monotonic(), 0           # seconds, bytes
@@ -66,7 +66,7 @@ def slowest(bodies: Iterable[Arriving], grace: float) -> Arriving | None:
 
 # %% ../nbs/09c_intake.ipynb #2f856301
 class Arrivals:
-    "The large bodies in memory: `most` bytes together, a quarter by one client. Only the event loop touches it."
+    "The bodies in memory: `most` bytes together, a quarter by one client. Only the event loop touches it."
     def __init__(self, most: int = 8 * LARGE, grace: float = 3.0):
         self.most, self.grace = most, grace
         self.bodies: set[Arriving] = set()
@@ -159,7 +159,7 @@ class Carved:
 def carve(data: bytes | bytearray) -> Carved:
     "Cut the long strings out of a JSON text. Invalid when too much remains."
     carved, at = Carved(), 0
-    # a quotation mark further away ends nothing: what lies before it is too much to be kept, as `keep` says
+    # a string that opens further away is not looked for: what lies before it is already more than `keep` takes
     while (start := data.find(b'"', at, at + SMALL + 1)) >= 0:
         end = _closing(data, start) + 1
         carved.keep(data[at:start])
