@@ -195,11 +195,13 @@ def job_state(kept: KeptJob, request_id: str = "") -> dict[str, Any]:
     "What GET /jobs/{id} answers."
     said = job_address(kept)
     named = {event.name: event.data for event in kept.events if event.name in ("queued", "failed")}
-    first = named.get("queued", {"position": 0, "etaSeconds": 0.0})
-    if not kept.status.over: said |= {"position": first["position"], "etaSeconds": first["etaSeconds"]}
+    # the newest `queued`: a job that waited for its model has two
+    promise = named.get("queued", {"position": 0, "etaSeconds": 0.0})
+    if not kept.status.over: said |= {"position": promise["position"], "etaSeconds": promise["etaSeconds"]}
     said["progress"] = job_progress(kept)
     if kept.status is JobStatus.succeeded and not kept.deleted: said["result"] = job_result(kept)
     if "failed" in named: said["problem"] = named["failed"]["problem"] | {"requestId": request_id}
+    # its engine is gone (09g): its client may send the request again
     if kept.lost and kept.ask: said["ask"] = kept.ask
     return said
 
@@ -334,7 +336,7 @@ async def watch_job(api: Api, kept: KeptJob, work: OrderedJob) -> None:
 SMALL_ASK = 64 * 2**10
 
 def kept_ask(body: AnyJob) -> dict[str, Any] | None:
-    "What was posted, as JSON. None where it has pictures in it."
+    "What was posted, as JSON. None for a refinement or a replay, which may hold pictures, and beyond 64 KiB."
     if not isinstance(body, GenerateJob): return None
     ask = body.model_dump(mode="json", by_alias=True, exclude_unset=True)
     return ask if len(str(ask)) <= SMALL_ASK else None
