@@ -344,7 +344,7 @@ async def openai_events(api: Api, work: OrderedJob, ask: ImagesRequest,
 
 # %% ../nbs/10a_openai.ipynb #6b916135
 async def openai_stream(api: Api, work: OrderedJob, ask: ImagesRequest, kind: str) -> AsyncGenerator[bytes]:
-    "The same as frames. An error ends it as OpenAI's does."
+    "The frames of `openai_events`. An error ends them as OpenAI's does."
     try:
         async with aclosing(openai_events(api, work, ask, kind)) as events:
             async for event in events: yield sse_frame(event["type"], event)
@@ -383,7 +383,7 @@ async def post_generations(request: Request, body: ImagesRequest) -> Response:
     async with using(request, model_for(request, body.model)) as api: return await generation_answer(request, body, api)
 
 async def generation_answer(request: Request, body: ImagesRequest, api: Api) -> Response:
-    "The same, once the model is loaded."
+    "What `post_generations` does once the model is loaded."
     row = api.row()
     try:
         both = common(body, row, api.settings)
@@ -454,6 +454,7 @@ def file_field(name: str) -> str:
     "What a file in an edit's form is."
     kind = name.removesuffix("[]")
     if kind in ("image", "mask"): return kind
+    # the name without its quotation marks
     raise Invalid.value(shown(name, 40)[1:-1], given=Words("a file"), allowed="files named image, image[] or mask")
 
 # %% ../nbs/10a_openai.ipynb #3755d41f
@@ -491,7 +492,7 @@ async def post_edits(request: Request) -> Response:
     async with using(request, model_for(request, edit.ask.model)) as api: return await edit_answer(request, edit, api)
 
 async def edit_answer(request: Request, edit: Edit, api: Api) -> Response:
-    "The same, once the model is loaded."
+    "What `post_edits` does once the model is loaded."
     row = api.row()
     try:
         both = common(edit.ask, row, api.settings)
