@@ -341,7 +341,7 @@ async def post_txt2img(request: Request, body: Txt2Img) -> Response:
     async with using(request, checkpoint(request, body), CHECKPOINT) as api: return await txt2img(request, body, api)
 
 async def txt2img(request: Request, body: Txt2Img, api: Api) -> Response:
-    "The same, once the model is loaded."
+    "What `post_txt2img` does once the model is loaded."
     try:
         it = understood_ask(body, api.row(), api.settings)
         shape = own_shape(it.wish.size, api.row().native)
@@ -355,7 +355,7 @@ async def post_img2img(request: Request, body: Img2Img) -> Response:
     async with using(request, checkpoint(request, body), CHECKPOINT) as api: return await img2img(request, body, api)
 
 async def img2img(request: Request, body: Img2Img, api: Api) -> Response:
-    "The same, once the model is loaded."
+    "What `post_img2img` does once the model is loaded."
     try:
         it = understood_ask(body, api.row(), api.settings)
         wish = replace(it.wish, stretch=body.resize_mode == 0)
