@@ -328,6 +328,7 @@ def reach(host: str, keyed: bool, proxies: Sequence[str] = ()) -> str:
     return f"{who} {key}{believed}"
 
 # %% ../nbs/11_server.ipynb #804bc834
+# what the word `private` stands for in AURA_PROXIES. 100.64.0.0/10: shared by the customers of a provider
 PRIVATE = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "127.0.0.0/8", "fc00::/7", "::1/128")
 
 def proxies_of(settings: Settings, env: Mapping[str, str] = os.environ) -> list[str]:
