@@ -609,7 +609,7 @@ def bars_table(bars: Sequence[Bar]) -> str:
 
 # %% ../nbs/14_bench.ipynb #ab42cdc8
 def ratios(rows: Sequence[LoadRow], load: Load, what: str, mine: str, other: str) -> list[float]:
-    "What the contender `mine` has of `what` under a load, over what `other` has: one figure for each run."
+    "The figure `what` of `mine` under a load, divided by that of `other`: one ratio for each run that has both."
     of = {(r.contender, r.run): getattr(r, what) for r in rows if (r.load, r.level) == load}
     pairs = [(of.get((mine, run)), of.get((other, run))) for run in sorted({r.run for r in rows})]
     return [a / b for a, b in pairs if a and b]
