@@ -291,7 +291,8 @@ def unfinished_run_of(record: DeployRecord, state: SpaceState) -> DeployJournal 
 
 # %% ../nbs/15e_deploy.ipynb #ebba927d
 def begun_text(journal: DeployJournal) -> str:
-    "What a run that was not proven had begun to change, as a sentence."
+    "What a run that was not proven had begun to change, as a sentence, but for sleep times and replaced secrets."
+    # the journal has the old values; None: not changed
     of_the_machine = {"hardware": journal.hardware, "visibility": journal.visibility, "volumes": journal.volumes}
     begun = [name for name, old in of_the_machine.items() if old is not None]
     begun += [f"variable {name}" for name in journal.variables] + [f"secret {name}" for name in journal.secrets]
