@@ -239,18 +239,19 @@ def gap_between(mine: Any, theirs: Any) -> dict[str, Any]:
 
 # %% ../nbs/17b_flow_bench.ipynb #40a11610
 def time_whole_pictures(bench: FlowBench, batches: tuple[int, ...] = (1, 4)) -> None:
-    "Seconds of whole pictures here, and by the stock pipeline one after the other."
+    "Seconds of whole pictures here, in `batches`, and of one by the stock pipeline."
     p = bench.picture()
     pipe = stock_flow_pipeline(bench.parts)
-    more = {"sigmas": even_sigmas(p.steps).tolist()}
+    more = {"sigmas": even_sigmas(p.steps).tolist()}           # our timetable, so that both take the same steps
     def stock() -> Any:
         drawn = torch.Generator().manual_seed(p.seed)
         return pipe(prompt=p.prompt, height=p.height, width=p.width, num_inference_steps=p.steps, generator=drawn,
                     guidance_scale=p.guidance_scale, **more).images[0]
-    with quiet(): bench.tell({"what": "picture", "who": "diffusers", "batch": 1, "seconds": bench.seconds(stock, 1)})
+    with quiet(): seconds = bench.seconds(stock, warmups=1)
+    bench.tell({"what": "picture", "who": "diffusers", "batch": 1, "seconds": seconds})
     for batch in batches:
         # a new cache, so that the prompt is encoded as the pipeline does
-        seconds = bench.seconds(lambda: whole_pictures(bench, TextCache(bench.parts), batch), 1)   # noqa: B023
+        seconds = bench.seconds(lambda: whole_pictures(bench, TextCache(bench.parts), batch), warmups=1)   # noqa: B023
         bench.tell({"what": "picture", "who": "aura", "batch": batch, "seconds": seconds,
                     "per_picture": seconds / batch})
     bench.tell(gap_between(whole_pictures(bench, TextCache(bench.parts), 1)[0], stock()))
