@@ -207,7 +207,7 @@ class SimulatedEngine:
     "An engine by its curve. `now`: until when it is busy. `left`: steps to go of each request, with its arrival."
     curve: StepCurve
     now: float = 0.0
-    left: list[list[float]] = field(default_factory=list)
+    left: list[list[float]] = field(default_factory=list)       # [steps to go, time of arrival]
 
     def turn(self) -> Iterator[float]:
         "One turn: the seconds from arrival to picture of each request that it finishes."
@@ -234,6 +234,7 @@ def latencies(curve: StepCurve, engines: int, rate: float, steps: int, pictures:
     return sorted(out)
 
 def _until(engine: SimulatedEngine, time: float) -> list[float]:
+    "Turns of an engine until `time`, or until it has nothing left."
     out: list[float] = []
     while engine.left and engine.now < time: out += engine.turn()
     return out
