@@ -149,6 +149,11 @@ red heart: corazón, herz, cœur, cuore; red apple: manzana, apfel, pomme, mela
 automobile: coche, auto, voiture, macchina, carro
 """
 
+# %% ../nbs/90a_art.ipynb #58e72874
+def _straight(text: str) -> str:
+    "`text` with typewriter apostrophes, as our lists and prompts have them. emojibase may have the curly one."
+    return text.replace("’", "'")
+
 # %% ../nbs/90a_art.ipynb #8b001de6
 def synonyms() -> dict[str, list[str]]:
     "Label -> further names, as written above."
@@ -157,11 +162,6 @@ def synonyms() -> dict[str, list[str]]:
         label, _, names = row.partition(":")
         if names: more[_straight(label.strip())] += [name.strip() for name in names.split(",")]
     return more
-
-# %% ../nbs/90a_art.ipynb #58e72874
-def _straight(text: str) -> str:
-    "`text` with typewriter apostrophes."
-    return text.replace("’", "'")
 
 # %% ../nbs/90a_art.ipynb #3ba9f472
 def named(emojis: list[Emoji]) -> dict[str, list[str]]:
@@ -279,7 +279,7 @@ def draw_shape(kind: str, light: bool) -> Image.Image:
     dark, box = (40, 70, 120, 255), (8, 8, SIDE - 8, SIDE - 8)
     if kind == "disc": pen.ellipse(box, fill=dark)
     elif kind == "tile": pen.rectangle(box, fill=dark)
-    else: pen.polygon([(8, 88), (88, 88), (48, 8)], fill=dark)
+    else: pen.polygon([(8, SIDE - 8), (SIDE - 8, SIDE - 8), (SIDE // 2, 8)], fill=dark)
     if light: pen.ellipse((34, 40, 54, 60), fill=(230, 240, 255, 255))
     return image
 
