@@ -188,7 +188,7 @@ UNBREAKABLE = "\u00a0"                         # a no-break space
 
 # %% ../nbs/90b_captions.ipynb #061f20ef
 def some_name(rng: random.Random, names: list[str], many: bool = False) -> str:
-    "One of a thing's names, the label half of the time. Its plural if there are `many`."
+    "One of a thing's names, the label at least half of the time. Its plural if there are `many`."
     name = names[0] if rng.random() < .5 else rng.choice(names)
     if many: name = plural(name)
     if rng.random() < .06: name = mistyped(rng, name)          # one in sixteen
