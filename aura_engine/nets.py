@@ -142,6 +142,7 @@ def make_unet(channels: int = CHANNELS) -> UNet2DConditionModel:
         block_out_channels=(64, 128, 192), layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        # of a hidden state of the text; diffusers takes attention_head_dim for the number of heads
         cross_attention_dim=WIDTH, attention_head_dim=8, encoder_hid_dim=None,
         addition_embed_type="text", addition_embed_type_num_heads=8,
         resnet_time_scale_shift="scale_shift")
