@@ -16,7 +16,7 @@ from .types import AuraError, Done, Event, Failed, Invalid, Picture, Queued, Que
 # %% auto #0
 __all__ = ['LEAST_SHARERS', 'MOST_PIXELS', 'MOST_TASKS', 'Task', 'Shares', 'Paces', 'ClientLine', 'lines_of', 'fair_order',
            'Lateness', 'OwnLineFull', 'line_full', 'Standing', 'too_late', 'check_deadline', 'TaskLine', 'PixelsFull',
-           'HeldPixels', 'Promise', 'Admission', 'last_events', 'Queue']
+           'HeldPixels', 'too_many', 'Promise', 'Admission', 'last_events', 'Queue']
 
 # %% ../nbs/08b_queue.ipynb #51706455
 @dataclass(eq=False, kw_only=True)
@@ -265,6 +265,7 @@ class HeldPixels:
 
     def check(self, job: Job) -> None:
         "PixelsFull when with this job its client, or all together, would hold too many bytes."
+        if not job.client or not job.start_bytes: return    # who names no client is inside this process
         own = [other for other in self.jobs if other.client == job.client]
         for whose, jobs, most in (("Your", own, MOST_PIXELS // 2), ("The", [*self.jobs], MOST_PIXELS)):
             held = sum(other.nbytes for other in jobs)
@@ -277,6 +278,14 @@ class HeldPixels:
 
 # %% ../nbs/08b_queue.ipynb #be560dd7
 MOST_TASKS = 1024           # pictures in the engine, whoever they belong to: they are put in order before every call
+
+def too_many(mine: Sequence[Task], there: Sequence[Task]) -> QueueFull | None:
+    "Why there are too many pictures already, of everybody or of one client. None: there are not."
+    if len(there) >= MOST_TASKS: return QueueFull(f"{len(there)} pictures are waiting.", retry_after=5)
+    client = mine[0].client
+    own = sum(task.client == client for task in there)
+    if not client or own < MOST_TASKS // 4: return None     # who names no client is inside this process
+    return OwnLineFull(f"{own} pictures of yours are waiting.", retry_after=5)
 
 @dataclass(frozen=True)
 class Promise:
@@ -297,12 +306,8 @@ class Admission:
     def check_line(self, mine: Sequence[Task], there: Sequence[Task], cost: StepCost,
                    pace: float) -> None:
         "QueueFull when the engine, or the client's own line, is full."
-        if len(there) >= MOST_TASKS:
-            raise QueueFull(f"{len(there)} pictures are waiting.", retry_after=5)
-        own = sum(task.client == mine[0].client for task in there)
-        if mine[0].client and own >= MOST_TASKS // 4:       # who names no client is inside this process
-            raise OwnLineFull(f"{own} pictures of yours are waiting.", retry_after=5)
-        if full := line_full(there, mine, cost, self.limit, pace): raise full
+        if full := too_many(mine, there) or line_full(there, mine, cost, self.limit, pace): raise full
+        self.pixels.check(mine[0].job)
 
     def standing_of(self, mine: Sequence[Task], there: Sequence[Task], cost: StepCost,
                     now: float, shares: Shares) -> Standing:
@@ -319,6 +324,7 @@ class Admission:
         if asked is not None:
             check_deadline(asked, job.deadline - time.monotonic(), standing, self.longest)
         self.promises[job.id] = Promise(now, standing.seconds, owing)
+        self.pixels.add(job)
         return Queued(standing.ahead, round(standing.seconds, 3), tuple(p.seed for p in job.plan.pictures))
 
     def learn(self, job: Job, now: float, finished: bool) -> None:
@@ -350,12 +356,10 @@ class Queue(TaskLine):
             there = [t for t in self.tasks if not t.job.cancelled]
             pace = self.paces.of(job.client, now, len({t.client for t in there}))
             self.admission.check_line(tasks, there, cost, pace)
-            if job.client and job.start_bytes: self.admission.pixels.check(job)
             standing = self.admission.standing_of(tasks, there, cost, now, self.shares)
             standing = standing.later(self.beside)
             job.emit(self.admission.promise(job, standing, now, self.shares.debt(job.client) > 0))
             self.paces.begin(job.client, now)
-            self.admission.pixels.add(job)
             self.tasks = self.tasks + tasks
             self.changed.notify_all()
 
