@@ -189,7 +189,7 @@ checks.positive_data_acceptance.expected-statuses = ["400", "401", "403", "429"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phases, examples, seed", [("coverage,fuzzing,stateful", 5, 1), ("fuzzing,stateful", 60, 2)])
+@pytest.mark.parametrize("phases, examples, seed", [("coverage,fuzzing,stateful", 5, 1), ("fuzzing,stateful", 40, 2)])
 def test_schemathesis(make_server, tmp_path, phases, examples, seed):
     """Every check on, against the real engine: what the schema allows is done, what it forbids is refused, and all is documented."""
     command = shutil.which("schemathesis", path=str(Path(sys.executable).parent)) or shutil.which("schemathesis") or pytest.skip("schemathesis is not installed")
@@ -199,5 +199,5 @@ def test_schemathesis(make_server, tmp_path, phases, examples, seed):
     (tmp_path / "schemathesis.toml").write_text(CONFIG)
     env = clean_env(SCHEMATHESIS_HOOKS="hooks", MADE=json.dumps({"receipt": made["receipts"][0], "image": made["images"][0], "init": None}))
     argv = [command, "run", server.url + "/openapi.json", "--checks", "all", "--phases", phases, "--request-timeout", "120", "--max-response-time", "60", "--max-examples", str(examples), "--seed", str(seed), "--workers", "2", "--continue-on-failure", "--no-color"]
-    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(argv, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=1150)
     assert done.returncode == 0, done.stdout[-6000:]
