@@ -13,6 +13,7 @@ def command(*args):
     return subprocess.run(argv, capture_output=True, text=True, timeout=900, env=env)
 
 
+@pytest.mark.timeout(1200)                                        # twenty stages, three minutes on a machine that does nothing else
 def test_every_stage_runs_with_tiny_models(tmp_path):
     stages = [n for n in gpu.STAGES if n not in ("compiled_sdxl", "engine_compiled")]
     done = command("--tiny", "--out", tmp_path / "gpu.json", "--budget", 850, "--stages", *stages)
