@@ -133,6 +133,34 @@ def table(names: Iterable[str] = BEFORE) -> list[Seen]:
         return [measured(server, rows[name], usual) for name in names]
 
 
+FLOODS = {"GET /openapi.json": b"", "GET /metrics": b"", "POST /generate": b'{"prompt":""}'}      # the last is refused
+
+
+def flooded(server: Process, asked: str, usual: float, at_once: int = 64) -> str:
+    """A row: the victim's pictures while one client has 64 cheap requests at once, again and again."""
+    (method, path), over = asked.split(), threading.Event()
+
+    def flood() -> None:
+        while not over.is_set(): server.send(path, FLOODS[asked], method, source="127.0.0.3")
+
+    threads = [threading.Thread(target=flood) for _ in range(at_once)]
+    for thread in threads: thread.start()
+    time.sleep(1)
+    waits = [server.ask() / usual for _ in range(9)]
+    over.set()
+    for thread in threads: thread.join()
+    return f"| {asked} | {statistics.median(waits):.1f} | {max(waits):.1f} |"
+
+
+def floods() -> str:
+    """The floods one after the other against one server, as a markdown table."""
+    with served() as server:
+        server.ask()
+        rows = [flooded(server, asked, statistics.median(server.ask() for _ in range(9))) for asked in FLOODS]
+    head = "| 64 at once | victim, times its usual | at worst |\n| --- | --- | --- |\n"
+    return head + "\n".join(rows)
+
+
 def as_markdown(seen: Iterable[Seen]) -> str:
     """The table as 09f_app shows it."""
     head = "| attack | before | processor | memory | victim, times its usual | answers |\n| --- | --- | --- | --- | --- | --- |\n"
