@@ -479,8 +479,8 @@ def engine_facts(engine: Engine, pictures: Sequence[Picture], rate: float,
                  core: int | None) -> dict[str, Any]:
     "What is measured of the engine alone, with the promise under Poisson arrivals of `rate` a second."
     apple, said = replace(pictures[0], steps=4, init=None, strength=None), engine.health()
-    decode = decode_curve(engine)
-    return {"overhead": overhead(engine, apple, core=core), "previewCost": preview_cost(engine, apple),
+    decode, repeats = decode_curve(engine), min(40, len(pictures))
+    return {"overhead": overhead(engine, apple, repeats, core), "previewCost": preview_cost(engine, apple, repeats),
             "eta": eta_errors(engine, pictures, rate), "stepCost": said.step_cost, "decodeCost": decode,
             "optimizations": list(said.optimizations)}
 
