@@ -97,7 +97,7 @@ TINY_SDXL = SIZES["small"].unet | dict(addition_embed_type="text_time", addition
 REAL_SIZE = BenchSize()
 TINY_SIZE = BenchSize("small", TINY_SDXL, device="cpu", batches=(1, 8), repeats=1, matrix=64,
                       megabytes=1,
-                      clients=4, pictures=8, compiler="eager", patience=5,
+                      clients=4, pictures=4, compiler="eager", patience=5,
                       precision="bf16" if has_bf16() else "fp32")
 
 # %% ../nbs/18_gpu.ipynb #f5f81e83
