@@ -12,7 +12,7 @@ from .types import Picture
 from .unet_input import NetInput
 
 # %% auto #0
-__all__ = ['Text', 'Conditions', 'LatentSpace', 'first_pixels', 'touched', 'Denoiser']
+__all__ = ['Text', 'Conditions', 'LatentSpace', 'first_pixels', 'touched', 'Conditioning', 'Denoiser']
 
 # %% ../nbs/05g_denoisers.ipynb #c51c98b4
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ def touched(white: np.ndarray, side: int) -> np.ndarray:
     return np.asarray(white.reshape(height // side, side, width // side, side).any(axis=(1, 3)))
 
 # %% ../nbs/05g_denoisers.ipynb #d9ffa6f8
-class Denoiser(LatentSpace):
-    "What one family of models does in its own way."
+class Conditioning(LatentSpace):
+    "From the prompts of a picture, and the pictures it looks at, to its `Conditions`."
     def measure(self, text: str) -> int:
         "The size that this prompt has to be padded to."
         raise NotImplementedError
@@ -104,12 +104,6 @@ class Denoiser(LatentSpace):
     def tokens(self, size: int) -> int:
         "The `Conditions.tokens` of a picture whose texts have this size, before anything is encoded."
         raise NotImplementedError
-
-    def shapes(self, p: Picture) -> tuple[tuple[int, int], ...]:
-        "The `Conditions.shapes` of a picture, before anything is encoded."
-        if not self.looks_at_picture or p.strength is None: return ()
-        sizes = ((p.width, p.height), *(image.size for image in p.references))
-        return tuple((height // self.side, width // self.side) for width, height in sizes)
 
     def encode(self, texts: list[str], size: int) -> list[Text]:
         "Pad prompts to one size and encode them."
@@ -119,6 +113,20 @@ class Denoiser(LatentSpace):
         "Conditions from the encoded texts of a picture, the negative one first."
         raise NotImplementedError
 
+    @property
+    def looks_at_picture(self) -> bool:
+        "Whether a refinement gets its picture as a reference beside the latents. Without a mask it begins with noise."
+        return self.parts.row.refine == "reference"
+
+    def shapes(self, p: Picture) -> tuple[tuple[int, int], ...]:
+        "The `Conditions.shapes` of a picture, before anything is encoded."
+        if not self.looks_at_picture or p.strength is None: return ()
+        sizes = ((p.width, p.height), *(image.size for image in p.references))
+        return tuple((height // self.side, width // self.side) for width, height in sizes)
+
+# %% ../nbs/05g_denoisers.ipynb #dadf00ea
+class Denoiser(Conditioning):
+    "What one family of models does in its own way."
     def set_up(self, scheduler: Any, p: Picture) -> int:
         "Give a scheduler the timetable of a picture -> the index of the first step to run."
         raise NotImplementedError
@@ -140,11 +148,6 @@ class Denoiser(LatentSpace):
         if len(predicted) == 1: return predicted
         negative, positive = predicted[:1], predicted[1:]
         return negative + scale * (positive - negative)
-
-    @property
-    def looks_at_picture(self) -> bool:
-        "Whether a refinement gets its picture as a reference beside the latents. Without a mask it begins with noise."
-        return self.parts.row.refine == "reference"
 
     def seen_mask(self, white: np.ndarray) -> np.ndarray:
         "A mask [H, W], True where the picture is drawn anew, as latents see it: [h, w] from 0 to 1."
