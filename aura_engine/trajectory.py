@@ -25,8 +25,8 @@ __all__ = ['MOST_TEXT', 'Weights', 'FIRST_ORDER', 'FLAT', 'OVERFLOWED', 'EMPTY',
            'Coefficients', 'Mixture', 'Table', 'probe', 'scale_at', 'estimate_of', 'TimetableKey', 'weights_at',
            'mix_of', 'make_table', 'Noise', 'dtype_of', 'overflows', 'moved', 'pixels_of', 'encode_pixels',
            'encode_picture', 'sampled', 'decode_as', 'decode_batch', 'decode_latents', 'KeptLatents', 'mask_tensor',
-           'hole_in', 'begins_pure', 'Beginning', 'encoded_init', 'references_of', 'beginning', 'TrajectoryState',
-           'Trajectory', 'advance', 'take_steps', 'fresh_noise']
+           'hole_in', 'begins_pure', 'Beginning', 'encoded_init', 'references_of', 'beginning', 'Schedule',
+           'schedule_of', 'TrajectoryState', 'Trajectory', 'advance', 'take_steps', 'fresh_noise']
 
 # %% ../nbs/06_trajectory.ipynb #90089ddf
 class TextKey(NamedTuple):
@@ -366,10 +366,31 @@ def beginning(parts: Components, p: Picture, mix: Mixture, noise: Noise) -> Begi
     looked_at = references_of(parts, p, encoded, noise)
     if p.inpainting is None: return Beginning(latents, references=looked_at)
     assert encoded is not None
-    # The pipelines encode the picture with its hole here too, and do not use it. The draw counts.
+    # The pipelines also encode the picture with its hole here. They never use it, but its noise is drawn all the same.
     if parts.draws_latents: noise.draw(shape)
     kept = KeptLatents(encoded, drawn, mask_tensor(parts, p), mix.before)
     return Beginning(latents, kept, references=looked_at)
+
+# %% ../nbs/06_trajectory.ipynb #4926bf75
+@dataclass(frozen=True)
+class Schedule:
+    "The timesteps of one picture, how picture and noise are mixed, and what takes the steps."
+    timesteps: torch.Tensor
+    mix: Mixture
+    table: Table | None = None                          # of a first-order sampler
+    sampler: Any = None                                 # or a multistep one, with a memory of its own
+
+# %% ../nbs/06_trajectory.ipynb #2510e2ab
+def schedule_of(parts: Components, p: Picture, texts: TextCache) -> Schedule:
+    "When a picture takes its steps, and with what."
+    pure = begins_pure(parts, p)
+    if SAMPLERS[p.scheduler or parts.row.sampler].cls in FIRST_ORDER:
+        size = p.width, p.height
+        table = texts.table(TimetableKey(p.scheduler, p.steps, p.strength, p.steps_asked, size, pure))
+        return Schedule(table.timesteps, table.mix, table)
+    sampler = parts.scheduler(p.scheduler)
+    first = texts.family.set_up(sampler, p)
+    return Schedule(sampler.timesteps[first:], mix_of(sampler, first, p.strength, pure), sampler=sampler)
 
 # %% ../nbs/06_trajectory.ipynb #991e7735
 class TrajectoryState:
@@ -380,27 +401,16 @@ class TrajectoryState:
         self.family = texts.family
         self.noise = Noise(picture)
         self.estimate: torch.Tensor | None = None
-        self.table: Table | None = None                 # a first-order sampler
-        self.sampler: Any = None                        # or a multistep one, with a memory of its own
-        self.timesteps, mix = self._timetable(texts)
+        schedule = schedule_of(parts, picture, texts)
+        self.table, self.sampler = schedule.table, schedule.sampler
+        self.timesteps = schedule.timesteps
         self.clock = self.timesteps.to(parts.device).float()
-        begun = beginning(parts, picture, mix, self.noise)
+        begun = beginning(parts, picture, schedule.mix, self.noise)
         given = self.family.conditions(picture, [texts(key) for key in texts.keys(picture)])
         self.conditions: Conditions = replace(given, references=begun.references)
         self.latents = begun.latents
         self.kept = begun.kept
         self.hole = begun.hole
-
-    def _timetable(self, texts: TextCache) -> tuple[torch.Tensor, Mixture]:
-        p = self.picture
-        pure = begins_pure(self.parts, p)
-        if SAMPLERS[p.scheduler or self.parts.row.sampler].cls in FIRST_ORDER:
-            size = p.width, p.height
-            self.table = texts.table(TimetableKey(p.scheduler, p.steps, p.strength, p.steps_asked, size, pure))
-            return self.table.timesteps, self.table.mix
-        self.sampler = self.parts.scheduler(p.scheduler)
-        first = self.family.set_up(self.sampler, p)
-        return self.sampler.timesteps[first:], mix_of(self.sampler, first, p.strength, pure)
 
     @property
     def steps(self) -> int:
