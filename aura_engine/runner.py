@@ -29,7 +29,7 @@ from .unet_input import NetInput
 __all__ = ['M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'M_ARENA_MAX', 'mallopt', 'keep_memory', 'one_heap', 'few_kernels', 'by_place',
            'preview_matrix', 'preview_image', 'clocked', 'Trial', 'try_out', 'key_of', 'curve_name', 'measured_curves',
            'costs_of', 'versions_of', 'receipt_of_task', 'spend', 'cut_short', 'left_out', 'take_digests', 'begin_task',
-           'pasted', 'Runner', 'prepare_runner']
+           'pasted', 'RunnerState', 'Runner', 'prepare_runner']
 
 # %% ../nbs/08c_runner.ipynb #bda0bf3f
 M_TRIM_THRESHOLD = -1               # the names and numbers of glibc's malloc.h
@@ -203,7 +203,7 @@ def cut_short(task: Task) -> bool:
     return True
 
 def left_out(task: Task) -> list[str]:
-    "What the receipt of a picture says that was cut short. The job's warnings say it too."
+    "What the receipt says of a picture that was cut short. The job's warnings say it too."
     t = task.trajectory
     if t is None or t.done: return []
     said = f"interrupted after step {t.k} of {t.steps}"
@@ -239,8 +239,8 @@ def pasted(inpainting: Inpainting, made: Decoded) -> Decoded:
     return inpainting.paste(image), again
 
 # %% ../nbs/08c_runner.ipynb #b01486a0
-class Runner:
-    "A loaded model at work. `cost` learns from every call. `texts` keeps encoded prompts."
+class RunnerState:
+    "A loaded model, and what is known of its calls. `cost` learns from each. `texts` keeps encoded prompts."
     def __init__(self, parts: Components, cost: StepCost, matrix: np.ndarray, texts: TextCache):
         self.parts = parts
         self.cost = cost
@@ -259,6 +259,15 @@ class Runner:
                             job=job, index=i, picture=p))
         return out
 
+    def preview(self, task: Task) -> np.ndarray:
+        "What a picture under way looks like now: uint8 [h, w, 3]."
+        t = task.trajectory
+        assert t is not None and t.estimate is not None
+        return preview_image(self.matrix, t.family.preview_latents(t.estimate))
+
+# %% ../nbs/08c_runner.ipynb #2fb920d7
+class Runner(RunnerState):
+    "A loaded model at work."
     def begin(self, fresh: Sequence[Task]) -> None:
         "Texts, noise and first latents of newcomers."
         keys = [key for task in fresh for key in self.texts.keys(task.picture)]
@@ -288,12 +297,6 @@ class Runner:
         self.cost.decode.observe(batch[0].key, bucket, seconds)
         for task in batch: spend(task, "decode", seconds, seconds / len(batch))
         return outcomes
-
-    def preview(self, task: Task) -> np.ndarray:
-        "What a picture under way looks like now: uint8 [h, w, 3]."
-        t = task.trajectory
-        assert t is not None and t.estimate is not None
-        return preview_image(self.matrix, t.family.preview_latents(t.estimate))
 
 # %% ../nbs/08c_runner.ipynb #4049764e
 def prepare_runner(parts: Components, settings: Settings) -> Runner:
