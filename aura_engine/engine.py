@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Self
 import psutil, torch
 from . import __version__
 from .batching import StepCost, choose
@@ -31,9 +32,9 @@ log = logging.getLogger("aura_engine")
 
 # %% auto #0
 __all__ = ['log', 'is_out_of_memory', 'drop_caches', 'TiledVae', 'report_failure', 'Recovery', 'hurry_up', 'Pasting', 'Delivery',
-           'steps_left', 'Turns', 'reason_of', 'memory', 'EngineView', 'stopping', 'ready_runner', 'Engine',
-           'optimizations_of', 'warnings_of', 'health_of', 'with_model', 'Lease', 'Engines', 'shared_engine',
-           'close_engines']
+           'steps_left', 'report_step', 'end_overdue', 'Turns', 'reason_of', 'memory', 'EngineView', 'stopping',
+           'ready_runner', 'EngineThread', 'Engine', 'optimizations_of', 'warnings_of', 'health_of', 'with_model',
+           'Lease', 'Engines', 'shared_engine', 'close_engines']
 
 # %% ../nbs/08d_engine.ipynb #24881fea
 def is_out_of_memory(error: Exception) -> bool:
@@ -183,6 +184,24 @@ def steps_left(task: Task) -> int:
     return task.trajectory.steps - task.trajectory.k
 
 # %% ../nbs/08d_engine.ipynb #9aa3866d
+def report_step(task: Task, runner: Runner) -> None:
+    "Tell a job of the step that its picture has taken, with a preview if it wants them."
+    t, job = task.trajectory, task.job
+    assert t is not None
+    job.emit(Step(task.index, t.k, t.steps))
+    if job.previews: job.emit(Preview(task.index, runner.preview(task)))
+
+# %% ../nbs/08d_engine.ipynb #b5c93b05
+def end_overdue(queue: Queue) -> None:
+    "End the jobs that were cancelled or are too late. Hurry those whose pictures are wanted as they are."
+    now = time.monotonic()
+    for job in {task.job for task in queue.tasks}:
+        if job.cancelled: queue.end(job, Cancelled("The request was cancelled."))
+        elif now > job.deadline:
+            queue.end(job, DeadlineExceeded(f"Not finished within {job.seconds:g} seconds."))
+        elif job.hurried: hurry_up(queue, job)
+
+# %% ../nbs/08d_engine.ipynb #1cac86f8
 class Turns:
     "The engine's work, one call at a time."
     def __init__(self, runner: Runner, queue: Queue, most: int):
@@ -192,7 +211,7 @@ class Turns:
 
     def turn(self) -> None:
         "Do what is to be done next. Returns at once when there is nothing."
-        self._end_overdue()
+        end_overdue(self.queue)
         self.recovery.tiled.release(self.queue.tasks)
         for task in [task for task in self.queue.tasks if task.pasting and task.due]:
             try: self.delivery.take_pasted(task)
@@ -213,23 +232,11 @@ class Turns:
         self.recovery.allow_more(self.runner.unet_calls)
         # all of them have taken the step, also when a preview fails below
         for task in batch: task.steps_left = steps_left(task)
-        for task in batch:
-            t, job = task.trajectory, task.job
-            assert t is not None
-            job.emit(Step(task.index, t.k, t.steps))
-            if job.previews: job.emit(Preview(task.index, self.runner.preview(task)))
+        for task in batch: report_step(task, self.runner)
 
     def finish(self, batch: Sequence[Task], bucket: int) -> None:
         "One call of the decoder, and where its pictures go."
         for task, outcome in zip(batch, self.runner.decode(batch, bucket)): self.delivery.take(task, outcome)
-
-    def _end_overdue(self) -> None:
-        now = time.monotonic()
-        for job in {task.job for task in self.queue.tasks}:
-            if job.cancelled: self.queue.end(job, Cancelled("The request was cancelled."))
-            elif now > job.deadline:
-                self.queue.end(job, DeadlineExceeded(f"Not finished within {job.seconds:g} seconds."))
-            elif job.hurried: hurry_up(self.queue, job)
 
     def _fail(self, batch: Sequence[Task], error: Exception) -> None:
         answer = error if isinstance(error, AuraError) else self.recovery.recover(batch, error)
@@ -320,15 +327,15 @@ def ready_runner(parts: Components, settings: Settings, progress: Progress) -> R
     return prepare_runner(parts, settings)
 
 # %% ../nbs/08d_engine.ipynb #66490113
-class Engine(EngineView):
-    "One model on one device, served by one thread."
+class EngineThread(EngineView):
+    "The thread that loads a model and takes turns until it is closed."
     def __init__(self, settings: Settings):
         super().__init__(settings)
         self.thread = threading.Thread(target=self._run, name="aura-engine", daemon=True)
         self._closed = False
         self._settled = threading.Event()
 
-    def start(self) -> Engine:
+    def start(self) -> Self:
         "Begin to load in a daemon thread. Returns at once."
         one_heap()
         few_kernels()
@@ -340,6 +347,39 @@ class Engine(EngineView):
         self._settled.wait(timeout)
         return self.ready
 
+    def _run(self) -> None:
+        try:
+            turns = self._prepare()
+            if not self._closed: self.status = EngineState.ready
+            self._settled.set()
+            while self.queue.wait(lambda: self._closed) and not self._closed:
+                with self.hold_device(): turns.turn()
+        except AuraError as e: self._fail(e.detail)
+        except BaseException as e:                  # also what libraries raise to end a program
+            log.exception("the engine thread stopped")
+            self._fail(f"The engine stopped working: {reason_of(e)}")
+        finally: self._settled.set()
+
+    def _prepare(self) -> Turns:
+        start = time.monotonic()
+        parts = load(self.settings, self.progress)
+        self.weights = bytes_of(parts)
+        with LOADING:
+            if self._closed: raise ShuttingDown("The engine was closed while it was loading.")
+            runner = ready_runner(parts, self.settings, self.progress)
+        self.turns = Turns(runner, self.queue, self.settings.max_batch)
+        log.info("ready", extra={"seconds": round(time.monotonic() - start, 1), "model": self.settings.model_id})
+        return self.turns
+
+    def _fail(self, reason: str) -> None:
+        "Not ready for good: every waiting job ends at once."
+        if not self._closed: self.status = EngineState.failed
+        self.reason = reason
+        self.queue.stop(EngineFailed(reason))
+
+# %% ../nbs/08d_engine.ipynb #cb004eb2
+class Engine(EngineThread):
+    "One model on one device, served by one thread."
     def submit(self, plan: Plan, previews: bool = False, client: str = "", arrived: float | None = None) -> Job:
         """Queue a plan, whose deadline counts from `arrived` (time.monotonic(), None: from now).
 
@@ -366,38 +406,7 @@ class Engine(EngineView):
         if self.status is not EngineState.failed: self.status = EngineState.draining
         self.queue.stop(stopping("The engine stopped before this was finished."))
         if self.thread.is_alive() and self.turns and self.thread is not threading.current_thread():
-            self.thread.join(timeout=30)            # a step of a large model takes its time
-
-    def _run(self) -> None:
-        try:
-            turns = self._prepare()
-            if not self._closed: self.status = EngineState.ready
-            self._settled.set()
-            while self.queue.wait(lambda: self._closed) and not self._closed:
-                with self.hold_device(): turns.turn()
-        except AuraError as e: self._fail(e.detail)
-        except BaseException as e:                  # also what libraries raise to end a program
-            log.exception("the engine thread stopped")
-            self._fail(f"The engine stopped working: {reason_of(e)}")
-        finally: self._settled.set()
-
-    def _prepare(self) -> Turns:
-        start = time.monotonic()
-        parts = load(self.settings, self.progress)
-        self.weights = bytes_of(parts)
-        with LOADING:
-            if self._closed: raise ShuttingDown("The engine was closed while it was loading.")
-            runner = ready_runner(parts, self.settings, self.progress)
-        self.turns = Turns(runner, self.queue, self.settings.max_batch)
-        seconds = round(time.monotonic() - start, 1)
-        log.info("ready", extra={"seconds": seconds, "model": self.settings.model_id})
-        return self.turns
-
-    def _fail(self, reason: str) -> None:
-        "Not ready for good: every waiting job ends at once."
-        if not self._closed: self.status = EngineState.failed
-        self.reason = reason
-        self.queue.stop(EngineFailed(reason))
+            self.thread.join(timeout=30)            # a step of a large model may take seconds
 
     def __enter__(self) -> Engine: return self
     def __exit__(self, *exc) -> None: self.close()
