@@ -489,6 +489,7 @@ def collect_memory() -> None:
     gc.collect()
     if torch.cuda.is_available(): torch.cuda.empty_cache()
 
+# %% ../nbs/08e_side_by_side.ipynb #c4fdf26e
 def budget_of(settings: Settings) -> int:
     "Bytes of weights that may be loaded: AURA_MODELS_MEMORY, else half of the GPU's memory or of the main memory."
     import torch
