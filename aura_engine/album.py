@@ -25,8 +25,8 @@ from .types import AuraError, Cancelled, Done, Event, Image, Preview, Queued, Re
 
 # %% auto #0
 __all__ = ['Listener', 'KEPT', 'Shot', 'seconds_worked', 'Album', 'Message', 'preview_file', 'shot_message', 'message_of',
-           'WorkRecord', 'pictures_of_ask', 'Work', 'Gallery', 'Desk', 'engine_in', 'is_alike', 'is_successor',
-           'desk_of', 'close_desks']
+           'WorkRecord', 'pictures_of_ask', 'WorkState', 'Work', 'Gallery', 'Desk', 'engine_in', 'is_alike',
+           'is_successor', 'desk_of', 'close_desks']
 
 # %% ../nbs/13a_album.ipynb #4dfc70c6
 @dataclass(eq=False)
@@ -171,9 +171,9 @@ def pictures_of_ask(ask: Ask) -> int:
     if isinstance(ask, Replay): return 1
     return getattr(ask, "n", 0) or len(getattr(ask, "images", ()))
 
-# %% ../nbs/13a_album.ipynb #fc5589d8
-class Work:
-    "A request under way. `ask`: what was asked. `aside`: its pictures do not go into the album yet."
+# %% ../nbs/13a_album.ipynb #698387d4
+class WorkState:
+    "What is known of a request. `ask`: what was asked. `aside`: its pictures do not go into the album yet."
     def __init__(self, desk: Desk, ask: Ask, id: str = "", aside: bool = False):
         self.desk = desk
         self.ask = ask
@@ -197,22 +197,8 @@ class Work:
         "Hear all messages from the first one on."
         self._record.listen(hear)
 
-    async def run(self) -> None:
-        "Ask, and tell what happens until the end."
-        self._task = asyncio.current_task()
-        try:
-            async with aclosing(self.desk.client.aio.stream(self.ask)) as events:
-                async for event in events:
-                    if isinstance(event, Notice) and event.kind == "asks": self.engine = event.engine
-                    if isinstance(event, Image): self._made(event)
-                    elif message := message_of(event): self._record.tell(message)
-        except AuraError as error: self._failed(error)
-        except asyncio.CancelledError: self._failed(Cancelled("Stopped."))
-        finally:
-            self.over = True
-            self.desk.tidy()
-
-    def _made(self, event: Image) -> None:
+    def add_picture(self, event: Image) -> None:
+        "Keep a finished picture, in the album unless it stays aside."
         seconds = seconds_worked(event.receipt)
         if seconds is None: seconds = round(time.time() - self.at, 2)
         shot = Shot(f"{self.id}-{event.index}", event.image, event.receipt, self.engine, seconds)
@@ -221,9 +207,28 @@ class Work:
         else: self.desk.album.add(shot)
         self._record.tell(shot_message(shot, event.index))
 
-    def _failed(self, error: AuraError) -> None:
+    def fail(self, error: AuraError) -> None:
+        "Keep the error that ended it."
         self.error = error
         self._record.tell(Message({"type": "failed", "problem": error.problem("")}))
+
+# %% ../nbs/13a_album.ipynb #fc5589d8
+class Work(WorkState):
+    "A request under way, which can be stopped and waited for."
+    async def run(self) -> None:
+        "Ask, and tell what happens until the end."
+        self._task = asyncio.current_task()
+        try:
+            async with aclosing(self.desk.client.aio.stream(self.ask)) as events:
+                async for event in events:
+                    if isinstance(event, Notice) and event.kind == "asks": self.engine = event.engine
+                    if isinstance(event, Image): self.add_picture(event)
+                    elif message := message_of(event): self._record.tell(message)
+        except AuraError as error: self.fail(error)
+        except asyncio.CancelledError: self.fail(Cancelled("Stopped."))
+        finally:
+            self.over = True
+            self.desk.tidy()
 
     def cancel(self) -> None:
         "Stop at the next step, and keep what is finished."
@@ -346,6 +351,7 @@ def _client_of(source: Any) -> AuraClient:
     if isinstance(source, AuraClient): return source
     return AuraClient() if source is None else AuraClient(source, mode="local")
 
+# %% ../nbs/13a_album.ipynb #64637081
 def close_desks() -> None:
     "Close every desk: its work, its client, and its share of an engine of this process."
     with _finding:
@@ -354,8 +360,7 @@ def close_desks() -> None:
     for desk in desks: desk.client.close()
 
 def _let_go() -> None:
-    # An engine's thread that still works while Python ends can hang the process. Only the engine is closed here: the
-    # client's threads cannot be asked any more.
+    # Only the engine: the client's threads cannot be asked any more when Python ends.
     for desk in _desks:
         for door in desk.client.aio.doors:
             if lease := getattr(door, "lease", None): lease.close()
