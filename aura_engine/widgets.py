@@ -24,8 +24,8 @@ STUDIO_FOLDER = _HERE / "assets/studio"
 
 # %% auto #0
 __all__ = ['STUDIO_FOLDER', 'FORM', 'VARIED', 'Axis', 'form_of', 'ask_of', 'asked_by', 'shown_of', 'Still', 'module_text',
-           'StudioTraits', 'Pane', 'account_of', 'examples_from', 'TalkingPane', 'Conversation', 'Exhibit', 'Studio',
-           'EngineStatus', 'checked_axis', 'Axes', 'Compare']
+           'StudioTraits', 'Pane', 'account_of', 'examples_from', 'TalkingPane', 'Conversation', 'Exhibit',
+           'LiveExhibit', 'Studio', 'EngineStatus', 'checked_axis', 'Axes', 'Compare']
 
 # %% ../nbs/13b_widgets.ipynb #a1cd870a
 FORM: dict[str, Any] = {
@@ -150,7 +150,7 @@ class Pane(StudioTraits):
 
     def close(self) -> None:
         "Look no more and take the widget away. The engine, which others may use, goes on."
-        self.stop()
+        Pane.stop(self)                             # a Studio has another `stop`, for its work
         super().close()
 
 # %% ../nbs/13b_widgets.ipynb #d275db42
@@ -259,16 +259,13 @@ class Exhibit(Conversation):
         return grid([s.image for s in shots], width=width, columns=3, labels=labels)
 
 # %% ../nbs/13b_widgets.ipynb #282a2842
-class Studio(Exhibit):
-    """Prompt to picture, picture to picture. Further arguments fill the form: `Studio("offline", prompt="an owl")`.
-
-    `source`: "offline", an address, a client, an `Engine`, or None for a running engine here and then the cloud.
-    """
+class LiveExhibit(Exhibit):
+    "An exhibit that follows the work of its desk."
     busy = T.Bool(False)
     progress = T.Float(0.0)
 
-    def __init__(self, source: Any = None, **form: Any):
-        super().__init__(source, value=form_of(form))
+    def __init__(self, source: Any = None, **traits: Any):
+        super().__init__(source, **traits)
         self._heard: set[str] = set()        # ids of the work whose progress is followed
         self.desk.watchers.append(self._work_changed)
         self.desk.viewers.append(self.hear_of_album)
@@ -284,6 +281,23 @@ class Studio(Exhibit):
             work.listen(lambda message, work=work: self._advance(work))
 
     def _advance(self, work: Work) -> None: self.progress = work.progress
+
+    def close(self) -> None:
+        "Follow no more, and take the widget away."
+        # also called when the widget is collected, after an earlier close
+        if self._work_changed in self.desk.watchers:
+            self.desk.watchers.remove(self._work_changed)
+            self.desk.viewers.remove(self.hear_of_album)
+        super().close()
+
+# %% ../nbs/13b_widgets.ipynb #46f95ace
+class Studio(LiveExhibit):
+    """Prompt to picture, picture to picture. Further arguments fill the form: `Studio("offline", prompt="an owl")`.
+
+    `source`: "offline", an address, a client, an `Engine`, or None for a running engine here and then the cloud.
+    """
+    def __init__(self, source: Any = None, **form: Any):
+        super().__init__(source, value=form_of(form))
 
     @T.validate("value")
     def _whole_form(self, proposal: Any) -> dict[str, Any]: return form_of(proposal["value"])
@@ -308,12 +322,8 @@ class Studio(Exhibit):
 
     def close(self) -> None:
         "Stop its work and take the widget away. The engine goes on for others: `close_desks` ends that, too."
-        # also called when the widget is collected, after an earlier close
-        if self._work_changed in self.desk.watchers:
-            self.desk.watchers.remove(self._work_changed)
-            self.desk.viewers.remove(self.hear_of_album)
-        self.stop()
         super().close()
+        self.stop()
 
 # %% ../nbs/13b_widgets.ipynb #b83bee01
 class EngineStatus(Pane):

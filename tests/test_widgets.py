@@ -138,6 +138,7 @@ def test_what_is_picked_elsewhere_is_told_once(studio):
     assert studio.pictures == [shot] and len(other.of("image", "album")) == 1
     studio.close()
     assert studio.desk.viewers == []
+    assert studio.looking.cancelled()                       # it asks no engine any more
 
 
 def test_stop(studio):
