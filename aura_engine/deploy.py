@@ -19,11 +19,12 @@ __all__ = ['DECLINED', 'ADDRESS', 'BackStep', 'HOW_ON', 'NOT_WAITED', 'PICTURE',
            'unfinished_run', 'unfinished_run_of', 'begun_text', 'left_paid', 'restore_settings', 'restore_files',
            'old_version_questions', 'roll_back', 'gone_secrets', 'may_be_rebuilt', 'take_back', 'print_step',
            'deploy_cleaner', 'check_env_file', 'checked_files', 'bill', 'smoke_questions', 'check_plan', 'check_number',
-           'hub_for', 'said_first', 'DeployPlanning', 'say_undone', 'DeployChanging', 'DeployApplying', 'superseded',
-           'DeployGuarding', 'DeployProving', 'DeployReturning', 'record_address', 'sleeps_on', 'wake_text',
-           'DeployEnding', 'Deployment', 'deploy_space', 'DeployWatch', 'SpacePanel', 'live_health', 'health_if_awake',
-           'hour_text', 'engine_text', 'space_status', 'hardware_panel', 'drift', 'settings_panel', 'commit_lines',
-           'diagnose', 'json_steps', 'full_commit', 'run_deploy', 'main', 'per_thousand']
+           'hub_for', 'said_first', 'with_rebuild', 'next_journal', 'DeployPlanning', 'say_undone', 'DeployChanging',
+           'DeployApplying', 'superseded', 'DeployGuarding', 'DeployProving', 'DeployReturning', 'record_address',
+           'sleeps_on', 'wake_text', 'DeployEnding', 'Deployment', 'deploy_space', 'DeployWatch', 'SpacePanel',
+           'live_health', 'health_if_awake', 'hour_text', 'engine_text', 'space_status', 'hardware_panel', 'drift',
+           'settings_panel', 'commit_lines', 'diagnose', 'json_steps', 'full_commit', 'run_deploy', 'main',
+           'per_thousand']
 
 # %% ../nbs/15e_deploy.ipynb #d2d92913
 import httpx
@@ -204,13 +205,11 @@ def _old_machine(plan: DeployPlan, old: DeployJournal) -> dict[str, Any]:
         "visibility": state.visibility,
         "volumes": [asdict(volume) for volume in state.volumes],
     }
-    # A plan calls the sleep time "sleep", and hardware brings its own.
     changed = {change.what.replace("sleep", "sleep_time") for change in plan.changes if state.head}
-    if "hardware" in changed: changed.add("sleep_time")
-    known = {name: getattr(old, name) for name in now}
-    changing = {name: value for name, value in now.items() if name in changed}
-    # what an earlier run has noted is older, so it counts
-    return changing | {name: value for name, value in known.items() if value is not None}
+    if "hardware" in changed: changed.add("sleep_time")         # the Hub sets another one with new hardware
+    noted_now = {name: value for name, value in now.items() if name in changed}
+    noted_before = {name: value for name in now if (value := getattr(old, name)) is not None}
+    return noted_now | noted_before                             # what an earlier run has noted is older, so it counts
 
 # %% ../nbs/15e_deploy.ipynb #aa334ac5
 def journal_of(plan: DeployPlan, good: str | None, cut: DeployJournal | None = None) -> DeployJournal:
@@ -379,14 +378,15 @@ def old_version_questions(hub: SpaceHub, o: DeployOptions) -> SmokeTest:
 
 # %% ../nbs/15e_deploy.ipynb #6ff3d420
 def roll_back(hub: SpaceHub, good: str, journal: DeployJournal | None, o: DeployOptions, say: Say) -> None:
-    "Restore commit `good` and the settings, wait for it, ask its health."
+    "Restore the files of commit `good` and the settings, wait until the Space runs them, and ask how it is."
     say("rollback", f"putting back {good[:12]}")
     head = hub.info().sha
     if journal: restore_settings(hub, journal)
     oid = restore_files(hub, good)
-    if oid == head and journal and BUILT_IN & set(journal.variables): hub.restart(rebuild=True)
+    written = "settings" if oid == head else "commit"           # no new commit: the files were as they should be
+    if written == "settings" and journal and BUILT_IN & set(journal.variables): hub.restart(rebuild=True)
     if journal and journal.lost: say("rollback", f"stays as it is now: {', '.join(journal.lost)}")
-    wait_for_commit(hub, oid, "settings" if oid == head else "commit", o.timeout or 1800, say, before=head)
+    wait_for_commit(hub, oid, written, o.timeout or 1800, say, before=head)
     smoke_test(old_version_questions(hub, o), say, o.timeout or 300)
 
 # %% ../nbs/15e_deploy.ipynb #5be0f775
@@ -528,6 +528,22 @@ def said_first(state: SpaceState, o: DeployOptions, earlier: DeployJournal | Non
     return renamed_lines(state, o.space_id) + ([begun_text(earlier)] if earlier else [])
 
 # %% ../nbs/15e_deploy.ipynb #d931540f
+def with_rebuild(o: DeployOptions, record: DeployRecord, state: SpaceState) -> DeployOptions:
+    "The options, with `rebuild` set if an earlier run changed what the build reads and may not have rebuilt."
+    cut = unfinished_run_of(record, state)
+    unbuilt = cut and cut.head == state.head and BUILT_IN & set(cut.variables)
+    return replace(o, rebuild=True) if unbuilt else o
+
+# %% ../nbs/15e_deploy.ipynb #3c42bd14
+def next_journal(plan: DeployPlan, record: DeployRecord, mine: DeployJournal | None) -> DeployJournal | None:
+    "How to undo the plan and what was done before. `mine`: the journal of this run's first plan. None: nothing to do."
+    state = plan.state
+    good = (state.running or record.read().get("oid")) if state.head else None
+    cut = unfinished_run_of(record, state)
+    if cut is None and mine: cut = replace(mine, previous=good)
+    return journal_of(plan, good, cut) if plan.changes else cut
+
+# %% ../nbs/15e_deploy.ipynb #451b851a
 class DeployPlanning:
     "The first phase: what is here, what is there, what to do."
     hub: SpaceHub
@@ -553,28 +569,14 @@ class DeployPlanning:
         # A second plan of the same run finds its own journal.
         for line in said_first(state, self.o, None if self.journal else earlier): self.say("plan", line)
         check_plan(state, self.o, list(self.files), earlier)
-        self.plan = plan_deployment(state, self.files, self.options_now(state))
+        self.plan = plan_deployment(state, self.files, with_rebuild(self.o, self.record, state))
         self.planned = time.monotonic()
         self.say("plan", str(self.plan), plan=self.plan)
         check_number(self.plan, self.o)
-        self.make_journal(state)
+        self.journal = next_journal(self.plan, self.record, self.journal)
         self.receipt = DeployReceipt(
             space=self.o.space_id, build=self.plan.build, changes=len(self.plan.changes), oid=state.head,
             previous=self.journal.previous if self.journal else state.running)
-
-    def options_now(self, state: SpaceState) -> DeployOptions:
-        "The options, with `rebuild` set if an earlier run changed what the build reads and may not have rebuilt."
-        cut = unfinished_run_of(self.record, state)
-        unbuilt = cut and cut.head == state.head and BUILT_IN & set(cut.variables)
-        return replace(self.o, rebuild=True) if unbuilt else self.o
-
-    def make_journal(self, state: SpaceState) -> None:
-        # how to undo the plan, and also what an earlier run has left
-        good = (state.running or self.record.read().get("oid")) if state.head else None
-        cut = unfinished_run_of(self.record, state)
-        # A second plan of the same run: what the first one did is to be undone, too.
-        if cut is None and self.journal: cut = replace(self.journal, previous=good)
-        self.journal = journal_of(self.plan, good, cut) if self.plan.changes else cut
 
 # %% ../nbs/15e_deploy.ipynb #104a2df0
 def say_undone(e: DeployError, back: Sequence[str]) -> None:
