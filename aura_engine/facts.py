@@ -138,14 +138,18 @@ class Kind:
     names: tuple[str, ...]
     refused: str = ""
 
-# %% ../nbs/04b_facts.ipynb #17606820
-_UNET, _FIRST = "model.diffusion_model.", "model.diffusion_model.input_blocks.0.0.weight"
+# %% ../nbs/04b_facts.ipynb #01e5e207
+_UNET = "model.diffusion_model."
+_FIRST = _UNET + "input_blocks.0.0.weight"
 _CHANGES = "it changes a model: name it in SD_LORAS, or in SD_LCM_LORA_ID when it is a method"
 _BASE = "it needs a base: name it in SD_BASE_ID"
 _PART = "it is one part of a model: a folder or a whole checkpoint is needed"
 _WORD = "it is a word for a prompt, and no model"
 _NOT_SD = "this engine serves Stable Diffusion 1.5 and SDXL"
 _FOLDER = "this engine reads {} from a diffusers folder or repository, not from one file"
+_STEERS = "it steers another model and draws nothing alone"
+
+# %% ../nbs/04b_facts.ipynb #17606820
 KINDS = (
     Kind("a FLUX model", ("double_blocks.", "single_blocks."), _FOLDER.format("FLUX.2-klein")),
     Kind("a FLUX model", (_UNET + "double_blocks.",), _FOLDER.format("FLUX.2-klein")),
@@ -154,10 +158,10 @@ KINDS = (
     Kind("a video model (Stable Video Diffusion)", (_UNET, "conditioner.embedders.0.open_clip."), _NOT_SD),
     Kind("a Z-Image model", ("cap_embedder.",), _FOLDER.format("Z-Image-Turbo")),
     Kind("a Z-Image model", (_UNET + "cap_embedder.",), _FOLDER.format("Z-Image-Turbo")),
-    Kind("a ControlNet", ("control_model.",), "it steers another model and draws nothing alone"),
-    Kind("a ControlNet", ("controlnet_cond_embedding.",), "it steers another model and draws nothing alone"),
-    Kind("a ControlNet", ("input_hint_block.",), "it steers another model and draws nothing alone"),
-    Kind("a T2I-Adapter", ("adapter.",), "it steers another model and draws nothing alone"),
+    Kind("a ControlNet", ("control_model.",), _STEERS),
+    Kind("a ControlNet", ("controlnet_cond_embedding.",), _STEERS),
+    Kind("a ControlNet", ("input_hint_block.",), _STEERS),
+    Kind("a T2I-Adapter", ("adapter.",), _STEERS),
     Kind("an IP-Adapter", ("ip_adapter.",), "it shows pictures to another model and draws nothing alone"),
     Kind("a motion module", ("down_blocks.0.motion_modules.",), "it animates another model's pictures"),
     Kind("a motion module", ("up_blocks.0.motion_modules.",), "it animates another model's pictures"),
