@@ -20,10 +20,16 @@ class Piece:
     weight: float = 1.0
 
 # %% ../nbs/03c_prompt_weights.ipynb #067453df
-_TOKEN = re.compile(r"\\[\\()\[\]]|:\s*+([+-]?(?:\d++(?:\.\d*+)?|\.\d++))\s*+\)|[()\[\]]|[^\\()\[\]:]++|[\\:]")
+_TOKEN = re.compile(r"""
+    \\[\\()\[\]]                                      # a backslash, and the bracket or backslash that it makes ordinary
+    | :\s*+([+-]?(?:\d++(?:\.\d*+)?|\.\d++))\s*+\)    # a weight, with its colon and closing bracket
+    | [()\[\]]                                        # another bracket
+    | [^\\()\[\]:]++                                  # text
+    | [\\:]                                           # a backslash or a colon that means nothing
+    """, re.VERBOSE)
 _BREAK = re.compile(r"(?:(?<!\s)\s++)?\bBREAK\b\s*+")        # white space is taken from its first character on
 STEP = 1.1                                       # what one pair of brackets does
-MOST_WEIGHT = 10.0                               # twenty-five nested brackets; more is a mistake, or somebody's test
+MOST_WEIGHT = 10.0                               # twenty-four nested brackets make 9.8; more is a mistake, or a test
 
 # %% ../nbs/03c_prompt_weights.ipynb #32de71b8
 @dataclass(frozen=True)
