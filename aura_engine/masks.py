@@ -49,7 +49,7 @@ def box_around(mask: Image.Image, padding: int) -> Region:
     "The box of all that is not black, with `padding` pixels around it as far as the picture reaches."
     tight = Region(*(mask.getbbox() or (0, 0, *mask.size)))
     return Region(max(tight.left - padding, 0), max(tight.top - padding, 0),
-               min(tight.right + padding, mask.width), min(tight.bottom + padding, mask.height))
+                  min(tight.right + padding, mask.width), min(tight.bottom + padding, mask.height))
 
 # %% ../nbs/03b_masks.ipynb #e51eaad8
 def stretched(start: int, end: int, length: int, most: int) -> tuple[int, int]:

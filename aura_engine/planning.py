@@ -567,7 +567,7 @@ def replay_plan(ask: ReplayRequest, row: Row) -> tuple[Receipt, Plan]:
 COMPARED = ("model", "revision", "lora", "lora_source", "precision", "backend", "device", "init_sha256",
             "mask_sha256", "reference_sha256")
 MOST_DIFFERENCES = 20
-LONGEST_LABEL = 310                              # letters shown: those of a Label and its quotes
+LONGEST_LABEL = 310                              # letters shown: a receipt's names have up to 300, and quotes
 
 
 def differences(old: Receipt, new: Receipt) -> list[str]:

@@ -532,7 +532,9 @@ def read_vae(reader: Reader, source: str, config: dict[str, Any]) -> Any:
     first = [tensor for name, tensor in names.items() if name.endswith("decoder.conv_in.weight")]
     if not first:
         kind = kind_of(names)
-        raise Unusable(f"{file.name} is {kind.name}{': ' + kind.refused if 'VAE' in kind.name else ', and no VAE'}")
+        # a tiny VAE is a VAE too, but one that is read from a folder
+        why = f": {kind.refused}" if "VAE" in kind.name else ", and no VAE"
+        raise Unusable(f"{file.name} is {kind.name}{why}")
     if "block_out_channels" not in config:
         raise Unusable("one file needs a model with a VAE of its own kind")
     check_latents({**config, "latent_channels": first[0].shape[1]}, config)
@@ -601,10 +603,9 @@ def no_parts(reader: Reader, folder: Path, names: list[str]) -> dict[str, Any]:
 # %% ../nbs/04c_reader.ipynb #c345f1ce
 def whole_pipeline(reader: Reader, folder: Path, names: list[str], given: dict[str, Any],
                    own_parts: OwnParts = no_parts) -> Any:
-    "A pipeline from the files `names` of a folder, with the parts `given`, compared with its files."
+    "A pipeline from the files `names` of a folder, compared with them. `given`: parts that come from elsewhere."
     check_files(folder, names)
     try:
-        # some parts are read by themselves, and put in their places afterwards
         own = own_parts(reader, folder, names)
         without = {**given, **dict.fromkeys(own)}
         made = reader.from_folder(diffusers_classes().DiffusionPipeline, folder, names, **without)

@@ -56,7 +56,7 @@ def encoder_in_files(config: Any, files: list[Path], dtype: torch.dtype, device:
     from transformers import Qwen3Model
     # buffers are computed, not read: they get values
     with reading(), init_empty_weights(include_buffers=False): made: Any = Qwen3Model(config)
-    made.norm = torch.nn.Identity()
+    made.norm = torch.nn.Identity()                 # nothing is read behind the last layer
     found = weights_in(files, [name for name, _ in made.named_parameters()], dtype)
     add_hook_to_module(made, AlignDevicesHook(execution_device=device))
     attach_align_device_hook(made, execution_device=device, offload=True, weights_map=found)
@@ -69,7 +69,7 @@ def encoder_read(config: Any, folder: Path, dtype: torch.dtype, device: torch.de
     with reading():
         made: Any = Qwen3Model.from_pretrained(folder, config=config, dtype=dtype, device_map={"": device},
                                                use_safetensors=True, local_files_only=True)
-    made.norm = torch.nn.Identity()
+    made.norm = torch.nn.Identity()                 # nothing is read behind the last layer
     return made
 
 # %% ../nbs/04d_transformers.ipynb #8c8a2ff0

@@ -161,11 +161,11 @@ def error_tree(cls: type[AuraError] = AuraError) -> list[type[AuraError]]:
 MAX_PROMPT = 2000
 MAX_N = 4
 MAX_SEED = 2**53 - 1                             # the largest whole number that JSON carries everywhere
-MOST_UNKNOWN = 16                                # fields too many, beyond which a body is not read
+MOST_UNKNOWN = 16                                # with more fields too many than this, a body's values are not checked
 
 
 class RequestModel(BaseModel):
-    "What all bodies share: camelCase names, no unknown fields, no NaN, no values of another type (but 2.0 for 2)."
+    "What all bodies share: camelCase names, no unknown fields, no NaN, no values of another type (except 2.0 for 2)."
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, extra="forbid",
                               allow_inf_nan=False, frozen=True, strict=True)
 
