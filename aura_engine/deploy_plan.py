@@ -816,7 +816,8 @@ def objections(state: SpaceState, o: DeployOptions, files: Sequence[str] = ()) -
 class SpaceChange:
     """One thing to do: `verb` create, set, delete, upload or rebuild.
 
-    `what`: space, variable, secret, hardware, sleep, visibility, volumes or file."""
+    `what`: space, variable, secret, hardware, sleep, visibility, volumes or file. `now` and `then`: its value
+    before and after the change, as the plan shows it."""
     verb: str
     what: str
     name: str
