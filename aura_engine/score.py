@@ -217,8 +217,8 @@ class Score:
     colour: float
     style: float
     both: float                                # thing and colour
-    psnr: float
-    within: float
+    psnr: float                                # dB, to the best backdrop
+    within: float                              # dB, inside the thing
 
 # %% ../nbs/90e_score.ipynb #ce6d0c9d
 def compare_singles(drawn: torch.Tensor, art: Art, scenes: torch.Tensor, found: Found) -> Score:
