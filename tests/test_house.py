@@ -63,7 +63,7 @@ def test_derived_file(name, want):
 def notebook_problems(path):
     """Form on disk, size, and outputs that would embarrass: machine paths, warnings, tracebacks."""
     text, out = path.read_text(encoding="utf-8"), []
-    cap = (1024 if path.stem == "91_gallery" else 200) * 1024
+    cap = (250 if path.stem == "91_gallery" else 200) * 1024
     if (size := len(text.encode())) > cap: out.append(f"{size // 1024} KiB, allowed {cap // 1024}")
     if text != nb.canonical({"cells": cells_of(path)}, path.stem): out.append("not canonical: `python tools/nb.py pull` and `push` it")
     for c in cells_of(path):
