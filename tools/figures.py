@@ -41,26 +41,20 @@ class Excuse:
 
 # All are classes: a class stands in one cell, so that completion, debuggers and `inspect` see every method of it.
 EXCUSED: dict[str, Excuse] = {
-    "album.Work": Excuse(510, "one question from click to picture: eleven short methods on the same state"),
     "answers.Metrics": Excuse(270, "each metric beside the method that counts it: all that /metrics says in one view"),
     "client.AsyncAuraClient": Excuse(410, "each call is written out with its parameters, so that Tab and `help` teach them"),
     "client.AuraClient": Excuse(390, "the same calls, written out for code that does not await"),
-    "compiling.GraphedUNet": Excuse(280, "stands in for a UNet, so it has all of a UNet's attributes in one place"),
-    "deploy.DeployPlanning": Excuse(300, "one phase of a deployment, and the reads it begins with"),
-    "engine.Engine": Excuse(450, "the life of one thread: start, load, submit, drain, close, fail"),
-    "engine.Turns": Excuse(370, "one turn of the engine: who is out of time, who goes next, and what happens when that fails"),
+    "engine.Turns": Excuse(290, "one turn of the engine: who is out of time, who goes next, and what happens when that fails"),
     "intake.FairPool": Excuse(330, "who waits, who runs and who had how much change together at each turn"),
     "job_routes.JobStore": Excuse(380, "one set of bounds (jobs, bytes, age) that every method keeps"),
     "queue.Admission": Excuse(290, "a promise from its making to its keeping: check, make, learn"),
-    "runner.Runner": Excuse(440, "a picture's begin, step and decode, each with its clock and its curve"),
+    "runner.Runner": Excuse(280, "a picture's begin, step and decode, each with its clock and its curve"),
     "shared_jobs.FarJobs": Excuse(280, "what a foreign job can be asked: read, follow, cancel"),
     "shared_jobs.Writer": Excuse(310, "one transaction: the comments in `write` need the lines around them"),
-    "train.Stage": Excuse(410, "one training stage as a loop: its rate, its step, its checkpoint"),
-    "trajectory.TrajectoryState": Excuse(300, "what is known of one picture, and five facts that follow from it"),
-    "widgets.Compare": Excuse(520, "one widget: its parts and what happens when each is touched"),
-    "widgets.Conversation": Excuse(340, "one widget: its parts and what happens when each is touched"),
-    "widgets.Pane": Excuse(410, "one widget: its parts and what happens when each is touched"),
-    "widgets.Studio": Excuse(400, "one widget: its parts and what happens when each is touched"),
+    "train.Stage": Excuse(290, "one training stage as a loop: its rate, its step, its checkpoint"),
+    "widgets.Compare": Excuse(360, "one widget: its parts and what happens when each is touched"),
+    "widgets.Conversation": Excuse(330, "one widget: its parts and what happens when each is touched"),
+    "widgets.Pane": Excuse(310, "one widget: its parts and what happens when each is touched"),
 }
 
 
