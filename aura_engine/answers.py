@@ -5,7 +5,7 @@
 # %% ../nbs/09d_answers.ipynb #48221a30
 from __future__ import annotations
 import asyncio, io, logging, math, os, re, secrets, time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator
 from contextlib import aclosing, asynccontextmanager
 from copy import copy
 from dataclasses import dataclass, replace
@@ -19,9 +19,9 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 # %% auto #0
 __all__ = ['log', 'T', 'REASONS', 'LONG_WAITS', 'MOST_KINDS', 'STEPS', 'Finish', 'Ask', 'MASKED', 'Revise', 'KINDS', 'UNBUFFERED',
-           'PIECE', 'Metrics', 'Stopwatch', 'Api', 'unready', 'add_gauges', 'gpu_memory', 'Output', 'Order', 'order_of',
-           'OrderedJob', 'pictures_in', 'cost_of', 'place_order', 'attended', 'in_time', 'deadline_of', 'begin',
-           'let_go', 'model_asked', 'model_name', 'using', 'api_of', 'follow', 'file_of', 'Files', 'files_of',
+           'PIECE', 'Metrics', 'Stopwatch', 'Api', 'unready', 'add_gauges', 'gpu_memory', 'Output', 'Order', 'ordering',
+           'OrderedJob', 'pictures_in', 'cost_of', 'place_order', 'attended', 'in_time', 'deadline_of', 'late_arrival',
+           'begin', 'let_go', 'model_asked', 'model_name', 'using', 'api_of', 'follow', 'file_of', 'Files', 'files_of',
            'answer_kind', 'ClientEvent', 'sse_frame', 'preview_jpeg', 'client_event', 'client_events', 'heartbeat',
            'event_stream', 'sse_events', 'one_picture', 'respond', 'late_stream', 'late_events', 'is_base64',
            'json_pieces', 'json_answer', 'respond_with']
@@ -36,7 +36,8 @@ from .errors import Shape, as_error, in_config, request_id
 from .images import MIME, as_file, decode_cost, facts_of, from_base64, to_base64
 from .intake import Arrivals, DecodeCost, FairPool, PictureLine, hung_up
 from .models import Row
-from .planning import ReplayRequest, differences, plan, prepare, receipt_inside, replay_plan
+from .planning import (
+    ReplayRequest, differences, plan, preparing, receipt_inside, replay_plan, without_pauses)
 from .side_by_side import Models, Seat, check_wait, unknown_model
 from .traces import spanned, trace_job
 from .types import (
@@ -207,10 +208,11 @@ class Order:
         return differences(self.replays, made) if self.replays else []
 
 # %% ../nbs/09d_answers.ipynb #98d01207
-def order_of(ask: Ask, row: Row, gpu: bool) -> Order:
-    "A checked request and the loaded model -> what to do. Decodes pictures, so it takes time. Raises Invalid."
+def ordering(ask: Ask, row: Row, gpu: bool) -> Generator[None, None, Order]:
+    "A checked request and the loaded model -> what to do. Pauses after each picture it decodes. Raises Invalid."
     if isinstance(ask, GenerateRequest): return Order(plan(ask, row, gpu=gpu), Output(ask.format))
-    if isinstance(ask, RefineRequest): return Order(prepare(ask, row, gpu), Output(ask.config.format))
+    if isinstance(ask, RefineRequest):
+        return Order((yield from preparing(ask, row, gpu)), Output(ask.config.format))
     receipt, todo = replay_plan(ask, row)
     return Order(todo, Output(ask.format), receipt)
 
@@ -251,8 +253,9 @@ async def place_order(api: Api, ask: Ask, client: str, left: float = math.inf) -
     "The order of a request with `left` seconds, made beside the event loop. Raises NotReady, PicturesFull, Invalid."
     row, gpu = api.row(), api.engine.gpu
     cost = await api.read(client, cost_of, ask, row)
-    if cost.seconds: order = await api.line.decode(client, cost, order_of, ask, row, gpu, left=left)
-    else: order = await api.read(client, order_of, ask, row, gpu)
+    work = ordering(ask, row, gpu)
+    if cost.seconds: order = await api.line.decode_each(client, cost, work, left)
+    else: order = await api.read(client, without_pauses, work)
     log.debug("plan", extra={"prompts": [p.prompt for p in order.plan.pictures]})
     return order
 
@@ -284,6 +287,12 @@ def deadline_of(ask: Ask) -> float | None:
     if isinstance(ask, ReplayRequest): return None
     return ask.config.deadline_seconds if isinstance(ask, RefineRequest) else ask.deadline_seconds
 
+def late_arrival(seconds: float) -> Invalid:
+    "The error of a request whose own deadline has passed before it had all come."
+    why = "the request itself took longer to arrive"
+    return Invalid.value("deadlineSeconds", given=seconds, allowed="a later one, or none", why=why)
+
+# %% ../nbs/09d_answers.ipynb #2ec2fe76
 Revise = Callable[[Order, Row], Order]
 
 async def begin(request: Request, ask: Ask, previews: bool = False, revise: Revise | None = None) -> OrderedJob:
@@ -295,6 +304,7 @@ async def begin(request: Request, ask: Ask, previews: bool = False, revise: Revi
     seconds = max(deadline_of(ask) or api.settings.deadline_seconds, 1.0)
     try:
         left = arrived + seconds - time.monotonic()
+        if deadline_of(ask) and left <= 0: raise late_arrival(seconds)
         order = await in_time(request, seconds, place_order(api, ask, client, left))
         if revise: order = revise(order, api.row())
         job = api.engine.submit(order.plan, previews=previews, client=client, arrived=arrived)

@@ -5,7 +5,8 @@
 # %% ../nbs/09c_intake.ipynb #b3e56e60
 from __future__ import annotations
 import asyncio, ctypes, gc, json, math, re, secrets, sys, time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ T = TypeVar("T")
 __all__ = ['T', 'SMALL', 'LARGE', 'LONG', 'VALUES', 'ESCAPES', 'LONGEST_PLACE', 'JSON_TYPE', 'REST', 'size_named', 'too_large',
            'BodiesFull', 'Arriving', 'slowest', 'Arrivals', 'may_give_way', 'announced', 'read_body', 'hung_up',
            'Carved', 'carve', 'parse_json', 'check_type', 'read_form', 'in_utf8', 'PicturesFull', 'DecodeCost',
-           'DecodeTurn', 'cost_together', 'admit', 'FairPool', 'PictureLine', 'give_back_memory']
+           'PoolTurn', 'FairPool', 'Reading', 'admit', 'check_left', 'next_piece', 'PictureLine', 'give_back_memory']
 
 # %% ../nbs/09c_intake.ipynb #0da1155d
 SMALL, LARGE = 64 * 2**10, 32 * 2**20
@@ -281,47 +282,27 @@ class DecodeCost:
     seconds: float = 0.0
     bytes: int = 0
 
-# %% ../nbs/09c_intake.ipynb #8eefeb79
+# %% ../nbs/09c_intake.ipynb #3753712d
 @dataclass(eq=False)
-class DecodeTurn:
-    "A request in the line. `begin` is done when its pictures may be decoded."
+class PoolTurn:
+    "Work that waits for a thread. `begin` is done when it has one."
     client: str
-    cost: DecodeCost
     begin: asyncio.Future[None]
 
-# %% ../nbs/09c_intake.ipynb #3be98c38
-def cost_together(turns: Iterable[DecodeTurn]) -> DecodeCost:
-    "What all of these take."
-    costs = [turn.cost for turn in turns]
-    return DecodeCost(sum(cost.seconds for cost in costs), sum(cost.bytes for cost in costs))
-
-# %% ../nbs/09c_intake.ipynb #e4c1b62f
-def admit(there: Sequence[DecodeTurn], client: str, cost: DecodeCost, most: DecodeCost) -> None:
-    "Raise PicturesFull when a request would make the line too long, or one client's part of it."
-    mine = [turn for turn in there if turn.client == client]
-    for whose, line, share in (("Other", there, 1.0), ("Your other", mine, 0.5)):
-        if not line: continue
-        held = cost_together(line)
-        late = held.seconds + cost.seconds - share * most.seconds
-        fits = held.bytes + cost.bytes <= share * most.bytes
-        if late <= 0 and fits: continue
-        # memory is free again when a picture is finished: after half of the line, more or less
-        again = max(late, 0.0 if fits else held.seconds / 2)
-        raise PicturesFull(f"{whose} pictures have to be read first.", retry_after=max(1.0, again))
-
-# %% ../nbs/09c_intake.ipynb #3753712d
+# %% ../nbs/09c_intake.ipynb #3db1aa64
 class FairPool:
     "Threads for the work of clients: `slots` at once, whoever has had the least next. Only the event loop touches it."
     def __init__(self, slots: int, name: str):
-        self.slots = slots
+        self.slots, self.each = slots, max(1, slots - 1)      # in all, and for one client
         self.pool = ThreadPoolExecutor(slots, name)
-        self.waiting: list[DecodeTurn] = []
-        self.running: list[DecodeTurn] = []
+        self.waiting: list[PoolTurn] = []
+        self.running: list[PoolTurn] = []
         self.spent: dict[str, float] = {}                     # seconds by client, since the pool was last idle
 
-    async def turn(self, me: DecodeTurn, f: Callable[..., T], *args: Any) -> T:
-        "Wait for a turn and run `f(*args)` in a thread."
+    async def run(self, client: str, f: Callable[..., T], *args: Any) -> T:
+        "Wait for a turn and run `f(*args)` in a thread. The client is charged for what it took."
         loop = asyncio.get_running_loop()
+        me = PoolTurn(client, loop.create_future())
         self.waiting.append(me)
         self._start_next()
         try: await me.begin
@@ -333,27 +314,25 @@ class FairPool:
         work.add_done_callback(lambda done: self._finished(me, start, done))
         return await asyncio.shield(work)                     # a thread cannot be stopped, though its client may leave
 
-    async def run(self, client: str, f: Callable[..., T], *args: Any) -> T:
-        "The same for work of unknown length: a client is charged for what it took."
-        return await self.turn(DecodeTurn(client, DecodeCost(), asyncio.get_running_loop().create_future()), f, *args)
-
     def _start_next(self) -> None:
         "Give free slots to those whose client has had the least, and among these to the first that came."
-        while self.waiting and len(self.running) < self.slots:
-            chosen = min(self.waiting, key=lambda w: self.spent.get(w.client, 0.0))
+        while len(self.running) < self.slots:
+            held = Counter(turn.client for turn in self.running)
+            able = [turn for turn in self.waiting if held[turn.client] < self.each]
+            if not able: return
+            chosen = min(able, key=lambda turn: (held[turn.client], self.spent.get(turn.client, 0.0)))
             self.waiting.remove(chosen)
             self.running.append(chosen)
-            self.spent[chosen.client] = self.spent.get(chosen.client, 0.0) + chosen.cost.seconds
             if not chosen.begin.done(): chosen.begin.set_result(None)
 
-    def _finished(self, me: DecodeTurn, start: float, done: asyncio.Future[Any]) -> None:
+    def _finished(self, me: PoolTurn, start: float, done: asyncio.Future[Any]) -> None:
         "The thread is free again."
         # looked at, so that asyncio does not report an error that a client which left has not seen
         if not done.cancelled(): done.exception()
-        if not me.cost.seconds: self.spent[me.client] += time.monotonic() - start      # not known before
+        self.spent[me.client] = self.spent.get(me.client, 0.0) + time.monotonic() - start
         self._leave(me)
 
-    def _leave(self, me: DecodeTurn) -> None:
+    def _leave(self, me: PoolTurn) -> None:
         "Whoever has finished, or gives up waiting, makes room for the next."
         for line in (self.waiting, self.running):
             if me in line: line.remove(me)
@@ -364,30 +343,100 @@ class FairPool:
         "Nothing is left to do."
         self.spent.clear()
 
-# %% ../nbs/09c_intake.ipynb #3db1aa64
+# %% ../nbs/09c_intake.ipynb #e0f7c0dc
+@dataclass(eq=False)
+class Reading:
+    "A request in the line. `begin` is done when there is memory for its pictures."
+    client: str
+    cost: DecodeCost
+    begin: asyncio.Future[None]
+
+# %% ../nbs/09c_intake.ipynb #8658991f
+def admit(there: Sequence[Reading], client: str, cost: DecodeCost, most: DecodeCost) -> None:
+    "Raise PicturesFull when a request makes the line or its client's part too long, Invalid when it never fits."
+    if cost.bytes > most.bytes:
+        given, allowed = f"pictures that take {cost.bytes >> 20} MiB to read", f"at most {most.bytes >> 20} MiB"
+        raise Invalid.value("images", given=Words(given), allowed=allowed, why="send fewer or smaller ones")
+    mine = [reading for reading in there if reading.client == client]
+    for whose, line, share in (("Other", there, 1.0), ("Your other", mine, 0.5)):
+        late = sum(reading.cost.seconds for reading in line) + cost.seconds - share * most.seconds
+        if line and late > 0:
+            raise PicturesFull(f"{whose} pictures have to be read first.", retry_after=max(1.0, late))
+
+# %% ../nbs/09c_intake.ipynb #d5c7a33e
+def check_left(ahead: float, seconds: float, left: float) -> None:
+    "Raise PicturesFull or Invalid when `seconds` of reading, with so many `ahead`, take longer than what is `left`."
+    if ahead + seconds <= left: return
+    if not ahead:
+        given = Words(f"a deadline {left:.1f} seconds from now")
+        raise Invalid.value("deadlineSeconds", given=given, allowed=f"{seconds:.1f} more, which reading its pictures takes")
+    said = f"Other pictures have to be read first, which takes about {ahead:.1f} seconds"
+    raise PicturesFull(f"{said}; this request has {left:.1f} left.", retry_after=max(1.0, ahead - left))
+
+# %% ../nbs/09c_intake.ipynb #dc546e9f
+def next_piece(work: Generator[None, None, T]) -> list[T]:
+    "Go on with `work` until it pauses -> [], or ends -> [what it returns]."
+    try: next(work)
+    except StopIteration as end: return [end.value]
+    return []
+
+# %% ../nbs/09c_intake.ipynb #e6bb6e05
 class PictureLine(FairPool):
-    "Turns for decoding: `slots` at once, and at most so much in line."
+    "Turns for decoding, one for each picture: `slots` at once, and at most so much in line."
     def __init__(self, slots: int = 1, most: DecodeCost = DecodeCost(20.0, 2**29)):
         super().__init__(slots, "decode")
         self.most = most
+        self.readings: list[Reading] = []
         self.resting: asyncio.TimerHandle | None = None       # until memory is given back
 
     @property
     def seconds(self) -> float:
         "Seconds until all that is in line is decoded."
-        return cost_together([*self.waiting, *self.running]).seconds / self.slots
+        return sum(reading.cost.seconds for reading in self.readings) / self.slots
 
     async def decode(self, client: str, cost: DecodeCost, f: Callable[..., T], *args: Any,
                      left: float = math.inf) -> T:
         "Wait for a turn and run `f(*args)`. PicturesFull when the line is too long, or longer than the `left` seconds."
-        there = [*self.waiting, *self.running]
-        admit(there, client, cost, self.most)
-        if there and self.seconds + cost.seconds > left:
-            said = f"Other pictures have to be read first, which takes about {self.seconds:.1f} seconds"
-            raise PicturesFull(f"{said}; this request has {left:.1f} left.", retry_after=max(1.0, self.seconds - left))
-        return await self.turn(DecodeTurn(client, cost, asyncio.get_running_loop().create_future()), f, *args)
+        async with self.place(client, cost, left): return await self.run(client, f, *args)
+
+    async def decode_each(self, client: str, cost: DecodeCost, work: Generator[None, None, T],
+                          left: float = math.inf) -> T:
+        "The same for work that pauses after each picture. It goes on when it is its client's turn again."
+        async with self.place(client, cost, left):
+            ended: list[T] = []
+            while not ended: ended = await self.run(client, next_piece, work)
+        return ended[0]
+
+    @asynccontextmanager
+    async def place(self, client: str, cost: DecodeCost, left: float = math.inf) -> AsyncIterator[None]:
+        "A place in the line while the block runs, which begins when there is memory for it."
+        admit(self.readings, client, cost, self.most)
+        check_left(self.seconds, cost.seconds, left)
+        mine = Reading(client, cost, asyncio.get_running_loop().create_future())
+        self.readings.append(mine)
+        self._make_room()
+        try:
+            await mine.begin
+            yield
+        finally:
+            self.readings.remove(mine)
+            self._make_room()
+            if not self.readings: self._idle()
+
+    def _make_room(self) -> None:
+        "Let begin what fits into the memory that is free: first who has had the least, small requests by themselves."
+        small = self.most.bytes // 16
+        for chosen, most in ((lambda size: size <= small, 2 * small), (lambda size: size > small, self.most.bytes)):
+            kind = [reading for reading in self.readings if chosen(reading.cost.bytes)]
+            held = sum(reading.cost.bytes for reading in kind if reading.begin.done())
+            waiting = [reading for reading in kind if not reading.begin.done()]
+            for reading in sorted(waiting, key=lambda r: self.spent.get(r.client, 0.0)):
+                held += reading.cost.bytes
+                if held > most: break
+                reading.begin.set_result(None)
 
     def _idle(self) -> None:
+        if self.readings: return                              # between two pictures
         super()._idle()
         self.rest_soon()
 

@@ -6,12 +6,12 @@
 from __future__ import annotations
 import hashlib, math, re, secrets
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 from PIL import Image
 from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, ValidationError
 from pydantic import model_validator
@@ -25,11 +25,12 @@ from .types import (MAX_PROMPT, MAX_SEED, WHOLE, FieldError, GenerateRequest, In
     Words, field_errors, shown)
 
 # %% auto #0
-__all__ = ['CLOSELY', 'MOST_HELPED', 'STRENGTH', 'LEAST_SIDE', 'MOST_STRETCHED', 'MOST_VERSIONS', 'Label', 'SamplerName', 'Side',
-           'COMPARED', 'MOST_DIFFERENCES', 'LONGEST_LABEL', 'known_words', 'is_slip', 'shorter_by_one', 'letter_pairs',
-           'Vocabulary', 'vocabulary', 'intended_word', 'similar_words', 'short_list', 'understood', 'clamp',
-           'allowed_lora', 'reference_picture', 'plan', 'looked_at', 'prepare', 'sized', 'PictureRecipe', 'Replayed',
-           'ReplayRequest', 'receipt_inside', 'replay_plan', 'differences']
+__all__ = ['CLOSELY', 'MOST_HELPED', 'STRENGTH', 'LEAST_SIDE', 'MOST_STRETCHED', 'Finished', 'MOST_VERSIONS', 'Label',
+           'SamplerName', 'Side', 'COMPARED', 'MOST_DIFFERENCES', 'LONGEST_LABEL', 'known_words', 'is_slip',
+           'shorter_by_one', 'letter_pairs', 'Vocabulary', 'vocabulary', 'intended_word', 'similar_words', 'short_list',
+           'understood', 'clamp', 'allowed_lora', 'reference_picture', 'plan', 'looking_at', 'preparing', 'sizing',
+           'without_pauses', 'prepare', 'PictureRecipe', 'Replayed', 'ReplayRequest', 'receipt_inside', 'replay_plan',
+           'differences']
 
 # %% ../nbs/03d_planning.ipynb #b19b3380
 @cache
@@ -375,7 +376,7 @@ def plan(request: GenerateRequest | RefineRequest, row: Row, images: Sequence[Im
     return _generation(request, row, gpu)
 
 # %% ../nbs/03d_planning.ipynb #29a52b99
-def looked_at(texts: Sequence[str], row: Row) -> list[Image.Image]:
+def looking_at(texts: Sequence[str], row: Row) -> Generator[None, None, list[Image.Image]]:
     "The references of a request, decoded. Invalid names the field when the model looks at fewer, or the picture."
     if len(texts) > row.references:
         allowed = f"up to {row.references}" if row.references else f"none: {row.name} takes one picture at a time"
@@ -384,31 +385,51 @@ def looked_at(texts: Sequence[str], row: Row) -> list[Image.Image]:
     for i, text in enumerate(texts):
         loc = f"references.{i}"
         pictures.append(reference_picture(decode(from_base64(text, loc), loc, side=row.native), row, loc))
+        yield
     return pictures
 
 # %% ../nbs/03d_planning.ipynb #dccb98d9
-def prepare(request: RefineRequest, row: Row, gpu: bool = False) -> Plan:
-    "Decode a refinement's pictures and plan it. Invalid names the picture (`images.0`) or the field."
+def preparing(request: RefineRequest, row: Row, gpu: bool = False) -> Generator[None, None, Plan]:
+    "`prepare`, with a pause after each picture."
     mask = decode_mask(from_base64(request.mask, "mask")) if request.mask else None
+    if mask: yield
     decoded: dict[str, Image.Image] = {}    # the same picture may be there several times
     for i, text in enumerate(request.images):
         if text in decoded: continue
         loc = f"images.{i}"
         decoded[text] = decode(from_base64(text, loc), loc, side=row.native if mask is None else None)
+        yield
     images = [decoded[text] for text in request.images]
-    return sized(plan(request, row, images, gpu, mask, looked_at(request.references, row)))
+    references = yield from looking_at(request.references, row)
+    return (yield from sizing(plan(request, row, images, gpu, mask, references)))
 
 # %% ../nbs/03d_planning.ipynb #5d4dc90c
+def sizing(todo: Plan) -> Generator[None, None, Plan]:
+    "The plan with what each picture starts from at the size it is worked at. Pauses after each."
+    pictures = []
+    for p in todo.pictures:
+        pictures.append(_at_size(p))
+        if p.inpainting: yield              # two digests of a large picture; anything else is small by now
+    return replace(todo, pictures=tuple(pictures))
+
 def _at_size(p: Picture) -> Picture:
     size = p.width, p.height
     if p.init is None: return p
     if p.inpainting is not None: return replace(p, init=p.inpainting.ready(size))
     return replace(p, init=p.init.resize(size, Image.Resampling.LANCZOS))
 
+# %% ../nbs/03d_planning.ipynb #5cd30ad2
+Finished = TypeVar("Finished")
 
-def sized(todo: Plan) -> Plan:
-    "The plan with what each picture starts from at the size it is worked at."
-    return replace(todo, pictures=tuple(map(_at_size, todo.pictures)))
+def without_pauses(work: Generator[None, None, Finished]) -> Finished:
+    "What a generator returns."
+    while True:
+        try: next(work)
+        except StopIteration as end: return end.value
+
+def prepare(request: RefineRequest, row: Row, gpu: bool = False) -> Plan:
+    "Decode a refinement's pictures and plan it. Invalid names the picture (`images.0`) or the field."
+    return without_pauses(preparing(request, row, gpu))
 
 # %% ../nbs/03d_planning.ipynb #6870bc95
 MOST_VERSIONS = 40                               # packages that a receipt may name
@@ -541,7 +562,7 @@ def _check_pictures(ask: ReplayRequest, r: Replayed) -> None:
 def _started(p: Picture, ask: ReplayRequest, r: Replayed, row: Row) -> Picture:
     "The picture of a receipt with what its refinement started from."
     if not ask.init: return p
-    p = _looking(p, looked_at(ask.references, row))
+    p = _looking(p, without_pauses(looking_at(ask.references, row)))
     init = decode(from_base64(ask.init, "init"), "init", side=None if ask.mask else row.native)
     if not ask.mask: return replace(p, init=init)
     mask = fitted_mask(decode_mask(from_base64(ask.mask, "mask")), init.size)
@@ -561,7 +582,7 @@ def replay_plan(ask: ReplayRequest, row: Row) -> tuple[Receipt, Plan]:
     _check_pictures(ask, r)
     picture = Picture(r.prompt, r.width, r.height, r.steps, r.guidance_scale, r.seed, r.temperature,
                       r.negative_prompt, r.strength, None, scheduler, lora, r.steps_asked)
-    return r.receipt(), sized(Plan((_started(picture, ask, r, row),)))
+    return r.receipt(), without_pauses(sizing(Plan((_started(picture, ask, r, row),))))
 
 # %% ../nbs/03d_planning.ipynb #f2cae18a
 COMPARED = ("model", "revision", "lora", "lora_source", "precision", "backend", "device", "init_sha256",

@@ -6,16 +6,17 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image as Pillow
 
-from aura_engine.answers import Api, Metrics, Order, OrderedJob, let_go, pictures_in
+from aura_engine.answers import Api, Metrics, Order, OrderedJob, begin, cost_of, let_go, ordering, pictures_in
 from aura_engine.config import load_settings
 from aura_engine.dialects import remade_mask
 from aura_engine.images import to_base64
-from aura_engine.intake import ESCAPES, LARGE, SMALL, Arrivals, BodiesFull, DecodeCost, PicturesFull, parse_json, read_form
+from aura_engine.intake import ESCAPES, LARGE, SMALL, Arrivals, BodiesFull, DecodeCost, FairPool, PictureLine, PicturesFull, parse_json, read_form
 from aura_engine.job_routes import JobsFull, JobStore, held_by
 from aura_engine.jobs import Job
 from aura_engine.planning import ReplayRequest
 from aura_engine.shared_jobs import StoreUnreachable
-from aura_engine.types import Cancelled, DeadlineExceeded, EngineFailed, Malformed, Picture, Plan, RefineRequest
+from aura_engine.models import ROWS
+from aura_engine.types import Cancelled, DeadlineExceeded, EngineFailed, Invalid, Malformed, Picture, Plan, RefineRequest
 
 APPLE = Picture("a red apple", 512, 512, steps=4, guidance_scale=1.0, seed=7)
 HEAD = b'--xyz\r\ncontent-disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
@@ -173,6 +174,108 @@ def test_a_planned_request_holds_its_pictures_no_longer():
                 api.arrivals.add(request.state.body, 1000)
                 let_go(request, ask)
                 assert not api.arrivals.bodies and pictures_in(ask) == {} and not getattr(ask, "image", None)
+    asyncio.run(go())
+
+
+# turns for pictures
+
+def pieces(client, n, order):
+    """Work of `n` pictures."""
+    for _ in range(n):
+        time.sleep(.01)
+        order.append(client)
+        yield
+
+
+def picture(side, format="JPEG", mode="RGB"):
+    out = io.BytesIO()
+    Pillow.new(mode, (side, side)).save(out, format, **({"lossless": True, "quality": 0, "method": 0} if format == "WEBP" else {}))
+    return to_base64(out.getvalue())
+
+
+def test_a_turn_is_one_picture():
+    """Two requests of five pictures: whoever comes then waits for one of them, and the two take turns."""
+    async def go():
+        line, order = PictureLine(), []
+        ask = lambda client, n: asyncio.create_task(line.decode_each(client, DecodeCost(n, 1), pieces(client, n, order)))
+        asked = [ask("greedy", 5), ask("greedy", 5)]
+        while not order: await asyncio.sleep(0)
+        await asyncio.gather(ask("modest", 1), *asked)
+        assert order.index("modest") <= 2 and len(order) == 11
+        assert not line.readings and not line.waiting and not line.spent
+    asyncio.run(go())
+
+
+def test_nobody_is_refused_because_one_client_holds_the_memory():
+    """A small request does not wait for it, a large one waits, and the memory is never given twice."""
+    async def go():
+        line, gate, order, held = PictureLine(most=DecodeCost(20.0, 160)), threading.Event(), [], []
+
+        async def ask(client, size, *waits):
+            async with line.place(client, DecodeCost(1.0, size)):
+                held.append(sum(r.cost.bytes for r in line.readings if r.begin.done()))
+                await line.run(client, lambda: (order.append(client), *(w.wait(10) for w in waits)))
+        tasks = [asyncio.create_task(ask(*asked)) for asked in (("greedy", 150, gate), ("large", 120), ("small", 10))]
+        await asyncio.sleep(.05)
+        assert [r.client for r in line.readings if r.begin.done()] == ["greedy", "small"] and order == ["greedy"]
+        gate.set()
+        await asyncio.gather(*tasks)
+        assert order == ["greedy", "small", "large"] and max(held) <= 160
+        late = asyncio.create_task(line.decode("gone", DecodeCost(1.0, 100), order.append, "gone"))
+        late.cancel()
+        await asyncio.gather(late, return_exceptions=True)
+        assert not line.readings                              # whoever leaves gives its place back
+    asyncio.run(go())
+
+
+def test_what_never_fits_is_refused_with_numbers():
+    """Four pictures of 16 megapixels: as JPEG and PNG, with or without a mask, they fit. As WebP under a mask they do not."""
+    async def go():
+        line, row, rgba = PictureLine(), ROWS["embedded"], picture(4000, "WEBP", "RGBA")
+        of = lambda text, mask=None: cost_of(RefineRequest(refine_prompt="x", images=[text] * 4, mask=mask), row)
+        jpeg, png = picture(4000), picture(4000, "PNG", "RGBA")
+        fit = [of(jpeg), of(jpeg, jpeg), of(png), of(png, png), of(rgba)]
+        assert max(cost.bytes for cost in fit) <= line.most.bytes
+        for cost in fit: await line.decode("somebody", cost, int)
+        with pytest.raises(Invalid, match=r"given pictures that take \d+ MiB to read, allowed: at most 512 MiB"): await line.decode("somebody", of(rgba, rgba), int)
+    asyncio.run(go())
+
+
+def test_a_request_pauses_after_each_picture_that_it_decodes():
+    """Three pictures and a mask: four decodings and three preparations, and the plan is that of one go."""
+    ask = RefineRequest(refine_prompt="x", images=[picture(s) for s in (128, 160, 192)], mask=picture(64, "PNG", "L"), config={"seed": 7})
+    bright = io.BytesIO()
+    Pillow.new("L", (64, 64), 200).save(bright, "PNG")
+    ask = ask.model_copy(update={"mask": to_base64(bright.getvalue())})
+    work, pauses = ordering(ask, ROWS["embedded"], False), 0
+    try:
+        while True: next(work); pauses += 1
+    except StopIteration as end: order = end.value
+    assert pauses == 7 and [p.inpainting.picture.width for p in order.plan.pictures] == [128, 160, 192]
+
+
+def test_pictures_that_cannot_be_read_in_time_are_not_begun():
+    """Alone in the line: its own deadline is wrong, and that is no failure of the server. The same when the body came too late."""
+    async def go():
+        line, order = PictureLine(), []
+        with pytest.raises(Invalid, match="^deadlineSeconds"): await line.decode("me", DecodeCost(5.0, 1), order.append, 1, left=1.0)
+        api = Api(SimpleNamespace(settings=load_settings(SD_MODEL_ID="embedded")))
+        ask = RefineRequest(refine_prompt="x", images=[mask()], config={"deadline_seconds": 1})
+        with pytest.raises(Invalid, match="^config.deadlineSeconds: given 1.0, allowed: a later one"): await begin(Asked(api, seconds_ago=1.1), ask)
+        assert not order
+    asyncio.run(go())
+
+
+def test_one_client_leaves_a_thread_to_the_others():
+    async def go():
+        pool, gate, order = FairPool(2, "test"), threading.Event(), []
+        greedy = [asyncio.create_task(pool.run("greedy", gate.wait, 10)) for _ in range(6)]
+        await asyncio.sleep(.02)
+        assert len(pool.running) == 1
+        for i in range(3): await pool.run("modest", order.append, i)
+        assert order == [0, 1, 2] and not any(task.done() for task in greedy)
+        gate.set()
+        await asyncio.gather(*greedy)
     asyncio.run(go())
 
 
