@@ -32,7 +32,7 @@ __all__ = ['log', 'NUMBER', 'MEANINGFUL', 'FREE', 'A1111_NAMES', 'CHECKPOINT', '
 
 # %% ../nbs/10c_a1111.ipynb #ca30c335
 from . import __version__
-from .answers import Api, Files, begin, files_of, json_answer, preview_jpeg, using
+from .answers import Api, Files, begin, files_of, json_answer, let_go, preview_jpeg, using
 from .app import MAKING, Route
 from .config import Settings
 from .dialects import (
@@ -304,6 +304,7 @@ async def drawn(request: Request, ask: Txt2Img, own: GenerateRequest | RefineReq
     "Run a request of our own as a task and answer as the web UI does."
     api: Api = request.app.state.api
     work = await begin(request, own, revise=wish.revise)
+    let_go(request, own, ask)
     with tasks_of(request).task(ask.force_task_id, client_behind(request), work.job):
         made = await files_of(api, work, request)
     size = wish.size or size_made(work.order.plan.pictures[0])

@@ -5,7 +5,7 @@
 # %% ../nbs/09d_answers.ipynb #48221a30
 from __future__ import annotations
 import asyncio, io, logging, math, os, re, secrets, time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from copy import copy
 from dataclasses import dataclass, replace
@@ -18,13 +18,14 @@ from fastapi.responses import EventSourceResponse, JSONResponse, Response, Strea
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 # %% auto #0
-__all__ = ['log', 'T', 'REASONS', 'LONG_WAITS', 'MOST_KINDS', 'STEPS', 'Finish', 'Ask', 'MASKED', 'Revise', 'KINDS', 'UNBUFFERED',
-           'PIECE', 'Metrics', 'Stopwatch', 'Api', 'unready', 'add_gauges', 'gpu_memory', 'Output', 'Order', 'ordering',
-           'OrderedJob', 'pictures_in', 'cost_of', 'place_order', 'attended', 'in_time', 'deadline_of', 'late_arrival',
-           'begin', 'let_go', 'model_asked', 'model_name', 'using', 'api_of', 'follow', 'file_of', 'Files', 'files_of',
-           'answer_kind', 'ClientEvent', 'sse_frame', 'preview_jpeg', 'client_event', 'client_events', 'heartbeat',
-           'event_stream', 'sse_events', 'one_picture', 'respond', 'late_stream', 'late_events', 'is_base64',
-           'json_pieces', 'json_answer', 'respond_with']
+__all__ = ['log', 'T', 'REASONS', 'LONG_WAITS', 'MOST_KINDS', 'STEPS', 'Finish', 'Ask', 'MASKED', 'Revise', 'PICTURE_FIELDS',
+           'KINDS', 'PIECE', 'Frame', 'UNBUFFERED', 'Metrics', 'Stopwatch', 'Api', 'unready', 'add_gauges',
+           'gpu_memory', 'Output', 'Order', 'ordering', 'OrderedJob', 'pictures_in', 'cost_of', 'place_order',
+           'attended', 'in_time', 'deadline_of', 'late_arrival', 'begin', 'let_go', 'model_asked', 'model_name',
+           'using', 'api_of', 'follow', 'file_of', 'Files', 'files_of', 'answer_kind', 'ClientEvent', 'is_base64',
+           'json_pieces', 'slices', 'sse_frame', 'preview_jpeg', 'client_event', 'client_events', 'heartbeat',
+           'event_stream', 'sse_events', 'one_picture', 'respond', 'late_stream', 'late_events', 'json_answer',
+           'respond_with']
 
 # %% ../nbs/09d_answers.ipynb #824b34f6
 from PIL import Image as Pillow
@@ -314,11 +315,14 @@ async def begin(request: Request, ask: Ask, previews: bool = False, revise: Revi
         raise
 
 # %% ../nbs/09d_answers.ipynb #e620dbc5
-def let_go(request: Request, ask: Ask) -> None:
-    "Free the texts of the pictures of a request that has been planned."
-    fields: dict[str, Any] = vars(ask)                        # requests are frozen for everybody else
-    for name in {"images", "references", "mask", "image", "init"} & fields.keys():
-        fields[name] = [] if isinstance(fields[name], list) else None
+PICTURE_FIELDS = {"images", "references", "mask", "image", "init", "init_images", "picture"}
+
+def let_go(request: Request, *asks: Any) -> None:
+    "Free the texts of the pictures of a request that has been planned, in all forms it has had."
+    for ask in asks:
+        fields: dict[str, Any] = vars(ask)                    # requests are frozen for everybody else
+        for name in PICTURE_FIELDS & fields.keys():
+            fields[name] = [] if isinstance(fields[name], list) else None
     api: Api = request.app.state.api
     api.arrivals.bodies.discard(getattr(request.state, "body", None))
 
@@ -441,11 +445,46 @@ class ClientEvent:
     data: dict[str, Any]
     index: int | None = None
 
-# %% ../nbs/09d_answers.ipynb #23f9149e
-def sse_frame(name: str | None, data: dict[str, Any], number: int | None = None) -> bytes:
-    "One server-sent event with JSON data, and its number where it has one."
-    text = bytes(JSONResponse(data).body).decode()
-    return format_sse_event(event=name, data_str=text, id=None if number is None else str(number))
+# %% ../nbs/09d_answers.ipynb #a00143d1
+PIECE = 2**18                                                 # characters of a long text that are sent at once
+
+def is_base64(text: Any) -> bool:
+    "Whether this is a picture as base64. Of what answers hold, only pictures are that long."
+    return isinstance(text, str) and len(text) > PIECE and re.fullmatch(r"[A-Za-z0-9+/]+", text[:64]) is not None
+
+def json_pieces(content: Any) -> list[str]:
+    "A JSON text, cut so that each long base64 text in it is a piece of its own."
+    mark, long = secrets.token_hex(8), list[str]()
+
+    def marked(value: Any) -> Any:
+        if isinstance(value, dict): return {name: marked(v) for name, v in value.items()}
+        if isinstance(value, list): return [marked(v) for v in value]
+        if not is_base64(value): return value
+        long.append(value)
+        return mark
+
+    text = bytes(JSONResponse(marked(content)).body).decode()
+    around = text.split(mark)
+    return [piece for pair in zip_longest(around, long, fillvalue="") for piece in pair]
+
+# %% ../nbs/09d_answers.ipynb #51a3e0f7
+def slices(pieces: Iterable[bytes | str]) -> Iterator[bytes]:
+    "Pieces as they are sent: `PIECE` bytes at a time."
+    for piece in pieces:
+        for at in range(0, len(piece), PIECE):
+            part = piece[at:at + PIECE]
+            yield part if isinstance(part, bytes) else part.encode()
+
+# %% ../nbs/09d_answers.ipynb #e7a9084c
+Frame = bytes | list[str]                                     # whole, or in pieces
+
+def sse_frame(name: str | None, data: dict[str, Any], number: int | None = None) -> Frame:
+    "One server-sent event with JSON data, and its number where it has one. In pieces where it holds a large picture."
+    first, *rest = json_pieces(data)
+    frame = format_sse_event(event=name, data_str=first, id=None if number is None else str(number))
+    if not any(rest): return frame
+    before, _, after = frame.decode().partition(first)        # `id` stands behind the data
+    return [before + first, *rest, after]
 
 # %% ../nbs/09d_answers.ipynb #e8b8c16d
 def preview_jpeg(pixels: np.ndarray, side: int = 512) -> bytes:
@@ -494,10 +533,10 @@ async def client_events(api: Api, work: OrderedJob, request_id: str = "") -> Asy
         yield ClientEvent("done", {"warnings": []})
 
 # %% ../nbs/09d_answers.ipynb #dcb203e5
-async def heartbeat(source: AsyncGenerator[bytes], seconds: float = 10,
+async def heartbeat(source: AsyncGenerator[Frame], seconds: float = 10,
                     left: Callable[[], None] | None = None) -> AsyncIterator[bytes]:
-    "The items of `source`, and an SSE comment after each `seconds` of silence. `left()`: the reader left early."
-    queue: asyncio.Queue[bytes | None] = asyncio.Queue(4)
+    "The frames of `source`, and an SSE comment after each `seconds` of silence. `left()`: the reader left early."
+    queue: asyncio.Queue[Frame | None] = asyncio.Queue(4)
     pump = asyncio.create_task(_pump(source, queue))
     ended = False
     try:
@@ -505,13 +544,15 @@ async def heartbeat(source: AsyncGenerator[bytes], seconds: float = 10,
             try: item = await asyncio.wait_for(queue.get(), seconds)
             except TimeoutError: item = KEEPALIVE_COMMENT
             ended = item is None
-            if item is not None: yield item
+            for part in slices([item] if isinstance(item, bytes) else item or ()):
+                yield part
+                await asyncio.sleep(0)                        # others have their turns while a large one is sent
     finally:
         pump.cancel()
         if left and not ended: left()
 
 # %% ../nbs/09d_answers.ipynb #ef28a165
-async def _pump(source: AsyncGenerator[bytes], queue: asyncio.Queue[bytes | None]) -> None:
+async def _pump(source: AsyncGenerator[Frame], queue: asyncio.Queue[Frame | None]) -> None:
     "Move what `source` yields into `queue`. None marks the end."
     try:
         async with aclosing(source):
@@ -521,12 +562,12 @@ async def _pump(source: AsyncGenerator[bytes], queue: asyncio.Queue[bytes | None
 # %% ../nbs/09d_answers.ipynb #447448f1
 UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}         # the second is for nginx
 
-def event_stream(api: Api, source: AsyncGenerator[bytes], job) -> Response:
+def event_stream(api: Api, source: AsyncGenerator[Frame], job) -> Response:
     "An answer that sends `source`, with a heartbeat. If the client leaves first, the job is cancelled."
     beats = heartbeat(source, left=lambda: api.metrics.failed(Cancelled()))
     return EventSourceResponse(beats, headers=UNBUFFERED, background=BackgroundTask(job.cancel))
 
-async def sse_events(api: Api, work: OrderedJob, request_id: str) -> AsyncGenerator[bytes]:
+async def sse_events(api: Api, work: OrderedJob, request_id: str) -> AsyncGenerator[Frame]:
     "A job as server-sent events."
     async with aclosing(client_events(api, work, request_id)) as events:
         async for event in events: yield sse_frame(event.name, event.data)
@@ -562,7 +603,7 @@ def late_stream(request: Request, ask: Ask, seat: Seat, loc: str) -> Response:
     beats = heartbeat(late_events(request, ask, seat, loc), left=lambda: api.metrics.failed(Cancelled()))
     return EventSourceResponse(beats, headers=UNBUFFERED)
 
-async def late_events(request: Request, ask: Ask, seat: Seat, loc: str) -> AsyncGenerator[bytes]:
+async def late_events(request: Request, ask: Ask, seat: Seat, loc: str) -> AsyncGenerator[Frame]:
     "The frames of `late_stream`: `queued` at once, and the rest when the model is loaded."
     api: Api = request.app.state.api
     assert api.models is not None
@@ -579,28 +620,6 @@ async def late_events(request: Request, ask: Ask, seat: Seat, loc: str) -> Async
         yield sse_frame("failed", {"problem": error.problem(request_id(request))})
         yield sse_frame("done", {"warnings": []})
 
-# %% ../nbs/09d_answers.ipynb #a00143d1
-PIECE = 2**18                                                 # characters of a long text that are sent at once
-
-def is_base64(text: Any) -> bool:
-    "Whether this is a picture as base64. Of what answers hold, only pictures are that long."
-    return isinstance(text, str) and len(text) > PIECE and re.fullmatch(r"[A-Za-z0-9+/]+", text[:64]) is not None
-
-def json_pieces(content: Any) -> list[str]:
-    "A JSON text, cut so that each long base64 text in it is a piece of its own."
-    mark, long = secrets.token_hex(8), list[str]()
-
-    def marked(value: Any) -> Any:
-        if isinstance(value, dict): return {name: marked(v) for name, v in value.items()}
-        if isinstance(value, list): return [marked(v) for v in value]
-        if not is_base64(value): return value
-        long.append(value)
-        return mark
-
-    text = bytes(JSONResponse(marked(content)).body).decode()
-    around = text.split(mark)
-    return [piece for pair in zip_longest(around, long, fillvalue="") for piece in pair]
-
 # %% ../nbs/09d_answers.ipynb #0d88e963
 def json_answer(content: Any, status: int = 200) -> Response:
     "A JSON answer that nobody keeps. Other requests have their turns while a large one is sent."
@@ -609,11 +628,9 @@ def json_answer(content: Any, status: int = 200) -> Response:
     if len(pieces) <= 2: return Response(pieces[0], status, kept, "application/json")
 
     async def sent() -> AsyncGenerator[bytes]:
-        for piece in pieces:
-            for at in range(0, len(piece), PIECE):
-                part = piece[at:at + PIECE]
-                yield part if isinstance(part, bytes) else part.encode()
-                await asyncio.sleep(0)
+        for part in slices(pieces):
+            yield part
+            await asyncio.sleep(0)
 
     length = str(sum(map(len, pieces)))
     return StreamingResponse(sent(), status, kept | {"content-length": length}, "application/json")

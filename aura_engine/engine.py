@@ -19,7 +19,7 @@ from .jobs import Job
 from .loader import LOADING, Components, Progress, load
 from .models import SAMPLERS, Row, check_source, limits_of
 from .optimize import bytes_of, cache_folder
-from .queue import Queue, Task
+from .queue import FairThread, Queue, Task
 from .trajectory import Decoded
 from .static_graphs import tidy
 from .runner import (Runner, cut_short, few_kernels, left_out, one_heap, pasted,
@@ -130,11 +130,11 @@ def hurry_up(queue: Queue, job: Job) -> None:
 class Pasting:
     "Pastes what was drawn under a mask into its picture, one at a time. `wake()` is called when one is done."
     def __init__(self, wake: Callable[[], None]):
-        self.pool, self.wake = ThreadPoolExecutor(1, "paste"), wake
+        self.thread, self.wake = FairThread("paste"), wake
 
     def begin(self, task: Task, made: Decoded) -> None:
         "Go on with a decoded picture in the thread. `task.pasting` has the whole one when it is done."
-        task.pasting = self.pool.submit(pasted, task.picture.inpainting, made)
+        task.pasting = self.thread.submit(task.client, pasted, task.picture.inpainting, made)
         task.pasting.add_done_callback(lambda _: self.wake())
 
     def end(self, task: Task) -> Decoded:
@@ -154,7 +154,9 @@ class Delivery:
     def take(self, task: Task, outcome: Decoded | Degenerate) -> None:
         "What to do with the outcome of a decoding."
         if isinstance(outcome, Degenerate): self.queue.end(task.job, outcome)
-        elif task.picture.inpainting: self.pasting.begin(task, outcome)
+        elif task.picture.inpainting:
+            self.queue.decoded(task.job)
+            self.pasting.begin(task, outcome)
         else: self.hand_out(task, outcome)
 
     def take_pasted(self, task: Task) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import Response
 from pydantic import Field, TypeAdapter
-from .answers import Api, answer_kind, begin, files_of, using
+from .answers import Api, answer_kind, begin, files_of, let_go, using
 from .app import FILE, MAKING, Route, parsed_body
 from .dialects import (
     LONG_PROMPT, Dialect, Pixels, Size, Wish, own_shape, renamed, shortened, translated,
@@ -159,7 +159,9 @@ async def drawn_inputs(request: Request, ask: HfAsk, api: Api) -> Response:
     kind = answer_kind(request.headers.get("accept", ""))
     try:
         own, wish = hf_request(ask, api.row().native, kind if kind in MIME else "png", api.settings.max_prompt)
-        made = await files_of(api, await begin(request, own, revise=wish.revise), request)
+        work = await begin(request, own, revise=wish.revise)
+        let_go(request, own, ask)
+        made = await files_of(api, work, request)
     except Invalid as error: raise renamed(error, HF_NAMES) from None
     headers = {"cache-control": "no-store"} | warning_header(made.warnings)
     return Response(made.files[0], media_type=MIME[made.format], headers=headers)

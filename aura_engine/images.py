@@ -15,10 +15,10 @@ from .types import Invalid, Receipt, Words, shown
 
 # %% auto #0
 __all__ = ['FORMATS', 'PNG_SIGNATURE', 'JPEG_SIGNATURE', 'MIN_SIDE', 'MAX_PIXELS', 'MAX_ASPECT', 'MAX_PARTS', 'MAX_SCANS',
-           'MAX_FRAMES', 'MAX_EXTRA', 'DECODE_RATES', 'MIME', 'MAX_RECEIPT', 'from_base64', 'Part', 'png_parts',
-           'number_at', 'jpeg_parts', 'webp_parts', 'PictureFacts', 'facts_of', 'DecodeRate', 'decode_cost', 'drafted',
-           'essential', 'from_pil', 'decode', 'mask_from_pil', 'decode_mask', 'encode', 'with_texts', 'as_file',
-           'to_base64', 'receipt_of', 'Grid', 'grid']
+           'MAX_FRAMES', 'MAX_EXTRA', 'DECODE_RATES', 'MIME', 'QUICK_FROM', 'MAX_RECEIPT', 'from_base64', 'Part',
+           'png_parts', 'number_at', 'jpeg_parts', 'webp_parts', 'PictureFacts', 'facts_of', 'DecodeRate',
+           'decode_cost', 'drafted', 'essential', 'from_pil', 'decode', 'mask_from_pil', 'decode_mask', 'encode',
+           'with_texts', 'as_file', 'to_base64', 'receipt_of', 'Grid', 'grid']
 
 # %% ../nbs/03a_images.ipynb #eefb3d40
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -415,6 +415,7 @@ MIME = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 _OPTIONS: dict[str, dict[str, int]] = {
     "png": {"compress_level": 1}, "jpeg": {"quality": 92}, "webp": {"quality": 90},
 }
+QUICK_FROM = 4 * 2**20                           # pixels of a WebP, from which its quickest method is used
 
 
 def encode(im: Image.Image, format: str = "png", receipt: Receipt | None = None,
@@ -425,6 +426,7 @@ def encode(im: Image.Image, format: str = "png", receipt: Receipt | None = None,
     out = io.BytesIO()
     options = dict(_OPTIONS[format])
     if quality is not None and format != "png": options["quality"] = quality
+    if format == "webp" and im.width * im.height > QUICK_FROM: options["method"] = 0
     im.save(out, format.upper(), **options)
     if receipt is None or format != "png": return out.getvalue()
     return with_texts(out.getvalue(), receipt, im.size)

@@ -13,23 +13,23 @@ from fastapi import Request
 from fastapi.responses import EventSourceResponse, JSONResponse, Response
 from pydantic import Field
 from .answers import (
-    UNBUFFERED, Api, ClientEvent, OrderedJob, begin, client_events, deadline_of, heartbeat, json_answer,
+    UNBUFFERED, Api, ClientEvent, Frame, OrderedJob, begin, client_events, deadline_of, heartbeat, json_answer,
     let_go, model_name, pictures_in, sse_frame, using)
 from .errors import request_id
 from .planning import ReplayRequest
 from .side_by_side import Seat, check_wait
 from aura_engine.types import (
-    AuraError, Cancelled, GenerateRequest, Invalid, JobStatus, NotFound, QueueFull, RefineRequest, RequestModel,
+    AuraError, Cancelled, GenerateRequest, Invalid, JobStatus, NotFound, QueueFull, RefineRequest, RequestModel, TooLarge,
     shown)
 from .walls import arrival, client_behind
 
 # %% auto #0
-__all__ = ['EVENT', 'GROWING', 'AROUND', 'AnyJob', 'SMALL_ASK', 'MOST_READERS', 'MOST_STREAMS', 'event_bytes', 'KeptEvents',
-           'SentLog', 'client_status_after', 'KeptJob', 'held_by', 'job_address', 'job_progress', 'job_result',
-           'job_state', 'JobsFull', 'ReadersFull', 'StreamsFull', 'first_of_greediest', 'refuse_full', 'unknown_job',
-           'job_id', 'JobStore', 'GenerateJob', 'RefineJob', 'ReplayJob', 'watch_job', 'kept_ask', 'seat_to_wait_for',
-           'late_job', 'in_request', 'keep_late', 'begin_job', 'post_job', 'get_job', 'counted', 'get_job_events',
-           'delete_job']
+__all__ = ['EVENT', 'GROWING', 'AROUND', 'AnyJob', 'MOST_RESULT', 'SMALL_ASK', 'MOST_READERS', 'MOST_STREAMS', 'event_bytes',
+           'KeptEvents', 'SentLog', 'client_status_after', 'KeptJob', 'held_by', 'job_address', 'job_progress',
+           'job_result', 'job_state', 'JobsFull', 'ReadersFull', 'StreamsFull', 'first_of_greediest', 'refuse_full',
+           'unknown_job', 'job_id', 'JobStore', 'GenerateJob', 'RefineJob', 'ReplayJob', 'too_much_to_keep',
+           'watch_job', 'kept_ask', 'seat_to_wait_for', 'late_job', 'in_request', 'keep_late', 'begin_job', 'post_job',
+           'get_job', 'counted', 'get_job_events', 'delete_job']
 
 # %% ../nbs/09e_job_routes.ipynb #4c32c21b
 EVENT = 512                                                   # bytes of an event that holds nothing long, about
@@ -90,7 +90,7 @@ class SentLog(KeptEvents):
         news, self._news = self._news, asyncio.Event()
         news.set()
 
-    async def read(self, after: int = 0) -> AsyncGenerator[bytes]:
+    async def read(self, after: int = 0) -> AsyncGenerator[Frame]:
         "The events with numbers above `after` as frames. Waits for each, and ends with the log."
         while True:
             news = self._news                                 # taken before looking, so nothing is missed between
@@ -295,7 +295,7 @@ class JobStore:
         "Stop a job, wait a moment for its end, and free its pictures."
         await kept.cancel()
 
-    def follow(self, kept: KeptJob, after: int) -> AsyncGenerator[bytes]:
+    def follow(self, kept: KeptJob, after: int) -> AsyncGenerator[Frame]:
         "The events of a job with numbers above `after`, as frames, as they happen."
         return kept.log.read(after)
 
@@ -326,10 +326,24 @@ class ReplayJob(RequestModel):
 AnyJob = Annotated[GenerateJob | RefineJob | ReplayJob, Field(discriminator="route")]
 
 # %% ../nbs/09e_job_routes.ipynb #b4fbd73e
+MOST_RESULT = 64 * 2**20                                      # bytes of what a job may hold at its end
+
+def too_much_to_keep(kept: KeptJob, event: ClientEvent) -> TooLarge | None:
+    "Why a job cannot keep one more event. None: it can."
+    if event.name != "image" or kept.log.bytes + event_bytes(event) <= MOST_RESULT: return None
+    most = MOST_RESULT // 2**20
+    return TooLarge(f"The pictures of this job take more than {most} MiB. Ask for fewer, or for jpeg or webp.")
+
 async def watch_job(api: Api, kept: KeptJob, work: OrderedJob) -> None:
-    "Follow a job to its end and keep what it tells."
+    "Follow a job to its end and keep what it tells. One that grows too large ends, and its pictures are freed."
     async with aclosing(client_events(api, work)) as events:
-        async for event in events: kept.add(event)
+        async for event in events:
+            if problem := too_much_to_keep(kept, event):
+                for name in GROWING: kept.log.drop(name)
+                kept.add(ClientEvent("failed", {"problem": problem.problem()}))
+                kept.add(ClientEvent("done", {"warnings": []}))
+                break
+            kept.add(event)
     kept.end()
 
 # %% ../nbs/09e_job_routes.ipynb #ebad01f9
@@ -418,7 +432,7 @@ async def get_job(request: Request, id: str) -> Response:
 MOST_READERS = 32                                             # of one job at a time
 MOST_STREAMS = 64                                             # that one client reads
 
-async def counted(store: JobStore, kept: KeptJob, after: int, client: str) -> AsyncGenerator[bytes]:
+async def counted(store: JobStore, kept: KeptJob, after: int, client: str) -> AsyncGenerator[Frame]:
     "The events of a job above `after`. The job counts its reader while it reads."
     store.readers[kept.id] += 1
     store.streams[client] += 1

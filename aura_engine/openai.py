@@ -5,6 +5,7 @@
 # %% ../nbs/10a_openai.ipynb #b024d7d8
 from __future__ import annotations
 import secrets, time
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -21,14 +22,15 @@ __all__ = ['QUALITY', 'MEANINGLESS', 'THEIR_NAMES', 'NO_USAGE', 'OPENAI_MODELS',
            'ImageAddress', 'EditRequest', 'steps_for', 'notes_on', 'Common', 'common', 'openai_error', 'OpenAIFault',
            'OpenAIError', 'OpenAIImage', 'OpenAIAbout', 'OpenAIImages', 'OpenAIEvent', 'OpenAIFrame', 'OpenAIModel',
            'OpenAIModels', 'described', 'Shelved', 'Shelf', 'shelf_of', 'get_picture', 'openai_json', 'Partials',
-           'openai_event', 'completed', 'partial_image', 'openai_events', 'openai_stream', 'openai_answer',
-           'ModelMissing', 'model_for', 'post_generations', 'generation_answer', 'Edit', 'picture_text', 'json_edit',
-           'form_edit', 'file_field', 'read_edit', 'edit_wish', 'mask_of_hole', 'post_edits', 'edit_answer',
-           'post_variations', 'model_entry', 'get_models', 'get_model', 'in_form', 'edit_form']
+           'openai_event', 'completed', 'partial_size', 'partial_image', 'openai_events', 'openai_stream',
+           'openai_answer', 'ModelMissing', 'model_for', 'post_generations', 'generation_answer', 'Edit',
+           'picture_text', 'json_edit', 'form_edit', 'file_field', 'read_edit', 'edit_wish', 'mask_of_hole',
+           'post_edits', 'edit_answer', 'post_variations', 'model_entry', 'get_models', 'get_model', 'in_form',
+           'edit_form']
 
 # %% ../nbs/10a_openai.ipynb #da5ba244
-from .answers import (Api, Files, OrderedJob, begin, event_stream, file_of, files_of, follow,
-    json_answer, sse_frame, using)
+from .answers import (Api, Files, Frame, OrderedJob, begin, event_stream, file_of, files_of, follow,
+    json_answer, let_go, sse_frame, using)
 from .app import FILE, MAKING, Route, parsed_body
 from .bodies import ReceiptBody
 from .config import Settings
@@ -234,14 +236,17 @@ class Shelved:
 # %% ../nbs/10a_openai.ipynb #6cdf137f
 class Shelf:
     "Pictures by the last part of their address, for `seconds`, `most` bytes in all. Only the event loop touches it."
-    def __init__(self, seconds: float = 3600, most: int = 64 * 2**20):
+    def __init__(self, seconds: float = 3600, most: int = 64 * 2**20, number: int = 500):
         self.seconds, self.most = seconds, most
+        self.least = most // number                           # bytes that a picture counts, if it has fewer
         self.kept: dict[str, Shelved] = {}                    # oldest first
+        self.held: Counter[str] = Counter()                   # bytes that count, by client
 
     def put(self, data: bytes, format: str, client: str) -> str:
         "Keep a picture -> its name."
         name = f"{secrets.token_urlsafe(24)}.{format}"
         self.kept[name] = Shelved(data, MIME[format], client, time.monotonic() + self.seconds)
+        self.held[client] += max(len(data), self.least)
         self._sweep()
         return name
 
@@ -253,15 +258,16 @@ class Shelf:
 
     def _sweep(self) -> None:
         now = time.monotonic()
-        # few are kept, so a look at all of them costs nothing beside a picture
-        for name in [name for name, p in self.kept.items() if p.until < now]: del self.kept[name]
-        while sum(len(p.data) for p in self.kept.values()) > self.most:
-            del self.kept[self._first_of_greediest()]
+        while self.kept and self.kept[first := next(iter(self.kept))].until < now: self._drop(first)
+        while self.held.total() > self.most: self._drop(self._first_of_greediest())
+
+    def _drop(self, name: str) -> None:
+        gone = self.kept.pop(name)
+        self.held[gone.client] -= max(len(gone.data), self.least)
+        if not self.held[gone.client]: del self.held[gone.client]
 
     def _first_of_greediest(self) -> str:
-        held: dict[str, int] = {}
-        for p in self.kept.values(): held[p.client] = held.get(p.client, 0) + len(p.data)
-        greediest = max(held, key=lambda client: held[client])
+        greediest = max(self.held, key=lambda client: self.held[client])
         return next(name for name, p in self.kept.items() if p.client == greediest)
 
 # %% ../nbs/10a_openai.ipynb #c4898069
@@ -319,8 +325,12 @@ def completed(ask: ImagesRequest, kind: str, work: OrderedJob, event: Image) -> 
     return openai_event(ask, f"{kind}.completed", size, file, usage=NO_USAGE)
 
 # %% ../nbs/10a_openai.ipynb #ec451343
+def partial_size(asked: Size | None, drawn: Size) -> Size:
+    "The size of a preview: the one asked for, unless it is above a megapixel and larger than the picture is drawn."
+    return asked if asked and asked[0] * asked[1] <= max(drawn[0] * drawn[1], 2**20) else drawn
+
 def partial_image(ask: ImagesRequest, kind: str, event: Preview, size: Size, number: int) -> dict[str, Any]:
-    "The event of a preview, at the size that the picture will have."
+    "The event of a preview."
     picture = to_size(size)(Pillow.fromarray(event.image))
     file = encode(picture, ask.output_format)
     return openai_event(ask, f"{kind}.partial_image", size, file, partial_image_index=number)
@@ -330,7 +340,7 @@ async def openai_events(api: Api, work: OrderedJob, ask: ImagesRequest,
                         kind: str) -> AsyncGenerator[dict[str, Any]]:
     "A job as `{kind}.partial_image` and `{kind}.completed` events. Raises the error of a job that failed."
     first, client = work.order.plan.pictures[0], work.job.client
-    size, partials = size_asked(ask.size) or size_made(first), Partials(ask.partial_images)
+    size, partials = partial_size(size_asked(ask.size), size_made(first)), Partials(ask.partial_images)
     async with aclosing(follow(api, work.job)) as events:
         async for event in events:
             if isinstance(event, Failed): raise event.error
@@ -343,7 +353,7 @@ async def openai_events(api: Api, work: OrderedJob, ask: ImagesRequest,
                 yield await api.encode(client, partial_image, ask, kind, event, size, number)
 
 # %% ../nbs/10a_openai.ipynb #6b916135
-async def openai_stream(api: Api, work: OrderedJob, ask: ImagesRequest, kind: str) -> AsyncGenerator[bytes]:
+async def openai_stream(api: Api, work: OrderedJob, ask: ImagesRequest, kind: str) -> AsyncGenerator[Frame]:
     "The frames of `openai_events`. An error ends them as OpenAI's does."
     try:
         async with aclosing(openai_events(api, work, ask, kind)) as events:
@@ -359,6 +369,7 @@ async def openai_answer(request: Request, ask: ImagesRequest, own: GenerateReque
     "Run a request of our own and answer as OpenAI does."
     api: Api = request.app.state.api
     work = await begin(request, own, previews=ask.stream and ask.partial_images > 0, revise=wish.revise)
+    let_go(request, own, ask)
     if ask.stream: return event_stream(api, openai_stream(api, work, ask, kind), work.job)
     made = await files_of(api, work, request)
     return json_answer(openai_json(request, ask, made, size_made(work.order.plan.pictures[0])))
@@ -501,7 +512,9 @@ async def edit_answer(request: Request, edit: Edit, api: Api) -> Response:
         first = 1 if edit.composed(row) else len(edit.pictures)
         own = translated(RefineRequest, refinePrompt=both.prompt, images=edit.pictures[:first],
                          references=edit.pictures[first:], mask=mask, config=config)
-        return await openai_answer(request, edit.ask, own, edit_wish(edit, both.wish, row), "image_edit")
+        wish = edit_wish(edit, both.wish, row)
+        edit.pictures, edit.mask = [], None                   # `own` has them, and frees them once it is planned
+        return await openai_answer(request, edit.ask, own, wish, "image_edit")
     except Invalid as error: raise renamed(error, edit.their_names) from None
 
 # %% ../nbs/10a_openai.ipynb #6598e0e9

@@ -6,17 +6,20 @@
 from __future__ import annotations
 import heapq, math, threading, time, weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 from .batching import AGEING, E, Entry, StepCost, eta, note_seconds_left, work
 from .jobs import Job
 from .trajectory import Decoded, Trajectory
 from .types import AuraError, Done, Event, Failed, Invalid, Picture, Queued, QueueFull, QueueLoad
 
 # %% auto #0
-__all__ = ['LEAST_SHARERS', 'MOST_PIXELS', 'MOST_TASKS', 'Task', 'Shares', 'Paces', 'ClientLine', 'lines_of', 'fair_order',
-           'Lateness', 'OwnLineFull', 'line_full', 'Standing', 'too_late', 'check_deadline', 'TaskLine', 'PixelsFull',
-           'HeldPixels', 'too_many', 'Promise', 'Admission', 'last_events', 'Queue']
+__all__ = ['LEAST_SHARERS', 'PAUSE', 'MOST_LATE', 'MOST_PIXELS', 'MOST_TASKS', 'Task', 'Shares', 'Paces', 'ClientLine',
+           'lines_of', 'fair_order', 'Lateness', 'OwnLineFull', 'line_full', 'Standing', 'too_late', 'check_deadline',
+           'Chore', 'FairThread', 'TaskLine', 'PixelsFull', 'HeldPixels', 'too_many', 'Promise', 'Admission',
+           'last_events', 'Queue']
 
 # %% ../nbs/08b_queue.ipynb #51706455
 @dataclass(eq=False, kw_only=True)
@@ -145,21 +148,29 @@ def fair_order(tasks: Sequence[E], cost: StepCost, now: float, shares: Shares) -
     return merged
 
 # %% ../nbs/08b_queue.ipynb #7f8fb360
+PAUSE = 5.0             # seconds after which the same client teaches again
+MOST_LATE = 2.0         # of the logarithm of one job's lateness: seven times as late, or as early
+
 class Lateness:
     "How much later than promised jobs end, as a factor."
     def __init__(self):
         # by whether the client owed; as a logarithm: twice as long and half as long weigh the same
         self._logs = {False: 0.0, True: 0.0}
+        self._taught: dict[str, float] = {}             # when each client did last, the newest last
 
     def factor(self, owing: bool) -> float:
         "What a prediction is multiplied by."
         return math.exp(self._logs[owing])
 
-    def observe(self, owing: bool, promised: float, took: float) -> None:
-        "A job that was promised in so many seconds took so many."
+    def observe(self, owing: bool, promised: float, took: float, client: str = "", now: float = 0.0) -> None:
+        "A job of a client, promised in so many seconds, took so many. Those soon after its last one are not counted."
         if promised <= 0 or took <= 0: return
-        moved = self._logs[owing] + 0.05 * math.log(took / promised)
-        self._logs[owing] = min(max(moved, -1.0), 1.0)
+        if client and now < self._taught.get(client, -math.inf) + PAUSE: return
+        self._taught.pop(client, None)
+        self._taught[client] = now
+        if len(self._taught) > 1000: self._taught.pop(next(iter(self._taught)))
+        late = min(max(math.log(took / promised), -MOST_LATE), MOST_LATE)
+        self._logs[owing] = min(max(self._logs[owing] + 0.05 * late, -1.0), 1.0)
 
 # %% ../nbs/08b_queue.ipynb #66c6ce8e
 class OwnLineFull(QueueFull): "You have as much work waiting as one client may"
@@ -206,6 +217,41 @@ def check_deadline(asked: float, left: float, standing: Standing, most: float) -
     if standing.ahead and standing.seconds > left:
         said = f"{standing.ahead} pictures are ahead, so this would take about {standing.seconds:.1f} seconds"
         raise QueueFull(f"{said}; its deadline is {asked:g}.", retry_after=max(1.0, standing.seconds - left))
+
+# %% ../nbs/08b_queue.ipynb #67dfc41f
+@dataclass(eq=False)
+class Chore:
+    "Work for a thread: whose it is, what is done, and where the result goes."
+    client: str
+    do: Callable[[], Any]
+    result: Future[Any]
+
+# %% ../nbs/08b_queue.ipynb #ab549b4d
+class FairThread:
+    "One thread for the work of clients. Whoever has had the least of it goes next."
+    def __init__(self, name: str):
+        self.pool = ThreadPoolExecutor(1, name)
+        self.waiting: list[Chore] = []
+        self.spent: dict[str, float] = {}               # seconds by client, since nothing was waiting
+        self._lock = threading.Lock()
+
+    def submit(self, client: str, f: Callable[..., Any], *args: Any) -> Future[Any]:
+        "Have `f(*args)` run when it is this client's turn."
+        chore = Chore(client, partial(f, *args), Future())
+        with self._lock: self.waiting.append(chore)
+        self.pool.submit(self._next)                    # as many calls as chores, and each chooses one
+        return chore.result
+
+    def _next(self) -> None:
+        with self._lock:
+            chore = min(self.waiting, key=lambda c: self.spent.get(c.client, 0.0))
+            self.waiting.remove(chore)
+        start = time.monotonic()
+        try: chore.result.set_result(chore.do())
+        except Exception as error: chore.result.set_exception(error)
+        with self._lock:
+            self.spent[chore.client] = self.spent.get(chore.client, 0.0) + time.monotonic() - start
+            if not self.waiting: self.spent.clear()
 
 # %% ../nbs/08b_queue.ipynb #70c7121b
 class TaskLine:
@@ -293,6 +339,7 @@ class Promise:
     at: float
     seconds: float
     owing: bool                                     # whether its client owed then
+    until: float | None = None                      # when its last picture was decoded, if it is then pasted
 
 # %% ../nbs/08b_queue.ipynb #01f1e856
 class Admission:
@@ -327,10 +374,16 @@ class Admission:
         self.pixels.add(job)
         return Queued(standing.ahead, round(standing.seconds, 3), tuple(p.seed for p in job.plan.pictures))
 
+    def decoded(self, job: Job, now: float) -> None:
+        "A picture of a job is decoded, and is put under its mask beside the device."
+        if given := self.promises.get(job.id): self.promises[job.id] = replace(given, until=now)
+
     def learn(self, job: Job, now: float, finished: bool) -> None:
         "A job has left. If it was `finished`, see how the promise was kept."
         given = self.promises.pop(job.id, None)
-        if given and finished: self.lateness.observe(given.owing, given.seconds, now - given.at)
+        if not given or not finished: return
+        took = (given.until or now) - given.at
+        self.lateness.observe(given.owing, given.seconds, took, job.client, now)
 
 # %% ../nbs/08b_queue.ipynb #362aaffa
 def last_events(job: Job, error: AuraError | None) -> list[Event]:
@@ -362,6 +415,10 @@ class Queue(TaskLine):
             self.paces.begin(job.client, now)
             self.tasks = self.tasks + tasks
             self.changed.notify_all()
+
+    def decoded(self, job: Job) -> None:
+        "A picture of a job is decoded. What follows is done beside the device."
+        self.admission.decoded(job, self.clock())
 
     def end(self, job: Job, error: AuraError | None = None) -> None:
         "Take a job out, free what it starts from, and close its log."

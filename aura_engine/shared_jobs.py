@@ -9,17 +9,18 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from typing import Any
-from .answers import OrderedJob, ClientEvent
+from .answers import ClientEvent, Frame, OrderedJob
 from .job_routes import JobStore, KeptJob
 from .types import AuraError, NotReady
 
 log = logging.getLogger("aura_engine.shared_jobs")
 
 # %% auto #0
-__all__ = ['log', 'SHARED_ID', 'Entries', 'EVERY', 'ALIVE_SECONDS', 'HOUR', 'WAIT', 'MOST_KNOWN', 'KNOWN_BYTES', 'stream_of',
-           'alive_key', 'cancel_key', 'entry_of', 'event_in', 'EngineGone', 'StoreUnreachable', 'FarJob', 'far_job',
-           'number_of', 'with_seed', 'lose', 'Written', 'Writer', 'redis_reached', 'entries_read', 'FarReader',
-           'KnownJobs', 'FarJobs', 'WrittenJobs', 'SharedJobs', 'shared_jobs']
+__all__ = ['log', 'SHARED_ID', 'Entries', 'Told', 'EVERY', 'ALIVE_SECONDS', 'HOUR', 'ALIVE_KEPT', 'WAIT', 'MOST_KNOWN',
+           'KNOWN_BYTES', 'stream_of', 'alive_key', 'cancel_key', 'entry_of', 'event_in', 'EngineGone',
+           'StoreUnreachable', 'told_in', 'number_of', 'FarJob', 'far_job', 'with_seed', 'lose', 'Written',
+           'numbered_entries', 'Writer', 'redis_reached', 'entries_read', 'FarReader', 'KnownJobs', 'FarJobs',
+           'WrittenJobs', 'SharedJobs', 'shared_jobs']
 
 # %% ../nbs/09g_shared_jobs.ipynb #522955db
 def stream_of(id: str) -> str:
@@ -54,7 +55,17 @@ class StoreUnreachable(NotReady, code="store_unreachable"): "The store of jobs d
 
 # %% ../nbs/09g_shared_jobs.ipynb #d2f9a760
 Entries = Sequence[tuple[str, dict[str, str]]]                # (id, fields), as Redis returns them
+Told = Sequence[tuple[int, ClientEvent | None]]               # (number, event), None for a deletion
 
+def told_in(entries: Entries) -> Told:
+    "The events of entries. Those with pictures take long to read, so this runs in a thread."
+    return [(number_of(id), None if e["name"] == "deleted" else event_in(e)) for id, e in entries]
+
+def number_of(id: str) -> int:
+    "'12-1' -> 12: the number of an event in its stream."
+    return int(id.split("-")[0])
+
+# %% ../nbs/09g_shared_jobs.ipynb #88782bf4
 class FarJob(KeptJob):
     "A job that another process runs, as its stream tells it."
     def __init__(self, id: str, process: str, ask: dict[str, Any] | None):
@@ -67,13 +78,13 @@ class FarJob(KeptJob):
         "The id of the last entry that was taken."
         return f"{len(self.log.events)}-1"
 
-    def take(self, entries: Entries) -> None:
-        "Bring the job up to date with entries that follow the last one."
-        for id, entry in entries:
-            if entry["name"] == "deleted":
+    def take(self, told: Told) -> None:
+        "Bring the job up to date with events that follow the last one."
+        for number, event in told:
+            if event is None:
                 self.forget()
                 self.log.close()
-            else: self._add_numbered(number_of(id), event_in(entry))
+            else: self._add_numbered(number, event)
 
     def _add_numbered(self, number: int, event: ClientEvent) -> None:
         if number <= len(self.log.events): return             # somebody else has read it meanwhile
@@ -81,17 +92,13 @@ class FarJob(KeptJob):
         self.add(event)
         if event.name == "done": self.end()
 
-# %% ../nbs/09g_shared_jobs.ipynb #88782bf4
+# %% ../nbs/09g_shared_jobs.ipynb #c8abc545
 def far_job(id: str, entries: Entries) -> FarJob:
     "The job of a stream's entries from the beginning. The first one names the process."
     (_, first), *rest = entries
     far = FarJob(id, first["process"], json.loads(first["ask"]))
-    far.take(rest)
+    far.take(told_in(rest))
     return far
-
-def number_of(id: str) -> int:
-    "'12-1' -> 12: the number of an event in its stream."
-    return int(id.split("-")[0])
 
 # %% ../nbs/09g_shared_jobs.ipynb #04d5b172
 def with_seed(ask: dict[str, Any], kept: KeptJob) -> dict[str, Any]:
@@ -117,6 +124,7 @@ def lose(kept: KeptJob) -> None:
 EVERY = .25                                                   # seconds between two looks
 ALIVE_SECONDS = 15                                            # of silence, after which a process is taken for lost
 HOUR = 3600
+ALIVE_KEPT = 2 * HOUR                                         # seconds: longer than the stream of any job
 
 # %% ../nbs/09g_shared_jobs.ipynb #d2d7f5a1
 @dataclass
@@ -127,6 +135,12 @@ class Written:
     begun: bool = False
 
 # %% ../nbs/09g_shared_jobs.ipynb #273d935d
+def numbered_entries(events: Sequence[ClientEvent | None], first: int) -> list[tuple[int, dict[str, str]]]:
+    "The entries of events whose numbers begin with `first`. Previews are not written."
+    return [(number, entry_of(event)) for number, event in enumerate(events, first)
+            if event and event.name != "preview"]
+
+# %% ../nbs/09g_shared_jobs.ipynb #c7a6cde2
 class Writer:
     "Writes the jobs of one process to Redis, and keeps each stream `seconds` after its job has ended."
     def __init__(self, redis: Any, seconds: float):
@@ -136,7 +150,7 @@ class Writer:
 
     async def say_alive(self) -> None:
         "Say that this process lives. If Redis did not know it, all jobs are written again."
-        known = await self.redis.set(alive_key(self.process), 1, ex=ALIVE_SECONDS, get=True)
+        known = await self.redis.set(alive_key(self.process), 1, ex=ALIVE_KEPT, get=True)
         if not known: self.written.clear()
 
     async def write(self, kept: KeptJob) -> None:
@@ -149,12 +163,13 @@ class Writer:
         # events that come while we wait for Redis are written the next time
         after_this = Written(state.events + len(new), kept.deleted, True)
         key = stream_of(kept.id)
+        # a picture takes long to write as JSON
+        entries = await asyncio.to_thread(numbered_entries, new, state.events + 1)
         async with self.redis.pipeline(transaction=True) as todo:
             if not state.begun:
                 todo.delete(key)
                 todo.xadd(key, {"process": self.process, "ask": json.dumps(kept.ask)}, id="0-1")
-            for number, event in enumerate(new, state.events + 1):
-                if event and event.name != "preview": todo.xadd(key, entry_of(event), id=f"{number}-1")
+            for number, entry in entries: todo.xadd(key, entry, id=f"{number}-1")
             if after_this.deleted: todo.xadd(key, {"name": "deleted"}, id=f"{after_this.events}-2")
             todo.expire(key, round(self.seconds if kept.ended else HOUR))
             await todo.execute()
@@ -198,7 +213,7 @@ class FarReader:
         "The job of an id from its beginning. None when there is none."
         entries = await self.redis.xrange(stream_of(id))
         if not entries: return None
-        far = far_job(id, entries)
+        far = await asyncio.to_thread(far_job, id, entries)
         if not (far.ended or far.deleted or await self.lives(far.process)): lose(far)
         return far
 
@@ -206,7 +221,7 @@ class FarReader:
         "Bring a job that was read before up to date -> whether its stream is still there."
         key = stream_of(far.id)
         new = await self.redis.xrange(key, min=f"({far.last}")
-        far.take(new)
+        if new: far.take(await asyncio.to_thread(told_in, new))
         if far.log.closed: return True
         if not new and not await self.redis.exists(key): return False
         if not await self.lives(far.process): lose(far)
@@ -216,14 +231,15 @@ class FarReader:
         "Wait a moment for new entries and take them. A job whose stream or process is gone ends."
         key = stream_of(far.id)
         new = entries_read(await self.redis.xread({key: far.last}, block=WAIT))
-        far.take(new)
+        if new: far.take(await asyncio.to_thread(told_in, new))
         if new: return
         if not await self.redis.exists(key): far.log.close()
         elif not await self.lives(far.process): lose(far)
 
     async def lives(self, process: str) -> bool:
         "Whether a process runs."
-        return bool(await self.redis.exists(alive_key(process)))
+        left = await self.redis.pttl(alive_key(process))
+        return left > 1000 * (ALIVE_KEPT - ALIVE_SECONDS)     # below zero: there is no such key
 
 # %% ../nbs/09g_shared_jobs.ipynb #e9210247
 MOST_KNOWN = 256
@@ -266,7 +282,7 @@ class FarJobs(FarReader):
         self.known.keep(id, far)
         return far
 
-    async def follow(self, far: FarJob, after: int) -> AsyncGenerator[bytes]:
+    async def follow(self, far: FarJob, after: int) -> AsyncGenerator[Frame]:
         "The events of a job with numbers above `after`, as frames, as they happen."
         far = self.followed.setdefault(far.id, far)           # everybody follows the same one
         far.readers += 1
@@ -361,7 +377,7 @@ class SharedJobs(WrittenJobs):
         far = await self.far.job(id) if id not in self.kept and SHARED_ID.fullmatch(id) else None
         return far or await super().find(id)
 
-    def follow(self, kept: KeptJob, after: int) -> AsyncGenerator[bytes]:
+    def follow(self, kept: KeptJob, after: int) -> AsyncGenerator[Frame]:
         "The events of a job with numbers above `after`, as frames, as they happen."
         return self.far.follow(kept, after) if isinstance(kept, FarJob) else super().follow(kept, after)
 

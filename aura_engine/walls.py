@@ -5,10 +5,11 @@
 # %% ../nbs/09b_walls.ipynb #d35ac3a5
 from __future__ import annotations
 import asyncio, base64, hmac, logging, math, re, secrets, time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from ipaddress import IPv4Address, ip_address, ip_network
+from typing import Any
 from fastapi import Request
 from fastapi.responses import Response
 from starlette.datastructures import Headers
@@ -22,11 +23,11 @@ from .types import AuraError, FieldError, ForeignOrigin, QueueFull, Unauthorized
 log = logging.getLogger("aura_engine.walls")
 
 # %% auto #0
-__all__ = ['log', 'ID', 'QUIET', 'EXPOSED', 'REST_BYTES', 'REST_SECONDS', 'REST_PAUSE', 'HOST_SENT', 'LONGEST_LINE', 'TURN',
-           'Marked', 'Stamp', 'arrival', 'note_request', 'Origins', 'name_in', 'is_certain', 'is_private', 'Cors',
-           'log_foreign', 'Exchange', 'discard_rest', 'Guard', 'refuse_foreign', 'refuse_rebound', 'refuse_compressed',
-           'key_given', 'check_key', 'client_group', 'client_behind', 'Allowances', 'TooManyRequests', 'Overflow',
-           'FloodGate']
+__all__ = ['log', 'ID', 'few_lines', 'QUIET', 'EXPOSED', 'REST_BYTES', 'REST_SECONDS', 'REST_PAUSE', 'HOST_SENT', 'LONGEST_LINE',
+           'TURN', 'Marked', 'Stamp', 'arrival', 'FewLines', 'note_request', 'Origins', 'name_in', 'is_certain',
+           'is_private', 'Cors', 'log_foreign', 'Exchange', 'discard_rest', 'Guard', 'refuse_foreign', 'refuse_rebound',
+           'refuse_compressed', 'key_given', 'check_key', 'client_group', 'client_behind', 'Allowances',
+           'TooManyRequests', 'Overflow', 'FloodGate']
 
 # %% ../nbs/09b_walls.ipynb #6da864fc
 ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -72,14 +73,39 @@ def arrival(request: Request) -> float:
     return getattr(request.state, "arrived", time.monotonic())
 
 # %% ../nbs/09b_walls.ipynb #1c95dd07
+class FewLines:
+    "Log lines: at most `most` of a kind for one client in `seconds`, and then one that counts what was left out."
+    def __init__(self, most: int = 100, seconds: float = 10.0):
+        self.most, self.seconds = most, seconds
+        self.seen: Counter[tuple[str, str]] = Counter()       # by kind and client
+        self.left_out: Counter[tuple[str, str]] = Counter()
+
+    def log(self, level: int, event: str, client: str, trace: bool = False, **about: Any) -> None:
+        "Write a line about a client, with the exception that is handled now (`trace`), or count it."
+        if not log.isEnabledFor(level): return
+        kind, most = (event, client_group(client)), self.most // 10 if trace else self.most
+        if not self.seen[kind]: asyncio.get_running_loop().call_later(self.seconds, self._tell, kind)
+        self.seen[kind] += 1
+        if self.seen[kind] > most: self.left_out[kind] += 1
+        else: log.log(level, event, exc_info=trace, extra={**about, "client": client})
+
+    def _tell(self, kind: tuple[str, str]) -> None:
+        count = self.left_out.pop(kind, 0)
+        del self.seen[kind]
+        if count: log.warning("lines were left out", extra={"of": kind[0], "client": kind[1], "count": count})
+
+
+few_lines = FewLines()                                        # one for the process, as its log is
+
+# %% ../nbs/09b_walls.ipynb #fd48d933
 QUIET = ("/health", "/ready", "/metrics")                     # a balancer asks for these all day
 
 def note_request(scope: Scope, route: str, status: int, seconds: float) -> None:
     "Write the line of one request into the log."
     about = {"requestId": scope["state"]["request_id"], "method": scope["method"][:20], "path": scope["path"][:200],
-             "status": status, "seconds": round(seconds, 3), "client": (scope.get("client") or ("",))[0]}
+             "status": status, "seconds": round(seconds, 3)}
     quiet = status < 400 and route in QUIET
-    log.log(logging.DEBUG if quiet else logging.INFO, "request", extra=about)
+    few_lines.log(logging.DEBUG if quiet else logging.INFO, "request", (scope.get("client") or ("",))[0], **about)
 
 # %% ../nbs/09b_walls.ipynb #a4db339d
 @dataclass(frozen=True)
@@ -143,15 +169,21 @@ class Cors(CORSMiddleware):
                          allow_headers=("*",), allow_private_network=True, expose_headers=EXPOSED)
         self.origins = origins
 
-    def preflight_response(self, request_headers: Headers) -> Response:
-        origin = request_headers["origin"]
-        if not self.is_allowed_origin(origin): log_foreign(self.origins, origin)
-        return super().preflight_response(request_headers)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "OPTIONS": self._note_preflight(Request(scope))
+        await super().__call__(scope, receive, send)
+
+    def _note_preflight(self, request: Request) -> None:
+        origin = request.headers.get("origin", "")
+        asks = origin and "access-control-request-method" in request.headers
+        if asks and not self.is_allowed_origin(origin): log_foreign(self.origins, origin, request)
 
 # %% ../nbs/09b_walls.ipynb #74d3c4c9
-def log_foreign(origins: Origins, origin: str) -> None:
+def log_foreign(origins: Origins, origin: str, request: Request) -> None:
     "Tell the operator which page was refused, and how to allow it."
-    log.warning("a page was refused", extra={"origin": origin[:200], "toAllow": origins.line(origin)[:600]})
+    client = request.client.host if request.client else ""
+    allow = origins.line(origin)[:600]
+    few_lines.log(logging.WARNING, "a page was refused", client, origin=origin[:200], toAllow=allow)
 
 # %% ../nbs/09b_walls.ipynb #5e5aec31
 class Exchange:
@@ -213,7 +245,8 @@ class Guard:
             await self.app(scope, exchange.receive, exchange.send)
         except Exception as exc:
             if not isinstance(exc, AuraError):
-                log.exception("unforeseen", extra={"requestId": request_id(request)})
+                client = request.client.host if request.client else ""
+                few_lines.log(logging.ERROR, "unforeseen", client, trace=True, requestId=request_id(request))
             if exchange.started:
                 return  # an answer that has begun cannot become another one
             await self.answer(request, exc)(scope, exchange.receive, exchange.send)
@@ -227,7 +260,7 @@ def refuse_foreign(request: Request, origins: Origins) -> None:
     if not origin or request.method in ("GET", "HEAD", "OPTIONS"): return
     site, sent = request.headers.get("sec-fetch-site", ""), request.scope.get(HOST_SENT)
     if not origins.foreign(origin, host, site, sent): return
-    log_foreign(origins, origin)
+    log_foreign(origins, origin, request)
     advice = "its operator can add the origin to ALLOW_ORIGINS"
     raise ForeignOrigin(f"Pages of {shown(origin)} may not call this engine; {advice}.")
 
@@ -236,7 +269,7 @@ def refuse_rebound(request: Request, origins: Origins) -> None:
     "Raise ForeignOrigin when the Host of a request may be the rebound name of a stranger's page."
     host = request.headers.get("host", "")
     if origins.ours(host): return
-    log_foreign(origins, f"http://{host}")
+    log_foreign(origins, f"http://{host}", request)
     advice = "its operator can add it, with http:// or https:// before it, to ALLOW_ORIGINS, or set AURA_API_KEY"
     raise ForeignOrigin(f"{shown(host)} is not a name of this engine; {advice}.")
 

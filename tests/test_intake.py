@@ -1,22 +1,25 @@
 """What comes in at the same time: forms that give way, posts that race for a place, and what a job holds meanwhile."""
-import asyncio, io, threading, time
+import asyncio, io, logging, threading, time
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
 from PIL import Image as Pillow
 
-from aura_engine.answers import Api, Metrics, Order, OrderedJob, begin, cost_of, let_go, ordering, pictures_in
+from aura_engine.answers import PIECE, Api, ClientEvent, Metrics, Order, OrderedJob, begin, cost_of, heartbeat, let_go, ordering, pictures_in, sse_frame
 from aura_engine.config import load_settings
 from aura_engine.dialects import remade_mask
-from aura_engine.images import to_base64
+from aura_engine.images import encode, to_base64
 from aura_engine.intake import ESCAPES, LARGE, SMALL, Arrivals, BodiesFull, DecodeCost, FairPool, PictureLine, PicturesFull, parse_json, read_form
-from aura_engine.job_routes import JobsFull, JobStore, held_by
+from aura_engine import job_routes
+from aura_engine.job_routes import JobsFull, JobStore, KeptJob, held_by, watch_job
 from aura_engine.jobs import Job
+from aura_engine.openai import EditRequest, Shelf, json_edit
 from aura_engine.planning import ReplayRequest
 from aura_engine.shared_jobs import StoreUnreachable
 from aura_engine.models import ROWS
-from aura_engine.types import Cancelled, DeadlineExceeded, EngineFailed, Invalid, Malformed, Picture, Plan, RefineRequest
+from aura_engine.types import Cancelled, DeadlineExceeded, Done, Image, EngineFailed, Invalid, Malformed, Picture, Plan, RefineRequest
+from aura_engine.walls import FewLines, Guard, Origins
 
 APPLE = Picture("a red apple", 512, 512, steps=4, guidance_scale=1.0, seed=7)
 HEAD = b'--xyz\r\ncontent-disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
@@ -277,6 +280,115 @@ def test_one_client_leaves_a_thread_to_the_others():
         gate.set()
         await asyncio.gather(*greedy)
     asyncio.run(go())
+
+
+def test_a_planned_request_of_another_door_is_freed_in_its_own_form_too():
+    async def go():
+        api = Api(SimpleNamespace(settings=load_settings(SD_MODEL_ID="embedded")))
+        edit = EditRequest(prompt="a fox", image=[mask()], mask=mask())
+        own = RefineRequest(refine_prompt="a fox", images=json_edit(edit).pictures)
+        with api.arrivals.body("me") as body:
+            request = Asked(api)
+            request.state.body = body
+            let_go(request, own, edit)
+            assert not own.images and not edit.image and not edit.mask and not api.arrivals.bodies
+    asyncio.run(go())
+
+
+# what goes out
+
+def test_a_large_webp_is_made_by_the_quickest_method():
+    def saved(im, **more):
+        out = io.BytesIO()
+        im.save(out, "WEBP", quality=90, **more)
+        return out.getvalue()
+    for side, more in ((2049, {"method": 0}), (640, {})):
+        im = Pillow.effect_noise((side, side), 30).convert("RGB").resize((side, 2048 if more else side))
+        assert encode(im, "webp") == saved(im, **more)
+        if more: break
+    small = Pillow.effect_noise((256, 256), 30).convert("RGB")
+    assert encode(small, "webp") == saved(small) != saved(small, method=0)
+
+
+def test_a_large_event_leaves_in_pieces():
+    """Whole it would be the same bytes. No piece is larger than a quarter of a megabyte, and others have a turn between two of them."""
+    async def go():
+        data, turns = {"index": 0, "image": "A" * (5 * PIECE + 7), "note": 'said "so"'}, []
+
+        async def source(): yield sse_frame("image", data, 3)
+
+        async def others():
+            while True: turns.append(1); await asyncio.sleep(0)
+        other, sent = asyncio.create_task(others()), []
+        async for part in heartbeat(source()): sent.append((len(turns), part))
+        other.cancel()
+        small = sse_frame("image", data | {"image": "A"}, 3)
+        assert b"".join(part for _, part in sent) == small.replace(b'"A"', b'"%s"' % data["image"].encode())
+        assert max(len(part) for _, part in sent) <= PIECE and len(sent) >= 7
+        assert all(after > before for (before, _), (after, _) in zip(sent, sent[1:]))
+    asyncio.run(go())
+
+
+def test_a_shelf_is_bounded_in_number_and_the_greediest_loses():
+    shelf = Shelf(most=1000, number=10)
+    other = shelf.put(b"x", "png", "modest")
+    mine = [shelf.put(b"x", "png", "greedy") for _ in range(50)]
+    assert len(shelf.kept) == 10 and other in shelf.kept and list(shelf.kept)[1:] == mine[-9:]
+    shelf.put(bytes(900), "png", "large")
+    assert shelf.held.total() == sum(max(len(p.data), shelf.least) for p in shelf.kept.values()) <= 1000
+    old = Shelf(seconds=-1)
+    for _ in range(3): old.put(b"x", "png", "me")
+    assert len(old.kept) <= 1 and old.held.total() == old.least * len(old.kept)
+
+
+def test_a_job_that_grows_too_large_fails_and_holds_nothing(monkeypatch):
+    async def go():
+        monkeypatch.setattr(job_routes, "MOST_RESULT", 300_000)
+        api = Api(SimpleNamespace(settings=load_settings(SD_MODEL_ID="embedded")))
+        job, noise = Job(Plan((APPLE,) * 3)), Pillow.effect_noise((256, 256), 90).convert("RGB")
+        receipt = SimpleNamespace(width=256, height=256, steps=1)
+        kept = KeptJob("e1-a", OrderedJob(job, Order(job.plan)))
+        monkeypatch.setattr("aura_engine.answers.file_of", lambda event, output: (bytes(150_000), SimpleNamespace(to_json=dict)))
+        job.emit(*(Image(i, noise, receipt) for i in range(3)), Done())
+        await watch_job(api, kept, kept.work)
+        assert kept.status == "failed" and kept.ended and kept.log.bytes < 10_000
+        failed = next(event for event in kept.events if event.name == "failed").data["problem"]
+        assert failed["type"] == "urn:aura:too_large" and "jpeg or webp" in failed["detail"]
+    asyncio.run(go())
+
+
+# lines in the log
+
+def test_a_client_writes_so_many_lines_and_then_one_that_counts(caplog):
+    async def go():
+        few = FewLines(most=20, seconds=.2)
+        for i in range(500): few.log(logging.INFO, "request", "10.0.0.1", path=i)
+        for client in ("10.0.0.2", "2001:db8::1"): few.log(logging.INFO, "request", client)
+        for i in range(30): few.log(logging.INFO, "request", f"2001:db8::{i:x}")            # one client, whatever its address
+        assert len(caplog.records) == 20 + 1 + 20
+        await asyncio.sleep(.4)
+        told = [record for record in caplog.records if record.message == "lines were left out"]
+        assert sorted((record.client, record.count) for record in told) == [("10.0.0.1", 480), ("2001:db8::/64", 11)] and not few.seen
+        few.log(logging.INFO, "request", "10.0.0.1")
+        assert caplog.records[-1].message == "request"
+    with caplog.at_level(logging.INFO, "aura_engine.walls"): asyncio.run(go())
+
+
+def test_tracebacks_are_few(caplog, monkeypatch):
+    """A request that breaks the server is answered each time, and its traceback is written ten times."""
+    async def go():
+        monkeypatch.setattr("aura_engine.walls.few_lines", FewLines())
+
+        async def broken(scope, receive, send): raise KeyError("a bug")
+
+        async def answered(scope, receive, send): answers.append(1)
+        answers = []
+        guard = Guard(broken, Origins(()), lambda request, error: answered)
+        scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "client": ("10.0.0.1", 1)}
+        for _ in range(40): await guard(scope, None, None)
+        assert len(answers) == 40
+    asyncio.run(go())
+    assert len([record for record in caplog.records if record.message == "unforeseen" and record.exc_info]) == 10
 
 
 def test_one_client_holds_a_quarter_of_all_bodies():

@@ -5,7 +5,7 @@ from collections import Counter
 import httpx
 import pytest
 
-from aura_engine.shared_jobs import StoreUnreachable, shared_jobs
+from aura_engine.shared_jobs import ALIVE_KEPT, StoreUnreachable, shared_jobs
 from conftest import ROOT, free_port, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (shutil.which("nginx") and shutil.which("redis-server")), reason="nginx and redis-server are not installed")]
@@ -156,7 +156,7 @@ def test_a_cancel_that_redis_refuses_is_said_as_such(house):
     async def cancel():
         store = shared_jobs(f"redis://127.0.0.1:{house.redis_port}/0")
         await store.redis.xadd("aura:job:e9-" + "0" * 32, {"process": "p9", "ask": "null"}, id="0-1")
-        await store.redis.set("aura:alive:p9", 1, ex=60)
+        await store.redis.set("aura:alive:p9", 1, ex=ALIVE_KEPT)
         await store.redis.set("aura:cancel:p9", "not a set", ex=60)
         try: await store.far.cancel("e9-" + "0" * 32)
         finally: await store.redis.aclose()

@@ -17,7 +17,7 @@ from aura_engine.candidates import Measured, TrialsFile
 from aura_engine.config import load_settings
 from aura_engine.engine import Engine
 from aura_engine.jobs import PREVIEW_BYTES, Job
-from aura_engine.queue import MOST_TASKS, OwnLineFull, PixelsFull, Queue, Shares, Task, fair_order
+from aura_engine.queue import MOST_TASKS, FairThread, Lateness, OwnLineFull, PixelsFull, Queue, Shares, Task, fair_order
 from aura_engine.types import (
     Done, Failed, Image, Invalid, JobStatus, Picture, Plan, Preview, Queued, QueueFull, ShuttingDown, Step)
 
@@ -165,6 +165,39 @@ def test_large_pictures_wait_at_the_door_until_others_are_answered():
     assert len(theirs) == 11 and submit(queue, "mine", 1)            # what needs no pictures is taken
     for job in mine: queue.end(job)
     come("mine")
+
+
+def test_pasting_is_shared_fairly():
+    thread, gate, order = FairThread("test"), threading.Event(), []
+    greedy = [thread.submit("greedy", lambda i=i: (gate.wait(10), order.append(("greedy", i)))) for i in range(6)]
+    modest = [thread.submit("modest", lambda i=i: order.append(("modest", i))) for i in range(2)]
+    broken = thread.submit("modest", lambda: 1 / 0)
+    gate.set()
+    for chore in (*greedy, *modest): chore.result(10)
+    assert isinstance(broken.exception(10), ZeroDivisionError)
+    assert order.index(("modest", 1)) <= 3 and [i for who, i in order if who == "greedy"] == list(range(6))
+
+
+def test_what_is_done_beside_the_device_makes_no_promise_late():
+    """Masked pictures that are pasted for a long time: the factor that everybody shares stays where it is."""
+    queue, now = Queue(limit=100, longest=600), 0.0
+    queue.clock = lambda: now
+    for _ in range(20):
+        job = submit(queue, "masked", 1)
+        promised = job.log[0].eta_seconds
+        now += promised
+        queue.decoded(job)
+        now += 60
+        queue.end(job)
+    assert queue.admission.lateness.factor(False) == pytest.approx(1.0, abs=.01) and not queue.admission.promises
+
+
+def test_one_client_moves_the_shared_factor_by_little():
+    late = Lateness()
+    for i in range(1000): late.observe(False, .01, 100.0, "greedy", now=i / 1000)
+    assert late.factor(False) < 1.11
+    for i in range(20): late.observe(False, 1.0, .1, f"client {i}", now=1.0)
+    assert late.factor(False) < 1 and len(late._taught) == 21
 
 
 def test_after_the_end_nobody_waits_for_ever():

@@ -1,11 +1,12 @@
 """Jobs in a real Redis: what another engine's clients read, and how much of it."""
-import asyncio, shutil, subprocess, time
+import asyncio, shutil, subprocess, threading, time
 
 import pytest
 
 from aura_engine.answers import ClientEvent
 from aura_engine.job_routes import KeptJob
-from aura_engine.shared_jobs import FarJobs, Writer
+from aura_engine import shared_jobs
+from aura_engine.shared_jobs import ALIVE_KEPT, ALIVE_SECONDS, FarJobs, Writer
 from conftest import free_port
 
 pytestmark = pytest.mark.skipif(not shutil.which("redis-server"), reason="redis-server is not installed")
@@ -140,5 +141,38 @@ def test_a_far_job_that_ends_between_two_questions(port, end):
         if end == "engine gone":                              # it was only slow: its job goes on
             await added(writer, kept, ClientEvent("step", {"index": 0, "step": 1, "steps": 4}, 0))
             assert (await far.job(ID)).status == "running"
+        await redis.aclose()
+    asyncio.run(go())
+
+
+def test_the_keys_of_engines_outlive_those_of_jobs(port, monkeypatch):
+    """A full Redis drops first what would end first. A process that is silent is taken for lost long before its key ends."""
+    async def go():
+        redis = await connected(port)
+        writer, kept, far = Writer(redis, 600), KeptJob(ID, ask={"route": "generate", "request": {"prompt": "x"}}), FarJobs(redis)
+        await writer.say_alive()
+        await added(writer, kept, ClientEvent("queued", {"position": 0, "etaSeconds": 1.0, "seeds": [7]}))
+        key = f"aura:alive:{writer.process}"
+        assert await redis.ttl(key) > await redis.ttl(f"aura:job:{ID}") > 0
+        assert await far.lives(writer.process) and not (await far.job(ID)).lost
+        await redis.expire(key, ALIVE_KEPT - ALIVE_SECONDS - 1)         # as after sixteen seconds of silence
+        assert not await far.lives(writer.process) and (await far.job(ID)).lost
+        await writer.say_alive()
+        assert not (await FarJobs(redis).job(ID)).lost
+        await redis.aclose()
+    asyncio.run(go())
+
+
+def test_a_far_picture_is_read_beside_the_event_loop(port, monkeypatch):
+    async def go():
+        redis, threads, whole = await connected(port), [], shared_jobs.event_in
+        monkeypatch.setattr(shared_jobs, "event_in", lambda entry: (threads.append(threading.current_thread()), whole(entry))[1])
+        writer, kept, far = Writer(redis, 60), KeptJob(ID), FarJobs(redis)
+        await writer.say_alive()
+        await added(writer, kept, ClientEvent("image", {"index": 0, "image": PICTURE}, 0))
+        first = await far.job(ID)
+        await added(writer, kept, ClientEvent("done", {"warnings": []}))
+        assert (await far.job(ID)).events[0].data["image"] == PICTURE and first.log.closed
+        assert len(threads) >= 2 and threading.main_thread() not in threads
         await redis.aclose()
     asyncio.run(go())
