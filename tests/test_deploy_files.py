@@ -1,10 +1,10 @@
 """The files in deploy/ against the schemas of the programs that read them, and against each other."""
-import json, re, shutil, subprocess, sys
+import json, re, select, shutil, socket, subprocess, sys, time
 
 import pytest
 import yaml
 
-from conftest import ROOT
+from conftest import ROOT, free_port
 
 DEPLOY = ROOT / "deploy"
 KUBERNETES = [doc for name in ("aura.yaml", "autoscale.yaml") for doc in yaml.safe_load_all((DEPLOY / "kubernetes" / name).read_text())]
@@ -134,6 +134,41 @@ def test_nginx_reads_the_engines_that_aura_fleet_writes(tmp_path):
     assert done.returncode == 0, done.stderr
     refused = subprocess.run([sys.executable, "-m", "aura_engine.fleet", "--nginx", "https://a.example"], cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 1 and "https://a.example" in refused.stderr
+
+
+@pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is not installed")
+def test_nginx_lets_one_address_have_so_many_requests_and_bodies(tmp_path):
+    """Bodies that do not come keep their places: the seventeenth large one is refused as an engine would, small ones are not."""
+    conf, port = shutil.copytree(DEPLOY / "nginx", tmp_path / "nginx"), free_port()
+    (conf / "listen.conf").write_text(f"listen 127.0.0.1:{port};")
+    (conf / "engines.conf").write_text(f"upstream engines {{ server 127.0.0.1:{free_port()}; }}\nmap $uri $engine {{ default engines; }}\n")
+    nginx, held = subprocess.Popen(["nginx", "-p", str(tmp_path), "-c", str(conf / "nginx.conf"), "-g", "daemon off;"]), []
+
+    def ask(length):
+        held.append(s := socket.create_connection(("127.0.0.1", port), timeout=10))
+        s.sendall(f"POST /refine HTTP/1.1\r\nhost: x\r\n{length}\r\n\r\n".encode())
+        return s
+    try:
+        for _ in range(100):
+            try: socket.create_connection(("127.0.0.1", port)).close(); break
+            except OSError: time.sleep(.1)
+        waiting = [ask("transfer-encoding: chunked" if i % 2 else "content-length: 2000000") for i in range(16)]
+        answer = ask("content-length: 2000000").recv(65536).decode()
+        assert "429 Too Many" in answer and "urn:aura:queue_full" in answer and "retry-after: 5" in answer.lower()
+        waiting += [ask("content-length: 20000") for _ in range(48)]
+        assert "429 Too Many" in ask("content-length: 20000").recv(65536).decode()
+        assert not select.select(waiting, [], [], 0)[0]       # none of the others was answered
+    finally:
+        for s in held: s.close()
+        nginx.kill()
+        subprocess.run(["nginx", "-p", str(tmp_path), "-c", str(conf / "nginx.conf"), "-s", "stop"], capture_output=True)
+
+
+@pytest.mark.parametrize("file", ["compose.yaml", "compose.traces.yaml"])
+def test_no_log_of_a_container_grows_for_ever(file):
+    services = merged(file)["services"]
+    bounded = {name for name, service in services.items() if service.get("logging", {}).get("options", {}).get("max-size")}
+    assert bounded == {name for name, service in services.items() if "image" in service or file == "compose.yaml"}
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not installed")
