@@ -6,7 +6,6 @@
 from __future__ import annotations
 import gc, logging, os, re, threading, time, uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Self
@@ -155,7 +154,7 @@ class Delivery:
         "What to do with the outcome of a decoding."
         if isinstance(outcome, Degenerate): self.queue.end(task.job, outcome)
         elif task.picture.inpainting:
-            self.queue.decoded(task.job)
+            self.queue.admission.promises.decoded(task.job, self.queue.clock())
             self.pasting.begin(task, outcome)
         else: self.hand_out(task, outcome)
 

@@ -23,7 +23,8 @@ T = TypeVar("T")
 __all__ = ['T', 'SMALL', 'LARGE', 'LONG', 'VALUES', 'ESCAPES', 'LONGEST_PLACE', 'JSON_TYPE', 'REST', 'size_named', 'too_large',
            'BodiesFull', 'Arriving', 'slowest', 'Arrivals', 'may_give_way', 'announced', 'read_body', 'hung_up',
            'Carved', 'carve', 'parse_json', 'check_type', 'read_form', 'in_utf8', 'PicturesFull', 'DecodeCost',
-           'PoolTurn', 'FairPool', 'Reading', 'admit', 'check_left', 'next_piece', 'PictureLine', 'give_back_memory']
+           'PoolTurn', 'FairPool', 'PicturePlace', 'admit', 'check_left', 'next_piece', 'make_room', 'RestingPool',
+           'PictureLine', 'give_back_memory']
 
 # %% ../nbs/09c_intake.ipynb #0da1155d
 SMALL, LARGE = 64 * 2**10, 32 * 2**20
@@ -345,14 +346,14 @@ class FairPool:
 
 # %% ../nbs/09c_intake.ipynb #e0f7c0dc
 @dataclass(eq=False)
-class Reading:
+class PicturePlace:
     "A request in the line. `begin` is done when there is memory for its pictures."
     client: str
     cost: DecodeCost
     begin: asyncio.Future[None]
 
 # %% ../nbs/09c_intake.ipynb #8658991f
-def admit(there: Sequence[Reading], client: str, cost: DecodeCost, most: DecodeCost) -> None:
+def admit(there: Sequence[PicturePlace], client: str, cost: DecodeCost, most: DecodeCost) -> None:
     "Raise PicturesFull when a request makes the line or its client's part too long, Invalid when it never fits."
     if cost.bytes > most.bytes:
         given, allowed = f"pictures that take {cost.bytes >> 20} MiB to read", f"at most {most.bytes >> 20} MiB"
@@ -368,8 +369,8 @@ def check_left(ahead: float, seconds: float, left: float) -> None:
     "Raise PicturesFull or Invalid when `seconds` of reading, with so many `ahead`, take longer than what is `left`."
     if ahead + seconds <= left: return
     if not ahead:
-        given = Words(f"a deadline {left:.1f} seconds from now")
-        raise Invalid.value("deadlineSeconds", given=given, allowed=f"{seconds:.1f} more, which reading its pictures takes")
+        given, allowed = f"a deadline {left:.1f} seconds from now", f"at least {seconds:.1f}, to read its pictures"
+        raise Invalid.value("deadlineSeconds", given=Words(given), allowed=allowed)
     said = f"Other pictures have to be read first, which takes about {ahead:.1f} seconds"
     raise PicturesFull(f"{said}; this request has {left:.1f} left.", retry_after=max(1.0, ahead - left))
 
@@ -381,13 +382,42 @@ def next_piece(work: Generator[None, None, T]) -> list[T]:
     return []
 
 # %% ../nbs/09c_intake.ipynb #e6bb6e05
-class PictureLine(FairPool):
+def make_room(places: Sequence[PicturePlace], spent: dict[str, float], most: int) -> None:
+    "Let begin what fits into the `most` bytes: first who has had the least, small requests by themselves."
+    small = most // 16
+    for fits, room in ((lambda size: size <= small, 2 * small), (lambda size: size > small, most)):
+        kind = [place for place in places if fits(place.cost.bytes)]
+        held = sum(place.cost.bytes for place in kind if place.begin.done())
+        waiting = [place for place in kind if not place.begin.done()]
+        for place in sorted(waiting, key=lambda one: spent.get(one.client, 0.0)):
+            held += place.cost.bytes
+            if held > room: break
+            place.begin.set_result(None)
+
+# %% ../nbs/09c_intake.ipynb #011dc22c
+class RestingPool(FairPool):
+    "A pool that gives memory back some seconds after its last work."
+    resting: asyncio.TimerHandle | None = None                # until memory is given back
+
+    def _idle(self) -> None:
+        super()._idle()
+        self.rest_soon()
+
+    def rest_soon(self) -> None:
+        "Give memory back in a few seconds, unless something else asks for the same in the meantime."
+        if self.resting: self.resting.cancel()
+        self.resting = asyncio.get_running_loop().call_later(REST, self._rest)
+
+    def _rest(self) -> None:
+        if not self.waiting and not self.running: self.pool.submit(give_back_memory)
+
+# %% ../nbs/09c_intake.ipynb #84da99a3
+class PictureLine(RestingPool):
     "Turns for decoding, one for each picture: `slots` at once, and at most so much in line."
     def __init__(self, slots: int = 1, most: DecodeCost = DecodeCost(20.0, 2**29)):
         super().__init__(slots, "decode")
         self.most = most
-        self.readings: list[Reading] = []
-        self.resting: asyncio.TimerHandle | None = None       # until memory is given back
+        self.readings: list[PicturePlace] = []
 
     @property
     def seconds(self) -> float:
@@ -412,41 +442,19 @@ class PictureLine(FairPool):
         "A place in the line while the block runs, which begins when there is memory for it."
         admit(self.readings, client, cost, self.most)
         check_left(self.seconds, cost.seconds, left)
-        mine = Reading(client, cost, asyncio.get_running_loop().create_future())
+        mine = PicturePlace(client, cost, asyncio.get_running_loop().create_future())
         self.readings.append(mine)
-        self._make_room()
+        make_room(self.readings, self.spent, self.most.bytes)
         try:
             await mine.begin
             yield
         finally:
             self.readings.remove(mine)
-            self._make_room()
+            make_room(self.readings, self.spent, self.most.bytes)
             if not self.readings: self._idle()
 
-    def _make_room(self) -> None:
-        "Let begin what fits into the memory that is free: first who has had the least, small requests by themselves."
-        small = self.most.bytes // 16
-        for chosen, most in ((lambda size: size <= small, 2 * small), (lambda size: size > small, self.most.bytes)):
-            kind = [reading for reading in self.readings if chosen(reading.cost.bytes)]
-            held = sum(reading.cost.bytes for reading in kind if reading.begin.done())
-            waiting = [reading for reading in kind if not reading.begin.done()]
-            for reading in sorted(waiting, key=lambda r: self.spent.get(r.client, 0.0)):
-                held += reading.cost.bytes
-                if held > most: break
-                reading.begin.set_result(None)
-
     def _idle(self) -> None:
-        if self.readings: return                              # between two pictures
-        super()._idle()
-        self.rest_soon()
-
-    def rest_soon(self) -> None:
-        "Give memory back in a few seconds, unless something else asks for the same in the meantime."
-        if self.resting: self.resting.cancel()
-        self.resting = asyncio.get_running_loop().call_later(REST, self._rest)
-
-    def _rest(self) -> None:
-        if not self.waiting and not self.running: self.pool.submit(give_back_memory)
+        if not self.readings: super()._idle()                 # otherwise it is between two pictures
 
 # %% ../nbs/09c_intake.ipynb #23c399d1
 REST = 3.0                                                    # seconds without a picture before memory is given back

@@ -13,14 +13,14 @@ from fastapi import Request
 from fastapi.responses import EventSourceResponse, JSONResponse, Response
 from pydantic import Field
 from .answers import (
-    UNBUFFERED, Api, ClientEvent, Frame, OrderedJob, begin, client_events, deadline_of, heartbeat, json_answer,
-    let_go, model_name, pictures_in, sse_frame, using)
+    UNBUFFERED, Api, ClientEvent, Frame, OrderedJob, begin, client_events, deadline_of, heartbeat,
+    json_answer, let_go, model_name, pictures_in, sse_frame, using)
 from .errors import request_id
 from .planning import ReplayRequest
 from .side_by_side import Seat, check_wait
 from aura_engine.types import (
-    AuraError, Cancelled, GenerateRequest, Invalid, JobStatus, NotFound, QueueFull, RefineRequest, RequestModel, TooLarge,
-    shown)
+    AuraError, Cancelled, GenerateRequest, Invalid, JobStatus, NotFound, QueueFull, RefineRequest, RequestModel,
+    TooLarge, shown)
 from .walls import arrival, client_behind
 
 # %% auto #0

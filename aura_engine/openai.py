@@ -21,8 +21,8 @@ __all__ = ['QUALITY', 'MEANINGLESS', 'THEIR_NAMES', 'NO_USAGE', 'OPENAI_MODELS',
            'WITHOUT_V1', 'WHY_ABSENT', 'openai_absent', 'OPENAI_FAULTS', 'openai_routes', 'ImagesRequest',
            'ImageAddress', 'EditRequest', 'steps_for', 'notes_on', 'Common', 'common', 'openai_error', 'OpenAIFault',
            'OpenAIError', 'OpenAIImage', 'OpenAIAbout', 'OpenAIImages', 'OpenAIEvent', 'OpenAIFrame', 'OpenAIModel',
-           'OpenAIModels', 'described', 'Shelved', 'Shelf', 'shelf_of', 'get_picture', 'openai_json', 'Partials',
-           'openai_event', 'completed', 'partial_size', 'partial_image', 'openai_events', 'openai_stream',
+           'OpenAIModels', 'described', 'Shelved', 'off_the_shelf', 'Shelf', 'shelf_of', 'get_picture', 'openai_json',
+           'Partials', 'openai_event', 'completed', 'partial_size', 'partial_image', 'openai_events', 'openai_stream',
            'openai_answer', 'ModelMissing', 'model_for', 'post_generations', 'generation_answer', 'Edit',
            'picture_text', 'json_edit', 'form_edit', 'file_field', 'read_edit', 'edit_wish', 'mask_of_hole',
            'post_edits', 'edit_answer', 'post_variations', 'model_entry', 'get_models', 'get_model', 'in_form',
@@ -234,6 +234,10 @@ class Shelved:
     until: float
 
 # %% ../nbs/10a_openai.ipynb #6cdf137f
+def off_the_shelf(name: str, seconds: float) -> NotFound:
+    "The error of an address where no picture is."
+    return NotFound(f"No picture {shown(name, 60)}: addresses are good for {seconds / 60:g} minutes at most.")
+
 class Shelf:
     "Pictures by the last part of their address, for `seconds`, `most` bytes in all. Only the event loop touches it."
     def __init__(self, seconds: float = 3600, most: int = 64 * 2**20, number: int = 500):
@@ -254,7 +258,7 @@ class Shelf:
         "The picture of that name. NotFound when it is unknown or gone."
         self._sweep()
         if name in self.kept: return self.kept[name]
-        raise NotFound(f"No picture {shown(name, 60)}: addresses are good for {self.seconds / 60:g} minutes at most.")
+        raise off_the_shelf(name, self.seconds)
 
     def _sweep(self) -> None:
         now = time.monotonic()

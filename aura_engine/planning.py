@@ -28,9 +28,9 @@ from .types import (MAX_PROMPT, MAX_SEED, WHOLE, FieldError, GenerateRequest, In
 __all__ = ['CLOSELY', 'MOST_HELPED', 'STRENGTH', 'LEAST_SIDE', 'MOST_STRETCHED', 'Finished', 'MOST_VERSIONS', 'Label',
            'SamplerName', 'Side', 'COMPARED', 'MOST_DIFFERENCES', 'LONGEST_LABEL', 'known_words', 'is_slip',
            'shorter_by_one', 'letter_pairs', 'Vocabulary', 'vocabulary', 'intended_word', 'similar_words', 'short_list',
-           'understood', 'clamp', 'allowed_lora', 'reference_picture', 'plan', 'looking_at', 'preparing', 'sizing',
-           'without_pauses', 'prepare', 'PictureRecipe', 'Replayed', 'ReplayRequest', 'receipt_inside', 'replay_plan',
-           'differences']
+           'understood', 'clamp', 'allowed_lora', 'reference_picture', 'plan', 'decoding_references', 'preparing',
+           'sizing', 'without_pauses', 'prepare', 'PictureRecipe', 'Replayed', 'ReplayRequest', 'receipt_inside',
+           'replay_plan', 'differences']
 
 # %% ../nbs/03d_planning.ipynb #b19b3380
 @cache
@@ -376,7 +376,7 @@ def plan(request: GenerateRequest | RefineRequest, row: Row, images: Sequence[Im
     return _generation(request, row, gpu)
 
 # %% ../nbs/03d_planning.ipynb #29a52b99
-def looking_at(texts: Sequence[str], row: Row) -> Generator[None, None, list[Image.Image]]:
+def decoding_references(texts: Sequence[str], row: Row) -> Generator[None, None, list[Image.Image]]:
     "The references of a request, decoded. Invalid names the field when the model looks at fewer, or the picture."
     if len(texts) > row.references:
         allowed = f"up to {row.references}" if row.references else f"none: {row.name} takes one picture at a time"
@@ -400,7 +400,7 @@ def preparing(request: RefineRequest, row: Row, gpu: bool = False) -> Generator[
         decoded[text] = decode(from_base64(text, loc), loc, side=row.native if mask is None else None)
         yield
     images = [decoded[text] for text in request.images]
-    references = yield from looking_at(request.references, row)
+    references = yield from decoding_references(request.references, row)
     return (yield from sizing(plan(request, row, images, gpu, mask, references)))
 
 # %% ../nbs/03d_planning.ipynb #5d4dc90c
@@ -562,7 +562,7 @@ def _check_pictures(ask: ReplayRequest, r: Replayed) -> None:
 def _started(p: Picture, ask: ReplayRequest, r: Replayed, row: Row) -> Picture:
     "The picture of a receipt with what its refinement started from."
     if not ask.init: return p
-    p = _looking(p, without_pauses(looking_at(ask.references, row)))
+    p = _looking(p, without_pauses(decoding_references(ask.references, row)))
     init = decode(from_base64(ask.init, "init"), "init", side=None if ask.mask else row.native)
     if not ask.mask: return replace(p, init=init)
     mask = fitted_mask(decode_mask(from_base64(ask.mask, "mask")), init.size)

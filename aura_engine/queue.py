@@ -18,8 +18,8 @@ from .types import AuraError, Done, Event, Failed, Invalid, Picture, Queued, Que
 # %% auto #0
 __all__ = ['LEAST_SHARERS', 'PAUSE', 'MOST_LATE', 'MOST_PIXELS', 'MOST_TASKS', 'Task', 'Shares', 'Paces', 'ClientLine',
            'lines_of', 'fair_order', 'Lateness', 'OwnLineFull', 'line_full', 'Standing', 'too_late', 'check_deadline',
-           'Chore', 'FairThread', 'TaskLine', 'PixelsFull', 'HeldPixels', 'too_many', 'Promise', 'Admission',
-           'last_events', 'Queue']
+           'Chore', 'FairThread', 'TaskLine', 'PixelsFull', 'HeldPixels', 'too_many', 'Promise', 'Promises',
+           'Admission', 'last_events', 'Queue']
 
 # %% ../nbs/08b_queue.ipynb #51706455
 @dataclass(eq=False, kw_only=True)
@@ -341,13 +341,23 @@ class Promise:
     owing: bool                                     # whether its client owed then
     until: float | None = None                      # when its last picture was decoded, if it is then pasted
 
+    def took(self, now: float) -> float:
+        "Seconds until the device was done with it, for a job that ends now."
+        return (self.until or now) - self.at
+
+class Promises(dict[str, Promise]):
+    "What jobs were told."
+    def decoded(self, job: Job, now: float) -> None:
+        "A picture of a job is decoded, and is put under its mask beside the device."
+        if given := self.get(job.id): self[job.id] = replace(given, until=now)
+
 # %% ../nbs/08b_queue.ipynb #01f1e856
 class Admission:
     "Promises and refusals. `limit`: seconds that may be promised. `longest`: the longest deadline."
     def __init__(self, limit: float, longest: float):
         self.limit, self.longest = limit, longest
         self.lateness = Lateness()
-        self.promises: dict[str, Promise] = {}      # by job
+        self.promises = Promises()                  # by job
         self.pixels = HeldPixels()
 
     def check_line(self, mine: Sequence[Task], there: Sequence[Task], cost: StepCost,
@@ -374,16 +384,11 @@ class Admission:
         self.pixels.add(job)
         return Queued(standing.ahead, round(standing.seconds, 3), tuple(p.seed for p in job.plan.pictures))
 
-    def decoded(self, job: Job, now: float) -> None:
-        "A picture of a job is decoded, and is put under its mask beside the device."
-        if given := self.promises.get(job.id): self.promises[job.id] = replace(given, until=now)
-
     def learn(self, job: Job, now: float, finished: bool) -> None:
         "A job has left. If it was `finished`, see how the promise was kept."
         given = self.promises.pop(job.id, None)
-        if not given or not finished: return
-        took = (given.until or now) - given.at
-        self.lateness.observe(given.owing, given.seconds, took, job.client, now)
+        if given and finished:
+            self.lateness.observe(given.owing, given.seconds, given.took(now), job.client, now)
 
 # %% ../nbs/08b_queue.ipynb #362aaffa
 def last_events(job: Job, error: AuraError | None) -> list[Event]:
@@ -415,10 +420,6 @@ class Queue(TaskLine):
             self.paces.begin(job.client, now)
             self.tasks = self.tasks + tasks
             self.changed.notify_all()
-
-    def decoded(self, job: Job) -> None:
-        "A picture of a job is decoded. What follows is done beside the device."
-        self.admission.decoded(job, self.clock())
 
     def end(self, job: Job, error: AuraError | None = None) -> None:
         "Take a job out, free what it starts from, and close its log."

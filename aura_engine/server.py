@@ -23,16 +23,16 @@ from .shared_jobs import shared_jobs
 from .side_by_side import Models
 from .traces import traced
 from .types import AuraError, HeadersTooLarge, Malformed, QueueFull
-from .walls import HOST_SENT, client_group
+from .walls import HOST_SENT, Allowances, client_group, few_lines
 
 log = logging.getLogger("aura_engine.server")
 
 # %% auto #0
-__all__ = ['log', 'CHATTY', 'HEAD', 'PRIVATE', 'ADDRESS', 'HOST', 'JsonLines', 'log_to', 'Punctual', 'Patient', 'unreadable',
-           'last_answer', 'Crumbs', 'Pieces', 'TooManyConnections', 'Counted', 'UnreadAnswers', 'Frugal', 'Connection',
-           'Server', 'create_server', 'reach', 'proxies_of', 'in_origin_form', 'with_host', 'Forwarded',
-           'server_config', 'raise_file_limit', 'refuse_workers', 'refuse_taken', 'not_started', 'settle', 'host_named',
-           'main']
+__all__ = ['log', 'CHATTY', 'HEAD', 'WIRE', 'PRIVATE', 'ADDRESS', 'HOST', 'JsonLines', 'log_to', 'Punctual', 'Patient',
+           'unreadable', 'last_answer', 'Crumbs', 'Pieces', 'TooManyConnections', 'Counted', 'Welcomed',
+           'UnreadAnswers', 'Frugal', 'Connection', 'Server', 'create_server', 'reach', 'proxies_of', 'in_origin_form',
+           'with_host', 'Forwarded', 'server_config', 'raise_file_limit', 'refuse_workers', 'refuse_taken',
+           'not_started', 'settle', 'host_named', 'main']
 
 # %% ../nbs/11_server.ipynb #34c751a1
 _STANDARD = {*logging.makeLogRecord({}).__dict__, "message", "asctime", "color_message", "taskName"}
@@ -129,6 +129,7 @@ class Patient(Punctual):
 
     def send_400_response(self, msg: str) -> None:
         error = unreadable(sys.exc_info()[1])
+        few_lines.log(logging.WARNING, "not HTTP", self.client[0] if self.client else "", why=error.detail)
         if self.cycle: self.cycle.disconnected = True         # what the app still answers is not sent
         try:
             for event in last_answer(error): self.transport.write(self.conn.send(event) or b"")
@@ -169,6 +170,9 @@ class Pieces(h11.Connection):
 # %% ../nbs/11_server.ipynb #a00ec14c
 HEAD = 64 * 2**10                                             # bytes of headers
 
+WIRE = logging.getLogger("aura_engine.server.wire")           # what uvicorn says of single connections
+WIRE.setLevel(logging.ERROR)
+
 class TooManyConnections(QueueFull): "You have too many connections"
 
 # %% ../nbs/11_server.ipynb #8e18682b
@@ -183,6 +187,7 @@ class Counted(Patient):
     def __init__(self, *args: Any, **more: Any):
         super().__init__(*args, **more)
         self.conn = Pieces(h11.SERVER, HEAD)
+        self.logger = WIRE
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -207,6 +212,15 @@ class Counted(Patient):
         self.held[self.holder] -= 1
         if not self.held[self.holder]: del self.held[self.holder]
         super().connection_lost(exc)
+
+# %% ../nbs/11_server.ipynb #6752b63e
+class Welcomed(Counted):
+    "The same, with a limit on how often one client comes."
+    newcomers: ClassVar[Allowances] = Allowances(4096, 256.0)          # at once, and a second
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        if not self.of_proxy and not self.newcomers.take(self.holder): self.transport.abort()
 
 # %% ../nbs/11_server.ipynb #203b237d
 class UnreadAnswers:
@@ -234,7 +248,7 @@ class UnreadAnswers:
         return oldest[greediest] if too_much else None
 
 # %% ../nbs/11_server.ipynb #20ca8bc0
-class Frugal(Counted):
+class Frugal(Welcomed):
     "The same, with a budget for answers that are not read."
     unread: ClassVar[UnreadAnswers] = UnreadAnswers()
 

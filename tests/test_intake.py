@@ -1,12 +1,15 @@
 """What comes in at the same time: forms that give way, posts that race for a place, and what a job holds meanwhile."""
 import asyncio, io, logging, threading, time
+from collections import Counter
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import pytest
 from PIL import Image as Pillow
+from uvicorn import Config
+from uvicorn.server import ServerState
 
-from aura_engine.answers import PIECE, Api, ClientEvent, Metrics, Order, OrderedJob, begin, cost_of, heartbeat, let_go, ordering, pictures_in, sse_frame
+from aura_engine.answers import PIECE, Api, Metrics, Order, OrderedJob, begin, cost_of, heartbeat, let_go, ordering, pictures_in, sse_frame
 from aura_engine.config import load_settings
 from aura_engine.dialects import remade_mask
 from aura_engine.images import encode, to_base64
@@ -16,10 +19,11 @@ from aura_engine.job_routes import JobsFull, JobStore, KeptJob, held_by, watch_j
 from aura_engine.jobs import Job
 from aura_engine.openai import EditRequest, Shelf, json_edit
 from aura_engine.planning import ReplayRequest
+from aura_engine.server import Connection, Forwarded
 from aura_engine.shared_jobs import StoreUnreachable
 from aura_engine.models import ROWS
 from aura_engine.types import Cancelled, DeadlineExceeded, Done, Image, EngineFailed, Invalid, Malformed, Picture, Plan, RefineRequest
-from aura_engine.walls import FewLines, Guard, Origins
+from aura_engine.walls import Allowances, FewLines, Guard, Origins
 
 APPLE = Picture("a red apple", 512, 512, steps=4, guidance_scale=1.0, seed=7)
 HEAD = b'--xyz\r\ncontent-disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
@@ -389,6 +393,52 @@ def test_tracebacks_are_few(caplog, monkeypatch):
         assert len(answers) == 40
     asyncio.run(go())
     assert len([record for record in caplog.records if record.message == "unforeseen" and record.exc_info]) == 10
+
+
+class Line:
+    """A connection that came from `peer`, as far as the protocol looks at it."""
+    def __init__(self, peer): self.peer, self.ended, self.sent = peer, False, b""
+    def get_extra_info(self, name, default=None): return {"peername": (self.peer, 1234), "sockname": ("10.9.9.9", 80)}.get(name, default)
+    def abort(self): self.ended = True
+    def close(self): self.ended = True
+    def is_closing(self): return self.ended
+    def write(self, data): self.sent += data
+
+
+def test_new_connections_of_one_client_are_counted():
+    """Beyond its allowance they end without a word, as soon as they come. Others, and proxies, are not asked."""
+    async def go():
+        class Few(Connection): newcomers, held = Allowances(3, 0.0), Counter()
+        config = Config(Forwarded(None, ["10.0.0.9"]), http=Few, ws="none", lifespan="off", log_config=None, proxy_headers=False)
+        config.load()
+
+        def come(peer):
+            protocol, line = Few(config=config, server_state=ServerState(), app_state={}), Line(peer)
+            protocol.connection_made(line)
+            ended = line.ended, line.sent
+            protocol.connection_lost(None)                    # it does not hold a place: only its coming counts
+            return ended
+        assert [come("10.0.0.1") for _ in range(5)] == [(False, b"")] * 3 + [(True, b"")] * 2
+        assert not come("10.0.0.2")[0] and not any(come("10.0.0.9")[0] for _ in range(9)) and not Few.held
+    asyncio.run(go())
+
+
+def test_garbage_writes_few_lines(caplog, monkeypatch):
+    async def go():
+        few = FewLines(most=5)
+        monkeypatch.setattr("aura_engine.server.few_lines", few)
+        class Few(Connection): held = Counter()
+        config = Config(Forwarded(None, []), http=Few, ws="none", lifespan="off", log_config=None)
+        config.load()
+        for _ in range(30):
+            protocol, line = Few(config=config, server_state=ServerState(), app_state={}), Line("10.0.0.1")
+            protocol.connection_made(line)
+            protocol.data_received(b"\x16\x03\x01 garbage\r\n\r\n")
+            assert b"400" in line.sent and line.ended
+            protocol.connection_lost(None)
+        assert list(few.left_out.values()) == [25]
+    with caplog.at_level(logging.INFO): asyncio.run(go())
+    assert [record.message for record in caplog.records if record.levelno >= logging.WARNING] == ["not HTTP"] * 5
 
 
 def test_one_client_holds_a_quarter_of_all_bodies():

@@ -186,7 +186,7 @@ def test_what_is_done_beside_the_device_makes_no_promise_late():
         job = submit(queue, "masked", 1)
         promised = job.log[0].eta_seconds
         now += promised
-        queue.decoded(job)
+        queue.admission.promises.decoded(job, now)
         now += 60
         queue.end(job)
     assert queue.admission.lateness.factor(False) == pytest.approx(1.0, abs=.01) and not queue.admission.promises
