@@ -238,6 +238,7 @@ def off_the_shelf(name: str, seconds: float) -> NotFound:
     "The error of an address where no picture is."
     return NotFound(f"No picture {shown(name, 60)}: addresses are good for {seconds / 60:g} minutes at most.")
 
+# %% ../nbs/10a_openai.ipynb #b867b3ad
 class Shelf:
     "Pictures by the last part of their address, for `seconds`, `most` bytes in all. Only the event loop touches it."
     def __init__(self, seconds: float = 3600, most: int = 64 * 2**20, number: int = 500):
