@@ -272,7 +272,7 @@ class Shelf:
         if not self.held[gone.client]: del self.held[gone.client]
 
     def _first_of_greediest(self) -> str:
-        greediest = max(self.held, key=lambda client: self.held[client])
+        greediest = self.held.most_common(1)[0][0]
         return next(name for name, p in self.kept.items() if p.client == greediest)
 
 # %% ../nbs/10a_openai.ipynb #c4898069
