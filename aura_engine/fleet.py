@@ -11,14 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any
 import httpx
 from rich.console import Console
-from rich.markdown import Markdown as Rendered
+from rich.table import Table
+from rich.text import Text
 from .transport import engine_url
 from .types import Health, Invalid
 
 # %% auto #0
 __all__ = ['COUNTED', 'NAMED', 'MOST_SIMULATED', 'Look', 'look_at_all', 'pictures_counted', 'thousand_so_far', 'fleet_row',
-           'cost_said', 'fleet_rows', 'fleet_table', 'fleet_json', 'upstream', 'nginx_engines', 'main', 'fleet_html',
-           'FleetStatus', 'StepCurve', 'SimulatedEngine', 'latencies', 'engines_for']
+           'cost_said', 'fleet_rows', 'fleet_table', 'terminal_table', 'fleet_json', 'upstream', 'nginx_engines',
+           'main', 'fleet_html', 'FleetStatus', 'StepCurve', 'SimulatedEngine', 'arrivals', 'latencies', 'engines_for']
 
 # %% ../nbs/19_many_engines.ipynb #bffcd989
 @dataclass(frozen=True)
@@ -96,6 +97,16 @@ def fleet_table(looks: Iterable[Look], price: float | None = None) -> str:
     named, *rows = (f"| {' | '.join(row)} |" for row in fleet_rows(looks, price))
     return "\n".join([named, "|" + " --- |" * (named.count("|") - 1), *rows])
 
+# %% ../nbs/19_many_engines.ipynb #096fa9c3
+def terminal_table(looks: Iterable[Look], price: float | None = None) -> Table:
+    "The engines as a table for a terminal."
+    named, *rows = fleet_rows(looks, price)
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    # a head of several words has a line for each, so that no column is wider than it must be
+    for name in named: table.add_column(name.replace(" ", "\n"), no_wrap=name == "engine", overflow="fold")
+    for row in rows: table.add_row(*map(Text, row))     # plain text: brackets in an address are not markup
+    return table
+
 # %% ../nbs/19_many_engines.ipynb #1bdb35de
 def fleet_json(looks: Iterable[Look]) -> list[dict[str, Any]]:
     "Each engine's address with what /health said, or with its problem."
@@ -137,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
         looks = asyncio.run(look_at_all(a.urls))
     except Invalid as e: sys.exit(f"aura fleet: {e.detail}")
     if a.json: print(json.dumps(fleet_json(looks)))
-    else: Console().print(Rendered(fleet_table(looks, a.price)))
+    else: Console().print(terminal_table(looks, a.price))
     sys.exit(not all(look.ready for look in looks))
 
 # %% ../nbs/19_many_engines.ipynb #d9590e29
@@ -209,35 +220,46 @@ class SimulatedEngine:
     now: float = 0.0
     left: list[list[float]] = field(default_factory=list)       # [steps to go, time of arrival]
 
-    def turn(self) -> Iterator[float]:
-        "One turn: the seconds from arrival to picture of each request that it finishes."
+    def turn(self, slow: float = 1.0) -> Iterator[float]:
+        """One turn, `slow` times as long as the curve says.
+
+        Yields the seconds from arrival to picture of each request that it finishes."""
         batch = self.left[:self.curve.most]
-        self.now += self.curve.seconds(len(batch))
+        self.now += slow * self.curve.seconds(len(batch))
         for one in batch: one[0] -= 1
         for one in [one for one in batch if one[0] <= 0]:
-            self.now += self.curve.decode
+            self.now += slow * self.curve.decode
             self.left.remove(one)
             yield self.now - one[1]
 
-def latencies(curve: StepCurve, engines: int, rate: float, steps: int, pictures: int = 2000,
-              seed: int = 0) -> list[float]:
-    "Seconds that each of `pictures` requests takes when `rate` a second arrive at random at `engines` engines, sorted."
-    draw, now, out = random.Random(seed), 0.0, []
-    fleet = [SimulatedEngine(curve) for _ in range(engines)]
+# %% ../nbs/19_many_engines.ipynb #c0758aee
+def arrivals(rate: float, pictures: int, seed: int = 0) -> Iterator[float]:
+    "Times of requests that come at random, `rate` a second on average."
+    draw, now = random.Random(seed), 0.0
     for _ in range(pictures):
         now += draw.expovariate(rate)
-        for engine in fleet: out += _until(engine, now)
+        yield now
+
+def latencies(curve: StepCurve, engines: int, rate: float, steps: int, pictures: int = 2000,
+              seed: int = 0, beside: float = 1.0) -> list[float]:
+    "Seconds that each of `pictures` requests takes when `rate` a second arrive at random at `engines` engines, sorted."
+    out: list[float] = []
+    fleet = [SimulatedEngine(curve) for _ in range(engines)]
+    machines = [fleet] if beside != 1 else [[engine] for engine in fleet]
+    for now in arrivals(rate, pictures, seed):
+        for machine in machines: out += _until(machine, now, beside)
         least = min(fleet, key=lambda engine: len(engine.left))
         least.now = max(least.now, now)
         least.left.append([steps, now])
-    for engine in fleet: out += _until(engine, float("inf"))
+    for machine in machines: out += _until(machine, float("inf"), beside)
     return sorted(out)
 
-def _until(engine: SimulatedEngine, time: float) -> list[float]:
-    "Turns of an engine until `time`, or until it has nothing left."
-    out: list[float] = []
-    while engine.left and engine.now < time: out += engine.turn()
-    return out
+def _until(machine: list[SimulatedEngine], time: float, beside: float) -> Iterator[float]:
+    "Turns of the engines of one machine until `time`, or until they have nothing left."
+    while busy := [engine for engine in machine if engine.left and engine.now < time]:
+        next_one = min(busy, key=lambda engine: engine.now)
+        works = sum(bool(engine.left) or engine.now > next_one.now for engine in machine)
+        yield from next_one.turn(beside if works > 1 else 1.0)
 
 # %% ../nbs/19_many_engines.ipynb #3c7d365b
 MOST_SIMULATED = 50                                 # engines

@@ -107,7 +107,7 @@ def behind_nginx():
 
 
 def on_ray():
-    parts = {"killed": "killed", "told_to_stop": "told_to_stop", "updated": "restarted", "scaled": "scaled", "full": "full", "redis_away": "redis_away"}
+    parts = {"killed": "killed", "told_to_stop": "told_to_stop", "updated": "restarted", "scaled": "scaled", "loading": "loading", "full": "full", "redis_away": "redis_away"}
     with tempfile.TemporaryDirectory() as cache:
         command = in_own_network([sys.executable, str(ROOT / "tests/ray_house.py"), *parts])
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=clean_env(PYTHONPATH=ROOT, XDG_CACHE_HOME=cache), check=True)

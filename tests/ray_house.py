@@ -100,6 +100,16 @@ def killed(): return ended_by(signal.SIGKILL)
 def told_to_stop(): return ended_by(signal.SIGTERM)
 
 
+def loading():
+    """A replica is gone and the next one loads, under eight clients, who are counted only meanwhile."""
+    name, pid = next(iter(pids().items()))
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: name not in pids() and replicas().get("STARTING"))
+    before = replicas()
+    answers = under_load(URL, 8, {"prompt": "a fox", "steps": 4}, lambda: until(lambda: replicas() == {"RUNNING": 2}, 400), lead=0)
+    return {"answers": answers, "before": before}
+
+
 def full():
     """Two engines that promise two seconds at most, and eight clients who ask for more."""
     serve.run(app({"engines": "2", **ENV, "AURA_MAX_QUEUE_SECONDS": "2"}), name="aura")
@@ -249,7 +259,7 @@ def start_head():
     return head
 
 
-PARTS = ["doors", "jobs", "hung_up", "killed", "told_to_stop", "updated", "full", "redis_away", "models", "warm", "scaled", "deployed"]
+PARTS = ["doors", "jobs", "hung_up", "killed", "told_to_stop", "loading", "updated", "full", "redis_away", "models", "warm", "scaled", "deployed"]
 
 
 def main(names):
