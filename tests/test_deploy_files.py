@@ -108,6 +108,9 @@ def test_the_files_agree_on_engines_and_ports():
     engines = {name: service["environment"]["AURA_REPLICA"] for name, service in compose["services"].items() if "AURA_REPLICA" in service.get("environment", {})}
     targets = prometheus["scrape_configs"][0]["static_configs"][0]["targets"]
     assert {target.split(":")[0] for target in targets} == set(engines)
+    (label,) = prometheus["scrape_configs"][0]["relabel_configs"]
+    replicas = {re.sub(label["regex"], label["replacement"].replace("$", "\\"), target) for target in targets}
+    assert label["target_label"] == "replica" and replicas == set(engines.values())
     upstreams = (DEPLOY / "nginx/engines.conf").read_text()
     assert all(f"{name}:7860" in upstreams and re.search(rf"\b{replica}\b", upstreams) for name, replica in engines.items())
     assert all(set(service["environment"]) >= {"AURA_REDIS_URL", "AURA_PROXIES"} for name, service in compose["services"].items() if name in engines)
