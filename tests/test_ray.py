@@ -13,8 +13,8 @@ PARTS = ["doors", "jobs", "hung_up", "killed", "told_to_stop", "loading", "updat
 
 
 def in_own_network(argv):
-    """A command in a network namespace with nothing but a loopback. Its processes are its own too, and end with it."""
-    return ["unshare", "-rnpf", "--mount-proc", "--kill-child", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *argv]
+    """A command in a network namespace with nothing but a loopback."""
+    return ["unshare", "-rn", "sh", "-c", 'ip link set lo up && exec "$@"', "sh", *argv]
 
 
 @functools.cache
