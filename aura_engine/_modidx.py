@@ -1365,7 +1365,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'aura_engine.fleet._look': ('many_engines.html#_look', 'aura_engine/fleet.py'),
                                    'aura_engine.fleet._made': ('many_engines.html#_made', 'aura_engine/fleet.py'),
                                    'aura_engine.fleet._until': ('many_engines.html#_until', 'aura_engine/fleet.py'),
-                                   'aura_engine.fleet.arrivals': ('many_engines.html#arrivals', 'aura_engine/fleet.py'),
+                                   'aura_engine.fleet.arrival_times': ('many_engines.html#arrival_times', 'aura_engine/fleet.py'),
                                    'aura_engine.fleet.cost_said': ('many_engines.html#cost_said', 'aura_engine/fleet.py'),
                                    'aura_engine.fleet.engines_for': ('many_engines.html#engines_for', 'aura_engine/fleet.py'),
                                    'aura_engine.fleet.fleet_html': ('many_engines.html#fleet_html', 'aura_engine/fleet.py'),

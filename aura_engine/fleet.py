@@ -19,7 +19,8 @@ from .types import Health, Invalid
 # %% auto #0
 __all__ = ['COUNTED', 'NAMED', 'MOST_SIMULATED', 'Look', 'look_at_all', 'pictures_counted', 'thousand_so_far', 'fleet_row',
            'cost_said', 'fleet_rows', 'fleet_table', 'terminal_table', 'fleet_json', 'upstream', 'nginx_engines',
-           'main', 'fleet_html', 'FleetStatus', 'StepCurve', 'SimulatedEngine', 'arrivals', 'latencies', 'engines_for']
+           'main', 'fleet_html', 'FleetStatus', 'StepCurve', 'SimulatedEngine', 'arrival_times', 'latencies',
+           'engines_for']
 
 # %% ../nbs/19_many_engines.ipynb #bffcd989
 @dataclass(frozen=True)
@@ -233,7 +234,7 @@ class SimulatedEngine:
             yield self.now - one[1]
 
 # %% ../nbs/19_many_engines.ipynb #c0758aee
-def arrivals(rate: float, pictures: int, seed: int = 0) -> Iterator[float]:
+def arrival_times(rate: float, pictures: int, seed: int = 0) -> Iterator[float]:
     "Times of requests that come at random, `rate` a second on average."
     draw, now = random.Random(seed), 0.0
     for _ in range(pictures):
@@ -246,7 +247,7 @@ def latencies(curve: StepCurve, engines: int, rate: float, steps: int, pictures:
     out: list[float] = []
     fleet = [SimulatedEngine(curve) for _ in range(engines)]
     machines = [fleet] if beside != 1 else [[engine] for engine in fleet]
-    for now in arrivals(rate, pictures, seed):
+    for now in arrival_times(rate, pictures, seed):
         for machine in machines: out += _until(machine, now, beside)
         least = min(fleet, key=lambda engine: len(engine.left))
         least.now = max(least.now, now)
