@@ -4,11 +4,11 @@
 
 # %% ../nbs/19b_capacity.ipynb #674bc5c2
 from __future__ import annotations
-import random, threading, time
+import threading, time
 from collections.abc import Sequence
 from dataclasses import dataclass
 import httpx
-from .fleet import StepCurve, engines_for
+from .fleet import StepCurve, arrival_times, engines_for
 
 # %% auto #0
 __all__ = ['steady_seconds', 'step_between', 'cost_of_thousand', 'Machine', 'slower', 'Fleet', 'fleet_for', 'OpenRun', 'OpenLoad']
@@ -115,11 +115,10 @@ class OpenLoad:
 
     def run(self, rate: float, pictures: int, seed: int = 0) -> OpenRun:
         "Ask for `pictures`, `rate` a second on average, and wait for all of them."
-        draw, threads = random.Random(seed), []
-        at = time.perf_counter()
-        for n in range(pictures):
-            at += draw.expovariate(rate)
-            time.sleep(max(0.0, at - time.perf_counter()))
+        threads: list[threading.Thread] = []
+        began = time.perf_counter()
+        for n, at in enumerate(arrival_times(rate, pictures, seed)):
+            time.sleep(max(0.0, began + at - time.perf_counter()))
             threads.append(threading.Thread(target=self.ask, args=(n,)))
             threads[-1].start()
         for thread in threads: thread.join()
