@@ -256,7 +256,7 @@ async def place_order(api: Api, ask: Ask, client: str, left: float = math.inf) -
     cost = await api.read(client, cost_of, ask, row)
     work = ordering(ask, row, gpu)
     if cost.seconds: order = await api.line.decode_each(client, cost, work, left)
-    else: order = await api.read(client, without_pauses, work)
+    else: order = await api.read(client, lambda: without_pauses(work))
     log.debug("plan", extra={"prompts": [p.prompt for p in order.plan.pictures]})
     return order
 

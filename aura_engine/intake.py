@@ -434,7 +434,7 @@ class PictureLine(RestingPool):
         "The same for work that pauses after each picture. It goes on when it is its client's turn again."
         async with self.place(client, cost, left):
             ended: list[T] = []
-            while not ended: ended = await self.run(client, next_piece, work)
+            while not ended: ended = await self.run(client, lambda: next_piece(work))
         return ended[0]
 
     @asynccontextmanager

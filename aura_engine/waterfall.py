@@ -303,7 +303,7 @@ def serve_draws(name: str, folder: Path, px: int, cache: Path, pipe: Any) -> Non
 
 # %% ../nbs/16_waterfall.ipynb #c45d2278
 def in_turn(names: tuple[str, str], folder: Path, px: int, pairs: int, cache: Path) -> dict[str, Any]:
-    "Two contenders, a picture each in turn, who begins changing -> names, seconds, median ratio."
+    "Two contenders, a picture each in turn, each going first in turn -> names, seconds, median ratio."
     spawn, ends, cpu = get_context("spawn"), [], []
     for name in names:
         mine, other = spawn.Pipe()
