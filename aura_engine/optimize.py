@@ -15,12 +15,14 @@ from torch import nn
 from .compiling import CompiledUNet, GraphedDecode, GraphedText, GraphedUNet
 from .config import Settings
 from .loader import Components, has_bf16
+from .memory import free_memory, gib
 from .packing import can_pack, double_once, pack
 from .precision import bf16_gain, cpu_limit, model_threads
 from .reader import quiet
 from .static_graphs import cache_folder, hushed                         # noqa: F401  the engine's way to them
 from aura_engine.static_graphs import (DECODER, Graphs, OpenVINODecode, OpenVINOUNet, convert,
     input_names, saved_graph)
+from .transformer_graphs import OpenVINOTransformer, conversion_peak, openvino_transformer
 from .types import ModelError
 
 log = logging.getLogger("aura_engine")
@@ -28,10 +30,11 @@ log = logging.getLogger("aura_engine")
 # %% auto #0
 __all__ = ['log', 'Answer', 'SMALL', 'ONCE_FOR_EACH', 'SAME_SUMS', 'TECHNIQUES', 'NO_GRAPH', 'MADE_FOR_UNETS', 'Technique',
            'size_of', 'bytes_of', 'on_cuda', 'card_memory', 'torch_on_cpu', 'fewer_threads', 'set_threads', 'can_bf16',
-           'to_bf16', 'refuse', 'was_saved', 'can_openvino', 'use_openvino', 'by_torch', 'channels_last', 'can_double',
-           'double', 'can_pack_weights', 'pack_weights', 'can_bf16_vae', 'bf16_vae', 'can_offload', 'offload',
-           'can_fuse_qkv', 'fuse_qkv', 'can_compile', 'compile_unet', 'can_graph', 'graph_unet', 'graph_decode', 'seal',
-           'done', 'fits', 'optimize', 'Drawn', 'draw', 'Variant', 'middle', 'measured', 'waterfall']
+           'to_bf16', 'refuse', 'was_saved', 'refuse_transformer', 'refuse_openvino', 'can_openvino', 'openvino_unet',
+           'use_openvino', 'by_torch', 'channels_last', 'can_double', 'double', 'can_pack_weights', 'pack_weights',
+           'can_bf16_vae', 'bf16_vae', 'can_offload', 'offload', 'can_fuse_qkv', 'fuse_qkv', 'can_compile',
+           'compile_unet', 'can_graph', 'graph_unet', 'graph_decode', 'seal', 'done', 'optimize', 'Drawn', 'draw',
+           'Variant', 'middle', 'measured', 'waterfall']
 
 # %% ../nbs/05f_optimize.ipynb #4e6774a5
 Answer = bool | str                               # yes, no, or why it was declined
@@ -115,36 +118,61 @@ def was_saved(parts: Components) -> bool:
     "Whether this model's graph is on disk already."
     return saved_graph(parts.unet, input_names(parts.unet.config)).exists()
 
+# %% ../nbs/05f_optimize.ipynb #bf3ab6ea
+def refuse_transformer(parts: Components, settings: Settings) -> None:
+    "ModelError for a transformer that cannot be converted here."
+    if settings.quant or settings.net_id:
+        refuse("converts weights as they are: leave SD_QUANT and SD_NET_ID out, or use SD_BACKEND=torch.")
+    if parts.precision == "bf16" and not has_bf16():
+        refuse("cannot run in bf16 on this CPU, and fp32 does not fit: use SD_BACKEND=torch.")
+    need, free = conversion_peak(parts.unet), free_memory()
+    if settings.memory != 0 and need > free:
+        why = f"needs about {gib(need)} more to convert {parts.row.name}, and {gib(free)} are free"
+        refuse(f"{why}. SD_BACKEND=torch runs it, and SD_MEMORY=0 converts it all the same.")
+
+# %% ../nbs/05f_optimize.ipynb #bc74b178
+def refuse_openvino(parts: Components, settings: Settings) -> None:
+    "ModelError when OpenVINO cannot run this model here, for somebody who asked for it by name."
+    if find_spec("openvino") is None:
+        refuse("needs the openvino package: pip install 'aura-engine[openvino]', or use SD_BACKEND=torch.")
+    if parts.device.type != "cpu":
+        refuse(f"runs on the CPU, the model is on {parts.device.type}: set SD_DEVICE=cpu, or SD_BACKEND=torch.")
+    if settings.loras:
+        refuse("cannot change LoRAs between requests: leave SD_LORAS out, or use SD_BACKEND=torch.")
+    # OpenVINO 2026.4 ends the process there with a segmentation fault
+    if settings.precision == "bf16" and not has_bf16():
+        refuse("cannot run in bf16 on this CPU: set SD_PRECISION=fp32, or SD_BACKEND=torch.")
+    if parts.row.flow: refuse_transformer(parts, settings)
+
 # %% ../nbs/05f_optimize.ipynb #3275c6d3
 def can_openvino(parts: Components, settings: Settings) -> Answer:
     "On a CPU, with the package, for a model without LoRAs that requests name."
-    asked, there = settings.backend == "openvino", find_spec("openvino") is not None
-    if asked and not there:
-        refuse("needs the openvino package: pip install 'aura-engine[openvino]', or use SD_BACKEND=torch.")
-    if asked and parts.device.type != "cpu":
-        refuse(f"runs on the CPU, the model is on {parts.device.type}: set SD_DEVICE=cpu, or SD_BACKEND=torch.")
-    if asked and settings.loras:
-        refuse("cannot change LoRAs between requests: leave SD_LORAS out, or use SD_BACKEND=torch.")
-    # OpenVINO 2026.4 ends the process there with a segmentation fault
-    if asked and settings.precision == "bf16" and not has_bf16():
-        refuse("cannot run in bf16 on this CPU: set SD_PRECISION=fp32, or SD_BACKEND=torch.")
-    if settings.backend == "torch" or not there or parts.device.type != "cpu": return False
+    asked = settings.backend == "openvino"
+    if asked: refuse_openvino(parts, settings)
+    if settings.backend == "torch" or find_spec("openvino") is None or parts.device.type != "cpu": return False
     if settings.loras: return "SD_LORAS needs torch"
     if settings.precision == "bf16" and not has_bf16(): return "this CPU has no bf16 instructions"
-    if asked or size_of(parts.unet) <= SMALL or was_saved(parts): return True
+    if asked or not parts.row.flow and (size_of(parts.unet) <= SMALL or was_saved(parts)): return True
     return "converting this model takes minutes and memory, once: SD_BACKEND=openvino does it"
 
 # %% ../nbs/05f_optimize.ipynb #a2401002
+def openvino_unet(unet: nn.Module, precision: str, notes: list[str]) -> OpenVINOUNet:
+    "What stands in for a UNet."
+    names = input_names(unet.config)
+    return OpenVINOUNet(unet, Graphs(convert(unet, names, notes), names, precision))
+
+
 def use_openvino(parts: Components, settings: Settings) -> str:
-    "Put graphs in place of the UNet and of the VAE's decoder."
-    unet, vae = parts.unet, parts.vae
-    names, dtype = input_names(unet.config), vae.dtype
-    steps, decode = convert(unet, names, parts.notes), convert(vae, DECODER, parts.notes)
+    "Put graphs in place of the denoiser and of the VAE's decoder."
+    vae, dtype = parts.vae, parts.vae.dtype
+    make = openvino_transformer if parts.row.flow else openvino_unet
+    net, decode = make(parts.unet, parts.precision, parts.notes), convert(vae, DECODER, parts.notes)
     with quiet(): vae.to(dtype)                         # converting raised it to fp32
-    parts.unet, parts.backend = OpenVINOUNet(unet, Graphs(steps, names, parts.precision)), "openvino"
+    parts.unet, parts.backend = net, "openvino"
     vae.decode = OpenVINODecode(vae, Graphs(decode, DECODER, parts.precision))
     exact = "f32" if parts.precision == "fp32" else "bf16"
-    return f"OpenVINO {version('openvino').split('-')[0]} ({exact}, static graphs for usual shapes)"
+    shapes = "one graph for all shapes" if parts.row.flow else "static graphs for usual shapes"
+    return f"OpenVINO {version('openvino').split('-')[0]} ({exact}, {shapes})"
 
 # %% ../nbs/05f_optimize.ipynb #54748b18
 def by_torch(parts: Components, settings: Settings) -> bool:
@@ -256,7 +284,7 @@ def seal(parts: Components) -> None:
     "The warm-up is over: from here on nothing is compiled while somebody waits."
     if getattr(parts.unet, "sealed", True) is False: parts.unet.sealed = True
     for called in (parts.unet, parts.vae.decode):
-        if isinstance(called, (OpenVINOUNet, OpenVINODecode)): called.graphs.seal()
+        if isinstance(called, (OpenVINOUNet, OpenVINODecode, OpenVINOTransformer)): called.graphs.seal()
 
 # %% ../nbs/05f_optimize.ipynb #4b13a1c3
 ONCE_FOR_EACH = "a first conversion of seconds to a minute, then about a second for each usual shape"
@@ -266,7 +294,7 @@ TECHNIQUES = [
     Technique("threads", fewer_threads, set_threads, "CPU", "none"),
     Technique("bf16 weights", can_bf16, to_bf16, "CPU with bf16, auto, measured faster",
               "pictures differ a little from fp32"),
-    Technique("OpenVINO", can_openvino, use_openvino, "CPU, package installed", ONCE_FOR_EACH, unet=True),
+    Technique("OpenVINO", can_openvino, use_openvino, "CPU, package installed", ONCE_FOR_EACH),
     Technique("channels last", by_torch, channels_last, "torch", "none"),
     Technique("doublings", can_double, double, "CPU, torch", SAME_SUMS),
     Technique("VAE in bf16", can_bf16_vae, bf16_vae, "CUDA, SDXL in fp16", "rounding; no overflow"),
@@ -294,18 +322,11 @@ def done(technique: Technique, parts: Components, settings: Settings) -> str:
 # %% ../nbs/05f_optimize.ipynb #3b57fcf3
 MADE_FOR_UNETS = "it is made for UNets"
 
-def fits(technique: Technique, parts: Components, settings: Settings) -> bool:
-    "Whether a technique suits this denoiser. ModelError when the settings demand one that does not."
-    if not (technique.unet and parts.row.flow): return True
-    if technique.name == "OpenVINO" and settings.backend == "openvino":
-        refuse(f"converts UNets, and {parts.row.name} has a transformer: use SD_BACKEND=torch.")
-    return False
-
-# %% ../nbs/05f_optimize.ipynb #1c1cfeeb
 def optimize(parts: Components, settings: Settings) -> Components:
     "Apply what applies. `parts.optimizations` tells what was done, and what was declined and why."
     for technique in TECHNIQUES:
-        answer = technique.applies(parts, settings) if fits(technique, parts, settings) else MADE_FOR_UNETS
+        fits = not (technique.unet and parts.row.flow)
+        answer = technique.applies(parts, settings) if fits else MADE_FOR_UNETS
         if answer is True: parts.optimizations.append(done(technique, parts, settings))
         elif answer: parts.optimizations.append(f"declined: {technique.name} ({answer})")
     return parts

@@ -11,16 +11,15 @@ import torch
 from torch import nn
 from .denoisers import Conditions, Text
 from .flow_match import FlowMatch, prompt_ids, runs_on
+from .transformer_graphs import BUCKET, OpenVINOZ, z_tokens
 from .types import Picture
 from .unet_input import NetInput
 
 # %% auto #0
-__all__ = ['BUCKET', 'PATCHES', 'rounded_up', 'encode_z', 'picture_ids', 'words_ids', 'cut_patches', 'join_patches',
-           'refined_picture', 'refined_text', 'z_answer', 'ZInput', 'ZConditions', 'ZLatents', 'ZImage']
+__all__ = ['rounded_up', 'encode_z', 'picture_ids', 'words_ids', 'cut_patches', 'join_patches', 'z_answer', 'ZInput',
+           'ZConditions', 'ZLatents', 'ZImage']
 
 # %% ../nbs/05k_z_image.ipynb #57e60e8b
-BUCKET = 32
-
 def rounded_up(tokens: int) -> int:
     "The next multiple of BUCKET."
     return -(-tokens // BUCKET) * BUCKET
@@ -65,40 +64,15 @@ def join_patches(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return cells.permute(0, 5, 1, 3, 2, 4).reshape(rows, wide // 4, height, width)
 
 # %% ../nbs/05k_z_image.ipynb #61d48d14
-PATCHES = "2-1"                                   # 2×2 pixels of one picture: the only size there are weights for
-
-def refined_picture(net: Any, sample: torch.Tensor, time: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    "Latents [R, C, h, w] as embedded tokens [R, N, D], after the layers for pictures. `at`: their rotations."
-    tokens = net.all_x_embedder[PATCHES](cut_patches(sample))
-    # a learnt token fills up to a multiple of 32, and is attended to like the others
-    filling = net.x_pad_token.expand(len(tokens), at.shape[1] - tokens.shape[1], -1)
-    x = torch.cat([tokens, filling], 1)
-    for layer in net.noise_refiner: x = layer(x, None, at, time)
-    return x
-
-# %% ../nbs/05k_z_image.ipynb #a3ab2975
-def refined_text(net: Any, text: torch.Tensor, real: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    "Texts [R, L, D'] of `real` tokens as embedded tokens [R, L, D], after the layers for texts."
-    padding = torch.arange(text.shape[1], device=text.device)[None] >= real[:, None]
-    words = torch.where(padding[..., None], net.cap_pad_token, net.cap_embedder(text))
-    for layer in net.context_refiner: words = layer(words, None, at)
-    return words
-
-# %% ../nbs/05k_z_image.ipynb #6270d91a
 def z_answer(net: Any, sample: torch.Tensor, clock: torch.Tensor, text: torch.Tensor,
              real: torch.Tensor) -> torch.Tensor:
     "The transformer for latents [R, C, h, w], times [R] and texts [R, L, D] of `real` [R] tokens -> [R, C, h, w]."
     height, width = sample.shape[2:]
     length, device = text.shape[1], sample.device
-    time = net.t_embedder(clock * net.t_scale).type_as(sample)
-    places = picture_ids(height // 2, width // 2, length, device), words_ids(length, device)
-    at_picture, at_text = (net.rope_embedder(ids)[None] for ids in places)
-    both = torch.cat([refined_picture(net, sample, time, at_picture), refined_text(net, text, real, at_text)], 1)
-    at = torch.cat([at_picture, at_text], 1)
-    for layer in net.layers: both = layer(both, None, at, time)
-    # what stands behind the picture's own tokens is filling and text
-    answer = net.all_final_layer[PATCHES](both, c=time)
-    return join_patches(answer[:, :height * width // 4], height, width)
+    places, words = picture_ids(height // 2, width // 2, length, device), words_ids(length, device)
+    given = cut_patches(sample), clock, text, real, places, words
+    answer = net(*given) if isinstance(net, OpenVINOZ) else z_tokens(net, *given)
+    return join_patches(answer, height, width)
 
 # %% ../nbs/05k_z_image.ipynb #9b6cbdbf
 @dataclass(frozen=True)

@@ -26,9 +26,12 @@ from aura_engine.klein import empirical_mu
 from aura_engine.loader import load
 from aura_engine.masks import Inpainting, Region
 from aura_engine.models import FLOW_ROWS, ROWS, last_steps
+from aura_engine.optimize import can_openvino, optimize
 from aura_engine.planning import ReplayRequest, plan, prepare, replay_plan
 from aura_engine.runner import key_of
+from aura_engine.static_graphs import saved_graph
 from aura_engine.trajectory import TextCache, Trajectory, TimetableKey, advance, decode_latents, make_table
+from aura_engine.transformer_graphs import conversion_peak
 from aura_engine.types import GenerateRequest, Invalid, ModelError, Picture, RefineRequest
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 96, 3), dtype=np.uint8))
@@ -321,6 +324,108 @@ def test_the_engine_serves_and_mixes(family):
         assert {len(p.receipt.reference_sha256) for p in pictures} == {0, len(others)}
         with pytest.raises(Invalid, match="scheduler"): replay_plan(ReplayRequest(receipt=told | {"scheduler": "euler"}, init=start), engine.row)
     finally: engine.close()
+
+
+NO_OPENVINO = "openvino is not installed: pip install 'aura-engine[openvino]'"
+
+
+@pytest.fixture(scope="module")
+def openvino(tmp_path_factory):
+    """Converted models go to a folder of this file, not to the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield pytest.importorskip("openvino", reason=NO_OPENVINO)
+
+
+def with_graphs(folder, **how):
+    settings = load_settings(**{"SD_MODEL_ID": str(folder), "SD_DEVICE": "cpu", "SD_BACKEND": "openvino", "SD_PRECISION": "fp32"} | how)
+    return optimize(load(settings), settings)
+
+
+@pytest.fixture(scope="module")
+def graphed(openvino, family): return with_graphs(family[0])
+
+
+def test_openvino_draws_the_same_picture(family, graphed):
+    """From text at two aspects, refined, inside a mask, and beside references: each on the one graph, against torch."""
+    _, parts = family
+    assert graphed.backend == "openvino" and any("one graph for all shapes" in o for o in graphed.optimizations)
+    looks = parts.row.refine == "reference"
+    ways = [dict(), dict(size=(96, 128), steps=8, prompt=LONG), dict(size=(96, 128), steps=8, init=PHOTO, strength=1.0 if looks else 0.6),
+            dict(size=(96, 128), steps=8, init=PHOTO, strength=0.75, mask=BRUSH)]
+    if parts.row.references: ways.append(dict(size=(96, 128), init=PHOTO, strength=1.0, references=OTHERS[:2]))
+    for how in ways:
+        p = drawn(parts, **how)
+        one, two = run(graphed, p).latents, run(parts, p).latents
+        assert (one - two).abs().max() <= 1e-5 * two.abs().max()
+        gap = np.abs(np.asarray(decode_latents(graphed, one)[0], int) - np.asarray(decode_latents(parts, two)[0], int))
+        assert gap.max() <= 1 and (gap > 0).mean() < 1e-3
+    assert graphed.unet.graphs.compiles == 1
+
+
+def test_openvino_in_company(family, graphed):
+    """Other steps, seeds and a late joiner: exactly what each is alone in calls of one size, closely in calls of other sizes."""
+    looks = dict(size=(96, 128), init=PHOTO, strength=1.0, references=OTHERS[:2]) if graphed.row.references else {}
+    many = [drawn(graphed, steps=steps, seed=steps, **looks) for steps in (3, 5, 8)]
+    for rows, most in ((8, 0), (0, 1e-5)):
+        crowd = [Trajectory(graphed, p, TextCache(graphed)) for p in many]
+        waiting, late = crowd[:2], crowd[2:]
+        while waiting:
+            advance(waiting, graphed.unet, rows)
+            waiting, late = [t for t in waiting + late if not t.done], []
+        for p, t in zip(many, crowd): assert (t.latents - run(graphed, p, rows).latents).abs().max() <= most
+
+
+def test_openvino_saves_the_graph_of_a_transformer(openvino, family, graphed, monkeypatch):
+    """The second start reads it. Other weights get a graph of their own."""
+    monkeypatch.setattr(openvino, "convert_model", lambda *a, **k: pytest.fail("converted again"))
+    again = with_graphs(family[0])
+    p = drawn(graphed)
+    assert torch.equal(run(again, p).latents, run(graphed, p).latents) and not again.notes
+    other = load(load_settings(SD_MODEL_ID=str(family[0]), SD_DEVICE="cpu")).unet
+    next(other.parameters()).data += 1
+    assert not saved_graph(other, again.unet.names).exists()
+
+
+def test_the_engine_serves_with_openvino(openvino, family):
+    """Pictures that share steps, a refinement and a mask, with previews, receipts and their replay."""
+    folder, _ = family
+    engine = Engine(load_settings(SD_MODEL_ID=str(folder), SD_DEVICE="cpu", SD_BACKEND="openvino")).start()
+    assert engine.wait_ready(240), engine.reason
+    try:
+        assert any("OpenVINO" in o for o in engine.health().optimizations)
+        steps = engine.row.steps[0]
+        masked = RefineRequest(refine_prompt="a fox", images=[png(PHOTO)], mask=png(BRUSH), config={"steps": steps, "seed": 7})
+        plans = plan(GenerateRequest(prompt="a fox", seed=1, n=2, steps=steps), engine.row), *(prepare(r, engine.row) for r in (refining(steps=steps, seed=5), masked))
+        pictures = [picture for job in [engine.submit(one) for one in plans] for picture in job.result(120)]
+        for picture in pictures:
+            told = picture.receipt.to_json()
+            start, mask = png(PHOTO) if told.get("strength") else None, png(BRUSH) if told["maskSha256"] else None
+            _, again = replay_plan(ReplayRequest(receipt=told, init=start, mask=mask), engine.row)
+            assert np.abs(np.asarray(engine.submit(again).result(120)[0].image, int) - np.asarray(picture.image, int)).max() <= 1
+        assert len(pictures) == 4 and "OpenVINO" not in " ".join(engine.health().warnings)
+    finally: engine.close()
+
+
+def test_openvino_needs_memory_and_says_how_much(openvino, family, monkeypatch):
+    """Refused with numbers before anything is converted. SD_MEMORY=0 goes on."""
+    folder, parts = family
+    assert conversion_peak(parts.unet) == 8 * sum(p.numel() for p in parts.unet.parameters())
+    monkeypatch.setattr("aura_engine.optimize.free_memory", lambda: 1000)
+    with pytest.raises(ModelError, match=rf"SD_BACKEND=openvino needs about [\d.]+ MiB more to convert {parts.row.name}, and .* are free"): with_graphs(folder)
+    assert with_graphs(folder, SD_MEMORY="0").backend == "openvino"
+
+
+@pytest.mark.parametrize("how", [{"SD_QUANT": "int8"}, {"SD_NET_ID": "net.gguf"}], ids=["int8", "gguf"])
+def test_openvino_takes_weights_as_they_are(openvino, family, how):
+    _, parts = family
+    with pytest.raises(ModelError, match="SD_QUANT and SD_NET_ID"): can_openvino(parts, load_settings(SD_MODEL_ID="x", SD_DEVICE="cpu", SD_BACKEND="openvino", **how))
+
+
+def test_openvino_is_not_taken_unasked(family):
+    _, parts = family
+    answer = can_openvino(parts, load_settings(SD_MODEL_ID="x", SD_DEVICE="cpu"))
+    assert answer is False or "SD_BACKEND=openvino does it" in answer
 
 
 @pytest.fixture(scope="module")
