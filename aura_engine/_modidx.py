@@ -2522,6 +2522,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                  'aura_engine/queue.py'),
                                    'aura_engine.queue.FairThread': ('queue.html#fairthread', 'aura_engine/queue.py'),
                                    'aura_engine.queue.FairThread.__init__': ('queue.html#fairthread.__init__', 'aura_engine/queue.py'),
+                                   'aura_engine.queue.FairThread._leave': ('queue.html#fairthread._leave', 'aura_engine/queue.py'),
                                    'aura_engine.queue.FairThread._next': ('queue.html#fairthread._next', 'aura_engine/queue.py'),
                                    'aura_engine.queue.FairThread.submit': ('queue.html#fairthread.submit', 'aura_engine/queue.py'),
                                    'aura_engine.queue.HeldPixels': ('queue.html#heldpixels', 'aura_engine/queue.py'),

@@ -239,13 +239,21 @@ class FairThread:
         "Have `f(*args)` run when it is this client's turn."
         chore = Chore(client, partial(f, *args), Future())
         with self._lock: self.waiting.append(chore)
+        chore.result.add_done_callback(lambda _: self._leave(chore))
         self.pool.submit(self._next)                    # as many calls as chores, and each chooses one
         return chore.result
 
+    def _leave(self, chore: Chore) -> None:
+        with self._lock:
+            if chore in self.waiting: self.waiting.remove(chore)
+
     def _next(self) -> None:
         with self._lock:
-            chore = min(self.waiting, key=lambda c: self.spent.get(c.client, 0.0))
+            able = [c for c in self.waiting if not c.result.cancelled()]
+            if not able: return                         # it was given up
+            chore = min(able, key=lambda c: self.spent.get(c.client, 0.0))
             self.waiting.remove(chore)
+        if not chore.result.set_running_or_notify_cancel(): return
         start = time.monotonic()
         try: chore.result.set_result(chore.do())
         except Exception as error: chore.result.set_exception(error)
@@ -290,6 +298,7 @@ class TaskLine:
             leaving = [t for t in self.tasks if gone(t)]
             self.tasks = [t for t in self.tasks if not gone(t)]
             for task in leaving:
+                if task.pasting: task.pasting.cancel()  # nobody wants it any more
                 self.shares.charge(task.client, task.used)
                 self.paces.charge(task.client, task.used)
             gone_clients = {t.client for t in leaving} - {t.client for t in self.tasks}

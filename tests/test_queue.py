@@ -1,4 +1,5 @@
 """The line of the engine: whose turn it is, what is promised, what a flood can do, and files that are damaged."""
+import gc
 import json
 import os
 import random
@@ -6,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -15,11 +17,11 @@ from PIL import Image as Pillow
 from aura_engine.batching import CurveFile, Entry, StepCost, choose, curve_from, read_curves, urgency, work
 from aura_engine.candidates import Measured, TrialsFile
 from aura_engine.config import load_settings
-from aura_engine.engine import Engine
+from aura_engine.engine import Engine, Pasting
 from aura_engine.jobs import PREVIEW_BYTES, Job
 from aura_engine.queue import MOST_TASKS, FairThread, Lateness, OwnLineFull, PixelsFull, Queue, Shares, Task, fair_order
 from aura_engine.types import (
-    Done, Failed, Image, Invalid, JobStatus, Picture, Plan, Preview, Queued, QueueFull, ShuttingDown, Step)
+    Cancelled, Done, Failed, Image, Invalid, JobStatus, Picture, Plan, Preview, Queued, QueueFull, ShuttingDown, Step)
 
 SHAPE = (4, 64, 64, 77, None)
 GPU = StepCost(SHAPE, {1: .020, 2: .022, 4: .026, 8: .040, 16: .072}, {1: .030, 2: .036, 4: .050, 8: .090})
@@ -176,6 +178,36 @@ def test_pasting_is_shared_fairly():
     for chore in (*greedy, *modest): chore.result(10)
     assert isinstance(broken.exception(10), ZeroDivisionError)
     assert order.index(("modest", 1)) <= 3 and [i for who, i in order if who == "greedy"] == list(range(6))
+
+
+def test_pastes_of_a_job_that_was_given_up_leave_the_line_with_their_pictures():
+    """Twelve jobs of ten pictures are cancelled while their first picture is pasted. Nothing waits, and nothing is held."""
+    class Whole:
+        def paste(self, drawn):
+            pasted.append(1)
+            gate.wait(10)
+            return drawn
+
+    queue, gate, pasted, begun = Queue(limit=86400, longest=86400), threading.Event(), [], []
+    pasting = Pasting(queue.wake)
+    for _ in range(12):
+        whole = Whole()
+        job, held = submit(queue, "greedy", 1, n=10), weakref.ref(whole)
+        for task in queue.tasks:
+            if task.job is not job: continue
+            task.picture = replace(APPLE, inpainting=whole)
+            pasting.begin(task, (None, False))
+        while not pasted: pass                    # the first is being pasted
+        queue.end(job, Cancelled("gone"))
+        begun.append(held)
+        del whole, task, job
+    assert not queue.tasks and not pasting.thread.waiting
+    modest = pasting.thread.submit("modest", pasted.append, 2)
+    gate.set()
+    modest.result(10)
+    assert pasted == [1, 2]
+    gc.collect()
+    assert not any(held() for held in begun)
 
 
 def test_what_is_done_beside_the_device_makes_no_promise_late():
