@@ -378,6 +378,7 @@ async def follow(api: Api, job, request: Request | None = None) -> AsyncGenerato
         async for event in job:
             watch.see(event)
             yield event
+            if isinstance(event, Image): job.free(event)      # whoever reads on has made its file
     finally:
         if hangup: hangup.cancel()
         if not job.done: job.cancel()

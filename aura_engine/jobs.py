@@ -112,6 +112,10 @@ class PixelLog(GrowingLog):
         while self._preview_bytes > PREVIEW_BYTES and len(self._previews) > 1:
             self._preview_bytes -= self._free(self._previews.popleft())
 
+    def free(self, event: Event) -> None:
+        "Give back the pixels of an event that nobody will read again."
+        for place in [i for i, there in enumerate(self.log) if there is event]: self._free(place)
+
     @property
     def pixel_bytes(self) -> int:
         "Bytes of the pixels in this log."

@@ -18,8 +18,8 @@ from .types import AuraError, Done, Event, Failed, Invalid, Picture, Queued, Que
 # %% auto #0
 __all__ = ['LEAST_SHARERS', 'PAUSE', 'MOST_LATE', 'MOST_PIXELS', 'MOST_TASKS', 'Task', 'Shares', 'Paces', 'ClientLine',
            'lines_of', 'fair_order', 'Lateness', 'OwnLineFull', 'line_full', 'Standing', 'too_late', 'check_deadline',
-           'Chore', 'FairThread', 'TaskLine', 'PixelsFull', 'HeldPixels', 'too_many', 'Promise', 'Promises',
-           'Admission', 'last_events', 'Queue']
+           'Chore', 'FairThread', 'TaskLine', 'bytes_to_come', 'PixelsFull', 'HeldPixels', 'too_many', 'Promise',
+           'Promises', 'Admission', 'last_events', 'Queue']
 
 # %% ../nbs/08b_queue.ipynb #51706455
 @dataclass(eq=False, kw_only=True)
@@ -310,6 +310,12 @@ class TaskLine:
         return QueueLoad(len(tasks), round(work(tasks, cost), 2) if cost else 0.0)
 
 # %% ../nbs/08b_queue.ipynb #9627f0e3
+def bytes_to_come(job: Job) -> int:
+    "Bytes of pixels that a job holds, or will hold if nobody reads what it makes: pictures under a mask come whole."
+    masked = [picture.inpainting.picture for picture in job.plan.pictures if picture.inpainting]
+    return job.nbytes + sum(3 * whole.width * whole.height for whole in masked)
+
+# %% ../nbs/08b_queue.ipynb #3d3bf4bd
 class PixelsFull(QueueFull): "Too many large pictures are being drawn"
 
 MOST_PIXELS = 2**30                                 # bytes of pictures in jobs, half of them one client's
@@ -321,10 +327,11 @@ class HeldPixels:
     def check(self, job: Job) -> None:
         "PixelsFull when with this job its client, or all together, would hold too many bytes."
         if not job.client or not job.start_bytes: return    # who names no client is inside this process
-        own = [other for other in self.jobs if other.client == job.client]
-        for whose, jobs, most in (("Your", own, MOST_PIXELS // 2), ("The", [*self.jobs], MOST_PIXELS)):
-            held = sum(other.nbytes for other in jobs)
-            if not held or held + job.start_bytes <= most: continue
+        own = [other for other in self.jobs if other.client == job.client and bytes_to_come(other)]
+        room = MOST_PIXELS if own else MOST_PIXELS * 5 // 4
+        for whose, jobs, most in (("Your", own, MOST_PIXELS // 2), ("The", [*self.jobs], room)):
+            held = sum(map(bytes_to_come, jobs))
+            if not held or held + bytes_to_come(job) <= most: continue
             raise PixelsFull(f"{whose} pictures that are being drawn take {held >> 20} MiB.", retry_after=5)
 
     def add(self, job: Job) -> None:

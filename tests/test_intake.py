@@ -9,7 +9,7 @@ from PIL import Image as Pillow
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from aura_engine.answers import PIECE, Api, Metrics, Order, OrderedJob, begin, cost_of, heartbeat, let_go, ordering, pictures_in, sse_frame
+from aura_engine.answers import PIECE, Api, Metrics, Order, OrderedJob, begin, cost_of, files_of, heartbeat, let_go, ordering, pictures_in, sse_frame
 from aura_engine.config import load_settings
 from aura_engine.dialects import remade_mask
 from aura_engine.images import encode, to_base64
@@ -330,6 +330,21 @@ def test_a_large_event_leaves_in_pieces():
         assert b"".join(part for _, part in sent) == small.replace(b'"A"', b'"%s"' % data["image"].encode())
         assert max(len(part) for _, part in sent) <= PIECE and len(sent) >= 7
         assert all(after > before for (before, _), (after, _) in zip(sent, sent[1:]))
+    asyncio.run(go())
+
+
+def test_a_finished_picture_is_freed_when_its_file_is_made(monkeypatch):
+    async def go():
+        api, noise = Api(SimpleNamespace(settings=load_settings(SD_MODEL_ID="embedded"))), Pillow.effect_noise((256, 256), 90).convert("RGB")
+        job, held, receipt = Job(Plan((APPLE,) * 3)), [], SimpleNamespace(width=256, height=256, steps=1)
+
+        def file_of(event, output):
+            held.append(job.pixel_bytes)
+            return b"file", receipt
+        monkeypatch.setattr("aura_engine.answers.file_of", file_of)
+        job.emit(*(Image(i, noise, receipt) for i in range(3)), Done())
+        assert (await files_of(api, OrderedJob(job, Order(job.plan)))).files == [b"file"] * 3
+        assert held == [n * 3 * 256 * 256 for n in (3, 2, 1)] and not job.pixel_bytes
     asyncio.run(go())
 
 

@@ -19,7 +19,9 @@ from aura_engine.candidates import Measured, TrialsFile
 from aura_engine.config import load_settings
 from aura_engine.engine import Engine, Pasting
 from aura_engine.jobs import PREVIEW_BYTES, Job
-from aura_engine.queue import MOST_TASKS, FairThread, Lateness, OwnLineFull, PixelsFull, Queue, Shares, Task, fair_order
+from aura_engine.masks import Inpainting, Region
+from aura_engine.queue import (
+    MOST_PIXELS, MOST_TASKS, FairThread, Lateness, OwnLineFull, PixelsFull, Queue, Shares, Task, bytes_to_come, fair_order)
 from aura_engine.types import (
     Cancelled, Done, Failed, Image, Invalid, JobStatus, Picture, Plan, Preview, Queued, QueueFull, ShuttingDown, Step)
 
@@ -163,10 +165,32 @@ def test_large_pictures_wait_at_the_door_until_others_are_answered():
     mine = [come("mine") for _ in range(11)]
     with pytest.raises(PixelsFull, match="Your pictures that are being drawn take 503 MiB"): come("mine")
     theirs = [come("theirs") for _ in range(11)]
+    assert len([come(f"stranger {i}") for i in range(5)]) == 5       # a quarter is for those who hold nothing
     with pytest.raises(PixelsFull, match="The pictures that are being drawn"): come("a third")
     assert len(theirs) == 11 and submit(queue, "mine", 1)            # what needs no pictures is taken
     for job in mine: queue.end(job)
     come("mine")
+
+
+def test_each_picture_under_one_mask_counts_as_it_will_be():
+    """Ten of them share what they start from, and are ten pictures in the end. Each counts until its file is made."""
+    queue, (side, n) = Queue(limit=86400, longest=86400), (2000, 10)
+    def come():
+        whole = Inpainting(Pillow.new("RGB", (side, side)), Pillow.new("L", (side, side), 255), Region(0, 0, side, side))
+        job = Job(Plan((replace(APPLE, inpainting=whole),) * n), client="me")
+        queue.submit(job, [Task(key=SHAPE, steps_left=1, arrived=0.0, client="me", job=job, index=i, picture=p) for i, p in enumerate(job.plan.pictures)], GPU)
+        return job
+    jobs, full = [], (4 + 3 * n) * side * side
+    with pytest.raises(PixelsFull, match="Your pictures"):
+        while True: jobs.append(come())
+    assert len(jobs) == MOST_PIXELS // 2 // full == 3 and bytes_to_come(jobs[0]) == full
+    for i in range(n):
+        jobs[0].free_inputs(i)
+        jobs[0].emit(made := Image(i, Pillow.new("RGB", (side, side))))
+        assert bytes_to_come(jobs[0]) == full - (4 * side * side if i == n - 1 else 0) - 3 * i * side * side
+        jobs[0].free(made)                        # it is encoded
+    assert not bytes_to_come(jobs[0]) and jobs[0].log[-1].image is None
+    come()
 
 
 def test_pasting_is_shared_fairly():
