@@ -5,8 +5,9 @@
 # %% ../nbs/09d_answers.ipynb #48221a30
 from __future__ import annotations
 import asyncio, io, logging, math, os, re, secrets, time
+from collections import Counter as Counted, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,19 +20,20 @@ from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 
 # %% auto #0
 __all__ = ['log', 'T', 'REASONS', 'LONG_WAITS', 'MOST_KINDS', 'STEPS', 'Finish', 'Ask', 'MASKED', 'Revise', 'PICTURE_FIELDS',
-           'KINDS', 'PIECE', 'Frame', 'UNBUFFERED', 'Metrics', 'Stopwatch', 'Api', 'unready', 'add_gauges',
-           'gpu_memory', 'Output', 'Order', 'ordering', 'OrderedJob', 'pictures_in', 'cost_of', 'place_order',
-           'attended', 'in_time', 'deadline_of', 'late_arrival', 'begin', 'let_go', 'model_asked', 'model_name',
-           'using', 'api_of', 'follow', 'file_of', 'Files', 'files_of', 'answer_kind', 'ClientEvent', 'is_base64',
-           'json_pieces', 'slices', 'sse_frame', 'preview_jpeg', 'client_event', 'client_events', 'heartbeat',
-           'event_stream', 'sse_events', 'one_picture', 'respond', 'late_stream', 'late_events', 'json_answer',
-           'respond_with']
+           'KINDS', 'PIECE', 'Frame', 'STILL', 'LEAST_RATE', 'backlogs', 'UNBUFFERED', 'Metrics', 'Stopwatch', 'Api',
+           'unready', 'add_gauges', 'gpu_memory', 'Output', 'Order', 'ordering', 'OrderedJob', 'pictures_in', 'cost_of',
+           'place_order', 'attended', 'in_time', 'deadline_of', 'late_arrival', 'begin', 'let_go', 'model_asked',
+           'model_name', 'using', 'api_of', 'follow', 'file_of', 'Files', 'files_of', 'answer_kind', 'ClientEvent',
+           'is_base64', 'json_pieces', 'sse_frame', 'NotRead', 'Backlog', 'next_part', 'awaited_part', 'parts_of',
+           'Backlogs', 'preview_jpeg', 'client_event', 'client_events', 'heartbeat', 'event_stream', 'sse_events',
+           'one_picture', 'respond', 'late_stream', 'late_events', 'LargeAnswer', 'json_answer', 'respond_with']
 
 # %% ../nbs/09d_answers.ipynb #824b34f6
 from PIL import Image as Pillow
 from prometheus_client import (CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector,
     generate_latest)
 from starlette.background import BackgroundTask
+from starlette.types import Receive, Scope, Send
 from .config import Settings
 from .errors import Shape, as_error, in_config, request_id
 from .images import MIME, as_file, decode_cost, facts_of, from_base64, to_base64
@@ -468,14 +470,6 @@ def json_pieces(content: Any) -> list[str]:
     around = text.split(mark)
     return [piece for pair in zip_longest(around, long, fillvalue="") for piece in pair]
 
-# %% ../nbs/09d_answers.ipynb #51a3e0f7
-def slices(pieces: Iterable[bytes | str]) -> Iterator[bytes]:
-    "Pieces as they are sent: `PIECE` bytes at a time."
-    for piece in pieces:
-        for at in range(0, len(piece), PIECE):
-            part = piece[at:at + PIECE]
-            yield part if isinstance(part, bytes) else part.encode()
-
 # %% ../nbs/09d_answers.ipynb #e7a9084c
 Frame = bytes | list[str]                                     # whole, or in pieces
 
@@ -486,6 +480,103 @@ def sse_frame(name: str | None, data: dict[str, Any], number: int | None = None)
     if not any(rest): return frame
     before, _, after = frame.decode().partition(first)        # `id` stands behind the data
     return [before + first, *rest, after]
+
+# %% ../nbs/09d_answers.ipynb #8fb26b88
+class NotRead(Cancelled): "The answer was read too slowly"
+
+class Backlog:
+    "What an answer still has to send: whose it is, its pieces, and the bytes of these that count."
+    def __init__(self, client: str, pieces: Iterable[bytes | str] = ()):
+        self.client = client
+        self.pieces: deque[bytes | str] = deque(pieces)
+        self.size, self.at = sum(map(len, self.pieces)), 0    # `at`: where the first piece goes on
+        self.ended = bool(self.pieces)                        # nothing will be added
+        self.ousted = False
+        self.fresh, self.room = asyncio.Event(), asyncio.Event()
+        if self.ended: self.fresh.set()
+        self.room.set()
+
+    def add(self, frame: Frame) -> None:
+        "Count a frame and send it after the others."
+        if self.ousted: return
+        pieces = [frame] if isinstance(frame, bytes) else frame
+        self.pieces.extend(pieces)
+        self.size += sum(map(len, pieces))
+        self.fresh.set()
+        if self.size > PIECE: self.room.clear()
+
+    def end(self) -> None:
+        "Nothing will be added."
+        self.ended = True
+        self.fresh.set()
+
+    def oust(self) -> None:
+        "Forget all of it. Its reader gets no more."
+        self.pieces.clear()
+        self.size, self.ousted = 0, True
+
+# %% ../nbs/09d_answers.ipynb #78870275
+def next_part(backlog: Backlog) -> bytes:
+    "The next bytes to send, at most `PIECE`. Empty when there are none."
+    while backlog.pieces and backlog.at >= len(backlog.pieces[0]):
+        backlog.pieces.popleft()
+        backlog.at = 0
+    if not backlog.pieces: return b""
+    part = backlog.pieces[0][backlog.at:backlog.at + PIECE]
+    backlog.at += len(part)
+    backlog.size -= len(part)
+    if backlog.size <= PIECE: backlog.room.set()
+    return part if isinstance(part, bytes) else part.encode()
+
+# %% ../nbs/09d_answers.ipynb #bd484549
+async def awaited_part(backlog: Backlog, silence: float | None) -> bytes:
+    "`next_part`, as soon as there is one. A comment after `silence` seconds without any. Empty: that was all."
+    while not (part := next_part(backlog)) and not backlog.ended:
+        backlog.fresh.clear()
+        try: await asyncio.wait_for(backlog.fresh.wait(), silence)
+        except TimeoutError: return KEEPALIVE_COMMENT
+    return part
+
+# %% ../nbs/09d_answers.ipynb #26cc37cf
+STILL, LEAST_RATE = 20.0, 16_384                              # seconds, and bytes a second
+
+async def parts_of(backlog: Backlog, silence: float | None = None) -> AsyncGenerator[bytes]:
+    "All that a backlog sends. NotRead when its client takes too little, or when others need the memory."
+    while part := await awaited_part(backlog, silence):
+        start = time.monotonic()
+        yield part
+        slow = time.monotonic() - start > STILL + len(part) / LEAST_RATE
+        if slow or backlog.ousted: raise NotRead("The answer was read too slowly.")
+        await asyncio.sleep(0)                                # others have their turns while a large one is sent
+
+# %% ../nbs/09d_answers.ipynb #5055de45
+class Backlogs:
+    "Answers in memory that wait for their readers: `most` bytes, half of them one client's. Only the event loop uses it."
+    def __init__(self, most: int = 2**29):
+        self.most = most
+        self.answers: dict[Backlog, None] = {}                # the oldest first
+
+    def make_room(self, newest: Backlog) -> None:
+        "An answer has become larger. End others while they are too much."
+        while victim := self._victim(newest): victim.oust()
+
+    def _victim(self, newest: Backlog) -> Backlog | None:
+        held: Counted[str] = Counted()
+        for one in self.answers: held[one.client] += one.size
+        greediest, most = max(held.items(), key=lambda one: one[1], default=("", 0))
+        if held.total() <= self.most and most <= self.most // 2: return None
+        theirs = (one for one in self.answers if one.client == greediest and one.size and one is not newest)
+        return next(theirs, None)
+
+    @contextmanager
+    def sending(self, backlog: Backlog) -> Iterator[Backlog]:
+        "Count an answer while the block sends it."
+        self.answers[backlog] = None
+        self.make_room(backlog)
+        try: yield backlog
+        finally: del self.answers[backlog]
+
+backlogs = Backlogs()
 
 # %% ../nbs/09d_answers.ipynb #e8b8c16d
 def preview_jpeg(pixels: np.ndarray, side: int = 512) -> bytes:
@@ -534,38 +625,39 @@ async def client_events(api: Api, work: OrderedJob, request_id: str = "") -> Asy
         yield ClientEvent("done", {"warnings": []})
 
 # %% ../nbs/09d_answers.ipynb #dcb203e5
-async def heartbeat(source: AsyncGenerator[Frame], seconds: float = 10,
-                    left: Callable[[], None] | None = None) -> AsyncIterator[bytes]:
-    "The frames of `source`, and an SSE comment after each `seconds` of silence. `left()`: the reader left early."
-    queue: asyncio.Queue[Frame | None] = asyncio.Queue(4)
-    pump = asyncio.create_task(_pump(source, queue))
-    ended = False
+async def heartbeat(source: AsyncGenerator[Frame], seconds: float = 10, left: Callable[[], None] | None = None,
+                    client: str | None = None) -> AsyncIterator[bytes]:
+    """The frames of `source`, and an SSE comment after each `seconds` of silence. `left()`: the reader left early.
+
+    They are counted as the client's, if there is one."""
+    backlog, ended = Backlog(client or ""), False
+    pump = asyncio.create_task(_pump(source, backlog))
     try:
-        while not ended:
-            try: item = await asyncio.wait_for(queue.get(), seconds)
-            except TimeoutError: item = KEEPALIVE_COMMENT
-            ended = item is None
-            for part in slices([item] if isinstance(item, bytes) else item or ()):
-                yield part
-                await asyncio.sleep(0)                        # others have their turns while a large one is sent
+        with backlogs.sending(backlog) if client else nullcontext():
+            async with aclosing(parts_of(backlog, seconds)) as parts:
+                async for part in parts: yield part
+        ended = True
     finally:
         pump.cancel()
         if left and not ended: left()
 
 # %% ../nbs/09d_answers.ipynb #ef28a165
-async def _pump(source: AsyncGenerator[Frame], queue: asyncio.Queue[Frame | None]) -> None:
-    "Move what `source` yields into `queue`. None marks the end."
+async def _pump(source: AsyncGenerator[Frame], backlog: Backlog) -> None:
+    "Move what `source` yields into `backlog`, as far as there is room."
     try:
         async with aclosing(source):
-            async for item in source: await queue.put(item)
-    finally: await queue.put(None)
+            async for frame in source:
+                backlog.add(frame)
+                backlogs.make_room(backlog)
+                await backlog.room.wait()
+    finally: backlog.end()
 
 # %% ../nbs/09d_answers.ipynb #447448f1
 UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}         # the second is for nginx
 
 def event_stream(api: Api, source: AsyncGenerator[Frame], job) -> Response:
     "An answer that sends `source`, with a heartbeat. If the client leaves first, the job is cancelled."
-    beats = heartbeat(source, left=lambda: api.metrics.failed(Cancelled()))
+    beats = heartbeat(source, left=lambda: api.metrics.failed(Cancelled()), client=job.client)
     return EventSourceResponse(beats, headers=UNBUFFERED, background=BackgroundTask(job.cancel))
 
 async def sse_events(api: Api, work: OrderedJob, request_id: str) -> AsyncGenerator[Frame]:
@@ -601,7 +693,8 @@ def late_stream(request: Request, ask: Ask, seat: Seat, loc: str) -> Response:
     asked = deadline_of(ask)
     left = arrival(request) + (asked or api.settings.deadline_seconds) - time.monotonic()
     check_wait(api.models.seats, seat, left, asked)
-    beats = heartbeat(late_events(request, ask, seat, loc), left=lambda: api.metrics.failed(Cancelled()))
+    events, client = late_events(request, ask, seat, loc), client_behind(request)
+    beats = heartbeat(events, left=lambda: api.metrics.failed(Cancelled()), client=client)
     return EventSourceResponse(beats, headers=UNBUFFERED)
 
 async def late_events(request: Request, ask: Ask, seat: Seat, loc: str) -> AsyncGenerator[Frame]:
@@ -622,19 +715,25 @@ async def late_events(request: Request, ask: Ask, seat: Seat, loc: str) -> Async
         yield sse_frame("done", {"warnings": []})
 
 # %% ../nbs/09d_answers.ipynb #0d88e963
+class LargeAnswer(StreamingResponse):
+    "A JSON answer in pieces, which count as its client's until they are sent."
+    def __init__(self, pieces: list[bytes | str], status: int, headers: dict[str, str]):
+        length = str(sum(map(len, pieces)))
+        super().__init__((), status, headers | {"content-length": length}, "application/json")
+        self.pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        backlog, self.pieces = Backlog(client_behind(Request(scope)), self.pieces), []
+        self.body_iterator = parts_of(backlog)
+        with backlogs.sending(backlog): await super().__call__(scope, receive, send)
+
+# %% ../nbs/09d_answers.ipynb #1ea53f42
 def json_answer(content: Any, status: int = 200) -> Response:
     "A JSON answer that nobody keeps. Other requests have their turns while a large one is sent."
     kept = {"cache-control": "no-store"}
     pieces = [piece.encode() if i % 2 == 0 else piece for i, piece in enumerate(json_pieces(content))]
     if len(pieces) <= 2: return Response(pieces[0], status, kept, "application/json")
-
-    async def sent() -> AsyncGenerator[bytes]:
-        for part in slices(pieces):
-            yield part
-            await asyncio.sleep(0)
-
-    length = str(sum(map(len, pieces)))
-    return StreamingResponse(sent(), status, kept | {"content-length": length}, "application/json")
+    return LargeAnswer(pieces, status, kept)
 
 # %% ../nbs/09d_answers.ipynb #caae33ab
 async def respond_with(api: Api, request: Request, ask: Ask) -> Response:

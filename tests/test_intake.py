@@ -9,7 +9,9 @@ from PIL import Image as Pillow
 from uvicorn import Config
 from uvicorn.server import ServerState
 
-from aura_engine.answers import PIECE, Api, Metrics, Order, OrderedJob, begin, cost_of, files_of, heartbeat, let_go, ordering, pictures_in, sse_frame
+from aura_engine.answers import (
+    LEAST_RATE, PIECE, STILL, Api, Backlog, Backlogs, Metrics, NotRead, Order, OrderedJob, backlogs, begin, cost_of, files_of,
+    heartbeat, json_answer, let_go, ordering, parts_of, pictures_in, sse_frame)
 from aura_engine.config import load_settings
 from aura_engine.dialects import remade_mask
 from aura_engine.images import encode, to_base64
@@ -330,6 +332,77 @@ def test_a_large_event_leaves_in_pieces():
         assert b"".join(part for _, part in sent) == small.replace(b'"A"', b'"%s"' % data["image"].encode())
         assert max(len(part) for _, part in sent) <= PIECE and len(sent) >= 7
         assert all(after > before for (before, _), (after, _) in zip(sent, sent[1:]))
+    asyncio.run(go())
+
+
+def answered(client, size, sent, gate):
+    """A large JSON answer to a client that takes one part, and the next ones when `gate` is open."""
+    async def send(message):
+        sent.append(len(message.get("body", b"")))
+        if len(sent) > 2: await gate.wait()
+
+    async def nothing(): await asyncio.sleep(60)
+    scope = {"type": "http", "asgi": {"spec_version": "2.3"}, "client": (client, 1), "headers": []}
+    return asyncio.create_task(json_answer({"image": "A" * size})(scope, nothing, send))
+
+
+def test_answers_that_wait_for_their_reader_are_counted_by_client(monkeypatch):
+    """Beyond a half of the room the oldest of the greediest is forgotten at once, although its reader stands still."""
+    async def go():
+        monkeypatch.setattr("aura_engine.answers.backlogs", room := Backlogs(most=40 * PIECE))
+        gate, lists = asyncio.Event(), [[] for _ in range(4)]
+        tasks = [answered(*asked, sent, gate) for asked, sent in zip((("10.0.0.1", 9 * PIECE), ("10.0.0.2", 15 * PIECE), ("10.0.0.1", 9 * PIECE)), lists)]
+        await asyncio.sleep(.05)
+        first, other, second = room.answers
+        assert [one.client for one in room.answers] == ["10.0.0.1", "10.0.0.2", "10.0.0.1"] and first.size == 8 * PIECE + 2
+        tasks.append(answered("10.0.0.1", 9 * PIECE, lists[3], gate))
+        await asyncio.sleep(.05)
+        assert not first.pieces and first.ousted and not first.size and second.size and other.size
+        gate.set()
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+        assert isinstance(ends[0], NotRead) and ends[1:] == [None] * 3 and not room.answers
+        assert sum(lists[0]) < 3 * PIECE and all(sum(sent) == len('{"image":""}') + n * PIECE for sent, n in zip(lists[1:], (15, 9, 9)))
+    asyncio.run(go())
+
+
+def test_a_reader_takes_as_much_as_a_sender_brings(monkeypatch):
+    """Each part has its own time: no pause between two of them begins it anew for all that is left."""
+    async def go():
+        monkeypatch.setattr("aura_engine.answers.time", clock := SimpleNamespace(monotonic=lambda: now))
+        now, full = 0.0, STILL + PIECE / LEAST_RATE
+        for pause, parts in ((full - 1, 5), (full + 1, 1)):
+            taken = 0
+            try:
+                async for part in parts_of(Backlog("me", [b"x" * 5 * PIECE])):
+                    taken += 1
+                    now += pause
+            except NotRead: assert pause > full
+            assert taken == parts and clock
+    asyncio.run(go())
+
+
+def test_a_stream_keeps_one_large_event_and_its_source_waits():
+    """Its reader stands still. The next event is not made, and leaving ends the source."""
+    async def go():
+        made, ended = [], []
+
+        async def source():
+            try:
+                for i in range(9):
+                    made.append(i)
+                    yield sse_frame("image", {"image": "A" * (3 * PIECE)}, i)
+            finally: ended.append(1)
+        stream = heartbeat(source(), left=lambda: ended.append(2), client="me")
+        await anext(stream)
+        await asyncio.sleep(.05)
+        [backlog] = backlogs.answers
+        assert made == [0] and backlog.client == "me" and 2 * PIECE < backlog.size <= 4 * PIECE
+        for _ in range(4): await anext(stream)
+        await asyncio.sleep(.05)
+        assert made == [0, 1] and backlog.size <= 4 * PIECE
+        await stream.aclose()
+        await asyncio.sleep(.05)
+        assert made == [0, 1] and sorted(ended) == [1, 2] and not backlogs.answers
     asyncio.run(go())
 
 
