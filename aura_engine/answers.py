@@ -128,7 +128,8 @@ class Api:
         self.models = engine if isinstance(engine, Models) else None          # where SD_MODELS names several
         self.settings: Settings = engine.settings
         self.metrics, self.arrivals = Metrics(), Arrivals()
-        self.line = PictureLine(slots=max(1, (os.cpu_count() or 1) // 4))     # the model needs the processor too
+        # the model needs the processor too, and one client leaves a slot to the others
+        self.line = PictureLine(slots=max(2, (os.cpu_count() or 1) // 4))
         self.encoders = FairPool(2, "encode")                 # finished pictures
         self.readers = FairPool(2, "read")                    # what comes in
 

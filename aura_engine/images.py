@@ -114,6 +114,7 @@ class PictureFacts:
     scans: int = 1                               # times a decoder goes over all pixels
     frames: int = 1
     extras: int = 0
+    depth: int = 8                               # bits of one number of a pixel
 
     @property
     def pixels(self) -> int:
@@ -133,7 +134,7 @@ def _png_facts(data: bytes, parts: list[Part]) -> PictureFacts:
     extras = sum(len(p) for p in parts if p.kind not in _PNG_NEEDED)
     width, height = number_at(data, 16, 4), number_at(data, 20, 4)
     passes = 7 if interlaced else 1
-    return PictureFacts("PNG", mode, width, height, len(data), len(parts), passes, frames, extras)
+    return PictureFacts("PNG", mode, width, height, len(data), len(parts), passes, frames, extras, data[24])
 
 # %% ../nbs/03a_images.ipynb #d490394e
 _JPEG_FRAMES = {f"{m:02x}" for m in range(0xC0, 0xD0)} - {"c4", "c8", "cc"}
@@ -244,7 +245,8 @@ DECODE_RATES = {
 def decode_cost(facts: PictureFacts, side: float | None = None) -> tuple[float, int]:
     "(seconds of one core, bytes at the peak) that `decode` of such a file takes. `side` as in `decode`."
     rate = DECODE_RATES[facts.format]
-    seconds = facts.pixels * (rate.pixel + rate.scan * facts.scans) + facts.size * rate.byte
+    harder = (4 if facts.depth > 8 else 1) * (2 if facts.format == "PNG" and "A" in facts.mode else 1)
+    seconds = facts.pixels * (harder * rate.pixel + rate.scan * facts.scans) + facts.size * rate.byte
     width, height = drafted(facts, side)
     held = 8 * width * height + facts.size
     # three components of 16 bits each

@@ -422,7 +422,7 @@ class PictureLine(RestingPool):
     @property
     def seconds(self) -> float:
         "Seconds until all that is in line is decoded."
-        return sum(reading.cost.seconds for reading in self.readings) / self.slots
+        return sum(reading.cost.seconds for reading in self.readings) / self.each    # if they are one client's
 
     async def decode(self, client: str, cost: DecodeCost, f: Callable[..., T], *args: Any,
                      left: float = math.inf) -> T:

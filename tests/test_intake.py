@@ -14,7 +14,7 @@ from aura_engine.answers import (
     heartbeat, json_answer, let_go, ordering, parts_of, pictures_in, sse_frame)
 from aura_engine.config import load_settings
 from aura_engine.dialects import remade_mask
-from aura_engine.images import encode, to_base64
+from aura_engine.images import PNG_SIGNATURE, decode_cost, encode, facts_of, to_base64
 from aura_engine.intake import ESCAPES, LARGE, SMALL, Arrivals, BodiesFull, DecodeCost, FairPool, PictureLine, PicturesFull, parse_json, read_form
 from aura_engine import job_routes
 from aura_engine.job_routes import JobsFull, JobStore, KeptJob, held_by, watch_job
@@ -158,7 +158,7 @@ def test_a_mask_of_another_door_is_read_within_the_deadline():
         keep = lambda picture: picture.getchannel("A")
         assert await remade_mask(Asked(api), mask(), keep)
         with pytest.raises(DeadlineExceeded): await remade_mask(Asked(api, seconds_ago=31), mask(), keep)
-        free = threading.Event()
+        api.line, free = PictureLine(), threading.Event()     # one thread
         busy = asyncio.create_task(api.line.decode("another", DecodeCost(1.0, 1), free.wait))
         await asyncio.sleep(.05)
         late = asyncio.create_task(remade_mask(Asked(api, seconds_ago=29.4), mask(), keep))
@@ -286,6 +286,29 @@ def test_one_client_leaves_a_thread_to_the_others():
         gate.set()
         await asyncio.gather(*greedy)
     asyncio.run(go())
+
+
+def test_a_client_that_sends_large_pictures_leaves_a_slot_for_others():
+    """On every machine. What its line takes is counted as one thread reads it."""
+    async def go():
+        line, gate = Api(SimpleNamespace(settings=load_settings(SD_MODEL_ID="embedded"))).line, threading.Event()
+        cost = DecodeCost(1.0, 2**20)
+        greedy = [asyncio.create_task(line.decode("greedy", cost, gate.wait, 10)) for _ in range(line.slots)]
+        await asyncio.sleep(.02)
+        assert line.seconds == len(greedy) / (line.slots - 1) and len(line.running) == line.slots - 1
+        assert await line.decode("modest", cost, int) == 0 and not any(task.done() for task in greedy)
+        gate.set()
+        await asyncio.gather(*greedy)
+    asyncio.run(go())
+
+
+def test_a_png_of_16_bits_with_alpha_is_known_to_take_longer():
+    def costs(colour, depth):
+        header = bytes.fromhex("00000fa0") * 2 + bytes([depth, colour, 0, 0, 0])
+        png = PNG_SIGNATURE + (13).to_bytes(4, "big") + b"IHDR" + header + bytes(4) + bytes(12)
+        return decode_cost(facts_of(png))[0]
+    plain, deep, clear, both = costs(2, 8), costs(2, 16), costs(6, 8), costs(6, 16)
+    assert 3 < deep / plain < 4 and 1.5 < clear / plain < 2 and 6 < both / plain < 8
 
 
 def test_a_planned_request_of_another_door_is_freed_in_its_own_form_too():
