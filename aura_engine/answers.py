@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio, io, logging, math, os, re, secrets, time
 from collections import Counter as Counted, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Generator, Iterable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext
+from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext, suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,8 +25,9 @@ __all__ = ['log', 'T', 'REASONS', 'LONG_WAITS', 'MOST_KINDS', 'STEPS', 'Finish',
            'place_order', 'attended', 'in_time', 'deadline_of', 'late_arrival', 'begin', 'let_go', 'model_asked',
            'model_name', 'using', 'api_of', 'follow', 'file_of', 'Files', 'files_of', 'answer_kind', 'ClientEvent',
            'is_base64', 'json_pieces', 'sse_frame', 'NotRead', 'Backlog', 'next_part', 'awaited_part', 'parts_of',
-           'Backlogs', 'preview_jpeg', 'client_event', 'client_events', 'heartbeat', 'event_stream', 'sse_events',
-           'one_picture', 'respond', 'late_stream', 'late_events', 'LargeAnswer', 'json_answer', 'respond_with']
+           'Backlogs', 'preview_jpeg', 'image_data', 'client_event', 'client_events', 'heartbeat', 'event_stream',
+           'sse_events', 'one_picture', 'respond', 'late_stream', 'late_events', 'LargeAnswer', 'json_answer',
+           'respond_with']
 
 # %% ../nbs/09d_answers.ipynb #824b34f6
 from PIL import Image as Pillow
@@ -483,7 +484,7 @@ def sse_frame(name: str | None, data: dict[str, Any], number: int | None = None)
     return [before + first, *rest, after]
 
 # %% ../nbs/09d_answers.ipynb #8fb26b88
-class NotRead(Cancelled): "The answer was read too slowly"
+class NotRead(Exception): "The answer was read too slowly. It ends where it is"
 
 class Backlog:
     "What an answer still has to send: whose it is, its pieces, and the bytes of these that count."
@@ -547,7 +548,7 @@ async def parts_of(backlog: Backlog, silence: float | None = None) -> AsyncGener
         start = time.monotonic()
         yield part
         slow = time.monotonic() - start > STILL + len(part) / LEAST_RATE
-        if slow or backlog.ousted: raise NotRead("The answer was read too slowly.")
+        if slow or backlog.ousted: raise NotRead
         await asyncio.sleep(0)                                # others have their turns while a large one is sent
 
 # %% ../nbs/09d_answers.ipynb #5055de45
@@ -590,6 +591,12 @@ def preview_jpeg(pixels: np.ndarray, side: int = 512) -> bytes:
     return out.getvalue()
 
 # %% ../nbs/09d_answers.ipynb #bee65652
+def image_data(event: Image, output: Output) -> dict[str, Any]:
+    "The data of an `image` event."
+    file, receipt = file_of(event, output)
+    return {"index": event.index, "image": to_base64(file), "receipt": receipt.to_json()}
+
+# %% ../nbs/09d_answers.ipynb #8ceecf0e
 async def client_event(api: Api, event: Event, work: OrderedJob, request_id: str = "") -> ClientEvent:
     "An event as clients get it: queued, step, preview, image, failed or done."
     order, client = work.order, work.job.client
@@ -602,9 +609,7 @@ async def client_event(api: Api, event: Event, work: OrderedJob, request_id: str
         image = await api.encode(client, preview_jpeg, event.image)
         return ClientEvent("preview", {"index": event.index, "image": to_base64(image)}, event.index)
     if isinstance(event, Image):
-        file, receipt = await api.encode(client, file_of, event, order.output)
-        data = {"index": event.index, "image": to_base64(file), "receipt": receipt.to_json()}
-        return ClientEvent("image", data, event.index)
+        return ClientEvent("image", await api.encode(client, image_data, event, order.output), event.index)
     if isinstance(event, Failed): return ClientEvent("failed", {"problem": event.error.problem(request_id)})
     return ClientEvent("done", {"warnings": list(event.warnings)})
 
@@ -638,6 +643,7 @@ async def heartbeat(source: AsyncGenerator[Frame], seconds: float = 10, left: Ca
             async with aclosing(parts_of(backlog, seconds)) as parts:
                 async for part in parts: yield part
         ended = True
+    except NotRead: pass                                      # the stream ends without its last event
     finally:
         pump.cancel()
         if left and not ended: left()
@@ -726,7 +732,7 @@ class LargeAnswer(StreamingResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         backlog, self.pieces = Backlog(client_behind(Request(scope)), self.pieces), []
         self.body_iterator = parts_of(backlog)
-        with backlogs.sending(backlog): await super().__call__(scope, receive, send)
+        with backlogs.sending(backlog), suppress(NotRead): await super().__call__(scope, receive, send)
 
 # %% ../nbs/09d_answers.ipynb #1ea53f42
 def json_answer(content: Any, status: int = 200) -> Response:
@@ -746,5 +752,5 @@ async def respond_with(api: Api, request: Request, ask: Ask) -> Response:
     if kind == "events": return event_stream(api, sse_events(api, work, request_id(request)), work.job)
     if kind in MIME: work = replace(work, order=replace(work.order, output=Output(kind)))
     made = await files_of(api, work, request)
-    if kind == "json": return json_answer(made.json())
+    if kind == "json": return json_answer(await api.encode(work.job.client, made.json))
     return Response(made.files[0], media_type=MIME[made.format], headers={"cache-control": "no-store"})

@@ -14,7 +14,7 @@ from .infotext import infotext
 from .types import Invalid, Receipt, Words, shown
 
 # %% auto #0
-__all__ = ['FORMATS', 'PNG_SIGNATURE', 'JPEG_SIGNATURE', 'MIN_SIDE', 'MAX_PIXELS', 'MAX_ASPECT', 'MAX_PARTS', 'MAX_SCANS',
+__all__ = ['FORMATS', 'STEP', 'PNG_SIGNATURE', 'JPEG_SIGNATURE', 'MIN_SIDE', 'MAX_PIXELS', 'MAX_ASPECT', 'MAX_PARTS', 'MAX_SCANS',
            'MAX_FRAMES', 'MAX_EXTRA', 'DECODE_RATES', 'MIME', 'QUICK_FROM', 'MAX_RECEIPT', 'from_base64', 'Part',
            'png_parts', 'number_at', 'jpeg_parts', 'webp_parts', 'PictureFacts', 'facts_of', 'DecodeRate',
            'decode_cost', 'drafted', 'essential', 'from_pil', 'decode', 'mask_from_pil', 'decode_mask', 'encode',
@@ -26,15 +26,29 @@ _DATA_URL = re.compile(r"^data:image/(png|jpeg|webp);base64,", re.I)
 _ADDRESS = re.compile(r"^[a-z][a-z0-9+.-]{0,20}://", re.I)
 
 
+STEP = 3 * 2**16                                 # bytes of a picture that are one piece of base64
+
+
+def _from_pieces(text: str) -> bytes:
+    "Base64 without white space -> bytes. ValueError otherwise."
+    size, out = STEP // 3 * 4, bytearray()
+    for at in range(0, len(text), size):
+        piece = text[at:at + size]
+        if at + size < len(text) and "=" in piece: raise ValueError("an end before the end")
+        out += binascii.a2b_base64(piece, strict_mode=True)
+    return bytes(out)
+
+# %% ../nbs/03a_images.ipynb #f2ead153
 def from_base64(text: str, loc: str = "images") -> bytes:
     "Base64 (white space and an image data: prefix may be there) -> bytes. Invalid otherwise."
     if _ADDRESS.match(text):
         raise Invalid.value(loc, given=text, allowed="base64 of a picture; addresses are never fetched")
     try:
-        body: str | bytes = _DATA_URL.sub("", text, count=1)
+        body = _DATA_URL.sub("", text, count=1)
         if any(space in text for space in " \t\r\n"):
-            body = body.encode("ascii").translate(None, b" \t\r\n")
-        return binascii.a2b_base64(body, strict_mode=True)
+            pieces = (body[at:at + STEP].encode("ascii") for at in range(0, len(body), STEP))
+            body = b"".join(piece.translate(None, b" \t\r\n") for piece in pieces).decode("ascii")
+        return _from_pieces(body)
     except ValueError:
         allowed = "standard base64 of a PNG, JPEG or WebP picture"
         raise Invalid.value(loc, given=Words(shown(text, 40)), allowed=allowed) from None
@@ -468,7 +482,8 @@ def as_file(im: Image.Image, format: str, receipt: Receipt, quality: int | None 
 # %% ../nbs/03a_images.ipynb #cd1ad8a8
 def to_base64(data: bytes) -> str:
     "Bytes -> base64 text."
-    return base64.b64encode(data).decode("ascii")
+    pieces = (data[at:at + STEP] for at in range(0, len(data), STEP))
+    return "".join(base64.b64encode(piece).decode("ascii") for piece in pieces)
 
 # %% ../nbs/03a_images.ipynb #77251f78
 MAX_RECEIPT = 2**16                              # bytes of JSON; a prompt has at most 8 kB

@@ -198,8 +198,11 @@ def parse_json(data: bytes | bytearray) -> Any:
 
 # %% ../nbs/09c_intake.ipynb #caa1c60b
 def _text(data: bytes | bytearray, place: slice) -> str:
-    "A long JSON string as text. Few have escapes, such as the `\\/` of PHP."
-    if data.find(b"\\", place.start, place.stop) >= 0: return json.loads(data[place])
+    "A long JSON string as text. Malformed when more than a sixteenth of it is escapes."
+    slashes = data.count(b"\\", place.start, place.stop)
+    if slashes > ESCAPES + (place.stop - place.start) // 16:
+        raise Malformed("The body is not readable JSON: a text in it has too many backslashes.")
+    if slashes: return json.loads(data[place])
     return str(memoryview(data)[place.start + 1:place.stop - 1], "utf-8")
 
 # %% ../nbs/09c_intake.ipynb #d921b178

@@ -1,5 +1,5 @@
 """What comes in at the same time: forms that give way, posts that race for a place, and what a job holds meanwhile."""
-import asyncio, io, logging, threading, time
+import asyncio, base64, binascii, io, json, logging, random, re, threading, time
 from collections import Counter
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -10,11 +10,11 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 
 from aura_engine.answers import (
-    LEAST_RATE, PIECE, STILL, Api, Backlog, Backlogs, Metrics, NotRead, Order, OrderedJob, backlogs, begin, cost_of, files_of,
-    heartbeat, json_answer, let_go, ordering, parts_of, pictures_in, sse_frame)
+    LEAST_RATE, PIECE, STILL, Api, Backlog, Backlogs, Metrics, NotRead, Order, OrderedJob, backlogs, begin, client_events,
+    cost_of, files_of, heartbeat, json_answer, let_go, ordering, parts_of, pictures_in, respond_with, sse_frame)
 from aura_engine.config import load_settings
 from aura_engine.dialects import remade_mask
-from aura_engine.images import PNG_SIGNATURE, decode_cost, encode, facts_of, to_base64
+from aura_engine.images import PNG_SIGNATURE, STEP, decode_cost, encode, facts_of, from_base64, to_base64
 from aura_engine.intake import ESCAPES, LARGE, SMALL, Arrivals, BodiesFull, DecodeCost, FairPool, PictureLine, PicturesFull, parse_json, read_form
 from aura_engine import job_routes
 from aura_engine.job_routes import JobsFull, JobStore, KeptJob, held_by, watch_job
@@ -24,7 +24,7 @@ from aura_engine.planning import ReplayRequest
 from aura_engine.server import Connection, Forwarded
 from aura_engine.shared_jobs import StoreUnreachable
 from aura_engine.models import ROWS
-from aura_engine.types import Cancelled, DeadlineExceeded, Done, Image, EngineFailed, Invalid, Malformed, Picture, Plan, RefineRequest
+from aura_engine.types import Cancelled, DeadlineExceeded, Done, GenerateRequest, Image, EngineFailed, Invalid, Malformed, Picture, Plan, RefineRequest
 from aura_engine.walls import Allowances, FewLines, Guard, Origins
 
 APPLE = Picture("a red apple", 512, 512, steps=4, guidance_scale=1.0, seed=7)
@@ -55,6 +55,29 @@ def test_a_text_of_escapes_is_not_walked_to_its_end(text):
     few, many = ('{"a":"%s%s"}' % ("x" * SMALL, text * n) for n in (ESCAPES // 2 - 1, ESCAPES))
     assert len(parse_json(few.encode())["a"]) == SMALL + ESCAPES // 2 - 1
     with pytest.raises(Malformed, match="too many quotation marks or backslashes"): parse_json(many.encode())
+
+
+def test_a_long_text_of_escapes_is_not_parsed():
+    """Pictures from PHP, and in lines, are read as they are. Sixteen times as many escapes as PHP has are refused."""
+    picture = to_base64(random.Random(7).randbytes(3 * SMALL))
+    for text in (picture.replace("/", "\\/"), re.sub("(.{76})", r"\1\\r\\n", picture)):
+        assert "".join(parse_json(b'{"a":"%s"}' % text.encode())["a"].split()) == picture
+    for text in ("\\/" * 8, "\\/" + "x" * 5, "\\n" + "x" * 8):
+        with pytest.raises(Malformed, match="too many backslashes"): parse_json(b'{"a":"%s"}' % (text.encode() * 2 * SMALL))
+
+
+def test_base64_is_read_and_made_in_pieces(monkeypatch):
+    """No call of Python's own holds the others for more than a piece, and the result is that of one call."""
+    sizes, read = [], binascii.a2b_base64
+    monkeypatch.setattr("aura_engine.images.binascii.a2b_base64", lambda text, **more: (sizes.append(len(text)), read(text, **more))[1])
+    for size in (1, 2, 3, STEP - 1, STEP, STEP + 1, 5 * STEP + 2):
+        data = random.Random(size).randbytes(size)
+        text = base64.b64encode(data).decode()
+        assert to_base64(data) == text and from_base64(text) == data == from_base64(" \n".join((text[:9], text[9:])))
+    assert max(sizes) == STEP // 3 * 4 and len(sizes) > 20
+    piece = "A" * (STEP // 3 * 4 - 4)
+    for wrong in (piece + "AA==" + "AAAA", piece + "AAA=" + piece, piece + "AAAAA", piece + "AAA!" + piece, piece + "AAA\xe4"):
+        with pytest.raises(Invalid): from_base64(wrong)
 
 
 def test_a_form_that_gives_way_is_told_so():
@@ -383,8 +406,8 @@ def test_answers_that_wait_for_their_reader_are_counted_by_client(monkeypatch):
         assert not first.pieces and first.ousted and not first.size and second.size and other.size
         gate.set()
         ends = await asyncio.gather(*tasks, return_exceptions=True)
-        assert isinstance(ends[0], NotRead) and ends[1:] == [None] * 3 and not room.answers
-        assert sum(lists[0]) < 3 * PIECE and all(sum(sent) == len('{"image":""}') + n * PIECE for sent, n in zip(lists[1:], (15, 9, 9)))
+        assert ends == [None] * 4 and not room.answers        # it ends, and nothing breaks
+        assert sum(lists[0]) < 3 * PIECE and lists[0][-1] and not lists[1][-1] and all(sum(sent) == len('{"image":""}') + n * PIECE for sent, n in zip(lists[1:], (15, 9, 9)))
     asyncio.run(go())
 
 
@@ -401,6 +424,13 @@ def test_a_reader_takes_as_much_as_a_sender_brings(monkeypatch):
                     now += pause
             except NotRead: assert pause > full
             assert taken == parts and clock
+
+        async def source(): yield sse_frame("image", {"image": "A" * (5 * PIECE)})
+        left, parts = [], []
+        async for part in heartbeat(source(), left=lambda: left.append(1)):
+            parts.append(part)
+            now += full + 1
+        assert len(parts) == 1 and left                       # it ends before its time, and nothing breaks
     asyncio.run(go())
 
 
@@ -441,6 +471,26 @@ def test_a_finished_picture_is_freed_when_its_file_is_made(monkeypatch):
         job.emit(*(Image(i, noise, receipt) for i in range(3)), Done())
         assert (await files_of(api, OrderedJob(job, Order(job.plan)))).files == [b"file"] * 3
         assert held == [n * 3 * 256 * 256 for n in (3, 2, 1)] and not job.pixel_bytes
+    asyncio.run(go())
+
+
+def test_the_base64_of_a_picture_is_made_beside_the_loop(monkeypatch):
+    async def go():
+        api, noise, threads = Api(SimpleNamespace(settings=load_settings(SD_MODEL_ID="embedded"))), Pillow.new("RGB", (64, 64)), []
+
+        def to_text(data):
+            threads.append(threading.current_thread().name.partition("_")[0])
+            return to_base64(data)
+        monkeypatch.setattr("aura_engine.answers.to_base64", to_text)
+        monkeypatch.setattr("aura_engine.answers.file_of", lambda event, output: (b"file", SimpleNamespace(to_json=dict)))
+        receipt, jobs = SimpleNamespace(width=64, height=64, steps=1), [Job(Plan((APPLE,) * 2)) for _ in range(2)]
+        for job in jobs: job.emit(*(Image(i, noise, receipt) for i in range(2)), Done())
+        works = [OrderedJob(job, Order(job.plan)) for job in jobs]
+        events = [event async for event in client_events(api, works[0])]
+        monkeypatch.setattr("aura_engine.answers.begin", lambda *given, **more: asyncio.sleep(0, works[1]))
+        answer = await respond_with(api, Asked(api), GenerateRequest(prompt="a fox", n=2))
+        assert [event.data["image"] for event in events[:2]] == json.loads(answer.body)["images"] == ["ZmlsZQ=="] * 2
+        assert threads == ["encode"] * 4
     asyncio.run(go())
 
 
