@@ -24,7 +24,7 @@ __all__ = ['log', 'T', 'REASONS', 'LONG_WAITS', 'MOST_KINDS', 'STEPS', 'Finish',
            'unready', 'add_gauges', 'gpu_memory', 'Output', 'Order', 'ordering', 'OrderedJob', 'pictures_in', 'cost_of',
            'place_order', 'attended', 'in_time', 'deadline_of', 'late_arrival', 'begin', 'let_go', 'model_asked',
            'model_name', 'using', 'api_of', 'follow', 'file_of', 'Files', 'files_of', 'answer_kind', 'ClientEvent',
-           'is_base64', 'json_pieces', 'sse_frame', 'NotRead', 'Backlog', 'next_part', 'awaited_part', 'parts_of',
+           'is_base64', 'json_pieces', 'sse_frame', 'NotRead', 'Backlog', 'next_part', 'awaited_part', 'taken_parts',
            'Backlogs', 'preview_jpeg', 'image_data', 'client_event', 'client_events', 'heartbeat', 'event_stream',
            'sse_events', 'one_picture', 'respond', 'late_stream', 'late_events', 'LargeAnswer', 'json_answer',
            'respond_with']
@@ -542,7 +542,7 @@ async def awaited_part(backlog: Backlog, silence: float | None) -> bytes:
 # %% ../nbs/09d_answers.ipynb #26cc37cf
 STILL, LEAST_RATE = 20.0, 16_384                              # seconds, and bytes a second
 
-async def parts_of(backlog: Backlog, silence: float | None = None) -> AsyncGenerator[bytes]:
+async def taken_parts(backlog: Backlog, silence: float | None = None) -> AsyncGenerator[bytes]:
     "All that a backlog sends. NotRead when its client takes too little, or when others need the memory."
     while part := await awaited_part(backlog, silence):
         start = time.monotonic()
@@ -553,7 +553,7 @@ async def parts_of(backlog: Backlog, silence: float | None = None) -> AsyncGener
 
 # %% ../nbs/09d_answers.ipynb #5055de45
 class Backlogs:
-    "Answers in memory that wait for their readers: `most` bytes, half of them one client's. Only the event loop uses it."
+    "Answers that wait for their readers: `most` bytes, half of them one client's. Only the event loop touches it."
     def __init__(self, most: int = 2**29):
         self.most = most
         self.answers: dict[Backlog, None] = {}                # the oldest first
@@ -640,7 +640,7 @@ async def heartbeat(source: AsyncGenerator[Frame], seconds: float = 10, left: Ca
     pump = asyncio.create_task(_pump(source, backlog))
     try:
         with backlogs.sending(backlog) if client else nullcontext():
-            async with aclosing(parts_of(backlog, seconds)) as parts:
+            async with aclosing(taken_parts(backlog, seconds)) as parts:
                 async for part in parts: yield part
         ended = True
     except NotRead: pass                                      # the stream ends without its last event
@@ -731,7 +731,7 @@ class LargeAnswer(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         backlog, self.pieces = Backlog(client_behind(Request(scope)), self.pieces), []
-        self.body_iterator = parts_of(backlog)
+        self.body_iterator = taken_parts(backlog)
         with backlogs.sending(backlog), suppress(NotRead): await super().__call__(scope, receive, send)
 
 # %% ../nbs/09d_answers.ipynb #1ea53f42

@@ -39,6 +39,10 @@ class Task(Entry):
         "Whether the engine has something to do for it, and does not wait for a mask."
         return self.pasting is None or self.pasting.done()
 
+    def give_up(self) -> None:
+        "Nobody waits for it any more."
+        if self.pasting: self.pasting.cancel()
+
 # %% ../nbs/08b_queue.ipynb #d350c70f
 LEAST_SHARERS = 32                                  # found by the simulation below
 
@@ -298,7 +302,7 @@ class TaskLine:
             leaving = [t for t in self.tasks if gone(t)]
             self.tasks = [t for t in self.tasks if not gone(t)]
             for task in leaving:
-                if task.pasting: task.pasting.cancel()  # nobody wants it any more
+                task.give_up()
                 self.shares.charge(task.client, task.used)
                 self.paces.charge(task.client, task.used)
             gone_clients = {t.client for t in leaving} - {t.client for t in self.tasks}

@@ -11,7 +11,7 @@ from uvicorn.server import ServerState
 
 from aura_engine.answers import (
     LEAST_RATE, PIECE, STILL, Api, Backlog, Backlogs, Metrics, NotRead, Order, OrderedJob, backlogs, begin, client_events,
-    cost_of, files_of, heartbeat, json_answer, let_go, ordering, parts_of, pictures_in, respond_with, sse_frame)
+    cost_of, files_of, heartbeat, json_answer, let_go, ordering, taken_parts, pictures_in, respond_with, sse_frame)
 from aura_engine.config import load_settings
 from aura_engine.dialects import remade_mask
 from aura_engine.images import PNG_SIGNATURE, STEP, decode_cost, encode, facts_of, from_base64, to_base64
@@ -419,7 +419,7 @@ def test_a_reader_takes_as_much_as_a_sender_brings(monkeypatch):
         for pause, parts in ((full - 1, 5), (full + 1, 1)):
             taken = 0
             try:
-                async for part in parts_of(Backlog("me", [b"x" * 5 * PIECE])):
+                async for _ in taken_parts(Backlog("me", [b"x" * 5 * PIECE])):
                     taken += 1
                     now += pause
             except NotRead: assert pause > full
