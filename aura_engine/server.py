@@ -28,11 +28,11 @@ from .walls import HOST_SENT, Allowances, client_group, few_lines
 log = logging.getLogger("aura_engine.server")
 
 # %% auto #0
-__all__ = ['log', 'CHATTY', 'HEAD', 'WIRE', 'PRIVATE', 'ADDRESS', 'HOST', 'JsonLines', 'log_to', 'Punctual', 'Patient',
-           'unreadable', 'last_answer', 'Crumbs', 'Pieces', 'TooManyConnections', 'Counted', 'Welcomed',
-           'UnreadAnswers', 'Frugal', 'Connection', 'Server', 'create_server', 'reach', 'proxies_of', 'in_origin_form',
-           'with_host', 'Forwarded', 'server_config', 'raise_file_limit', 'refuse_workers', 'refuse_taken',
-           'not_started', 'settle', 'host_named', 'main']
+__all__ = ['log', 'CHATTY', 'LINES', 'HEAD', 'WIRE', 'PRIVATE', 'ADDRESS', 'HOST', 'JsonLines', 'log_to', 'Punctual', 'Patient',
+           'unreadable', 'last_answer', 'EndlessHead', 'check_head', 'Crumbs', 'Pieces', 'TooManyConnections',
+           'Counted', 'Welcomed', 'UnreadAnswers', 'UnreadBodies', 'Frugal', 'Connection', 'Server', 'create_server',
+           'reach', 'proxies_of', 'in_origin_form', 'with_host', 'Forwarded', 'server_config', 'raise_file_limit',
+           'refuse_workers', 'refuse_taken', 'not_started', 'settle', 'host_named', 'main']
 
 # %% ../nbs/11_server.ipynb #34c751a1
 _STANDARD = {*logging.makeLogRecord({}).__dict__, "message", "asctime", "color_message", "taskName"}
@@ -67,6 +67,7 @@ class Punctual(H11Protocol):
     rate = 16_384                                             # what a poor mobile line still brings
     _timer: asyncio.TimerHandle | None = None                 # runs while something is awaited from the client
     _got = 0                                                  # bytes since it was set
+    _unasked = False                                          # whether the app read nothing when it was set
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -84,13 +85,15 @@ class Punctual(H11Protocol):
     def _watch(self) -> None:
         seconds = self.head if self.conn.their_state is h11.IDLE else self.window
         self._got, self._timer = 0, self.loop.call_later(seconds, self._check)
+        self._unasked = self.flow.read_paused
 
     def _check(self) -> None:
         self._timer, idle = None, self.conn.their_state is h11.IDLE
         if not self._expected() or self.transport.is_closing(): return
         if idle and self.timeout_keep_alive_task:
             return  # between two requests uvicorn has a timer of its own
-        if idle or self._got < self.rate * self.window: self.transport.abort()
+        held_up = self._unasked or self.flow.read_paused      # by us: the app has not read what is there
+        if idle or self._got < self.rate * self.window and not held_up: self.transport.abort()
         else: self._watch()
 
     def on_response_complete(self) -> None:
@@ -141,7 +144,8 @@ def unreadable(reason: BaseException | None) -> AuraError:
     "Why h11 refused what a client sent: 431 for endless headers, 400 for the rest."
     if isinstance(reason, Crumbs): return Malformed("The body comes in pieces that are too small.")
     endless = getattr(reason, "error_status_hint", 400) == 431
-    return HeadersTooLarge("Headers of at most 64 KiB are read.") if endless else Malformed("This is not HTTP.")
+    said = f"At most {LINES} headers are read, of {HEAD // 2**10} KiB in all."
+    return HeadersTooLarge(said) if endless else Malformed("This is not HTTP.")
 
 # %% ../nbs/11_server.ipynb #5d641c95
 def last_answer(error: AuraError) -> tuple[h11.Event, ...]:
@@ -149,6 +153,23 @@ def last_answer(error: AuraError) -> tuple[h11.Event, ...]:
     headers = [("content-type", "application/problem+json"), ("x-aura-engine", __version__), ("connection", "close")]
     body = json.dumps(error.problem()).encode()
     return h11.Response(status_code=error.status, headers=headers), h11.Data(data=body), h11.EndOfMessage()
+
+# %% ../nbs/11_server.ipynb #fcbecb89
+LINES, HEAD = 100, 16 * 2**10                                 # headers of a request, and the bytes of all
+_ENDS = (b"\n\r\n", b"\n\n")                                 # of a head, as h11 sees them
+_LAST_CHUNK = re.compile(rb"(?:\r\n)?0+[^\n]*\n")
+
+class EndlessHead(h11.RemoteProtocolError):
+    "A head with too many headers, or of too many bytes"
+    def __init__(self) -> None: super().__init__("an endless head", 431)
+
+# %% ../nbs/11_server.ipynb #34f79add
+def check_head(data: bytes | bytearray, start: int = 0) -> None:
+    "Raise EndlessHead when the head that begins at `start` is too long, whether all of it is there or not."
+    if data.startswith((b"\n", b"\r\n"), start): return      # an empty one
+    found = (data.find(end, start, start + HEAD + 3) for end in _ENDS)
+    end = min((at for at in found if at >= 0), default=len(data))
+    if end - start > HEAD or data.count(b"\n", start, end) > LINES + 1: raise EndlessHead
 
 # %% ../nbs/11_server.ipynb #f0855a43
 class Crumbs(h11.RemoteProtocolError): "A body in pieces that are too small"
@@ -159,6 +180,7 @@ class Pieces(h11.Connection):
     pieces = size = 0                                         # of this body so far
 
     def next_event(self) -> Any:
+        self._look_ahead()
         event = super().next_event()
         if isinstance(event, h11.Request): self.pieces = self.size = 0
         if isinstance(event, h11.Data):
@@ -167,9 +189,15 @@ class Pieces(h11.Connection):
             if self.pieces > self.free + self.size // self.least: raise Crumbs("a body in crumbs")
         return event
 
-# %% ../nbs/11_server.ipynb #a00ec14c
-HEAD = 64 * 2**10                                             # bytes of headers
+    def _look_ahead(self) -> None:
+        "Raise EndlessHead for a head, or for the headers behind a body in chunks."
+        data: bytearray = self._receive_buffer._data
+        reader: Any = self._reader
+        if self.their_state is h11.IDLE or getattr(reader, "_reading_trailer", False): check_head(data)
+        elif getattr(reader, "_bytes_in_chunk", None) == 0 and (last := _LAST_CHUNK.match(data)):
+            check_head(data, last.end())
 
+# %% ../nbs/11_server.ipynb #a00ec14c
 WIRE = logging.getLogger("aura_engine.server.wire")           # what uvicorn says of single connections
 WIRE.setLevel(logging.ERROR)
 
@@ -205,8 +233,8 @@ class Counted(Patient):
     def data_received(self, data: bytes) -> None:
         answered = self.cycle is not None and self.cycle.response_complete
         self._beyond = self._beyond + len(data) if answered and self.conn.their_state is h11.SEND_BODY else 0
-        if self._beyond > self.rest: self.transport.abort()
-        else: super().data_received(data)
+        if self._beyond > self.rest: return self.transport.abort()
+        super().data_received(data)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.held[self.holder] -= 1
@@ -236,21 +264,42 @@ class UnreadAnswers:
         while victim := self._victim(c for c in self.connections if c not in ending): ending.append(victim)
         return ending
 
+    def size(self, connection: Counted) -> int:
+        "Bytes that a connection holds."
+        return connection.transport.get_write_buffer_size()
+
     def _victim(self, connections: Iterable[Counted]) -> Counted | None:
         "The oldest connection of the client that holds too much; None: nobody does."
         held: Counter[str] = Counter()
         oldest: dict[str, Counted] = {}
         for c in connections:
-            held[c.holder] += c.transport.get_write_buffer_size()
+            held[c.holder] += self.size(c)
             oldest.setdefault(c.holder, c)
         greediest, most = max(held.items(), key=lambda one: one[1], default=("", 0))
         too_much = held.total() > self.most or most > self.most // 2 and not oldest[greediest].of_proxy
         return oldest[greediest] if too_much else None
 
 # %% ../nbs/11_server.ipynb #20ca8bc0
+class UnreadBodies(UnreadAnswers):
+    "The same for bodies that came before the app asked for them."
+    def size(self, connection: Counted) -> int:
+        "Bytes that a connection holds."
+        return len(connection.cycle.body) if connection.cycle else 0
+
+# %% ../nbs/11_server.ipynb #a7020815
 class Frugal(Welcomed):
-    "The same, with a budget for answers that are not read."
+    "The same, with a budget for answers that are not read, and one for bodies."
     unread: ClassVar[UnreadAnswers] = UnreadAnswers()
+    early: ClassVar[UnreadBodies] = UnreadBodies(128 * 2**20)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if not self.flow.read_paused or self in self.early.connections: return
+        for connection in self.early.add(self): connection.transport.abort()
+
+    def on_response_complete(self) -> None:
+        self.early.connections.pop(self, None)
+        super().on_response_complete()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -261,7 +310,7 @@ class Frugal(Welcomed):
         super().resume_writing()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.unread.connections.pop(self, None)
+        for budget in (self.unread, self.early): budget.connections.pop(self, None)
         super().connection_lost(exc)
 
 # %% ../nbs/11_server.ipynb #3d09bd88
