@@ -25,8 +25,8 @@ from .images import (
     decode_cost, encode, essential, facts_of, from_base64, jpeg_parts, png_parts, to_base64, webp_parts)
 from .intake import DecodeCost
 from .models import Row
-from .types import (MAX_PROMPT, MAX_SEED, WHOLE, FieldError, Invalid, Note, NotFound,
-    Picture, Words, shown)
+from .types import (DEEPEST, MAX_PROMPT, MAX_SEED, WHOLE, FieldError, Invalid, Note, NotFound,
+    Picture, Words, is_deep, shown)
 from .walls import arrival, client_behind
 
 Asked = TypeVar("Asked", bound=BaseModel)
@@ -77,6 +77,7 @@ class Dialect(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _no_nulls(cls, data: Any) -> Any:
+        if is_deep(data): raise ValueError(f"lists and objects nested at most {DEEPEST} deep")
         return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
 
 # %% ../nbs/10_dialects.ipynb #5efa03fb

@@ -58,5 +58,6 @@ def settings_of(text: str) -> dict[str, str]:
 # %% ../nbs/02b_infotext.ipynb #cb3f4190
 def _unquoted(value: str) -> str:
     if not value.startswith('"'): return value
-    try: return str(json.loads(value))
+    try: text = str(json.loads(value))
     except ValueError: return value
+    return text.encode("utf-8", "replace").decode()           # half of a surrogate pair cannot be sent

@@ -15,15 +15,15 @@ from pydantic.alias_generators import to_camel
 from pydantic_core import PydanticKnownError
 
 # %% auto #0
-__all__ = ['MOST_ITEMS', 'MAX_PROMPT', 'MAX_N', 'MAX_SEED', 'MOST_UNKNOWN', 'WHOLE', 'Prompt', 'VISIBLE', 'Seed', 'Steps',
-           'Count', 'Lora', 'ModelName', 'Padding', 'Deadline', 'PictureText', 'MOST_ERRORS', 'Event', 'COME_BACK',
-           'Words', 'shown', 'FieldError', 'AuraError', 'ModelError', 'Malformed', 'Unauthorized', 'ForeignOrigin',
-           'NotFound', 'MethodNotAllowed', 'TooLarge', 'Unsupported', 'HeadersTooLarge', 'Invalid', 'QueueFull',
-           'NotReady', 'OutOfMemory', 'ShuttingDown', 'DeadlineExceeded', 'Cancelled', 'Degenerate', 'EngineFailed',
-           'Unreachable', 'Asleep', 'error_tree', 'RequestModel', 'clean_text', 'whole', 'GenerateRequest',
-           'RefineConfig', 'RefineRequest', 'field_errors', 'Note', 'Picture', 'Plan', 'Queued', 'Step', 'Preview',
-           'Image', 'Failed', 'Done', 'Receipt', 'JobStatus', 'EngineState', 'QueueLoad', 'ModelStatus', 'ModelState',
-           'Limits', 'Health']
+__all__ = ['MOST_ITEMS', 'DEEPEST', 'MAX_PROMPT', 'MAX_N', 'MAX_SEED', 'MOST_UNKNOWN', 'WHOLE', 'Prompt', 'VISIBLE', 'Seed',
+           'Steps', 'Count', 'Lora', 'ModelName', 'Padding', 'Deadline', 'PictureText', 'MOST_ERRORS', 'Event',
+           'COME_BACK', 'Words', 'shown', 'is_deep', 'FieldError', 'AuraError', 'ModelError', 'Malformed',
+           'Unauthorized', 'ForeignOrigin', 'NotFound', 'MethodNotAllowed', 'TooLarge', 'Unsupported',
+           'HeadersTooLarge', 'Invalid', 'QueueFull', 'NotReady', 'OutOfMemory', 'ShuttingDown', 'DeadlineExceeded',
+           'Cancelled', 'Degenerate', 'EngineFailed', 'Unreachable', 'Asleep', 'error_tree', 'RequestModel',
+           'clean_text', 'whole', 'GenerateRequest', 'RefineConfig', 'RefineRequest', 'field_errors', 'Note', 'Picture',
+           'Plan', 'Queued', 'Step', 'Preview', 'Image', 'Failed', 'Done', 'Receipt', 'JobStatus', 'EngineState',
+           'QueueLoad', 'ModelStatus', 'ModelState', 'Limits', 'Health']
 
 # %% ../nbs/01_types.ipynb #6fbf2da6
 MOST_ITEMS = 8                                   # items of a list or an object that a message shows
@@ -38,6 +38,15 @@ def shown(value: Any, limit: int = 80) -> str:
     text = str(value) if isinstance(value, Words) else _brief(value, limit)
     text = text.encode("utf-8", "backslashreplace").decode()      # a lone surrogate cannot be sent
     return text if len(text) <= limit else text[:limit] + "…"
+
+# %% ../nbs/01_types.ipynb #708b0334
+DEEPEST = 50                                     # levels of lists and objects in what comes from outside
+
+def is_deep(value: Any, levels: int = DEEPEST) -> bool:
+    "Whether lists and objects in a value of JSON are nested more than `levels` deep."
+    if not isinstance(value, (dict, list)): return False
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(is_deep(v, levels - 1) for v in inner)
 
 # %% ../nbs/01_types.ipynb #709101ba
 def _brief(value: Any, limit: int, depth: int = 3) -> str:
@@ -476,6 +485,7 @@ def _receipt_fields(data: Mapping[str, Any]) -> dict[str, Any]:
         field = f"receipt.{shown(wrong, 60)[1:-1]}"
         why = "missing or unknown"
         raise Invalid.value(field, given=data.get(wrong), allowed="the fields of a receipt", why=why)
+    if is_deep(data): raise Invalid.value("receipt", given=Words("lists in lists"), allowed=f"at most {DEEPEST} levels")
     values = {names[k]: v for k, v in data.items()}
     for name in ("corrections", "reference_sha256"): values[name] = tuple(values.get(name, ()))
     return values
