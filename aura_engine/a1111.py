@@ -18,17 +18,17 @@ from pydantic import BaseModel, BeforeValidator, Field
 from pydantic_core import PydanticKnownError
 
 # %% auto #0
-__all__ = ['log', 'NUMBER', 'MEANINGFUL', 'FREE', 'A1111_NAMES', 'CHECKPOINT', 'MOST_CHOICES', 'MOST_TEXT', 'EMPTY_LISTS',
-           'REFRESHED', 'ABSENT', 'absent_routes', 'a1111_routes', 'a1111_shapes', 'Txt2Img', 'Img2Img', 'unmet',
-           'samplers_for', 'scheduler_for', 'loras_in', 'Understood', 'asked_size', 'understood_ask', 'softened',
-           'img2img_ask', 'A1111Pictures', 'A1111Error', 'a1111_error', 'about_batch', 'info_of', 'echoed', 'A1111Task',
-           'A1111Tasks', 'tasks_of', 'drawn', 'choices_of', 'checkpoint', 'choose_checkpoint', 'post_txt2img',
-           'txt2img', 'post_img2img', 'img2img', 'A1111State', 'A1111Progress', 'progress_of', 'get_progress',
-           'TaskName', 'LiveProgress', 'post_live_progress', 'post_interrupt', 'A1111Model', 'get_sd_models',
-           'A1111Sampler', 'get_samplers', 'A1111Scheduler', 'get_schedulers', 'A1111Lora', 'get_loras', 'A1111Vae',
-           'get_sd_vae', 'A1111Memory', 'get_memory', 'options_of', 'get_options', 'A1111Options', 'post_options',
-           'get_cmd_flags', 'get_nothing', 'get_scripts', 'get_embeddings', 'get_ping', 'post_nothing',
-           'get_queue_status', 'png_texts', 'PngInfoRequest', 'PngInfo', 'read_png_info', 'post_png_info', 'list_name']
+__all__ = ['NUMBER', 'MEANINGFUL', 'FREE', 'A1111_NAMES', 'CHECKPOINT', 'MOST_CHOICES', 'MOST_TEXT', 'EMPTY_LISTS', 'REFRESHED',
+           'ABSENT', 'absent_routes', 'a1111_routes', 'a1111_shapes', 'Txt2Img', 'Img2Img', 'unmet', 'samplers_for',
+           'scheduler_for', 'loras_in', 'Understood', 'asked_size', 'understood_ask', 'softened', 'img2img_ask',
+           'A1111Pictures', 'A1111Error', 'a1111_error', 'about_batch', 'info_of', 'echoed', 'A1111Task', 'A1111Tasks',
+           'tasks_of', 'drawn', 'choices_of', 'checkpoint', 'choose_checkpoint', 'post_txt2img', 'txt2img',
+           'post_img2img', 'img2img', 'A1111State', 'A1111Progress', 'progress_of', 'get_progress', 'TaskName',
+           'LiveProgress', 'post_live_progress', 'post_interrupt', 'A1111Model', 'get_sd_models', 'A1111Sampler',
+           'get_samplers', 'A1111Scheduler', 'get_schedulers', 'A1111Lora', 'get_loras', 'A1111Vae', 'get_sd_vae',
+           'A1111Memory', 'get_memory', 'options_of', 'get_options', 'A1111Options', 'post_options', 'get_cmd_flags',
+           'get_nothing', 'get_scripts', 'get_embeddings', 'get_ping', 'post_nothing', 'get_queue_status', 'png_texts',
+           'PngInfoRequest', 'PngInfo', 'read_png_info', 'post_png_info', 'list_name']
 
 # %% ../nbs/10c_a1111.ipynb #ca30c335
 from . import __version__
@@ -45,9 +45,7 @@ from .models import Row
 from .types import (
     MAX_N, VISIBLE, WHOLE, AuraError, GenerateRequest, Image, Invalid, Note, Preview, Receipt,
     RefineConfig, RefineRequest, Step, Words, shown)
-from .walls import client_behind
-
-log = logging.getLogger("aura_engine.a1111")
+from .walls import client_behind, few_lines
 
 # %% ../nbs/10c_a1111.ipynb #10606e1c
 def _no_truth(value: Any) -> Any:
@@ -555,7 +553,8 @@ async def post_options(request: Request, body: A1111Options) -> Response:
     now = options_of(request)
     other = [name for name, value in given.items() if value is not None and now.get(name) != value]
     if other:
-        log.info("options have no effect", extra={"options": [shown(name, 40) for name in other[:20]]})
+        host, names = request.client.host if request.client else "", [shown(name, 40) for name in other[:3]]
+        few_lines.log(logging.INFO, "options have no effect", host, options=names)
     return JSONResponse({})
 
 # %% ../nbs/10c_a1111.ipynb #1b697ad5

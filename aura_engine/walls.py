@@ -24,10 +24,10 @@ log = logging.getLogger("aura_engine.walls")
 
 # %% auto #0
 __all__ = ['log', 'ID', 'few_lines', 'QUIET', 'EXPOSED', 'REST_BYTES', 'REST_SECONDS', 'REST_PAUSE', 'HOST_SENT', 'LONGEST_LINE',
-           'TURN', 'Marked', 'Stamp', 'arrival', 'FewLines', 'note_request', 'Origins', 'name_in', 'is_certain',
-           'is_private', 'Cors', 'log_foreign', 'Exchange', 'discard_rest', 'Guard', 'refuse_foreign', 'refuse_rebound',
-           'refuse_compressed', 'key_given', 'check_key', 'client_group', 'client_behind', 'Allowances',
-           'TooManyRequests', 'Overflow', 'FloodGate']
+           'TURN', 'Marked', 'Stamp', 'arrival', 'FewLines', 'brief', 'note_request', 'Origins', 'name_in',
+           'is_certain', 'is_private', 'Cors', 'log_foreign', 'Exchange', 'discard_rest', 'Guard', 'refuse_foreign',
+           'refuse_rebound', 'refuse_compressed', 'key_given', 'check_key', 'client_group', 'client_behind',
+           'Allowances', 'TooManyRequests', 'Overflow', 'FloodGate']
 
 # %% ../nbs/09b_walls.ipynb #6da864fc
 ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -98,12 +98,17 @@ class FewLines:
 few_lines = FewLines()                                        # one for the process, as its log is
 
 # %% ../nbs/09b_walls.ipynb #fd48d933
+def brief(text: str, most: int) -> str:
+    "The beginning of a text: at most about `most` bytes in a line of the log."
+    return text[:most if text.isascii() and text[:most].isprintable() else most // 12]
+
+# %% ../nbs/09b_walls.ipynb #89ec18db
 QUIET = ("/health", "/ready", "/metrics")                     # a balancer asks for these all day
 
 def note_request(scope: Scope, route: str, status: int, seconds: float) -> None:
     "Write the line of one request into the log."
-    about = {"requestId": scope["state"]["request_id"], "method": scope["method"][:20], "path": scope["path"][:200],
-             "status": status, "seconds": round(seconds, 3)}
+    about = {"requestId": scope["state"]["request_id"], "method": scope["method"][:20],
+             "path": brief(scope["path"], 200), "status": status, "seconds": round(seconds, 3)}
     quiet = status < 400 and route in QUIET
     few_lines.log(logging.DEBUG if quiet else logging.INFO, "request", (scope.get("client") or ("",))[0], **about)
 
@@ -182,8 +187,8 @@ class Cors(CORSMiddleware):
 def log_foreign(origins: Origins, origin: str, request: Request) -> None:
     "Tell the operator which page was refused, and how to allow it."
     client = request.client.host if request.client else ""
-    allow = origins.line(origin)[:600]
-    few_lines.log(logging.WARNING, "a page was refused", client, origin=origin[:200], toAllow=allow)
+    allow = brief(origins.line(origin), 600)
+    few_lines.log(logging.WARNING, "a page was refused", client, origin=brief(origin, 200), toAllow=allow)
 
 # %% ../nbs/09b_walls.ipynb #5e5aec31
 class Exchange:
