@@ -6,7 +6,7 @@
 from __future__ import annotations
 import asyncio, re, time, uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Annotated, Any, Literal
 from fastapi import Request
@@ -24,12 +24,13 @@ from aura_engine.types import (
 from .walls import arrival, client_behind
 
 # %% auto #0
-__all__ = ['EVENT', 'GROWING', 'AROUND', 'AnyJob', 'MOST_RESULT', 'SMALL_ASK', 'MOST_READERS', 'MOST_STREAMS', 'event_bytes',
-           'KeptEvents', 'SentLog', 'client_status_after', 'KeptJob', 'held_by', 'job_address', 'job_progress',
-           'job_result', 'job_state', 'JobsFull', 'ReadersFull', 'StreamsFull', 'first_of_greediest', 'refuse_full',
-           'unknown_job', 'job_id', 'JobStore', 'GenerateJob', 'RefineJob', 'ReplayJob', 'too_much_to_keep',
-           'watch_job', 'kept_ask', 'seat_to_wait_for', 'late_job', 'in_request', 'keep_late', 'begin_job', 'post_job',
-           'get_job', 'counted', 'get_job_events', 'delete_job']
+__all__ = ['EVENT', 'SMALL_FRAME', 'BEHIND', 'GROWING', 'AROUND', 'AnyJob', 'MOST_RESULT', 'SMALL_ASK', 'MOST_READERS',
+           'MOST_STREAMS', 'event_bytes', 'KeptEvents', 'FramedEvents', 'in_batches', 'SentLog', 'client_status_after',
+           'KeptJob', 'held_by', 'job_address', 'job_progress', 'job_result', 'job_state', 'JobsFull', 'ReadersFull',
+           'StreamsFull', 'first_of_greediest', 'refuse_full', 'unknown_job', 'job_id', 'EndedJobs', 'KeptJobs',
+           'JobStore', 'GenerateJob', 'RefineJob', 'ReplayJob', 'too_much_to_keep', 'watch_job', 'kept_ask',
+           'seat_to_wait_for', 'late_job', 'in_request', 'keep_late', 'begin_job', 'post_job', 'get_job', 'counted',
+           'get_job_events', 'delete_job']
 
 # %% ../nbs/09e_job_routes.ipynb #4c32c21b
 EVENT = 512                                                   # bytes of an event that holds nothing long, about
@@ -69,8 +70,53 @@ class KeptEvents:
         self.events[place] = None
 
 # %% ../nbs/09e_job_routes.ipynb #c89a8992
-class SentLog(KeptEvents):
-    "The events of a job, numbered from 1. Only the event loop touches it."
+SMALL_FRAME = 1024                                            # bytes of a frame that is kept
+BEHIND = 128                                                  # events, from which on a reader gets fewer steps
+
+class FramedEvents(KeptEvents):
+    "The same, numbered from 1, with what they look like on the wire."
+    def __init__(self) -> None:
+        super().__init__()
+        self._frames: dict[int, bytes] = {}                   # those that are kept, by number
+
+    def frame(self, number: int) -> Frame:
+        "An event as it is sent. Nothing for one that was freed."
+        event = self.events[number - 1]
+        if event is None or number in self._frames: return self._frames.get(number, b"")
+        frame = sse_frame(event.name, event.data, number)
+        if isinstance(frame, bytes) and len(frame) <= SMALL_FRAME:
+            self._frames[number] = frame
+            self.bytes += len(frame)
+        return frame
+
+    def unsent(self, after: int) -> list[int]:
+        "The numbers of the events above `after` that a reader gets: fewer steps when it is far behind."
+        numbers = [number for number, event in enumerate(self.events[after:], after + 1) if event]
+        if len(numbers) <= BEHIND: return numbers
+        named = [(number, event) for number in numbers if (event := self.events[number - 1])]
+        last = {event.index: number for number, event in named if event.name == "step"}
+        return [number for number, event in named if event.name != "step" or last[event.index] == number]
+
+    def _free(self, place: int) -> None:
+        super()._free(place)
+        self.bytes -= len(self._frames.pop(place + 1, b""))
+
+# %% ../nbs/09e_job_routes.ipynb #b7bb2985
+def in_batches(frames: Iterable[Frame]) -> Iterator[Frame]:
+    "The same frames in the same order. Small ones that follow each other are one."
+    small = bytearray()
+    for frame in frames:
+        if isinstance(frame, bytes) and len(frame) <= SMALL_FRAME:
+            small += frame
+            continue
+        if small: yield bytes(small)
+        small.clear()
+        yield frame
+    if small: yield bytes(small)
+
+# %% ../nbs/09e_job_routes.ipynb #087109dd
+class SentLog(FramedEvents):
+    "The events of a job, and readers that wait for more. Only the event loop touches it."
     def __init__(self) -> None:
         super().__init__()
         self.closed = False
@@ -91,12 +137,12 @@ class SentLog(KeptEvents):
         news.set()
 
     async def read(self, after: int = 0) -> AsyncGenerator[Frame]:
-        "The events with numbers above `after` as frames. Waits for each, and ends with the log."
+        "The events with numbers above `after` as frames, several small ones as one. Ends with the log."
         while True:
             news = self._news                                 # taken before looking, so nothing is missed between
             while after < len(self.events):
-                event, after = self.events[after], after + 1
-                if event: yield sse_frame(event.name, event.data, after)
+                numbers, after = self.unsent(after), len(self.events)
+                for frame in in_batches(map(self.frame, numbers)): yield frame
             if self.closed: return
             await news.wait()
 
@@ -167,7 +213,7 @@ AROUND = 4096                                                 # bytes of a job b
 
 def held_by(kept: KeptJob) -> int:
     "Bytes that a kept job holds."
-    return AROUND + kept.log.bytes + (kept.work.job.start_bytes if kept.work else kept.pending_bytes)
+    return AROUND + kept.log.bytes + kept.pending_bytes
 
 # %% ../nbs/09e_job_routes.ipynb #7e7ebc09
 def job_address(kept: KeptJob) -> dict[str, Any]:
@@ -238,46 +284,68 @@ def job_id(replica: str, work: OrderedJob | None) -> str:
     return f"{replica}-{work.job.id if work else uuid.uuid4().hex}"
 
 # %% ../nbs/09e_job_routes.ipynb #852c53c3
-class JobStore:
-    "Jobs by id, kept `seconds` after their end: at most `most`, of `bytes` in all. Only the event loop touches it."
-    def __init__(self, replica: str | None = None, seconds: float = 600, most: int = 256, bytes: int = 256 * 2**20):
-        self.replica = replica or uuid.uuid4().hex[:8]        # the engine's name, the first part of each id
-        self.seconds = seconds
-        self.most, self.bytes = most, bytes
+class EndedJobs:
+    "Jobs by id, kept `seconds` after their end: ended ones of `bytes` in all."
+    def __init__(self, seconds: float, bytes: int):
+        self.seconds, self.bytes = seconds, bytes
         self.kept: dict[str, KeptJob] = {}
-        self.reserved = Counter()                             # places that are taken for jobs to come, by client
-        self.readers = Counter()                              # of streams that are open now, by job
-        self.streams = Counter()                              # the same by client
 
-    def sweep(self, room: int = 0) -> None:
-        "Forget what is too old, then what does not fit. Leave `room` for new jobs."
-        oldest = time.monotonic() - self.seconds
-        ended = sorted((kept for kept in self.kept.values() if kept.ended), key=lambda kept: kept.ended or 0)
+    def _ended(self) -> list[KeptJob]:
+        "The ended jobs, oldest first."
+        return sorted((kept for kept in self.kept.values() if kept.ended), key=lambda kept: kept.ended or 0)
+
+    def sweep(self) -> None:
+        "Forget what is too old, then ended jobs while these hold too much."
+        oldest, ended = time.monotonic() - self.seconds, self._ended()
         while ended and (ended[0].ended or 0) < oldest:
             del self.kept[ended.pop(0).id]
-        while ended and self._crowded(room):
+        while sum(map(held_by, ended)) > self.bytes:
             last = first_of_greediest(ended)
             ended.remove(last)
             del self.kept[last.id]
 
-    def _crowded(self, room: int) -> bool:
-        held = sum(held_by(kept) for kept in self.kept.values())
-        return len(self.kept) + room > self.most or held > self.bytes
+# %% ../nbs/09e_job_routes.ipynb #8b5abb3c
+class KeptJobs(EndedJobs):
+    "The same: at most `most`."
+    def __init__(self, seconds: float, most: int, bytes: int):
+        super().__init__(seconds, bytes)
+        self.most = most
+        self.reserved = Counter()                             # places that are taken for jobs to come, by client
+
+    def _make_room(self, client: str) -> None:
+        "Forget ended jobs until there is a place: of this client, or of one that has more. JobsFull: there are none."
+        jobs = self.reserved + Counter(kept.client for kept in self.kept.values())
+        while len(self.kept) + self.reserved.total() >= self.most:
+            able = [kept for kept in self._ended() if kept.client == client or jobs[kept.client] > jobs[client]]
+            if not able: raise JobsFull("All places for jobs are taken; wait for one of yours.", retry_after=5)
+            last = max(able, key=lambda kept: jobs[kept.client])
+            jobs[last.client] -= 1
+            del self.kept[last.id]
 
     @contextmanager
     def place(self, client: str = "") -> Iterator[None]:
         "A place for one more job of this client, which the block begins and adds. JobsFull when there is none."
-        coming = self.reserved.total()
-        self.sweep(1 + coming)
+        self.sweep()
         jobs = list(self.kept.values())
         mine = [kept for kept in jobs if kept.client == client]
         refuse_full(mine, self.reserved[client], self.most // 4, self.bytes // 2, "of your jobs")
-        refuse_full(jobs, coming, self.most, self.bytes, "jobs")
+        # who has nothing is not refused because others hold much
+        refuse_full(jobs, self.reserved.total(), self.most, self.bytes * (1 if mine else 2), "jobs")
+        self._make_room(client)
         self.reserved[client] += 1
         try: yield
         finally:
             self.reserved[client] -= 1
             self.reserved += Counter()                       # keeps those above zero
+
+# %% ../nbs/09e_job_routes.ipynb #bec793d0
+class JobStore(KeptJobs):
+    "The jobs of this process. Only the event loop touches it."
+    def __init__(self, replica: str | None = None, seconds: float = 600, most: int = 256, bytes: int = 256 * 2**20):
+        super().__init__(seconds, most, bytes)
+        self.replica = replica or uuid.uuid4().hex[:8]        # the engine's name, the first part of each id
+        self.readers = Counter()                              # of streams that are open now, by job
+        self.streams = Counter()                              # the same by client
 
     def add(self, work: OrderedJob | None, client: str, ask: dict[str, Any] | None = None) -> KeptJob:
         "Keep a job that the engine has taken, or will take once its model is loaded (None)."
@@ -429,8 +497,8 @@ async def get_job(request: Request, id: str) -> Response:
     return json_answer(job_state(kept, request_id(request)), 410 if kept.gone else 200)
 
 # %% ../nbs/09e_job_routes.ipynb #6871dfb4
-MOST_READERS = 32                                             # of one job at a time
-MOST_STREAMS = 64                                             # that one client reads
+MOST_READERS = 12                                             # of one job at a time
+MOST_STREAMS = 16                                             # that one client reads
 
 async def counted(store: JobStore, kept: KeptJob, after: int, client: str) -> AsyncGenerator[Frame]:
     "The events of a job above `after`. The job counts its reader while it reads."
