@@ -1,13 +1,21 @@
 """What a stranger sends, and what it costs: budgets, refusals that arrive, who may call, and an event loop that nobody holds."""
-import base64, io, json, os, re, socket, subprocess, sys, time, urllib.error, urllib.request
+import asyncio, base64, contextlib, io, json, os, re, socket, subprocess, sys, time, urllib.error, urllib.request
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import h11
 import httpx
 import pytest
+import uvicorn
 from conftest import ROOT, start
 from hostile.attack import Target, http
-from PIL import Image
+from PIL import Image, PngImagePlugin
+
+from aura_engine.answers import ClientEvent, Order, OrderedJob
+from aura_engine.job_routes import BEHIND, JobsFull, JobStore, SentLog, held_by
+from aura_engine.server import HEAD, LINES, Connection, EndlessHead, Pieces, UnreadBodies
+from aura_engine.types import Plan
 
 KEY = {"Authorization": "Bearer sesame-7"}
 
@@ -64,6 +72,51 @@ def test_a_wrong_content_type_is_named(web):
     assert r.status_code == 422 and r.json()["errors"][0]["loc"] == "Content-Type" and "application/json" in r.json()["detail"]
 
 
+LONG_COOKIE = f"Cookie: {'c' * 12_000}\r\n"
+
+
+@pytest.mark.parametrize("head, status", [
+    ("GET /health HTTP/1.1\r\nHost: x\r\n" + LONG_COOKIE + "".join(f"X-{i}: b\r\n" for i in range(60)) + "\r\n", 200),
+    ("GET /health HTTP/1.1\r\nHost: x\r\n" + "a:b\r\n" * 3000 + "\r\n", 431), ("GET /health HTTP/1.1\r\nHost: x\r\n" + LONG_COOKIE * 2 + "\r\n", 431),
+    ("GET /health HTTP/1.1\r\nHost: x\r\n" + "a:b\r\n" * 200, 431),
+    ("POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n" + "a:b\r\n" * 3000 + "\r\n", 431),
+    ("POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\na:b\r\n\r\n", 422),
+], ids=["a long cookie", "many", "large", "many that never end", "many behind a body", "one behind a body"])
+def test_long_heads_are_refused_and_honest_ones_are_not(server, head, status):
+    answer = said(server, head.encode())
+    assert answer.startswith(f"HTTP/1.1 {status}"), answer[:200]
+    if status == 431: assert "application/problem+json" in answer and "x-aura-engine" in answer
+
+
+CHUNKED = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize("before, after", [(b"", b"GET / HTTP/1.1\r\n"), (CHUNKED, b"0\r\n"), (CHUNKED + b"2\r\n{}", b"\r\n000;x=y\r\n"), (CHUNKED + b"2\r\n{}\r\n0\r\n", b"")])
+def test_a_long_head_is_not_even_taken_apart(monkeypatch, before, after):
+    conn = Pieces(h11.SERVER, HEAD)
+    if before: conn.receive_data(before)
+    while conn.next_event() is not h11.NEED_DATA: pass
+    taken_apart, whole = [], h11._readers._decode_header_lines
+    monkeypatch.setattr(h11._readers, "_decode_header_lines", lambda lines: (taken_apart.append(len(lines)), whole(lines))[1])
+    conn.receive_data(after + b"a:b\r\n" * 13_000 + b"\r\n")
+    with pytest.raises(EndlessHead) as e:
+        for _ in range(3): conn.next_event()
+    assert e.value.error_status_hint == 431 and not taken_apart
+
+
+def test_what_a_body_holds_is_no_head():
+    """Chunks that begin with a zero and hold many lines, their sizes in packets of their own."""
+    conn, body = Pieces(h11.SERVER, HEAD), b"0\n" + b"line\n" * 5 * LINES
+    conn.receive_data(CHUNKED)
+    got = b""
+    for piece in (b"%x\r\n" % len(body), body, b"\r\n", b"%x\r\n%s\r\n" % (len(body), body), b"0\r\n\r\n"):
+        conn.receive_data(piece)
+        while (event := conn.next_event()) is not h11.NEED_DATA and event is not h11.PAUSED:
+            if isinstance(event, h11.Data): got += bytes(event.data)
+            if isinstance(event, h11.EndOfMessage): break
+    assert got == body * 2
+
+
 # JSON
 
 def picture(size=(96, 96), fmt="PNG"):
@@ -97,6 +150,59 @@ def test_json_that_is_dear_to_read_is_not_read(server, web, name):
 def test_many_wrong_fields_are_answered_with_a_few(web):
     r = web.post("/generate", json={"prompt": "a", **{f"k{i}": 0 for i in range(1500)}})
     assert r.status_code == 422 and len(r.json()["errors"]) <= 20 and len(r.content) < 8000
+
+
+def nested(levels):
+    value = []
+    for _ in range(levels - 1): value = [value]
+    return value
+
+
+def with_text(keyword, text):
+    out, info = io.BytesIO(), PngImagePlugin.PngInfo()
+    info.add_itxt(keyword, text) if keyword == "aura" else info.add_text(keyword, text)
+    Image.new("RGB", (64, 64)).save(out, "PNG", pnginfo=info)
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def receipt(web): return web.post("/generate", json={"prompt": "an owl", "steps": 1}).json()["receipts"][0]
+
+
+@pytest.mark.parametrize("field", ["timings", "corrections", "versions", "prompt"])
+@pytest.mark.parametrize("levels", [60, 300, 500, 900])
+def test_a_receipt_of_lists_in_lists_is_no_receipt(web, receipt, field, levels):
+    data = with_text("aura", json.dumps(receipt | {field: nested(levels)}))
+    text = base64.b64encode(data).decode()
+    answers = [web.post("/", content=data, headers={"content-type": "image/png"}), web.post("/replay", json={"image": text}),
+               web.post("/jobs", json={"route": "replay", "request": {"image": text}})]
+    assert [r.status_code for r in answers] == [422] * 3, [r.text[:200] for r in answers]
+    assert all(r.json()["errors"] or r.json().get("detail") for r in answers)
+
+
+DEEP = {"txt2img": ("/sdapi/v1/txt2img", lambda deep: {"prompt": "a", "steps": 1, "x": deep}), "an object of fields": ("/sdapi/v1/txt2img", lambda deep: {"prompt": "a", "steps": 1, "override_settings": {"a": deep}}),
+        "options": ("/sdapi/v1/options", lambda deep: {"x": deep}), "images": ("/v1/images/generations", lambda deep: {"prompt": "a", "x": {"y": deep}}), "inference": ("/", lambda deep: {"inputs": "a", "parameters": {"x": deep}})}
+
+
+@pytest.mark.parametrize("levels", [60, 300, 600, 900])
+@pytest.mark.parametrize("name", DEEP)
+def test_fields_that_are_nested_hundreds_deep_are_refused(web, name, levels):
+    path, ask = DEEP[name]
+    r = web.post(path, json=ask(nested(levels)))
+    assert r.status_code in (400, 422) and "50" in r.text and len(r.content) < 2000, r.text[:300]
+
+
+def test_fields_that_are_nested_a_little_are_let_through(web):
+    scripts = {"controlnet": {"args": [{"enabled": True, "module": {"a": [[1]]}}]}}
+    r = web.post("/sdapi/v1/txt2img", json={"prompt": "an owl", "steps": 1, "alwayson_scripts": scripts, "x": nested(20)})
+    assert r.status_code == 200 and r.json()["parameters"]["alwayson_scripts"] == scripts
+
+
+def test_half_a_character_in_a_png_is_shown_as_none(web):
+    for setting in (r"\ud800", r"a\udfffb"):
+        text = base64.b64encode(with_text("parameters", f'a\nSteps: 1, Model: "{setting}"')).decode()
+        r = web.post("/sdapi/v1/png-info", json={"image": text})
+        assert r.status_code == 200 and r.json()["parameters"] == {"Steps": "1", "Model": setting.replace(setting[-7:-1] if setting.endswith("b") else setting, "?")}
 
 
 def cpu(process):
@@ -213,12 +319,215 @@ def test_a_flood_of_cheap_requests_waits_behind_itself(server, ask):
     assert meanwhile < 100
 
 
+# the log
+
+def logged(server): return [json.loads(line) for line in server.log.read_text().splitlines() if line.startswith("{")]
+
+
+def test_strangers_cause_few_lines_whoever_would_write_them(server):
+    """Upgrades, garbage and options, 130 of each: no line of the server below, not all of ours, and short ones."""
+    target, before = Target(server.url), len(logged(server))
+    asks = {"127.0.0.41": http("x", "/health", kind="", method="GET", connection="upgrade", upgrade="websocket"), "127.0.0.42": b"\x16\x03\x01 nothing\r\n\r\n",
+            "127.0.0.43": http("x", "/sdapi/v1/options", json.dumps({f"{'😀' * 40}{i}": 1 for i in range(20)}).encode())}
+    for source, ask in asks.items():
+        with ThreadPoolExecutor(8) as pool: list(pool.map(lambda _, ask=ask, source=source: target.exchange(ask, source), range(130)))
+    lines = logged(server)[before:]
+    assert not [line for line in lines if line["logger"].startswith(("uvicorn", "aura_engine.server.wire"))]
+    counts = Counter(line["event"] for line in lines if line.get("client", "").startswith("127.0.0.4"))
+    assert 0 < counts["options have no effect"] < 130 and 0 < counts["not HTTP"] < 130
+    assert max(len(json.dumps(line)) for line in lines if line["event"] == "options have no effect") < 2500
+
+
+def test_a_line_about_a_long_path_is_short(server):
+    Target(server.url).exchange(http("x", "/" + "%F0%9F%98%80" * 300, kind="", method="GET"), "127.0.0.44")
+    end = time.monotonic() + 10
+    while not (lines := [line for line in logged(server) if line.get("client") == "127.0.0.44"]): assert time.monotonic() < end; time.sleep(.05)
+    assert lines[0]["status"] == 404 and len(json.dumps(lines[0])) < 600
+
+
 # connections
+
+@contextlib.asynccontextmanager
+async def serving(app, kind):
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="off", http=kind, proxy_headers=False))
+    server.capture_signals = contextlib.nullcontext
+    task = asyncio.create_task(server.serve())
+    while not server.started: await asyncio.sleep(.01)
+    try: yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        await task
+
+
+async def uploading(port, size=300_000):
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % size + bytes(size))
+    answer = b""
+    with contextlib.suppress(ConnectionError): answer = await reader.read()
+    writer.close()
+    return answer[9:12].decode()
+
+
+async def counts_body(scope, receive, send):
+    size, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect": return
+        size, more = size + len(message["body"]), message.get("more_body", False)
+    await send({"type": "http.response.start", "status": 200 if size == int(dict(scope["headers"])[b"content-length"]) else 400, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
+
+
+def test_an_upload_that_nobody_reads_yet_is_not_taken_for_a_slow_one():
+    """Its request waits, as at the flood gate, for three of the windows in which a body must make progress."""
+    class Hasty(Connection): head, window, rate = 5.0, .2, 100_000
+    looks = []
+
+    class Seen(Hasty):
+        def _check(self):
+            looks.append(self.flow.read_paused)
+            if len(looks) == 3: asyncio.get_running_loop().call_soon(gate.set)
+            super()._check()
+
+    async def app(scope, receive, send):
+        await gate.wait()
+        await counts_body(scope, receive, send)
+
+    async def go():
+        nonlocal gate
+        gate = asyncio.Event()
+        async with serving(app, Seen) as port: return await uploading(port)
+    gate = None
+    assert asyncio.run(go()) == "200" and looks[:3] == [True] * 3
+
+
+def test_bodies_that_nobody_reads_yet_are_counted_by_client():
+    """One is looked at when 64 KiB of it are there. Two of 90 KB fit into the budget of this client, and three do not: the first two of four end."""
+    class Looked(UnreadBodies):
+        seen = 0
+
+        def add(self, connection):
+            self.seen += 1
+            return super().add(connection)
+    class Tight(Connection): early, held = Looked(2 * 190_000), Counter()
+
+    async def go():
+        gate, uploads = asyncio.Event(), []
+
+        async def app(scope, receive, send):
+            await gate.wait()
+            await counts_body(scope, receive, send)
+        async with serving(app, Tight) as port:
+            for n in range(4):
+                uploads.append(asyncio.create_task(uploading(port, 90_000)))
+                while Tight.early.seen <= n: await asyncio.sleep(.01)
+            gate.set()
+            return await asyncio.gather(*uploads), len(Tight.early.connections)
+    assert asyncio.run(go()) == (["", "", "200", "200"], 0)
+
 
 def test_a_client_that_closes_its_half_gets_its_answer(server):
     body = json.dumps({"prompt": "an owl", "steps": 20}).encode()
     answer = said(server, b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body), end=True, seconds=60)
     assert "HTTP/1.1 200" in answer, answer[:200]
+
+
+# jobs
+
+class Taken:
+    """A job of the engine, as far as the store looks at it."""
+    def __init__(self, id, start_bytes=0): self.id, self.start_bytes = id, start_bytes
+
+
+def keep(store, client, *, ended=False, log=0, start_bytes=0):
+    kept = store.add(OrderedJob(Taken(f"{len(store.kept):032x}{os.urandom(4).hex()}", start_bytes), Order(Plan(()))), client)
+    if log: kept.add(ClientEvent("image", {"index": 0, "image": "A" * log}, 0))
+    if ended: kept.end()
+    return kept
+
+
+def places(store, client):
+    try:
+        with store.place(client): return True
+    except JobsFull: return False
+
+
+def test_what_running_jobs_were_given_deletes_nobodys_pictures():
+    async def go():
+        store = JobStore("e1")
+        mine = keep(store, "victim", ended=True, log=1_000_000)
+        for _ in range(2): assert held_by(keep(store, "greedy", start_bytes=256 * 2**20)) < 10_000
+        assert (await store.find(mine.id)) is mine and places(store, "victim") and places(store, "somebody else")
+        assert (await store.find(mine.id)) is mine
+    asyncio.run(go())
+
+
+def test_pictures_of_running_jobs_delete_nobodys_and_refuse_only_their_own():
+    store = JobStore("e1", bytes=10_000_000)
+    mine = keep(store, "victim", ended=True, log=1_000_000)
+    for _ in range(3): keep(store, "greedy", log=4_000_000)
+    store.sweep()
+    assert mine.id in store.kept and not places(store, "greedy") and places(store, "new") and mine.id in store.kept
+    for _ in range(3): keep(store, "other", log=4_000_000)
+    assert not places(store, "new") and mine.id in store.kept       # more than twice of what all may hold
+
+
+def test_ended_jobs_that_hold_too_much_are_those_of_who_holds_most():
+    store = JobStore("e1", bytes=10_000_000)
+    mine = keep(store, "victim", ended=True, log=1_000_000)
+    greedy = [keep(store, "greedy", ended=True, log=3_000_000) for _ in range(4)]
+    store.sweep()
+    assert mine.id in store.kept and [kept.id in store.kept for kept in greedy] == [False, False, True, True]
+
+
+def test_a_full_store_makes_room_at_the_cost_of_who_has_more():
+    store = JobStore("e1", most=16)
+    mine = [keep(store, "victim", ended=True) for _ in range(2)]
+    for _ in range(4): keep(store, "greedy")
+    others = [keep(store, f"other {n}", ended=True) for n in range(10)]
+    assert not places(store, "greedy") and all(kept.id in store.kept for kept in (*mine, *others))
+    assert places(store, "new") and [kept.id in store.kept for kept in mine] == [False, True] and all(kept.id in store.kept for kept in others)
+
+
+def step(i, n=0): return ClientEvent("step", {"index": n, "step": i, "steps": 400}, n)
+
+
+def test_an_event_is_written_once_for_all_its_readers(monkeypatch):
+    from aura_engine import job_routes
+    made, whole = [], job_routes.sse_frame
+    monkeypatch.setattr(job_routes, "sse_frame", lambda name, data, number: (made.append(number), whole(name, data, number))[1])
+
+    async def go():
+        log, read = SentLog(), []
+
+        async def reader(after): read.append(b"".join([frame async for frame in log.read(after)]))
+        readers = [asyncio.create_task(reader(0)) for _ in range(12)]
+        for i in range(1, 51):
+            log.add(step(i))
+            await asyncio.sleep(0)
+        held = log.bytes
+        log.close()
+        await asyncio.gather(*readers)
+        await asyncio.gather(*(reader(0) for _ in range(16)))
+        assert sorted(made) == list(range(1, 51)) and log.bytes == held
+        assert set(read) == {b"".join(whole("step", step(i).data, i) for i in range(1, 51))}
+        for place in range(50): log._free(place)
+        assert log.bytes == 0 and not log._frames
+    asyncio.run(go())
+
+
+def test_events_that_are_there_are_sent_together_and_fewer_to_whoever_is_behind():
+    async def go():
+        log = SentLog()
+        for i in range(1, 201):
+            for n in range(2): log.add(step(i, n))
+        log.add(ClientEvent("image", {"index": 0, "image": "A" * 5000}, 0))
+        log.add(ClientEvent("done", {"warnings": []}))
+        log.close()
+        behind, near = [[frame async for frame in log.read(after)] for after in (0, 402 - BEHIND)]
+        assert [frame.count(b"event: ") for frame in behind] == [2, 1, 1] and b'"step":200' in behind[0]
+        assert [frame.count(b"event: ") for frame in near] == [BEHIND - 2, 1, 1]
+    asyncio.run(go())
 
 
 # pictures
