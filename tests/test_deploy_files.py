@@ -167,6 +167,36 @@ def test_nginx_lets_one_address_have_so_many_requests_and_bodies(tmp_path):
         subprocess.run(["nginx", "-p", str(tmp_path), "-c", str(conf / "nginx.conf"), "-s", "stop"], capture_output=True)
 
 
+@pytest.mark.skipif(not shutil.which("nginx"), reason="nginx is not installed")
+def test_nginx_takes_a_network_for_one_client_and_ends_half_heads(tmp_path):
+    """Of eighteen large bodies from addresses of one IPv6 network two are refused. Another network has places of its own."""
+    conf, port = shutil.copytree(DEPLOY / "nginx", tmp_path / "nginx"), free_port()
+    (conf / "listen.conf").write_text(f"listen 127.0.0.1:{port}; set_real_ip_from 127.0.0.1; real_ip_header X-Test;")
+    (conf / "engines.conf").write_text(f"upstream engines {{ server 127.0.0.1:{free_port()}; }}\nmap $uri $engine {{ default engines; }}\n")
+    as_read = subprocess.run(["nginx", "-T", "-p", str(tmp_path), "-c", str(conf / "nginx.conf")], capture_output=True, text=True).stdout
+    assert int(re.search(r"client_header_timeout (\d+)s;", as_read)[1]) <= 15
+    nginx, held = subprocess.Popen(["nginx", "-p", str(tmp_path), "-c", str(conf / "nginx.conf"), "-g", "daemon off;"]), []
+
+    def ask(address):
+        held.append(s := socket.create_connection(("127.0.0.1", port), timeout=10))
+        s.sendall(f"POST /refine HTTP/1.1\r\nhost: x\r\nx-test: {address}\r\ncontent-length: 2000000\r\n\r\n".encode())
+        return s
+    try:
+        for _ in range(100):
+            try: socket.create_connection(("127.0.0.1", port)).close(); break
+            except OSError: time.sleep(.1)
+        network, end = [ask(f"2001:db8:1:2:{i:x}::{i:x}") for i in range(1, 19)], time.monotonic() + 20
+        while len(refused := select.select(network, [], [], .1)[0]) < 2: assert time.monotonic() < end
+        assert all("429 Too Many" in s.recv(65536).decode() for s in refused) and len(refused) == 2
+        waiting = [ask(address) for address in ("2001:db8:1:3::1", "203.0.113.5", "203.0.113.6", "::ffff:0:1")]
+        assert "429 Too Many" in ask("2001:db8:1:2:ffff:ffff:ffff:ffff").recv(65536).decode()
+        assert not select.select(waiting, [], [], 0)[0]
+    finally:
+        for s in held: s.close()
+        nginx.kill()
+        subprocess.run(["nginx", "-p", str(tmp_path), "-c", str(conf / "nginx.conf"), "-s", "stop"], capture_output=True)
+
+
 @pytest.mark.parametrize("file", ["compose.yaml", "compose.traces.yaml"])
 def test_no_log_of_a_container_grows_for_ever(file):
     services = merged(file)["services"]
