@@ -10,14 +10,14 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 
 from aura_engine.answers import (
-    LEAST_RATE, PIECE, STILL, Api, Backlog, Backlogs, Metrics, NotRead, Order, OrderedJob, backlogs, begin, client_events,
+    LEAST_RATE, PIECE, STILL, Api, ClientEvent, Backlog, Backlogs, Metrics, NotRead, Order, OrderedJob, backlogs, begin, client_events,
     cost_of, files_of, heartbeat, json_answer, let_go, ordering, taken_parts, pictures_in, respond_with, sse_frame)
 from aura_engine.config import load_settings
 from aura_engine.dialects import remade_mask
 from aura_engine.images import PNG_SIGNATURE, STEP, decode_cost, encode, facts_of, from_base64, to_base64
 from aura_engine.intake import ESCAPES, LARGE, SMALL, Arrivals, BodiesFull, DecodeCost, FairPool, PictureLine, PicturesFull, parse_json, read_form
 from aura_engine import job_routes
-from aura_engine.job_routes import JobsFull, JobStore, KeptJob, held_by, watch_job
+from aura_engine.job_routes import JobsFull, JobStore, KeptJob, watch_job
 from aura_engine.jobs import Job
 from aura_engine.openai import EditRequest, Shelf, json_edit
 from aura_engine.planning import ReplayRequest
@@ -132,6 +132,7 @@ def test_posts_that_come_together_take_no_more_places_than_there_are():
 def test_running_jobs_that_hold_too_much_leave_no_place():
     store = JobStore(replica="e1", bytes=10_000_000)
     store.add(OrderedJob(Taken("a", 6_000_000), Order(Plan(()))), "greedy")
+    store.kept["e1-a"].add(ClientEvent("image", {"index": 0, "image": "A" * 6_000_000}, 0))
     with pytest.raises(JobsFull, match="of your jobs are running and hold 6 MiB"):
         with store.place("greedy"): pass
     with store.place("modest"): pass                          # half of the room is for the others
@@ -145,9 +146,9 @@ def test_what_a_job_starts_from_is_freed_while_it_runs():
     store = JobStore(replica="e1")
     kept = store.add(OrderedJob(job, Order(job.plan).without_starts()), "me")
     ordered = kept.work.order.plan.pictures[0]
-    assert ordered.init is None and not ordered.references and held_by(kept) > 6 * 512 * 512
+    assert ordered.init is None and not ordered.references and job.start_bytes >= 6 * 512 * 512
     job.free_inputs()                                         # it is encoded
-    assert held_by(kept) < 10_000
+    assert job.start_bytes == 0
 
 
 def test_a_redis_that_is_away_is_not_counted_as_a_bug():
