@@ -148,6 +148,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'aura_engine.answers.ClientEvent': ('answers.html#clientevent', 'aura_engine/answers.py'),
                                      'aura_engine.answers.Files': ('answers.html#files', 'aura_engine/answers.py'),
                                      'aura_engine.answers.Files.json': ('answers.html#files.json', 'aura_engine/answers.py'),
+                                     'aura_engine.answers.Files.texts': ('answers.html#files.texts', 'aura_engine/answers.py'),
                                      'aura_engine.answers.LargeAnswer': ('answers.html#largeanswer', 'aura_engine/answers.py'),
                                      'aura_engine.answers.LargeAnswer.__call__': ( 'answers.html#largeanswer.__call__',
                                                                                    'aura_engine/answers.py'),

@@ -306,7 +306,7 @@ async def drawn(request: Request, ask: Txt2Img, own: GenerateRequest | RefineReq
     with tasks_of(request).task(ask.force_task_id, client_behind(request), work.job):
         made = await files_of(api, work, request)
     size = wish.size or size_made(work.order.plan.pictures[0])
-    images = [to_base64(file) for file in made.files] if ask.send_images else []
+    images = await api.encode(client_behind(request), made.texts) if ask.send_images else []
     answer = A1111Pictures(images=images, parameters=echoed(ask), info=json.dumps(info_of(made, size)))
     return json_answer(answer.model_dump())
 

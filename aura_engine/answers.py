@@ -130,8 +130,9 @@ class Api:
         self.settings: Settings = engine.settings
         self.metrics, self.arrivals = Metrics(), Arrivals()
         # the model needs the processor too, and one client leaves a slot to the others
-        self.line = PictureLine(slots=max(2, (os.cpu_count() or 1) // 4))
-        self.encoders = FairPool(2, "encode")                 # finished pictures
+        slots = max(2, (os.cpu_count() or 1) // 4)
+        self.line = PictureLine(slots)
+        self.encoders = FairPool(slots, "encode")             # finished pictures
         self.readers = FairPool(2, "read")                    # what comes in
 
     def of(self, engine) -> Api:
@@ -410,9 +411,13 @@ class Files:
     receipts: list[Receipt]
     warnings: list[str]
 
+    def texts(self) -> list[str]:
+        "The files as base64."
+        return [to_base64(f) for f in self.files]
+
     def json(self) -> dict[str, Any]:
         "The answer of /generate, /refine and /replay."
-        return {"images": [to_base64(f) for f in self.files], "receipts": [r.to_json() for r in self.receipts],
+        return {"images": self.texts(), "receipts": [r.to_json() for r in self.receipts],
                 "warnings": self.warnings}
 
 # %% ../nbs/09d_answers.ipynb #4c53b502

@@ -528,7 +528,7 @@ async def get_job_events(request: Request, id: str) -> Response:
     after = int(last) if re.fullmatch(r"\d{1,9}", last) else 0
     if kept.log.closed and after >= len(kept.log.events):
         return Response(status_code=204)                      # EventSource asks no more
-    return EventSourceResponse(heartbeat(counted(store, kept, after, client)), headers=UNBUFFERED)
+    return EventSourceResponse(heartbeat(counted(store, kept, after, client), client=client), headers=UNBUFFERED)
 
 # %% ../nbs/09e_job_routes.ipynb #4febf881
 async def delete_job(request: Request, id: str) -> Response:

@@ -289,13 +289,14 @@ async def get_picture(request: Request, name: str) -> Response:
     return Response(picture.data, media_type=picture.mime, headers={"cache-control": "private, max-age=600"})
 
 # %% ../nbs/10a_openai.ipynb #b1d55cef
-def openai_json(request: Request, ask: ImagesRequest, made: Files, drawn: Size) -> dict[str, Any]:
+async def openai_json(request: Request, ask: ImagesRequest, made: Files, drawn: Size) -> dict[str, Any]:
     "Finished pictures as OpenAI's answer. Receipts and warnings stand beside its own fields."
+    client = client_behind(request)
     if ask.by_address:
-        shelf, client = shelf_of(request), client_behind(request)
+        shelf = shelf_of(request)
         names = [shelf.put(file, made.format, client) for file in made.files]
         data = [{"url": f"{request.base_url}pictures/{name}"} for name in names]
-    else: data = [{"b64_json": to_base64(file)} for file in made.files]
+    else: data = [{"b64_json": text} for text in await request.app.state.api.encode(client, made.texts)]
     size = size_asked(ask.size) or drawn
     receipts = [receipt.to_json() for receipt in made.receipts]
     return {"created": int(time.time()), "data": data, **described(ask, size), "usage": NO_USAGE,
@@ -377,7 +378,7 @@ async def openai_answer(request: Request, ask: ImagesRequest, own: GenerateReque
     let_go(request, own, ask)
     if ask.stream: return event_stream(api, openai_stream(api, work, ask, kind), work.job)
     made = await files_of(api, work, request)
-    return json_answer(openai_json(request, ask, made, size_made(work.order.plan.pictures[0])))
+    return json_answer(await openai_json(request, ask, made, size_made(work.order.plan.pictures[0])))
 
 # %% ../nbs/10a_openai.ipynb #630c0a11
 OPENAI_MODELS = ("dall-e", "gpt-image", "chatgpt-image")
@@ -463,7 +464,8 @@ async def form_edit(request: Request) -> Edit:
     texts = [await api.read(client_behind(request), to_base64, data) for data in files["image"]]
     names = [name for name, part in parts if not isinstance(part, str) and file_field(name) == "image"]
     if len(names) > 1: names = [f"{name.removesuffix('[]')}[{i}]" for i, name in enumerate(names)]
-    return Edit(ask, texts, names, to_base64(files["mask"][0]) if files["mask"] else None)
+    masks = [await api.read(client_behind(request), to_base64, data) for data in files["mask"][:1]]
+    return Edit(ask, texts, names, masks[0] if masks else None)
 
 # %% ../nbs/10a_openai.ipynb #47fd4550
 def file_field(name: str) -> str:
