@@ -10,8 +10,8 @@ from uvicorn import Config
 from uvicorn.server import ServerState
 
 from aura_engine.answers import (
-    LEAST_RATE, PIECE, STILL, Api, ClientEvent, Backlog, Backlogs, Metrics, NotRead, Order, OrderedJob, backlogs, begin, client_events,
-    cost_of, files_of, heartbeat, json_answer, let_go, ordering, taken_parts, pictures_in, respond_with, sse_frame)
+    LEAST_RATE, PIECE, STILL, Api, Backlog, Backlogs, ClientEvent, Files, Metrics, NotRead, Order, OrderedJob, backlogs, begin,
+    client_events, cost_of, files_of, heartbeat, json_answer, let_go, ordering, taken_parts, pictures_in, respond_with, sse_frame)
 from aura_engine.config import load_settings
 from aura_engine.dialects import remade_mask
 from aura_engine.images import PNG_SIGNATURE, STEP, decode_cost, encode, facts_of, from_base64, to_base64
@@ -19,7 +19,7 @@ from aura_engine.intake import ESCAPES, LARGE, SMALL, Arrivals, BodiesFull, Deco
 from aura_engine import job_routes
 from aura_engine.job_routes import JobsFull, JobStore, KeptJob, watch_job
 from aura_engine.jobs import Job
-from aura_engine.openai import EditRequest, Shelf, json_edit
+from aura_engine.openai import EditRequest, ImagesRequest, Shelf, json_edit, openai_json
 from aura_engine.planning import ReplayRequest
 from aura_engine.server import Connection, Forwarded
 from aura_engine.shared_jobs import StoreUnreachable
@@ -491,7 +491,10 @@ def test_the_base64_of_a_picture_is_made_beside_the_loop(monkeypatch):
         monkeypatch.setattr("aura_engine.answers.begin", lambda *given, **more: asyncio.sleep(0, works[1]))
         answer = await respond_with(api, Asked(api), GenerateRequest(prompt="a fox", n=2))
         assert [event.data["image"] for event in events[:2]] == json.loads(answer.body)["images"] == ["ZmlsZQ=="] * 2
-        assert threads == ["encode"] * 4
+        made = Files("png", [b"file"] * 2, [], [])
+        openai = await openai_json(Asked(api), ImagesRequest(prompt="a fox", n=2), made, (64, 64))
+        assert [one["b64_json"] for one in openai["data"]] == ["ZmlsZQ=="] * 2
+        assert threads == ["encode"] * 6
     asyncio.run(go())
 
 
